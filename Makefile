@@ -1,0 +1,31 @@
+# Every target makes `.venv` first if it is absent; run any of them again at no cost.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check test-slow demo-model results
+
+demo: .venv/installed
+	$(BIN)/mlsae demo --out demo-run
+
+test: check
+	$(BIN)/python -m pytest -m "not slow"
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tests/house/typecheck.py
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
+
+demo-model: .venv/installed
+	$(BIN)/python -m mlsae.demo.make_model
+
+results: .venv/installed
+	$(BIN)/python -m benchmarks.results
+
+.venv/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "mlsae needs Python >= 3.11, this is " + sys.version.split()[0] + ": run make PYTHON=python3.11 (or newer)")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@

@@ -1,0 +1,92 @@
+"""Files that survive a crash: written whole or not at all, and JSON that carries its checksum."""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlsae.base.errors import InputError
+
+SEAL = "sha256"
+
+
+class DamagedFileError(InputError):
+    """A file of ours does not hold the bytes that were written."""
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make renames inside `directory` durable."""
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write `data` to `path` through a temporary file, fsync and rename.
+
+    After a crash at any instant `path` holds its old content or `data`, never a mixture.
+    """
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one byte form of a JSON value: sorted keys, no spaces, ASCII, no NaN or infinity."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    ).encode("ascii")
+
+
+def seal(content: Mapping[str, Any]) -> bytes:
+    """Canonical JSON of `content` with one more key, `sha256`, over the canonical JSON of the rest.
+
+    Raises:
+        ValueError: `content` has a key `sha256` already.
+    """
+    if SEAL in content:
+        raise ValueError(f"content to be sealed has a key {SEAL!r} already")
+    digest = hashlib.sha256(canonical_json(content)).hexdigest()
+    return canonical_json({**content, SEAL: digest}) + b"\n"
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read a sealed JSON file and check every byte of it; the seal is taken off.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DamagedFileError: any byte differs from what `seal` wrote.
+    """
+    data = path.read_bytes()
+    try:
+        content = json.loads(data)
+        digest = content.pop(SEAL)
+        intact = seal(content) == data
+    except (ValueError, KeyError, AttributeError, TypeError):
+        intact = False
+        digest = None
+    if not intact:
+        raise DamagedFileError(
+            f"{path} is damaged: its content does not match its checksum "
+            f"{str(digest)[:12]!r}; restore the file from a copy or make it again"
+        )
+    return dict(content)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

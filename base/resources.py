@@ -1,0 +1,56 @@
+"""What the machine has left: memory and disk, asked before work that needs them."""
+
+import shutil
+from pathlib import Path
+
+import psutil
+
+from mlsae.base.errors import ResourceError
+from mlsae.base.units import format_bytes
+
+
+def available_memory() -> int:
+    """Bytes of memory that can be taken without swapping, the control group's limit included."""
+    available = int(psutil.virtual_memory().available)
+    limit, usage = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and usage.exists():
+        text = limit.read_text().strip()
+        if text != "max":
+            available = min(available, int(text) - int(usage.read_text()))
+    return available
+
+
+def free_disk(path: Path) -> int:
+    """Bytes free to this user on the file system that holds `path` or its nearest parent."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def require_memory(num_bytes: int, what: str, remedy: str) -> None:
+    """Refuse work that needs more memory than there is.
+
+    Raises:
+        ResourceError: naming both numbers and `remedy`.
+    """
+    available = available_memory()
+    if num_bytes > available:
+        raise ResourceError(
+            f"not enough memory for {what}: needs {format_bytes(num_bytes)}, "
+            f"{format_bytes(available)} available; {remedy}"
+        )
+
+
+def require_disk(path: Path, num_bytes: int, what: str, remedy: str) -> None:
+    """Refuse work that would fill the disk under `path`.
+
+    Raises:
+        ResourceError: naming both numbers and `remedy`.
+    """
+    free = free_disk(path)
+    if num_bytes > free:
+        raise ResourceError(
+            f"not enough disk for {what} at {path}: needs {format_bytes(num_bytes)}, "
+            f"{format_bytes(free)} free; {remedy}"
+        )

@@ -1,0 +1,48 @@
+"""Counts and byte sizes as people write them: `10M`, `1e7`, `200GB`, `64KiB`."""
+
+import re
+
+from mlsae.base.errors import InputError
+
+_COUNT = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
+_BYTES = {
+    "": 1,
+    "b": 1,
+    **{f"{p}b": 1000**i for i, p in enumerate("kmgt", start=1)},
+    **{f"{p}ib": 1024**i for i, p in enumerate("kmgt", start=1)},
+}
+_NUMBER = re.compile(r"\s*([0-9][0-9_]*\.?[0-9]*(?:e[+]?[0-9]+)?)\s*([a-z]*)\s*")
+
+
+def _parse(text: str, units: dict[str, int], what: str, examples: str) -> int:
+    match = _NUMBER.fullmatch(text.lower())
+    if match is None or match[2] not in units:
+        raise InputError(f"expected {what} such as {examples}, got {text!r}")
+    value = float(match[1].replace("_", "")) * units[match[2]]
+    if value != int(value):
+        raise InputError(f"expected a whole number of {what.split()[-1]}, got {text!r}")
+    return int(value)
+
+
+def parse_count(text: str) -> int:
+    """`10M`, `1e7`, `2.5k`, `16384` → int. Suffixes are powers of 1,000; B means 10⁹."""
+    return _parse(text, _COUNT, "a number of items", "10M, 1e7 or 16384")
+
+
+def parse_bytes(text: str) -> int:
+    """`200GB` (powers of 1,000), `64KiB` (powers of 1,024) or a plain number → bytes."""
+    return _parse(text, _BYTES, "a number of bytes", "200GB or 64KiB")
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Bytes for people, in powers of 1,000 with three significant digits: `61.4 GB`."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(num_bytes) < 1000 or unit == "TB":
+            break
+        num_bytes /= 1000
+    return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.3g} {unit}"
+
+
+def format_count(count: float) -> str:
+    """A count with thousands separators: `480,000`."""
+    return f"{count:,.0f}"

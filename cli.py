@@ -1,0 +1,1 @@
+"""mlsae command line."""
