@@ -1,0 +1,31 @@
+"""One class for each way a store can be wrong. Each is an InputError with a one-line message."""
+
+from mlsae.base.errors import InputError
+
+
+class StoreError(InputError):
+    """Base class of everything that can be wrong with a store."""
+
+
+class NotAStoreError(StoreError):
+    """The path does not hold an activation store."""
+
+
+class IncompleteStoreError(StoreError):
+    """The store's producer has not finished; it can be resumed."""
+
+
+class DamagedStoreError(StoreError):
+    """Bytes of the store are missing or are not those that were written."""
+
+
+class SchemaVersionError(StoreError):
+    """The store follows a version of the specification that this package cannot read."""
+
+
+class PlanMismatchError(StoreError):
+    """The directory holds a store of another plan."""
+
+
+class ActivationError(StoreError):
+    """Values that a store cannot hold: not finite, too large for the encoding, a wrong shape."""

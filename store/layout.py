@@ -1,0 +1,114 @@
+"""How many rows a chunk and a shard hold, and what a store will weigh, before anything is written."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mlsae.base.errors import InputError
+from mlsae.base.units import format_bytes
+from mlsae.store.encoding import STORED_DTYPE, Encoding
+from mlsae.store.moments import moments_bytes
+
+CHUNK_BYTES = 2**20
+SHARD_BYTES = 2**27
+MAX_OBJECT_BYTES = 5 * 10**9
+MAX_OBJECTS = 1000
+CRC_BYTES = 4
+INDEX_ENTRY_BYTES = 16
+TOKEN_CHUNK = 2**18
+TOKEN_SHARD = 2**26
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Sizes that follow from a plan."""
+
+    num_rows: int
+    """Rows of every activation array."""
+    chunk_rows: int
+    """Rows of an inner chunk, the unit of checking."""
+    shard_rows: int
+    """Rows of a shard, the unit of writing and resuming; a multiple of chunk and batch."""
+    num_shards: int
+    """Shards of every activation array."""
+    activation_bytes: int
+    """Bytes of all activation objects, checksums and indexes included."""
+    total_bytes: int
+    """Bytes of the whole store: activations, tokens, moments, records."""
+
+
+def chunk_rows_for(batch_rows: int, row_bytes: int) -> int:
+    """Rows of a chunk near 1 MiB that divides a batch or is a multiple of one."""
+    want = max(1, CHUNK_BYTES // row_bytes)
+    if want >= batch_rows:
+        return batch_rows * max(1, round(want / batch_rows))
+    divisors = [d for d in range(1, batch_rows + 1) if batch_rows % d == 0]
+    return min(divisors, key=lambda d: abs(math.log(d / want)))
+
+
+def object_bytes(rows: int, row_bytes: int, chunk_rows: int, shard_rows: int) -> int:
+    """Bytes of one shard object that holds `rows` rows: chunks, their checksums, index."""
+    used = -(-rows // chunk_rows)
+    index = (shard_rows // chunk_rows) * INDEX_ENTRY_BYTES + CRC_BYTES
+    return used * (chunk_rows * row_bytes + CRC_BYTES) + index
+
+
+def array_bytes(num_rows: int, row_bytes: int, chunk_rows: int, shard_rows: int) -> int:
+    """Bytes of all shard objects of an array."""
+    full, rest = divmod(num_rows, shard_rows)
+    sizes = full * object_bytes(shard_rows, row_bytes, chunk_rows, shard_rows)
+    return sizes + (object_bytes(rest, row_bytes, chunk_rows, shard_rows) if rest else 0)
+
+
+def token_shard_for(num_tokens: int) -> int:
+    """Tokens of a shard of the token arrays: whole chunks, no more than needed."""
+    return min(TOKEN_SHARD, -(-num_tokens // TOKEN_CHUNK) * TOKEN_CHUNK)
+
+
+def plan_layout(
+    *,
+    num_tokens: int,
+    context_length: int,
+    layers: Sequence[int],
+    sites: Sequence[str],
+    d_model: int,
+    encoding: Encoding,
+    batch_sequences: int,
+    shard_bytes: int = SHARD_BYTES,
+) -> Layout:
+    """Choose chunk and shard rows and add up the store's bytes.
+
+    A shard is whole batches of about `shard_bytes` bytes, larger only where a folder would hold
+    over 1,000 objects.
+
+    Raises:
+        InputError: no shard size keeps every object under 5 GB and every folder under 1,000.
+    """
+    row_bytes = d_model * STORED_DTYPE[encoding].itemsize
+    batch_rows = batch_sequences * context_length
+    chunk_rows = chunk_rows_for(batch_rows, row_bytes)
+    unit = max(batch_rows, chunk_rows)
+    num_rows = num_tokens
+    units = max(1, shard_bytes // (unit * row_bytes), -(-num_rows // (MAX_OBJECTS * unit)))
+    shard_rows = unit * min(units, -(-num_rows // unit))
+    size = object_bytes(shard_rows, row_bytes, chunk_rows, shard_rows)
+    if size > MAX_OBJECT_BYTES:
+        raise InputError(
+            f"a shard would take {format_bytes(size)}, over the {format_bytes(MAX_OBJECT_BYTES)} "
+            f"that an object may: lower --batch-size, --shard-size or --max-tokens"
+        )
+    num_shards = -(-num_rows // shard_rows)
+    num_arrays = len(layers) * len(sites)
+    activations = num_arrays * array_bytes(num_rows, row_bytes, chunk_rows, shard_rows)
+    token_shard = token_shard_for(num_tokens)
+    tokens = sum(array_bytes(num_tokens, b, TOKEN_CHUNK, token_shard) for b in (4, 4, 1))
+    moments = (num_shards + 1) * moments_bytes(len(layers), len(sites), d_model)
+    records = 4096 * (num_shards + num_arrays + 8)
+    return Layout(
+        num_rows=num_rows,
+        chunk_rows=chunk_rows,
+        shard_rows=shard_rows,
+        num_shards=num_shards,
+        activation_bytes=activations,
+        total_bytes=activations + tokens + moments + records,
+    )

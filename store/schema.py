@@ -1,0 +1,128 @@
+"""The words of the specification (storage_schema.md): version, names of objects, flags, the plan."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlsae.base.errors import InputError
+from mlsae.store.errors import SchemaVersionError
+
+SCHEMA_VERSION = "0.1"
+
+SPECIAL = 1
+"""token_flags bit 0: a special or separator token."""
+PADDING = 2
+"""token_flags bit 1: padding."""
+MASKED = 4
+"""token_flags bit 2: masked by the producer."""
+
+SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+
+PLAN = "plan.json"
+COMPLETE = "complete.json"
+COMMITS = "commits"
+SETUP = f"{COMMITS}/setup.json"
+SHARD_MOMENTS = "moments"
+MOMENTS = "moments.safetensors"
+PROVENANCE = "provenance"
+ARRAY_METADATA = "zarr.json"
+PARTIAL = ".partial"
+TOKEN_ARRAYS = {"tokens": "<u4", "documents": "<u4", "token_flags": "<u1"}
+IGNORED = frozenset({"README.md", ".gitattributes", ".gitignore"})
+"""Files beside the store's own that a reader takes no notice of: hubs put them there."""
+
+PLAN_KEYS = frozenset(
+    {
+        "schema_version",
+        "num_tokens",
+        "context_length",
+        "tokens_sha256",
+        "documents_sha256",
+        "token_flags_sha256",
+        "sites",
+        "layers",
+        "d_model",
+        "encoding",
+        "compression",
+        "batch_sequences",
+        "chunk_rows",
+        "shard_rows",
+        "token_chunk",
+        "token_shard",
+        "source",
+    }
+)
+
+
+def activation_array(site: str, layer: int) -> str:
+    """Path of an activation array inside the store's group."""
+    return f"activations/{site}/{layer}"
+
+
+def commit_record(shard: int) -> str:
+    """Path of a shard's commit record."""
+    return f"{COMMITS}/{shard:05d}.json"
+
+
+def shard_moments(shard: int) -> str:
+    """Path of a shard's moments."""
+    return f"{SHARD_MOMENTS}/{shard:05d}.safetensors"
+
+
+def chunk_key(shard: int, num_dimensions: int) -> str:
+    """Zarr's key of a shard object: flat, one file name."""
+    return ".".join(["c", str(shard)] + ["0"] * (num_dimensions - 1))
+
+
+def check_version(version: object, where: str) -> None:
+    """Refuse a store that this package may misread.
+
+    Raises:
+        SchemaVersionError: not MAJOR.MINOR, or another MAJOR, or (while 0.x) another MINOR.
+    """
+    ours = [int(part) for part in SCHEMA_VERSION.split(".")]
+    try:
+        theirs = [int(part) for part in str(version).split(".")]
+        if len(theirs) != 2:
+            raise ValueError
+    except ValueError:
+        raise SchemaVersionError(
+            f"{where}: schema_version must be MAJOR.MINOR such as {SCHEMA_VERSION}, got {version!r}"
+        ) from None
+    if theirs[0] == ours[0] and (ours[0] > 0 or theirs[1] == ours[1]):
+        return
+    newer = theirs > ours
+    raise SchemaVersionError(
+        f"{where}: the store follows schema {version}, this mlsae reads {SCHEMA_VERSION}; "
+        + ("upgrade mlsae" if newer else "read it with the mlsae that wrote it")
+    )
+
+
+def check_plan(plan: Mapping[str, Any], where: str) -> None:
+    """Check a plan that was read from a store.
+
+    Raises:
+        SchemaVersionError: of a version this package cannot read.
+        InputError: keys that this version does not know, or that it needs.
+    """
+    check_version(plan.get("schema_version"), where)
+    if unknown := sorted(plan.keys() - PLAN_KEYS):
+        raise InputError(f"{where}: the plan has unknown keys {', '.join(unknown)}")
+    if missing := sorted(PLAN_KEYS - plan.keys()):
+        raise InputError(f"{where}: the plan lacks {', '.join(missing)}")
+
+
+def describe_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """`key: theirs there, ours here` for every leaf in which two plans differ."""
+    found = []
+    for key in sorted(ours.keys() | theirs.keys()):
+        mine, other = ours.get(key), theirs.get(key)
+        if isinstance(mine, Mapping) and isinstance(other, Mapping):
+            found += [f"{key}.{line}" for line in describe_difference(mine, other)]
+        elif mine != other:
+            found.append(f"{key}: {_brief(other)} there, {_brief(mine)} here")
+    return found
+
+
+def _brief(value: object) -> str:
+    text = "absent" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:37]}…"

@@ -1,0 +1,42 @@
+"""Which sequences are held out for validation: a pure function, shared by every later stage."""
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+from mlsae.base.errors import InputError
+
+
+def validation_sequences(
+    tokens_sha256: str, num_sequences: int, fraction: float, seed: int
+) -> npt.NDArray[np.int64]:
+    """Indices of the held-out sequences, sorted.
+
+    They depend on the text and the seed alone, so stores of other encodings, layers, sites or
+    initialisations of the same text share them.
+
+    Args:
+        tokens_sha256: the plan's hash of the token ids.
+        num_sequences: sequences in the store.
+        fraction: share of the sequences to hold out, 0 ≤ fraction < 1; rounded to whole sequences,
+            at least one if the fraction is above 0.
+        seed: any integer.
+
+    Returns:
+        (num_validation,) int64.
+
+    Raises:
+        InputError: the fraction is out of range or would leave no sequence to train on.
+    """
+    if not 0 <= fraction < 1:
+        raise InputError(f"validation fraction must be at least 0 and below 1, got {fraction}")
+    count = max(1, round(num_sequences * fraction)) if fraction > 0 else 0
+    if count >= num_sequences:
+        raise InputError(
+            f"validation fraction {fraction} holds out {count} of {num_sequences} sequences and "
+            f"leaves none to train on: lower it or harvest more text"
+        )
+    key = hashlib.sha256(f"mlsae validation {tokens_sha256} {seed}".encode()).digest()
+    generator = np.random.Generator(np.random.PCG64(int.from_bytes(key, "little")))
+    return np.sort(generator.permutation(num_sequences)[:count]).astype(np.int64)
