@@ -27,7 +27,7 @@ def check_encoding(encoding: str) -> Encoding:
     """
     if encoding not in STORED_DTYPE:
         raise InputError(f"encoding {encoding!r} is not one of {', '.join(STORED_DTYPE)}")
-    return cast(Encoding, encoding)
+    return cast("Encoding", encoding)
 
 
 def encode(values: Array, encoding: Encoding) -> Array:

@@ -1,4 +1,4 @@
-"""How many rows a chunk and a shard hold, and what a store will weigh, before anything is written."""
+"""How many rows a chunk and a shard hold and what a store will weigh, before it is written."""
 
 import math
 from collections.abc import Sequence
@@ -37,11 +37,11 @@ class Layout:
     """Bytes of the whole store: activations, tokens, moments, records."""
 
 
-def chunk_rows_for(batch_rows: int, row_bytes: int) -> int:
-    """Rows of a chunk near 1 MiB that divides a batch or is a multiple of one."""
-    want = max(1, CHUNK_BYTES // row_bytes)
+def chunk_rows_for(num_rows: int, batch_rows: int, row_bytes: int, shard_bytes: int) -> int:
+    """Rows of a chunk, near 1 MiB or a quarter of a small shard; it divides a batch or is several."""
+    want = max(1, min(CHUNK_BYTES, shard_bytes // 4) // row_bytes)
     if want >= batch_rows:
-        return batch_rows * max(1, round(want / batch_rows))
+        return batch_rows * max(1, min(round(want / batch_rows), -(-num_rows // batch_rows)))
     divisors = [d for d in range(1, batch_rows + 1) if batch_rows % d == 0]
     return min(divisors, key=lambda d: abs(math.log(d / want)))
 
@@ -86,9 +86,9 @@ def plan_layout(
     """
     row_bytes = d_model * STORED_DTYPE[encoding].itemsize
     batch_rows = batch_sequences * context_length
-    chunk_rows = chunk_rows_for(batch_rows, row_bytes)
-    unit = max(batch_rows, chunk_rows)
     num_rows = num_tokens
+    chunk_rows = chunk_rows_for(num_rows, batch_rows, row_bytes, shard_bytes)
+    unit = max(batch_rows, chunk_rows)
     units = max(1, shard_bytes // (unit * row_bytes), -(-num_rows // (MAX_OBJECTS * unit)))
     shard_rows = unit * min(units, -(-num_rows // unit))
     size = object_bytes(shard_rows, row_bytes, chunk_rows, shard_rows)

@@ -1,4 +1,4 @@
-"""The words of the specification (storage_schema.md): version, names of objects, flags, the plan."""
+"""The words of the specification, storage_schema.md: version, names of objects, flags, plan."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,0 +1,178 @@
+"""The plan: everything that decides a store's bytes, fixed before the first shard is written."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlsae.base.errors import InputError
+from mlsae.base.files import DamagedFileError, canonical_json, read_sealed
+from mlsae.store.encoding import check_encoding
+from mlsae.store.errors import DamagedStoreError, NotAStoreError
+from mlsae.store.layout import TOKEN_CHUNK, plan_layout, token_shard_for
+from mlsae.store.schema import (
+    COMPLETE,
+    IGNORED,
+    PARTIAL,
+    PLAN,
+    SCHEMA_VERSION,
+    SITES,
+    TOKEN_ARRAYS,
+    check_plan,
+)
+
+TokenArrays = dict[str, npt.NDArray[Any]]
+
+
+def token_arrays(
+    tokens: npt.NDArray[np.integer[Any]],
+    documents: npt.NDArray[np.integer[Any]] | None,
+    token_flags: npt.NDArray[np.uint8] | None,
+    context_length: int,
+) -> TokenArrays:
+    """Check the three token arrays and give them their stored data types.
+
+    Raises:
+        InputError: shapes differ, a value does not fit, or the last sequence is not whole.
+    """
+    num_tokens = len(tokens)
+    if context_length < 1 or num_tokens == 0 or num_tokens % context_length:
+        raise InputError(
+            f"tokens must be whole sequences of context_length {context_length}, "
+            f"got {num_tokens} tokens"
+        )
+    given: dict[str, npt.NDArray[Any]] = {
+        "tokens": tokens,
+        "documents": np.arange(num_tokens) // context_length if documents is None else documents,
+        "token_flags": np.zeros(num_tokens, np.uint8) if token_flags is None else token_flags,
+    }
+    arrays = {}
+    for name, values in given.items():
+        dtype = np.dtype(TOKEN_ARRAYS[name])
+        if values.shape != (num_tokens,) or values.dtype.kind not in "iu":
+            raise InputError(
+                f"{name} must be integers of shape ({num_tokens},), "
+                f"got {values.dtype.name} of shape {values.shape}"
+            )
+        if values.min() < 0 or values.max() > np.iinfo(dtype).max:
+            raise InputError(f"{name} must fit {dtype.name}, got {values.min()} to {values.max()}")
+        arrays[name] = np.ascontiguousarray(values, dtype)
+    return arrays
+
+
+def make_plan(
+    arrays: TokenArrays,
+    *,
+    context_length: int,
+    layers: Sequence[int],
+    d_model: int,
+    sites: Sequence[str],
+    encoding: str,
+    batch_sequences: int,
+    shard_bytes: int,
+    source: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Every key of a plan, defaults resolved.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+    layers, sites = [int(layer) for layer in layers], list(sites)
+    if not layers or layers != sorted(set(layers)) or layers[0] < 0:
+        raise InputError(f"layers must be ascending block indices from 0, got {layers}")
+    if not sites or len(set(sites)) < len(sites) or not set(sites) <= set(SITES):
+        raise InputError(f"sites must be different ones of {', '.join(SITES)}, got {sites}")
+    for name, value in {"d_model": d_model, "batch_sequences": batch_sequences}.items():
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+    num_tokens = len(arrays["tokens"])
+    layout = plan_layout(
+        num_tokens=num_tokens,
+        context_length=context_length,
+        layers=layers,
+        sites=sites,
+        d_model=d_model,
+        encoding=check_encoding(encoding),
+        batch_sequences=batch_sequences,
+        shard_bytes=shard_bytes,
+    )
+    plan = {
+        "schema_version": SCHEMA_VERSION,
+        "num_tokens": num_tokens,
+        "context_length": context_length,
+        **{
+            f"{name}_sha256": hashlib.sha256(values.data).hexdigest()
+            for name, values in arrays.items()
+        },
+        "sites": sites,
+        "layers": layers,
+        "d_model": d_model,
+        "encoding": encoding,
+        "compression": "none",
+        "batch_sequences": batch_sequences,
+        "chunk_rows": layout.chunk_rows,
+        "shard_rows": layout.shard_rows,
+        "token_chunk": TOKEN_CHUNK,
+        "token_shard": token_shard_for(num_tokens),
+        "source": dict(source),
+    }
+    # A plan must equal what is read back, so tuples and the like take their JSON form here.
+    return dict(json.loads(canonical_json(plan)))
+
+
+def plan_id_of(plan: Mapping[str, Any]) -> str:
+    """SHA-256 of the plan's canonical JSON, hex."""
+    return hashlib.sha256(canonical_json(plan)).hexdigest()
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """The plan of the store at `path`.
+
+    Raises:
+        NotAStoreError: there is no plan there.
+        DamagedStoreError: the plan's bytes are not those that were written.
+        SchemaVersionError: the plan is of a version that this package cannot read.
+    """
+    try:
+        plan = read_sealed(path / PLAN)
+    except (FileNotFoundError, NotADirectoryError):
+        if not path.exists():
+            raise NotAStoreError(f"{path} does not exist; expected an activation store") from None
+        if (path / COMPLETE).exists():
+            raise DamagedStoreError(f"{path}: {PLAN} is missing; restore it from a copy") from None
+        raise NotAStoreError(
+            f"{path} is not an activation store: it has no {PLAN}; "
+            f"give a directory that `mlsae harvest` or `mlsae.store.create` made"
+        ) from None
+    except DamagedFileError as error:
+        raise DamagedStoreError(str(error)) from None
+    check_plan(plan, str(path))
+    return plan
+
+
+def find_plan(path: Path) -> dict[str, Any] | None:
+    """The plan at `path`, or None where a new store may be made.
+
+    Raises:
+        NotAStoreError: the path is a file, or a directory that holds something else.
+    """
+    if path.exists() and not path.is_dir():
+        raise NotAStoreError(f"{path} is a file; give a directory for the store")
+    if (path / PLAN).exists():
+        return read_plan(path)
+    if path.exists():
+        others = [
+            entry.name
+            for entry in path.iterdir()
+            if entry.name not in IGNORED and not entry.name.endswith(PARTIAL)
+        ]
+        if others:
+            raise NotAStoreError(
+                f"{path} is not empty and holds no store (it has {sorted(others)[0]}); "
+                f"give an empty or new directory"
+            )
+    return None

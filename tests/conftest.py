@@ -1,0 +1,95 @@
+"""Fixtures that several rooms share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from mlsae.store import SPECIAL, create
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A store made without a transformer, and the arrays that went into it."""
+
+    path: Path
+    tokens: npt.NDArray[Any]
+    documents: npt.NDArray[Any]
+    token_flags: npt.NDArray[np.uint8]
+    activations: dict[int, npt.NDArray[np.float32]]
+    """Layer → (num_tokens, d_model) float32, before encoding."""
+
+
+def make_sample(
+    path: Path,
+    *,
+    num_sequences: int = 37,
+    context_length: int = 24,
+    layers: tuple[int, ...] = (0, 1, 3),
+    d_model: int = 20,
+    encoding: str = "float16",
+    batch_sequences: int = 4,
+    shard_bytes: int = 8000,
+    seed: int = 0,
+    **options: Any,
+) -> Sample:
+    """A store of random activations whose first position is an outlier and that has separators."""
+    generator = np.random.default_rng(seed)
+    num_tokens = num_sequences * context_length
+    tokens = generator.integers(0, 100, num_tokens)
+    flags = np.where(tokens < 5, SPECIAL, 0).astype(np.uint8)
+    documents = np.cumsum(tokens < 5)
+    position = np.arange(num_tokens) % context_length
+    activations = {}
+    stream = generator.normal(size=(num_tokens, d_model))
+    for layer in layers:
+        stream = stream + 0.5 * generator.normal(size=stream.shape) + 0.3 * np.arange(d_model)
+        values = stream * np.where(position == 0, 30.0, 1.0)[:, None]
+        activations[layer] = values.astype(np.float32)
+    with create(
+        path,
+        tokens=tokens,
+        context_length=context_length,
+        layers=layers,
+        d_model=d_model,
+        documents=documents,
+        token_flags=flags,
+        encoding=encoding,
+        batch_sequences=batch_sequences,
+        shard_bytes=shard_bytes,
+        **options,
+    ) as writer:
+        step = batch_sequences * context_length
+        for start in range(0, num_tokens, step):
+            writer.append(
+                {("resid_post", i): x[start : start + step] for i, x in activations.items()}
+            )
+    return Sample(path, tokens, documents, flags, activations)
+
+
+@pytest.fixture
+def sample(tmp_path: Path) -> Sample:
+    """A small complete float16 store of several shards."""
+    return make_sample(tmp_path / "acts")
+
+
+@pytest.fixture
+def sample_maker(tmp_path: Path) -> Callable[..., Sample]:
+    """Make a store below the test's directory: `sample_maker("name", encoding="float32")`."""
+
+    def make(name: str = "acts", **options: Any) -> Sample:
+        return make_sample(tmp_path / name, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The trained transformer that comes with the package."""
+    from mlsae.demo import model_path
+
+    return model_path()
