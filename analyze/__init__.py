@@ -1,0 +1,1 @@
+"""A store and an SAE → tables, figures, a summary."""

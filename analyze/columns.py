@@ -1,0 +1,120 @@
+"""The columns of every table: name, type, unit, definition. docs/tables.md is held to them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+TABLES_VERSION = "0.1"
+"""Version of these columns, in every file's schema metadata; a minor one only adds."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table."""
+
+    name: str
+    """Its name."""
+
+    type: pa.DataType
+    """Its Arrow type."""
+
+    unit: str
+    """Its unit, or `1` for pure numbers."""
+
+    text: str
+    """Its definition, and when it is null."""
+
+
+_F, _I, _L = pa.float64(), pa.int64(), pa.int32()
+_FVU = "Σ‖x − x̂‖² / Σ‖x − μ‖², μ the mean of each channel over the same rows"
+_PUBLISHED = "Σ‖x − x̂‖² / Σ(x − μ)², μ one scalar mean over rows and channels"
+_IN = "over unflagged rows at every position"
+_OUT = "over unflagged rows at positions from 1"
+_CE = "null where no transformer was at hand"
+
+LAYERS = (
+    Column("layer", _L, "layer", "0-based block index"),
+    Column("num_rows", _I, "row", "eligible rows evaluated"),
+    Column("fvu", _F, "1", f"{_FVU}: the eligible ones; null if they do not vary"),
+    Column("fvu_published", _F, "1", f"{_PUBLISHED}: the eligible ones"),
+    Column("num_rows_position_0_in", _I, "row", "unflagged rows evaluated, every position"),
+    Column("fvu_position_0_in", _F, "1", f"as fvu, {_IN}"),
+    Column("fvu_published_position_0_in", _F, "1", f"as fvu_published, {_IN}"),
+    Column("num_rows_position_0_out", _I, "row", "unflagged rows evaluated, positions from 1"),
+    Column("fvu_position_0_out", _F, "1", f"as fvu, {_OUT}"),
+    Column("fvu_published_position_0_out", _F, "1", f"as fvu_published, {_OUT}"),
+    Column("mse", _F, "activation²", "Σ‖x − x̂‖² / (num_rows · d_model)"),
+    Column("l0", _F, "latent", "mean number of active latents of a row"),
+    Column("l1", _F, "latent value", "mean sum of the latents' values of a row"),
+    Column(
+        "norm", _F, "activation", "mean ‖x‖ over all eligible rows of the store, not the evaluated"
+    ),
+    Column(
+        "adjacent_cosine",
+        _F,
+        "1",
+        "pooled cosine with the next layer that the store holds, over all its eligible rows: "
+        "Σ⟨x − μ, x′ − μ′⟩ / √(Σ‖x − μ‖² · Σ‖x′ − μ′‖²); null at the last",
+    ),
+    Column("num_ce_tokens", _I, "token", f"scored next tokens of the columns below; {_CE}"),
+    Column("ce", _F, "nat/token", f"cross-entropy of the untouched transformer; {_CE}"),
+    Column(
+        "ce_store", _F, "nat/token", f"with the stored activations of this layer spliced in; {_CE}"
+    ),
+    Column(
+        "ce_sae",
+        _F,
+        "nat/token",
+        f"with the reconstruction of this layer's live activations spliced in; {_CE}",
+    ),
+    Column("delta_ce", _F, "nat/token", f"ce_sae − ce; {_CE}"),
+    Column("kl", _F, "nat/token", f"mean KL(untouched ‖ spliced as for ce_sae); {_CE}"),
+)
+
+LATENTS = (
+    Column("latent", _L, "latent", "index of the latent"),
+    Column("count", _I, "(row, layer)", "eligible rows at which it is active, over all layers"),
+    Column("total", _F, "latent value", "sum of its values"),
+    Column("mean", _F, "latent value", "total / count; null if dead"),
+    Column("layer_mean", _F, "layer", "Σ_l l · P(l | latent), in layer ids; null if dead"),
+    Column("layer_var", _F, "layer²", "Σ_l (l − layer_mean)² · P(l | latent); null if dead"),
+    Column("layer_std", _F, "layer", "√layer_var; null if dead"),
+    Column("density", _F, "1", "count / (rows evaluated, over all layers)"),
+    Column("dead", pa.bool_(), "", "count = 0 over the rows evaluated"),
+)
+
+LATENT_LAYERS = (
+    Column("latent", _L, "latent", "index of the latent"),
+    Column("layer", _L, "layer", "0-based block index"),
+    Column("count", _I, "row", "eligible rows of the layer at which it is active"),
+    Column("total", _F, "latent value", "sum of its values at the layer"),
+    Column("mean", _F, "latent value", "total / count; null if never active at the layer"),
+    Column("prob", _F, "1", "P(layer | latent) = total / its total over layers; null if dead"),
+)
+
+ACTIVATIONS = (
+    Column("row", _I, "row", "row of the store; sequence = row // context length"),
+    Column("layer", _L, "layer", "0-based block index"),
+    Column("latent", _L, "latent", "index of an active latent"),
+    Column("value", pa.float32(), "latent value", "its value, above 0"),
+)
+
+TABLES: Mapping[str, tuple[Column, ...]] = {
+    "layers": LAYERS,
+    "latents": LATENTS,
+    "latent_layers": LATENT_LAYERS,
+    "activations": ACTIVATIONS,
+}
+"""Every table of an analysis."""
+
+
+def schema(table: str, provenance: Mapping[str, str]) -> pa.Schema:
+    """Arrow schema of a table: units and definitions by field, `provenance` for the whole."""
+    fields = [
+        pa.field(c.name, c.type, metadata={"unit": c.unit, "description": c.text})
+        for c in TABLES[table]
+    ]
+    whole = {"mlsae.table": table, "mlsae.tables_version": TABLES_VERSION}
+    whole |= {f"mlsae.{key}": value for key, value in provenance.items()}
+    return pa.schema(fields, metadata=whole)

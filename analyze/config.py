@@ -1,0 +1,55 @@
+"""The settings of an analysis."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlsae.base.errors import InputError
+
+ROWS = ("validation", "train", "all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeConfig:
+    """What to analyze, over which rows, and where to write it.
+
+    Raises:
+        InputError: `rows` is not one of its choices, or a size is below 1.
+    """
+
+    cache: Path
+    """The activation store that is read."""
+
+    sae: Path
+    """The directory of the trained SAE."""
+
+    out: Path
+    """The directory to be written; absent, empty, or an analysis, which is then replaced."""
+
+    rows: str = "validation"
+    """Which sequences: those held out from training, the others, or all."""
+
+    max_tokens: int | None = None
+    """At most this many tokens, in whole sequences from the first; None is all of `rows`."""
+
+    model: Path | None = None
+    """Directory of the transformer for the cross-entropy family; None is the store's own."""
+
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:N`, or `auto`: CUDA where there is one."""
+
+    batch_size: int = 4096
+    """Rows encoded at once."""
+
+    ce_max_tokens: int = 1_000_000
+    """The cross-entropy family is measured on at most this many tokens of those evaluated."""
+
+    events_max_tokens: int = 1_000_000
+    """The table `activations` covers at most this many tokens of those evaluated."""
+
+    def __post_init__(self) -> None:
+        if self.rows not in ROWS:
+            raise InputError(f"rows: expected one of {', '.join(ROWS)}; got {self.rows!r}")
+        for name in ("max_tokens", "batch_size", "ce_max_tokens", "events_max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name}: expected at least 1, got {value}")

@@ -1,0 +1,105 @@
+"""The analysis directory: it appears whole, and only an analysis is ever replaced."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mlsae.base.errors import InputError
+from mlsae.base.files import DamagedFileError, fsync_directory, read_sealed
+
+KIND = "mlsae analysis"
+SUMMARY = "summary.json"
+ACTIVATIONS = "activations"
+FIGURES = "figures"
+_OURS = frozenset(
+    {SUMMARY, "layers.parquet", "latents.parquet", "latent_layers.parquet", ACTIVATIONS, FIGURES}
+)
+
+
+def read_summary(directory: Path) -> dict[str, Any]:
+    """The checked summary of an analysis.
+
+    Raises:
+        InputError: the directory holds none, or it is damaged.
+    """
+    path = directory / SUMMARY
+    if not path.is_file():
+        raise InputError(
+            f"{directory} is no analysis: it has no {SUMMARY}; make one with mlsae analyze"
+        )
+    try:
+        summary = read_sealed(path)
+    except DamagedFileError as error:
+        raise InputError(f"{error} with mlsae analyze") from None
+    if summary.get("kind") != KIND:
+        raise InputError(
+            f"{directory} is no analysis: the kind in its {SUMMARY} is "
+            f"{summary.get('kind')!r}, expected {KIND!r}"
+        )
+    return summary
+
+
+def check_replaceable(out: Path) -> None:
+    """See that `out` may be written: absent, an empty directory, or an analysis and nothing else.
+
+    Raises:
+        InputError: it holds something that an analysis did not write.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InputError(f"--out {out} is a file; give a directory")
+    names = {path.name for path in out.iterdir()}
+    if not names:
+        return
+    if SUMMARY not in names:
+        raise InputError(
+            f"--out {out} holds other things than an analysis ({sorted(names)[0]}); "
+            f"give a directory that is empty or absent"
+        )
+    read_summary(out)
+    if foreign := sorted(names - _OURS):
+        raise InputError(
+            f"--out {out} holds an analysis, which would be replaced, and {foreign[0]}, which "
+            f"mlsae did not write: move that away or give another directory"
+        )
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` that becomes `out` when the block ends without an exception.
+
+    Otherwise it is removed and `out` is as it was. A process that is killed leaves a hidden
+    sibling named `.<name>.<random>.partial` that may be deleted.
+    """
+    out = Path(os.path.realpath(out))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    token = uuid.uuid4().hex[:8]
+    partial = out.with_name(f".{out.name}.{token}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        _fsync_all(partial)
+        if out.exists():
+            old = out.with_name(f".{out.name}.{token}.old")
+            out.rename(old)
+            partial.rename(out)
+            shutil.rmtree(old)
+        else:
+            partial.rename(out)
+        fsync_directory(out.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _fsync_all(directory: Path) -> None:
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            with (Path(folder) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        fsync_directory(Path(folder))

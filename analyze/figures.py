@@ -1,0 +1,177 @@
+"""The figures of an analysis, each a function of its tables."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+# Okabe and Ito's colours, told apart by everyone.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    "savefig.dpi": 160,
+}
+_MAX_COLUMNS = 1200
+_LARGE_RANGE = 20.0
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """One look for all figures; wrap drawing and saving in it."""
+    with mpl.rc_context(_STYLE):
+        yield
+
+
+def layer_distribution(latents: pa.Table, latent_layers: pa.Table) -> Figure:
+    """Heat map of P(layer | latent), living latents from left to right by mean layer.
+
+    Over 1,200 latents, neighbours are averaged into one column.
+    """
+    layers = pc.unique(latent_layers["layer"]).to_numpy()
+    probs = latent_layers["prob"].to_numpy().reshape(-1, len(layers))
+    mean = latents["layer_mean"].to_numpy()
+    order = np.argsort(mean, kind="stable")[: int(np.isfinite(mean).sum())]
+    figure, axes = _canvas(7.0, 3.2)
+    axes.grid(visible=False)
+    axes.set(xlabel="latent, by mean layer", ylabel="layer")
+    if len(order) == 0:
+        axes.set_title("P(layer | latent): every latent is dead")
+        return figure
+    bins = np.array_split(np.arange(len(order)), min(len(order), _MAX_COLUMNS))
+    image = np.stack([probs[order[b]].mean(axis=0) for b in bins], axis=1)
+    shown = axes.imshow(
+        image,
+        aspect="auto",
+        origin="lower",
+        interpolation="nearest",
+        cmap="viridis",
+        vmin=0,
+        vmax=1,
+        extent=(0, len(order), -0.5, len(layers) - 0.5),
+    )
+    height = np.interp(mean[order], layers, np.arange(len(layers)))
+    axes.plot(np.arange(len(order)) + 0.5, height, color="white", linewidth=1.2)
+    _layer_ticks(axes.yaxis, layers)
+    figure.colorbar(shown, ax=axes, label="P(layer | latent)", pad=0.02)
+    dead = len(mean) - len(order)
+    axes.set_title(
+        f"Layers at which each of {len(order):,} latents is active"
+        + (f" ({dead:,} dead left out)" if dead else "")
+        + "; white: mean layer"
+    )
+    return figure
+
+
+def fvu_delta_ce(layers: pa.Table) -> Figure:
+    """Fraction of variance unexplained, and added cross-entropy where it was measured."""
+    ids = layers["layer"].to_numpy()
+    measured = layers["delta_ce"].null_count == 0
+    with_and_without = 2 if measured else 1
+    figure, axes = _canvas(3.5 * with_and_without, 3.0, with_and_without)
+    first = axes[0] if measured else axes
+    first.plot(ids, _values(layers, "fvu"), "o-", color=BLUE, label="channel means")
+    first.plot(
+        ids, _values(layers, "fvu_published"), "s--", color=ORANGE, label="one mean, as published"
+    )
+    first.set(title="Variance unexplained", xlabel="layer", ylabel="FVU")
+    first.set_ylim(bottom=0)
+    first.legend()
+    _layer_ticks(first.xaxis, ids, at=ids)
+    if measured:
+        second = axes[1]
+        second.plot(ids, _values(layers, "delta_ce"), "o-", color=BLUE, label="SAE")
+        stored = _values(layers, "ce_store") - _values(layers, "ce")
+        second.plot(ids, stored, "s--", color=ORANGE, label="stored activations")
+        second.set(
+            title="Cross-entropy added by splicing one layer", xlabel="layer", ylabel="nats / token"
+        )
+        second.axhline(0, color=GREY, linewidth=0.8)
+        second.legend()
+        _layer_ticks(second.xaxis, ids, at=ids)
+    return figure
+
+
+def norm_cosine(layers: pa.Table) -> Figure:
+    """Mean L2 norm of the activations, and how alike a layer is to the next."""
+    ids = layers["layer"].to_numpy()
+    figure, (first, second) = _canvas(7.0, 3.0, 2)
+    norm = _values(layers, "norm")
+    first.plot(ids, norm, "o-", color=BLUE)
+    first.set(title="Mean L2 norm", xlabel="layer", ylabel="‖x‖")
+    if norm.min() > 0 and norm.max() / norm.min() > _LARGE_RANGE:
+        first.set_yscale("log")
+    else:
+        first.set_ylim(bottom=0)
+    cosine = _values(layers, "adjacent_cosine")
+    second.plot(ids, cosine, "o-", color=BLUE)
+    second.set(title="Centred cosine with the next layer", xlabel="layer", ylabel="pooled cosine")
+    second.set_ylim(min(0.0, float(np.nanmin(cosine, initial=0.0)) * 1.1), 1.05)
+    for axes in (first, second):
+        _layer_ticks(axes.xaxis, ids, at=ids)
+    return figure
+
+
+def density(latents: pa.Table) -> Figure:
+    """Histogram of the log10 density of the living latents."""
+    alive = latents.filter(pc.invert(latents["dead"]))["density"].to_numpy()
+    dead = len(latents) - len(alive)
+    figure, axes = _canvas(4.5, 3.0)
+    axes.hist(np.log10(alive), bins=50, color=BLUE)
+    axes.set(
+        title=f"{len(alive):,} living latents, {dead:,} dead",
+        xlabel="log₁₀ density (share of rows at which it is active)",
+        ylabel="latents",
+    )
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def draw_all(
+    directory: Path, layers: pa.Table, latents: pa.Table, latent_layers: pa.Table
+) -> list[str]:
+    """Draw every figure into `directory` as PNG; their file names."""
+    with style():
+        figures = {
+            "layer_distribution.png": layer_distribution(latents, latent_layers),
+            "fvu_delta_ce.png": fvu_delta_ce(layers),
+            "norm_cosine.png": norm_cosine(layers),
+            "density.png": density(latents),
+        }
+        for name, figure in figures.items():
+            figure.savefig(directory / name)
+    return list(figures)
+
+
+def _canvas(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, columns)
+
+
+def _values(table: pa.Table, column: str) -> npt.NDArray[np.float64]:
+    return np.asarray(table[column].to_numpy(), dtype=np.float64)
+
+
+def _layer_ticks(axis: Any, layers: npt.NDArray[Any], at: npt.NDArray[Any] | None = None) -> None:
+    """Whole layer ids, at most about a dozen of them."""
+    step = max(1, -(-len(layers) // 12))
+    places = np.arange(len(layers)) if at is None else at
+    axis.set_ticks(places[::step], [str(layer) for layer in layers[::step]])

@@ -1,0 +1,119 @@
+"""An SAE and a store that go together, checked before any work."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlsae.base.errors import InputError
+from mlsae.base.files import sha256_file
+from mlsae.sae import SAE
+from mlsae.sae import load as load_sae
+from mlsae.store import Store, open_store
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pairing:
+    """What an analysis is of."""
+
+    store: Store
+    """The store that is read."""
+
+    sae: SAE
+    """The SAE, on `device`, in evaluation mode."""
+
+    site: str
+    """The site the SAE was trained on."""
+
+    layers: tuple[int, ...]
+    """The layers the SAE was trained on, all of them in the store."""
+
+    skip_positions: int
+    """Positions below this were not trained on and are not eligible."""
+
+    validation: Mapping[str, Any]
+    """The SAE's record of its validation split."""
+
+    sae_sha256: str
+    """SHA-256 of the SAE's weights file."""
+
+    device: torch.device
+    """Where the work is done."""
+
+    notes: tuple[str, ...]
+    """What the reader of a summary must know about this pairing; one line each."""
+
+
+def pair(cache: Path, directory: Path, device: torch.device) -> Pairing:
+    """Open a store and an SAE and see that the one was trained on activations like the other's.
+
+    Raises:
+        InputError: width, site, layers or transformer differ; or either cannot be read.
+    """
+    store = open_store(cache)
+    sae = load_sae(directory)
+    training = sae.training
+    site = str(training["site"])
+    where = f"the SAE {directory} does not match the store {cache}"
+    if sae.config.d_in != store.d_model:
+        raise InputError(
+            f"{where}: the SAE's d_in is {sae.config.d_in}, the store's d_model {store.d_model}"
+        )
+    if site not in store.sites:
+        raise InputError(
+            f"{where}: the SAE was trained on site {site}, the store holds {', '.join(store.sites)}"
+        )
+    layers = tuple(int(layer) for layer in training["layers"])
+    if missing := [layer for layer in layers if layer not in store.layers]:
+        raise InputError(
+            f"{where}: the SAE was trained on layers {_list(layers)}, of which the store lacks "
+            f"{_list(missing)}; it holds {_list(store.layers)}"
+        )
+    theirs, ours = training.get("model_fingerprint"), fingerprint(store)
+    if theirs != ours:
+        raise InputError(
+            f"{where}: the SAE was trained on activations of transformer {_short(theirs)}, the "
+            f"store holds those of {_short(ours)} (fingerprints of their weights)"
+        )
+    return Pairing(
+        store=store,
+        sae=sae.to(device).eval(),
+        site=site,
+        layers=layers,
+        skip_positions=int(training["skip_positions"]),
+        validation=training["validation"],
+        sae_sha256=sha256_file(directory / "sae.safetensors"),
+        device=device,
+        notes=tuple(_notes(store, training)),
+    )
+
+
+def fingerprint(store: Store) -> str | None:
+    """The fingerprint of the transformer whose activations a store holds, if it recorded one."""
+    model = store.source.get("model")
+    return str(model["fingerprint"]) if isinstance(model, Mapping) else None
+
+
+def _notes(store: Store, training: Mapping[str, Any]) -> list[str]:
+    if training["store_id"] == store.store_id:
+        return []
+    notes = [
+        f"the SAE was trained from another store, {_short(training['store_id'])}, than the one "
+        f"analyzed, {_short(store.store_id)}"
+    ]
+    if training["validation"]["tokens_sha256"] != store.plan["tokens_sha256"]:
+        notes.append(
+            "the two stores hold different text: the rows evaluated were chosen from the analyzed "
+            "store as training would have chosen them there"
+        )
+    return notes
+
+
+def _short(digest: object) -> str:
+    return "that was not recorded" if digest is None else str(digest)[:12]
+
+
+def _list(layers: tuple[int, ...] | list[int]) -> str:
+    return ", ".join(str(layer) for layer in layers)

@@ -1,0 +1,221 @@
+"""The whole analysis: checks first, then the store, the transformer, the tables, the figures."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from mlsae import __version__
+from mlsae.analyze import figures
+from mlsae.analyze.columns import TABLES_VERSION, schema
+from mlsae.analyze.config import AnalyzeConfig
+from mlsae.analyze.cross_entropy import CrossEntropy, measure
+from mlsae.analyze.directory import (
+    ACTIVATIONS,
+    FIGURES,
+    KIND,
+    SUMMARY,
+    check_replaceable,
+    staged,
+)
+from mlsae.analyze.events import BYTES_PER_EVENT
+from mlsae.analyze.pairing import Pairing, fingerprint, pair
+from mlsae.analyze.results import Analysis, load
+from mlsae.analyze.selection import Int, choose_sequences, first_tokens
+from mlsae.analyze.summary import overall, render
+from mlsae.analyze.sweep import EventsPlan, LayerSums, sweep_layer
+from mlsae.analyze.tables import latents_tables, layers_table
+from mlsae.base.errors import InputError
+from mlsae.base.files import seal, write_durably
+from mlsae.base.resources import require_disk
+from mlsae.models import Transformer, load_for, resolve_device
+
+
+def run(config: AnalyzeConfig) -> Analysis:
+    """Analyze an SAE on a store's rows, write the directory `config.out`, print a summary.
+
+    Raises:
+        InputError: store, SAE, transformer or `out` are not what they should be.
+        ResourceError: too little disk, or no such device.
+    """
+    check_replaceable(config.out)
+    device = resolve_device(config.device)
+    pairing = pair(config.cache, config.sae, device)
+    sequences = choose_sequences(pairing.store, config.rows, pairing.validation, config.max_tokens)
+    num_rows = _count_rows(pairing, sequences)
+    transformer, reason = _transformer(pairing, config)
+    with staged(config.out) as directory:
+        provenance = _provenance(pairing)
+        events = _plan_events(pairing, sequences, config, directory, provenance)
+        with _bar("rows", num_rows * len(pairing.layers), "row") as progress:
+            sums = {
+                layer: sweep_layer(
+                    pairing,
+                    layer,
+                    sequences,
+                    batch_rows=config.batch_size,
+                    events=events,
+                    progress=progress,
+                )
+                for layer in pairing.layers
+            }
+        entropy = None
+        if transformer is not None:
+            length = pairing.store.context_length
+            scored = first_tokens(sequences, max(config.ce_max_tokens, length), length)
+            with _bar("cross-entropy", len(scored) * length, "token") as progress:
+                entropy = measure(
+                    transformer, pairing, scored, batch_rows=config.batch_size, progress=progress
+                )
+            if entropy is None:
+                reason = "the sequences evaluated hold no two tokens of one document"
+        tables = _tables(pairing, sums, entropy, provenance)
+        for name, table in tables.items():
+            pq.write_table(table, directory / f"{name}.parquet", compression="zstd")
+        (directory / FIGURES).mkdir()
+        names = figures.draw_all(directory / FIGURES, **tables)
+        content = {
+            **_settings(config),
+            **_what(pairing, sequences, sums),
+            "cross_entropy": None if entropy is None else {"num_tokens": entropy.num_tokens},
+            "no_cross_entropy_because": reason,
+            "overall": overall(**tables),
+            "figures": [f"{FIGURES}/{name}" for name in names],
+        }
+        write_durably(directory / SUMMARY, seal(content))
+    analysis = load(config.out)
+    click.echo(render(analysis))
+    return analysis
+
+
+def _count_rows(pairing: Pairing, sequences: Int) -> int:
+    """Unflagged rows of `sequences`.
+
+    Raises:
+        InputError: none of them is eligible.
+    """
+    store, length = pairing.store, pairing.store.context_length
+    num_rows, num_eligible = 0, 0
+    for sequence in sequences.tolist():
+        span = (sequence * length, (sequence + 1) * length)
+        num_rows += int(store.eligible(0, *span).sum())
+        num_eligible += int(store.eligible(pairing.skip_positions, *span).sum())
+    if num_eligible == 0:
+        raise InputError(
+            f"none of the {len(sequences) * length} rows chosen is eligible (no flag, position at "
+            f"least {pairing.skip_positions}): choose others with --rows or more with --max-tokens"
+        )
+    return num_rows
+
+
+def _transformer(pairing: Pairing, config: AnalyzeConfig) -> tuple[Transformer | None, str | None]:
+    """The store's transformer, or None and why there is none.
+
+    Raises:
+        InputError: `config.model` was given and cannot be used.
+    """
+    source = pairing.store.source.get("model")
+    if pairing.site != "resid_post":
+        reason = f"site {pairing.site} cannot be spliced yet"
+    elif isinstance(source, Mapping):
+        try:
+            return load_for(source, override=config.model, device=pairing.device), None
+        except InputError as error:
+            if config.model is not None:
+                raise
+            return None, str(error)
+    else:
+        reason = "the store records no transformer"
+    if config.model is not None:
+        raise InputError(f"--model {config.model}: {reason}; leave it out")
+    return None, reason
+
+
+def _provenance(pairing: Pairing) -> dict[str, str]:
+    return {
+        "store_id": pairing.store.store_id,
+        "plan_id": pairing.store.plan_id,
+        "sae_sha256": pairing.sae_sha256,
+    }
+
+
+def _plan_events(
+    pairing: Pairing,
+    sequences: Int,
+    config: AnalyzeConfig,
+    directory: Path,
+    provenance: Mapping[str, str],
+) -> EventsPlan:
+    length = pairing.store.context_length
+    covered = first_tokens(sequences, config.events_max_tokens, length)
+    k = pairing.sae.config.k
+    require_disk(
+        directory,
+        len(covered) * length * len(pairing.layers) * k * BYTES_PER_EVENT,
+        "the table of activations",
+        "set events_max_tokens lower or choose another --out",
+    )
+    folder = directory / ACTIVATIONS
+    folder.mkdir()
+    return EventsPlan(
+        directory=folder,
+        schema=schema("activations", provenance),
+        end_row=(int(covered[-1]) + 1) * length if len(covered) else 0,
+    )
+
+
+def _tables(
+    pairing: Pairing,
+    sums: Mapping[int, LayerSums],
+    entropy: CrossEntropy | None,
+    provenance: Mapping[str, str],
+) -> dict[str, pa.Table]:
+    moments = pairing.store.moments(pairing.site, pairing.skip_positions)
+    norms = dict(zip(moments.layers, moments.norm_mean.tolist(), strict=True))
+    cosines = dict(zip(moments.layers, moments.adjacent_cosine().tolist(), strict=False))
+    latents, latent_layers = latents_tables(sums, provenance)
+    return {
+        "layers": layers_table(sums, norms, cosines, entropy, provenance),
+        "latents": latents,
+        "latent_layers": latent_layers,
+    }
+
+
+def _settings(config: AnalyzeConfig) -> dict[str, Any]:
+    return {
+        "kind": KIND,
+        "tables_version": TABLES_VERSION,
+        "mlsae_version": __version__,
+        "cache": str(config.cache),
+        "sae": str(config.sae),
+        "rows": config.rows,
+        "max_tokens": config.max_tokens,
+        "ce_max_tokens": config.ce_max_tokens,
+        "events_max_tokens": config.events_max_tokens,
+    }
+
+
+def _what(pairing: Pairing, sequences: Int, sums: Mapping[int, LayerSums]) -> dict[str, Any]:
+    return {
+        **_provenance(pairing),
+        "model_fingerprint": fingerprint(pairing.store),
+        "site": pairing.site,
+        "layers": list(pairing.layers),
+        "skip_positions": pairing.skip_positions,
+        "context_length": pairing.store.context_length,
+        "num_sequences": len(sequences),
+        "num_rows": sum(of.eligible.num_rows for of in sums.values()),
+        "num_events": sum(of.num_events for of in sums.values()),
+        "notes": list(pairing.notes),
+    }
+
+
+@contextmanager
+def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
+    with tqdm(total=total, desc=what, unit=unit, unit_scale=True) as bar:
+        yield bar.update

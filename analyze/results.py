@@ -1,0 +1,65 @@
+"""Reading an analysis back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as pd
+import pyarrow.parquet as pq
+
+from mlsae.analyze.columns import TABLES_VERSION
+from mlsae.analyze.directory import ACTIVATIONS, read_summary
+from mlsae.base.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """An analysis as it lies on disk; the columns are defined in docs/tables.md."""
+
+    path: Path
+    """Its directory."""
+
+    summary: Mapping[str, Any]
+    """What was analyzed, over which rows, and the overall numbers."""
+
+    layers: pa.Table
+    """One row a layer."""
+
+    latents: pa.Table
+    """One row a latent, in the order of their indices."""
+
+    latent_layers: pa.Table
+    """One row a latent and layer, by latent, then layer."""
+
+    activations: pd.Dataset
+    """One row an active latent of a row and layer; not in memory until it is scanned."""
+
+
+def load(directory: str | Path) -> Analysis:
+    """Open an analysis directory.
+
+    Raises:
+        InputError: it is no analysis, of another version, or a part of it is missing or damaged.
+    """
+    directory = Path(directory)
+    summary = read_summary(directory)
+    if summary["tables_version"] != TABLES_VERSION:
+        raise InputError(
+            f"{directory} holds tables of version {summary['tables_version']}, this mlsae reads "
+            f"{TABLES_VERSION}: analyze again"
+        )
+    try:
+        tables = [
+            pq.read_table(directory / f"{name}.parquet")
+            for name in ("layers", "latents", "latent_layers")
+        ]
+        files = [directory / ACTIVATIONS / f"layer-{n}.parquet" for n in summary["layers"]]
+        activations = pd.dataset(files, format="parquet")
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"the analysis {directory} is damaged ({reason}): make it again with mlsae analyze"
+        ) from None
+    return Analysis(directory, summary, *tables, activations)

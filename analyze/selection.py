@@ -1,0 +1,108 @@
+"""Which rows of a store are evaluated, and reading them chunk by chunk in constant memory."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlsae.base.errors import InputError
+from mlsae.store import Store
+from mlsae.store.split import validation_sequences
+
+Int = npt.NDArray[np.int64]
+Single = npt.NDArray[np.float32]
+
+
+def choose_sequences(
+    store: Store, rows: str, validation: Mapping[str, Any], max_tokens: int | None
+) -> Int:
+    """Indices of the sequences to evaluate, sorted.
+
+    Args:
+        store: the store that is read; its own text decides the split.
+        rows: `validation`, `train` or `all`.
+        validation: the SAE's record of its split, with `fraction` and `seed`.
+        max_tokens: keep the first sequences that together hold at most so many tokens.
+
+    Raises:
+        InputError: nothing was held out, or `max_tokens` is less than a sequence.
+    """
+    num_sequences = store.num_tokens // store.context_length
+    sequences = np.arange(num_sequences, dtype=np.int64)
+    if rows != "all":
+        held_out = validation_sequences(
+            str(store.plan["tokens_sha256"]),
+            num_sequences,
+            float(validation["fraction"]),
+            int(validation["seed"]),
+        )
+        if rows == "train":
+            sequences = np.setdiff1d(sequences, held_out)
+        elif len(held_out) == 0:
+            raise InputError(
+                "the SAE was trained with no sequence held out, so there are no validation rows: "
+                "use --rows all"
+            )
+        else:
+            sequences = held_out
+    if max_tokens is not None:
+        sequences = first_tokens(sequences, max_tokens, store.context_length)
+        if len(sequences) == 0:
+            raise InputError(
+                f"--max-tokens {max_tokens} is less than one sequence of the store, "
+                f"{store.context_length} tokens: give at least that many"
+            )
+    return sequences
+
+
+def first_tokens(sequences: Int, max_tokens: int, context_length: int) -> Int:
+    """The first sequences that together hold at most `max_tokens` tokens."""
+    return sequences[: max_tokens // context_length]
+
+
+def read_rows(
+    store: Store, site: str, layer: int, sequences: Int, batch_rows: int
+) -> Iterator[tuple[Int, Single]]:
+    """The unflagged rows of `sequences`, every position, in the order of the store.
+
+    Chunks that hold none of them are not read. Memory: one chunk and one batch.
+
+    Yields:
+        Row numbers (N,) and decoded activations (N, d_model), 0 < N ≤ `batch_rows`.
+    """
+    rows_held: list[Int] = []
+    x_held: list[Single] = []
+    num_held = 0
+    for start, rows in _chunks(store, sequences):
+        stop = min(start + store.chunk_rows, store.num_rows)
+        x = store.decode(store.read(site, layer, start, stop))[rows - start]
+        rows_held.append(rows)
+        x_held.append(x)
+        num_held += len(rows)
+        if num_held < batch_rows:
+            continue
+        rows, x = np.concatenate(rows_held), np.concatenate(x_held)
+        whole = num_held - num_held % batch_rows
+        for first in range(0, whole, batch_rows):
+            yield rows[first : first + batch_rows], x[first : first + batch_rows]
+        rows_held, x_held, num_held = [rows[whole:]], [x[whole:]], num_held - whole
+    if num_held:
+        yield np.concatenate(rows_held), np.concatenate(x_held)
+
+
+def _chunks(store: Store, sequences: Int) -> Iterator[tuple[int, Int]]:
+    """First row of each chunk that holds unflagged rows of `sequences`, and those rows."""
+    for start in range(0, store.num_rows, store.chunk_rows):
+        stop = min(start + store.chunk_rows, store.num_rows)
+        low, high = np.searchsorted(
+            sequences, [start // store.context_length, (stop - 1) // store.context_length + 1]
+        )
+        if low == high:
+            continue
+        first = sequences[low:high, None] * store.context_length
+        rows = (first + np.arange(store.context_length)).ravel()
+        rows = rows[(rows >= start) & (rows < stop)]
+        rows = rows[store.eligible(0, start, stop)[rows - start]]
+        if len(rows):
+            yield start, rows

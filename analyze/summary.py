@@ -1,0 +1,92 @@
+"""The overall numbers of an analysis, and what is printed of it."""
+
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mlsae.analyze.directory import ACTIVATIONS
+from mlsae.analyze.results import Analysis
+from mlsae.base.units import format_count
+
+_SHOWN = (
+    "fvu",
+    "fvu_published",
+    "fvu_position_0_in",
+    "mse",
+    "l0",
+    "l1",
+    "norm",
+    "ce_store",
+    "ce_sae",
+    "delta_ce",
+    "kl",
+)
+
+
+def overall(layers: pa.Table, latents: pa.Table, latent_layers: pa.Table) -> dict[str, Any]:
+    """The numbers of the whole SAE.
+
+    Means are over layers, each weighing the same, or over living latents; None where a term is.
+    """
+    del latent_layers
+    num_dead = int(pc.sum(latents["dead"]).as_py())
+    return {
+        **{f"mean_{name}": _mean(layers[name]) for name in ("fvu", "fvu_published", "delta_ce")},
+        "num_latents": len(latents),
+        "num_dead": num_dead,
+        "dead_fraction": num_dead / len(latents),
+        "mean_layer_std": pc.mean(latents["layer_std"]).as_py(),
+    }
+
+
+def _mean(column: pa.ChunkedArray) -> float | None:
+    return None if column.null_count else float(pc.mean(column).as_py())
+
+
+def render(analysis: Analysis) -> str:
+    """A table by layer, the overall numbers, what is missing and why, the paths."""
+    summary, total = analysis.summary, analysis.summary["overall"]
+    columns = [name for name in _SHOWN if analysis.layers[name].null_count == 0]
+    rows = [["layer", *columns]]
+    rows += [
+        [str(row["layer"]), *(f"{row[name]:.4g}" for name in columns)]
+        for row in analysis.layers.to_pylist()
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+    lines += [
+        "",
+        f"{format_count(summary['num_rows'])} rows over {len(summary['layers'])} layers "
+        f"({summary['rows']}: {format_count(summary['num_sequences'])} sequences of "
+        f"{summary['context_length']} tokens, positions from {summary['skip_positions']})",
+        f"mean over layers: fvu {_text(total['mean_fvu'])}, fvu_published "
+        f"{_text(total['mean_fvu_published'])}, delta_ce {_text(total['mean_delta_ce'])}",
+        f"dead latents on these rows: {total['dead_fraction']:.2%} "
+        f"({format_count(total['num_dead'])} of {format_count(total['num_latents'])})",
+        f"mean standard deviation of a latent's layer: {_text(total['mean_layer_std'])}",
+    ]
+    if summary["cross_entropy"] is None:
+        lines.append(
+            "ce, ce_store, ce_sae, delta_ce, kl were not measured: "
+            + summary["no_cross_entropy_because"]
+        )
+    else:
+        ce = analysis.layers["ce"][0].as_py()
+        tokens = format_count(summary["cross_entropy"]["num_tokens"])
+        lines.append(
+            f"cross-entropy of the untouched transformer: {ce:.4f} nats over {tokens} tokens"
+        )
+    lines += [f"note: {note}" for note in summary["notes"]]
+    tables = f"{analysis.path}/{{layers,latents,latent_layers}}.parquet"
+    lines += [
+        "",
+        f"tables    {tables}",
+        f"events    {analysis.path / ACTIVATIONS} ({format_count(summary['num_events'])} rows)",
+        *(f"figure    {analysis.path / name}" for name in summary["figures"]),
+    ]
+    return "\n".join(lines)
+
+
+def _text(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"

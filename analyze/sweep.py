@@ -1,0 +1,103 @@
+"""One pass over a store's rows: encode, reconstruct, add up."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+
+from mlsae.analyze.events import EventsWriter
+from mlsae.analyze.pairing import Pairing
+from mlsae.analyze.selection import Int, read_rows
+from mlsae.analyze.sums import LatentSums, RowSums, merge_all
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerSums:
+    """What the evaluated rows of a layer add up to."""
+
+    eligible: RowSums
+    """Unflagged rows at positions ≥ the SAE's `skip_positions`."""
+
+    position_0_in: RowSums
+    """Unflagged rows at every position."""
+
+    position_0_out: RowSums
+    """Unflagged rows at positions ≥ 1."""
+
+    latents: LatentSums
+    """Of the eligible rows."""
+
+    num_events: int
+    """Events written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventsPlan:
+    """Where the events go and which rows they cover."""
+
+    directory: Path
+    """Existing folder; a layer's file is `layer-<id>.parquet`."""
+
+    schema: pa.Schema
+    """Schema of the table `activations`."""
+
+    end_row: int
+    """Events cover the evaluated rows below this one."""
+
+
+@torch.no_grad()
+def sweep_layer(
+    pairing: Pairing,
+    layer: int,
+    sequences: Int,
+    *,
+    batch_rows: int,
+    events: EventsPlan,
+    progress: Callable[[int], object],
+) -> LayerSums:
+    """Add up every unflagged row of `sequences` at a layer, in memory that does not grow.
+
+    Args:
+        pairing: store and SAE.
+        layer: a layer id.
+        sequences: sorted indices.
+        batch_rows: rows encoded at once.
+        events: what is written of the latents as they are read back.
+        progress: told the number of rows of each finished batch.
+    """
+    store, sae, device = pairing.store, pairing.sae, pairing.device
+    parts = [RowSums.empty(store.d_model, device)] * 3
+    latents = LatentSums(sae.config.num_latents, device)
+    with EventsWriter(events.directory / f"layer-{layer}.parquet", events.schema, layer) as writer:
+        for rows, stored in read_rows(store, pairing.site, layer, sequences, batch_rows):
+            x = torch.from_numpy(stored).to(device)
+            encoded = sae.encode(x)
+            x_hat = sae.decode(encoded)
+            positions = rows % store.context_length
+            is_first, is_eligible = positions == 0, positions >= pairing.skip_positions
+            # Disjoint sets of rows: position 0, skipped after it, the rest. Every filter that is
+            # reported is a union of them.
+            for i, mask in enumerate((is_first, ~is_first & ~is_eligible, ~is_first & is_eligible)):
+                chosen = torch.from_numpy(mask).to(device)
+                parts[i] = parts[i].merge(RowSums.of(x[chosen], x_hat[chosen]))
+            eligible = torch.from_numpy(is_eligible).to(device)
+            values, indices = encoded.values[eligible], encoded.indices[eligible]
+            latents.add(values, indices)
+            # Rows ascend, so those that the events cover come first.
+            covered = int((rows[is_eligible] < events.end_row).sum())
+            writer.append(
+                rows[is_eligible][:covered],
+                values[:covered].cpu().numpy(),
+                indices[:covered].cpu().numpy(),
+            )
+            progress(len(rows))
+    everywhere = merge_all(parts)
+    return LayerSums(
+        eligible=everywhere if pairing.skip_positions == 0 else parts[2],
+        position_0_in=everywhere,
+        position_0_out=merge_all(parts[1:]),
+        latents=latents,
+        num_events=writer.num_events,
+    )

@@ -1,0 +1,122 @@
+"""From sums to the tables `layers`, `latents` and `latent_layers`.
+
+Shapes: L layers, M = num_latents.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from mlsae.analyze.columns import schema
+from mlsae.analyze.cross_entropy import CrossEntropy
+from mlsae.analyze.distribution import layer_distribution
+from mlsae.analyze.sweep import LayerSums
+
+
+def layers_table(
+    sums: Mapping[int, LayerSums],
+    norms: Mapping[int, float],
+    adjacent_cosines: Mapping[int, float],
+    entropy: CrossEntropy | None,
+    provenance: Mapping[str, str],
+) -> pa.Table:
+    """One row a layer.
+
+    Args:
+        sums: by layer id.
+        norms: mean norm by layer id.
+        adjacent_cosines: by layer id; no entry for the last layer of the store.
+        entropy: its arrays in the order of `sums`, or None.
+        provenance: goes into the schema's metadata.
+    """
+    rows = []
+    for i, (layer, of) in enumerate(sums.items()):
+        count, total = int(of.latents.count.sum()), float(of.latents.total.sum())
+        num_rows = of.eligible.num_rows
+        rows.append(
+            {
+                "layer": layer,
+                "num_rows": num_rows,
+                "fvu": of.eligible.fvu(),
+                "fvu_published": of.eligible.fvu_published(),
+                "num_rows_position_0_in": of.position_0_in.num_rows,
+                "fvu_position_0_in": of.position_0_in.fvu(),
+                "fvu_published_position_0_in": of.position_0_in.fvu_published(),
+                "num_rows_position_0_out": of.position_0_out.num_rows,
+                "fvu_position_0_out": of.position_0_out.fvu(),
+                "fvu_published_position_0_out": of.position_0_out.fvu_published(),
+                "mse": of.eligible.mse(),
+                "l0": count / num_rows,
+                "l1": total / num_rows,
+                "norm": norms[layer],
+                "adjacent_cosine": adjacent_cosines.get(layer),
+                **_entropy_columns(entropy, i),
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=schema("layers", provenance))
+
+
+def _entropy_columns(entropy: CrossEntropy | None, i: int) -> dict[str, float]:
+    if entropy is None:
+        return {}
+    return {
+        "num_ce_tokens": entropy.num_tokens,
+        "ce": entropy.ce,
+        "ce_store": float(entropy.ce_store[i]),
+        "ce_sae": float(entropy.ce_sae[i]),
+        "delta_ce": float(entropy.delta_ce[i]),
+        "kl": float(entropy.kl[i]),
+    }
+
+
+def latents_tables(
+    sums: Mapping[int, LayerSums], provenance: Mapping[str, str]
+) -> tuple[pa.Table, pa.Table]:
+    """`latents`, one row a latent, and `latent_layers`, one row a latent and layer, by latent."""
+    layers = tuple(sums)
+    counts_LM = np.stack([of.latents.count.cpu().numpy() for of in sums.values()])
+    totals_LM = np.stack([of.latents.total.cpu().numpy() for of in sums.values()])
+    distribution = layer_distribution(totals_LM, layers)
+    count_M, total_M = counts_LM.sum(axis=0), totals_LM.sum(axis=0)
+    num_rows = sum(of.eligible.num_rows for of in sums.values())
+    num_latents = len(count_M)
+    latent_M = np.arange(num_latents, dtype=np.int32)
+    latents = pa.table(
+        [
+            latent_M,
+            count_M,
+            total_M,
+            _nullable(_mean(total_M, count_M)),
+            _nullable(distribution.mean),
+            _nullable(distribution.var),
+            _nullable(np.sqrt(distribution.var)),
+            count_M / num_rows,
+            count_M == 0,
+        ],
+        schema=schema("latents", provenance),
+    )
+    latent_layers = pa.table(
+        [
+            np.repeat(latent_M, len(layers)),
+            np.tile(np.asarray(layers, dtype=np.int32), num_latents),
+            counts_LM.T.ravel(),
+            totals_LM.T.ravel(),
+            _nullable(_mean(totals_LM, counts_LM).T.ravel()),
+            _nullable(distribution.probs.T.ravel()),
+        ],
+        schema=schema("latent_layers", provenance),
+    )
+    return latents, latent_layers
+
+
+def _mean(total: npt.NDArray[Any], count: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    out = np.full(total.shape, np.nan)
+    np.divide(total, count, out=out, where=count > 0)
+    return out
+
+
+def _nullable(values: npt.NDArray[np.float64]) -> pa.Array:
+    return pa.array(values, mask=np.isnan(values))
