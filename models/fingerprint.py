@@ -1,0 +1,38 @@
+"""What a model is: a hash of its weights and a hash of its config."""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+from mlsae.base.files import canonical_json
+
+# Where a config was read from, by which version, and in which precision its weights were loaded
+# (recorded beside it) do not make another architecture.
+_NOT_ARCHITECTURE = ("_name_or_path", "_commit_hash", "transformers_version", "dtype")
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Hex SHA-256 of a model's state: for each entry, by sorted name, name, shape, dtype, bytes.
+
+    Entries are the parameters and persistent buffers of `state_dict`; tied weights count under
+    each of their names. Bytes are the row-major values as loaded, so the precision matters and
+    the device does not.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        digest.update(canonical_json([name, list(tensor.shape), dtype]))
+        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(memoryview(values.numpy()))
+    return digest.hexdigest()
+
+
+def config_sha256(config: Any) -> str:
+    """Hex SHA-256 of the canonical JSON of a transformers config, every resolved default in it."""
+    content = json.loads(config.to_json_string(use_diff=False))
+    for key in _NOT_ARCHITECTURE:
+        content.pop(key, None)
+    return hashlib.sha256(canonical_json(content)).hexdigest()

@@ -1,0 +1,123 @@
+"""A loaded transformer: its blocks, its tokenizer, its sizes, and the record of what it is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from mlsae.base.errors import InputError
+from mlsae.models.fingerprint import config_sha256, weights_sha256
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Transformer:
+    """A causal language model of the transformers library, in eval mode, without gradients."""
+
+    model: Any
+    """The `*ForCausalLM` module."""
+    blocks: list[nn.Module]
+    """Its blocks in order; layer i is the output of block i, before any final norm."""
+    name: str
+    """Hub id, or the absolute path of a local directory."""
+    revision: str | None = None
+    """Commit of a hub model; None for a local directory."""
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The model without its language-model head."""
+        return self.model.base_model  # type: ignore[no-any-return]
+
+    @property
+    def num_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self._text_config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids the embedding has rows for."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def max_context_length(self) -> int | None:
+        """Most tokens of a sequence the model has positions for; None where there is no limit."""
+        length = getattr(self._text_config, "max_position_embeddings", None)
+        return None if length is None else int(length)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights."""
+        return self.model.dtype  # type: ignore[no-any-return]
+
+    @property
+    def config_hash(self) -> str:
+        """Hex SHA-256 of the config; see `fingerprint.config_sha256`."""
+        return config_sha256(self.model.config)
+
+    @property
+    def attention_implementation(self) -> str:
+        """`sdpa`, `eager`, `flash_attention_2`, …"""
+        return str(self.model.config._attn_implementation)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, read from the same place at first use.
+
+        Raises:
+            InputError: there is none, or it cannot be read.
+        """
+        from mlsae.models.loading import load_tokenizer
+
+        return load_tokenizer(self.name, revision=self.revision)
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return weights_sha256(self.model)
+
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of the loaded weights; see `fingerprint.weights_sha256`."""
+        return self._fingerprint
+
+    def describe(self) -> dict[str, str | None]:
+        """What identifies this model, as the `model` entry of a store's source."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "fingerprint": self.fingerprint(),
+            "config_sha256": self.config_hash,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "attention_implementation": self.attention_implementation,
+            "init": "trained",
+        }
+
+    def check_layers(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """The layers asked for, sorted.
+
+        Raises:
+            InputError: none, one twice, or one the model does not have.
+        """
+        absent = [layer for layer in layers if not 0 <= layer < self.num_layers]
+        if absent:
+            raise InputError(
+                f"model {self.name} has no layer {absent[0]}: its layers are "
+                f"0 to {self.num_layers - 1}"
+            )
+        if not layers or len(set(layers)) != len(layers):
+            raise InputError(f"expected one or more different layers, got {list(layers)}")
+        return tuple(sorted(layers))
+
+    @property
+    def _text_config(self) -> Any:
+        return self.model.config.get_text_config()

@@ -1,0 +1,45 @@
+"""Blocks are found by structure and their outputs read whatever the library returns."""
+
+import pytest
+import torch
+from torch import nn
+
+from mlsae.base.errors import InputError
+from mlsae.models.blocks import find_blocks, hidden_of, with_hidden
+
+
+class _Experts(nn.Module):
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(num_experts))
+
+
+class _Backbone(nn.Module):
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        super().__init__()
+        self.decoder = nn.ModuleDict(
+            {"stack": nn.ModuleList(_Experts(num_experts) for _ in range(num_layers))}
+        )
+
+
+def test_expert_lists_of_the_same_length_are_not_the_blocks() -> None:
+    backbone = _Backbone(num_layers=3, num_experts=3)
+    assert find_blocks(backbone, 3) == list(backbone.decoder["stack"])  # type: ignore[call-overload]
+
+
+def test_no_list_of_that_length_is_refused_naming_those_found() -> None:
+    with pytest.raises(InputError, match=r"ModuleList of 5 blocks .* decoder\.stack \(3\)"):
+        find_blocks(_Backbone(num_layers=3, num_experts=2), 5)
+
+
+def test_hidden_state_of_a_tensor_and_of_a_tuple() -> None:
+    a, b = torch.zeros(1), torch.ones(1)
+    assert hidden_of(a) is a
+    assert hidden_of((a, b)) is a
+    assert with_hidden(a, b) is b
+    assert with_hidden((a, "cache"), b) == (b, "cache")
+
+
+def test_other_outputs_are_refused() -> None:
+    with pytest.raises(InputError, match="a block returned dict where its hidden state"):
+        hidden_of([{}])
