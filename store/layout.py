@@ -38,7 +38,7 @@ class Layout:
 
 
 def chunk_rows_for(num_rows: int, batch_rows: int, row_bytes: int, shard_bytes: int) -> int:
-    """Rows of a chunk, near 1 MiB or a quarter of a small shard; it divides a batch or is several."""
+    """Rows of a chunk: near 1 MiB, or a quarter of a small shard; divides a batch, or is several."""
     want = max(1, min(CHUNK_BYTES, shard_bytes // 4) // row_bytes)
     if want >= batch_rows:
         return batch_rows * max(1, min(round(want / batch_rows), -(-num_rows // batch_rows)))
@@ -60,9 +60,10 @@ def array_bytes(num_rows: int, row_bytes: int, chunk_rows: int, shard_rows: int)
     return sizes + (object_bytes(rest, row_bytes, chunk_rows, shard_rows) if rest else 0)
 
 
-def token_shard_for(num_tokens: int) -> int:
-    """Tokens of a shard of the token arrays: whole chunks, no more than needed."""
-    return min(TOKEN_SHARD, -(-num_tokens // TOKEN_CHUNK) * TOKEN_CHUNK)
+def token_rows_for(num_tokens: int) -> tuple[int, int]:
+    """Tokens of a chunk and of a shard of the token arrays: whole chunks, no more than needed."""
+    chunk = min(TOKEN_CHUNK, num_tokens)
+    return chunk, min(TOKEN_SHARD // chunk, -(-num_tokens // chunk)) * chunk
 
 
 def plan_layout(
@@ -100,8 +101,8 @@ def plan_layout(
     num_shards = -(-num_rows // shard_rows)
     num_arrays = len(layers) * len(sites)
     activations = num_arrays * array_bytes(num_rows, row_bytes, chunk_rows, shard_rows)
-    token_shard = token_shard_for(num_tokens)
-    tokens = sum(array_bytes(num_tokens, b, TOKEN_CHUNK, token_shard) for b in (4, 4, 1))
+    token_rows = token_rows_for(num_tokens)
+    tokens = sum(array_bytes(num_tokens, itemsize, *token_rows) for itemsize in (4, 4, 1))
     moments = (num_shards + 1) * moments_bytes(len(layers), len(sites), d_model)
     records = 4096 * (num_shards + num_arrays + 8)
     return Layout(

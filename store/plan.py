@@ -13,7 +13,7 @@ from mlsae.base.errors import InputError
 from mlsae.base.files import DamagedFileError, canonical_json, read_sealed
 from mlsae.store.encoding import check_encoding
 from mlsae.store.errors import DamagedStoreError, NotAStoreError
-from mlsae.store.layout import TOKEN_CHUNK, plan_layout, token_shard_for
+from mlsae.store.layout import plan_layout, token_rows_for
 from mlsae.store.schema import (
     COMPLETE,
     IGNORED,
@@ -100,6 +100,7 @@ def make_plan(
         batch_sequences=batch_sequences,
         shard_bytes=shard_bytes,
     )
+    token_chunk, token_shard = token_rows_for(num_tokens)
     plan = {
         "schema_version": SCHEMA_VERSION,
         "num_tokens": num_tokens,
@@ -116,8 +117,8 @@ def make_plan(
         "batch_sequences": batch_sequences,
         "chunk_rows": layout.chunk_rows,
         "shard_rows": layout.shard_rows,
-        "token_chunk": TOKEN_CHUNK,
-        "token_shard": token_shard_for(num_tokens),
+        "token_chunk": token_chunk,
+        "token_shard": token_shard,
         "source": dict(source),
     }
     # A plan must equal what is read back, so tuples and the like take their JSON form here.

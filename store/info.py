@@ -1,0 +1,93 @@
+"""What a store is, in one screen or as JSON."""
+
+import os
+from typing import Any
+
+from mlsae.base.units import format_bytes, format_count
+from mlsae.store.commit import num_shards_of, pending_shards
+from mlsae.store.reader import open_store
+
+
+def store_info(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Everything a store says of itself, JSON-ready; complete or not.
+
+    Raises:
+        StoreError: there is no store, its tokens are not written, or a record is damaged.
+    """
+    store = open_store(path, incomplete=True)
+    num_shards = num_shards_of(store.plan)
+    files = [file for file in store.path.rglob("*") if file.is_file()]
+    info: dict[str, Any] = {
+        "path": str(store.path),
+        "complete": store.is_complete,
+        "store_id": store.store_id if store.is_complete else None,
+        "plan_id": store.plan_id,
+        "num_sequences": store.num_sequences,
+        "num_rows": store.num_rows,
+        "num_shards": num_shards,
+        "num_committed": num_shards - len(pending_shards(store.path, store.plan)),
+        "num_bytes": sum(file.stat().st_size for file in files),
+        "plan": store.plan,
+    }
+    if store.is_complete:
+        moments = {site: store.moments(site) for site in store.sites}
+        info["moments"] = {
+            site: {
+                "num_rows": of_site.count,
+                "layers": list(of_site.layers),
+                "mean_norm": of_site.norm_mean.tolist(),
+                "max_abs": of_site.max_abs.tolist(),
+                "adjacent_cosine": of_site.adjacent_cosine().tolist(),
+            }
+            for site, of_site in moments.items()
+        }
+    return info
+
+
+def format_info(info: dict[str, Any]) -> str:
+    """The human form of `store_info`."""
+    plan = info["plan"]
+    state = "complete" if info["complete"] else "incomplete"
+    model = plan["source"].get("model", {}).get("name", "(not a harvest)")
+    lines = [
+        f"{info['path']}: {state}, schema {plan['schema_version']}",
+        f"  model       {model}",
+        f"  tokens      {format_count(plan['num_tokens'])} in {format_count(info['num_sequences'])}"
+        f" sequences of {plan['context_length']}",
+        f"  activations {', '.join(plan['sites'])}; layers {_ranges(plan['layers'])}; "
+        f"d_model {plan['d_model']}; {plan['encoding']}",
+        f"  shards      {info['num_committed']} of {info['num_shards']} committed, "
+        f"{format_count(plan['shard_rows'])} rows each",
+        f"  on disk     {format_bytes(info['num_bytes'])}",
+        f"  plan_id     {info['plan_id']}",
+        f"  store_id    {info['store_id'] or '(when complete)'}",
+    ]
+    for site, moments in info.get("moments", {}).items():
+        lines += ["", format_moments(site, moments)]
+    return "\n".join(lines)
+
+
+def format_moments(site: str, moments: dict[str, Any]) -> str:
+    """A table by layer: mean norm, largest magnitude, pooled cosine with the next layer."""
+    rows = [
+        f"  {site}, {format_count(moments['num_rows'])} eligible rows a layer "
+        f"(position 0, special, padding and masked tokens left out)",
+        f"  {'layer':>5} {'mean norm':>10} {'max |x|':>10} {'cosine to next':>15}",
+    ]
+    cosines = [*moments["adjacent_cosine"], None]
+    for layer, norm, largest, cosine in zip(
+        moments["layers"], moments["mean_norm"], moments["max_abs"], cosines, strict=True
+    ):
+        last = "" if cosine is None else f"{cosine:.3f}"
+        rows.append(f"  {layer:>5} {norm:>10.4g} {largest:>10.4g} {last:>15}")
+    return "\n".join(rows)
+
+
+def _ranges(layers: list[int]) -> str:
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][-1] + 1 == layer:
+            runs[-1] = [runs[-1][0], layer]
+        else:
+            runs.append([layer])
+    return ", ".join("–".join(map(str, run)) for run in runs)
