@@ -1,0 +1,107 @@
+"""The SAE directory: sae.safetensors, config.json, training.json, each checked when read.
+
+config.json is written last and carries the hash of the weights, so a directory that has one was
+written whole. Both JSON files carry their own checksum.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from mlsae.base.files import DamagedFileError, read_sealed, seal, sha256_file, write_durably
+from mlsae.sae.config import SAEConfig
+from mlsae.sae.errors import DamagedSAEError, NotAnSAEError
+
+WEIGHTS, CONFIG, TRAINING = "sae.safetensors", "config.json", "training.json"
+_ARCHITECTURE = "mlsae/topk"
+
+
+def write(
+    directory: Path,
+    config: SAEConfig,
+    tensors: Mapping[str, torch.Tensor],
+    training: Mapping[str, Any],
+) -> None:
+    """Write the three files durably, config.json last.
+
+    Args:
+        directory: made if it is not there.
+        config: goes into config.json.
+        tensors: W_enc (N, D), W_dec (N, D) and b (D,).
+        training: training.json's content.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = safetensors.torch.save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    )
+    write_durably(directory / WEIGHTS, weights)
+    write_durably(directory / TRAINING, seal(training))
+    content = {
+        **config.to_dict(),
+        "architecture": _ARCHITECTURE,
+        "weights_sha256": sha256_file(directory / WEIGHTS),
+    }
+    write_durably(directory / CONFIG, seal(content))
+
+
+def read(directory: Path) -> tuple[SAEConfig, dict[str, torch.Tensor], dict[str, Any]]:
+    """Read and check the three files.
+
+    Returns:
+        The configuration, the tensors on the CPU, training.json's content.
+
+    Raises:
+        NotAnSAEError: there is no SAE there.
+        DamagedSAEError: a file is missing or does not hold the bytes that were written.
+        InputError: a configuration key is unknown or missing.
+    """
+    path = directory / CONFIG
+    content = _read_config(directory)
+    expected_digest = content.pop("weights_sha256")
+    del content["architecture"]
+    config = SAEConfig.from_dict(content, str(path))
+    for name in (WEIGHTS, TRAINING):
+        if not (directory / name).is_file():
+            raise DamagedSAEError(
+                f"{directory / name} is missing: expected {WEIGHTS}, {CONFIG} and {TRAINING} "
+                f"side by side; copy the whole directory again"
+            )
+    try:
+        training = read_sealed(directory / TRAINING)
+    except DamagedFileError as error:
+        raise DamagedSAEError(str(error)) from error
+    digest = sha256_file(directory / WEIGHTS)
+    if digest != expected_digest:
+        raise DamagedSAEError(
+            f"{directory / WEIGHTS} is damaged: expected SHA-256 "
+            f"{expected_digest[:12]}, got {digest[:12]}; copy the directory again"
+        )
+    return config, safetensors.torch.load_file(directory / WEIGHTS), training
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG
+    if not directory.is_dir():
+        raise NotAnSAEError(f"there is no SAE at {directory}: no such directory")
+    if not path.is_file():
+        raise NotAnSAEError(
+            f"{directory} is no SAE directory: it has no {CONFIG}; "
+            f"expected the --out of a finished `mlsae train`"
+        )
+    try:
+        foreign = json.loads(path.read_bytes()).get("architecture") != _ARCHITECTURE
+    except (ValueError, AttributeError):
+        foreign = False  # Not even JSON: read_sealed says so.
+    if foreign:
+        raise NotAnSAEError(
+            f"{path} does not describe an SAE of mlsae: expected architecture "
+            f"{_ARCHITECTURE!r}; SAEs of other tools have to be converted first"
+        )
+    try:
+        return read_sealed(path)
+    except DamagedFileError as error:
+        raise DamagedSAEError(str(error)) from error

@@ -1,0 +1,71 @@
+"""Products with a sparse (rows × latents) matrix that is known by its support.
+
+All three run as bags of gathered rows or sampled dot products, on CPU and CUDA, in float32 and
+float64; their cost does not grow with the number of latents.
+
+Shape suffixes: B rows, D channels, N latents, K selected latents.
+"""
+
+import functools
+import warnings
+
+import torch
+from torch.nn.functional import embedding_bag
+
+
+class Support:
+    """Where a batch's latent values are not zero: K latents of each row.
+
+    Args:
+        indices_BK: (B, K) int64 latent indices, each at most once a row.
+        num_latents: N.
+    """
+
+    def __init__(self, indices_BK: torch.Tensor, num_latents: int) -> None:
+        self.indices_BK = indices_BK
+        self.num_latents = num_latents
+
+    @functools.cached_property
+    def _by_latent(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The transpose: order of the entries by latent, their rows, each latent's offset."""
+        flat = self.indices_BK.reshape(-1).to(torch.int32)
+        order = torch.sort(flat, stable=True).indices
+        counts = torch.bincount(flat, minlength=self.num_latents)
+        rows = torch.div(order, self.indices_BK.shape[1], rounding_mode="floor")
+        return order, rows, counts.cumsum(0) - counts
+
+    def transpose_product(self, values_BK: torch.Tensor, dense_BD: torch.Tensor) -> torch.Tensor:
+        """Zᵀ X for the sparse Z (B, N) with these values: (N, D).
+
+        Each latent's row is a bag of the rows that use it, so no two rows write one place and the
+        result does not depend on scheduling.
+        """
+        order, rows, offsets = self._by_latent
+        weights = values_BK.reshape(-1)[order]
+        return embedding_bag(rows, dense_BD, offsets, mode="sum", per_sample_weights=weights)
+
+    def product(self, values_BK: torch.Tensor, W_ND: torch.Tensor) -> torch.Tensor:
+        """Z W for the sparse Z (B, N) with these values: (B, D)."""
+        return embedding_bag(self.indices_BK, W_ND, mode="sum", per_sample_weights=values_BK)
+
+    def sampled_product(self, x_BD: torch.Tensor, W_ND: torch.Tensor) -> torch.Tensor:
+        """x Wᵀ at the support alone: (B, K) dot products of each row with its K latents' rows."""
+        _silence_beta_warning()
+        num_rows, k = self.indices_BK.shape
+        places = torch.sparse_csr_tensor(
+            torch.arange(0, num_rows * k + 1, k, device=x_BD.device),
+            self.indices_BK.reshape(-1),
+            x_BD.new_zeros(num_rows * k),
+            size=(num_rows, self.num_latents),
+            check_invariants=False,
+        )
+        sampled: torch.Tensor = torch.sparse.sampled_addmm(places, x_BD, W_ND.T, beta=0.0)
+        return sampled.values().view(num_rows, k)
+
+
+@functools.cache
+def _silence_beta_warning() -> None:
+    """torch says once a process that its CSR tensors are in beta; nothing a user could act on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.sparse_csr_tensor([0, 1], [0], [0.0], size=(1, 1))
