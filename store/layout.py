@@ -38,7 +38,7 @@ class Layout:
 
 
 def chunk_rows_for(num_rows: int, batch_rows: int, row_bytes: int, shard_bytes: int) -> int:
-    """Rows of a chunk: near 1 MiB, or a quarter of a small shard; divides a batch, or is several."""
+    """Rows of a chunk: near 1 MiB or a quarter of a small shard; divisor or multiple of a batch."""
     want = max(1, min(CHUNK_BYTES, shard_bytes // 4) // row_bytes)
     if want >= batch_rows:
         return batch_rows * max(1, min(round(want / batch_rows), -(-num_rows // batch_rows)))

@@ -215,8 +215,10 @@ class Block(GroupMoments):
             self.per_layer["max_abs"][index, group] = np.abs(x_ND[rows]).max()
             if above is not None:
                 above_group = above[rows]
-                above_group -= above_group.mean(axis=0)
-                self.cross[index, group] = np.einsum("nd,nd->", x_group, above_group)
+                # A value of the layer above that is not finite is reported by that layer.
+                with np.errstate(invalid="ignore"):
+                    above_group -= above_group.mean(axis=0)
+                    self.cross[index, group] = np.einsum("nd,nd->", x_group, above_group)
 
 
 def to_bytes(moments: Mapping[str, GroupMoments]) -> bytes:

@@ -38,5 +38,6 @@ def validation_sequences(
             f"leaves none to train on: lower it or harvest more text"
         )
     key = hashlib.sha256(f"mlsae validation {tokens_sha256} {seed}".encode()).digest()
-    generator = np.random.Generator(np.random.PCG64(int.from_bytes(key, "little")))
-    return np.sort(generator.permutation(num_sequences)[:count]).astype(np.int64)
+    # The raw stream of a bit generator is fixed for good; methods of Generator may change.
+    rank = np.random.PCG64(int.from_bytes(key, "little")).random_raw(num_sequences)
+    return np.sort(np.argsort(rank, kind="stable")[:count]).astype(np.int64)

@@ -1,0 +1,170 @@
+"""Every byte counts: a store with any byte changed is never read as sound."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mlsae.base.errors import MlsaeError
+from mlsae.base.files import read_sealed, seal
+from mlsae.store import (
+    DamagedStoreError,
+    NotAStoreError,
+    SchemaVersionError,
+    StoreError,
+    open_store,
+)
+from mlsae.store.verify import Problem, verify
+
+SPECIFICATION = Path(__file__).parents[2] / "storage_schema.md"
+
+
+def files_of(path: Path) -> list[Path]:
+    """Every file of a store."""
+    return sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def judge(path: Path) -> list[str]:
+    """Problems found, or the refusal to open."""
+    try:
+        return [str(problem) for problem in verify(path)]
+    except StoreError as error:
+        return [str(error)]
+
+
+def test_a_sound_store_has_no_problems(sample_maker):
+    """For every encoding, with provenance beside it."""
+    for encoding in ("float16", "bfloat16", "float32"):
+        made = sample_maker(encoding, encoding=encoding, provenance={"host": "here"})
+        assert verify(made.path) == []
+
+
+def test_one_flipped_bit_in_any_file_is_found(sample_maker):
+    """Three random bits of every file of a store, one at a time."""
+    made = sample_maker(provenance={"host": "here"})
+    generator = random.Random(0)
+    for file in files_of(made.path):
+        data = file.read_bytes()
+        for _ in range(3):
+            bit = generator.randrange(8 * len(data))
+            flipped = bytearray(data)
+            flipped[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(flipped)
+            assert judge(made.path), f"bit {bit} of {file.relative_to(made.path)}"
+        file.write_bytes(data)
+    assert verify(made.path) == []
+
+
+def test_reading_never_returns_flipped_activations(sample):
+    """A flipped bit in any activation chunk raises where it is read, naming the shard."""
+    generator = random.Random(1)
+    for file in (sample.path / "activations").rglob("c.*"):
+        data = file.read_bytes()
+        flipped = bytearray(data)
+        flipped[generator.randrange(len(data))] ^= 4
+        file.write_bytes(flipped)
+        layer = int(file.parent.name)
+        with pytest.raises(DamagedStoreError, match=rf"shard \d of activations/resid_post/{layer}"):
+            open_store(sample.path).read("resid_post", layer)
+        file.write_bytes(data)
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated", "longer", "swapped"])
+def test_missing_truncated_longer_or_swapped_files_are_found(sample, harm):
+    """Each file of the store in turn."""
+    files = files_of(sample.path)
+    for file in files:
+        data = file.read_bytes()
+        if harm == "missing":
+            file.unlink()
+        elif harm == "truncated":
+            file.write_bytes(data[:-1])
+        elif harm == "longer":
+            file.write_bytes(data + b"\0")
+        else:
+            other = next(
+                f for f in files if f != file and f.suffix == file.suffix and f.read_bytes() != data
+            )
+            shutil.copyfile(other, file)
+        assert judge(sample.path), f"{harm}: {file.relative_to(sample.path)}"
+        file.write_bytes(data)
+    assert verify(sample.path) == []
+
+
+def test_foreign_files_are_named_and_hub_files_ignored(sample):
+    """A README of a hub is no damage; anything else is."""
+    (sample.path / "README.md").write_text("shared")
+    assert verify(sample.path) == []
+    (sample.path / "activations" / "notes.txt").write_text("?")
+    assert [str(p) for p in verify(sample.path)] == [
+        "R-LAYOUT-3 activations/notes.txt: does not belong here"
+    ]
+
+
+def test_moments_that_are_not_those_of_the_values_are_found(sample):
+    """Even when every hash around them is right."""
+    from mlsae.store import moments as m
+
+    store = open_store(sample.path)
+    name = sample.path / "moments/00002.safetensors"
+    parsed = m.from_bytes(name.read_bytes(), store.sites, store.layers, store.d_model)
+    parsed["resid_post"].per_channel["m2"][1] *= 1.001
+    name.write_bytes(m.to_bytes(parsed))
+    record = read_sealed(sample.path / "commits/00002.json")
+    import hashlib
+
+    record["moments_sha256"] = hashlib.sha256(name.read_bytes()).hexdigest()
+    (sample.path / "commits/00002.json").write_bytes(seal(record))
+    assert [(p.rule, p.path) for p in verify(sample.path)] == [
+        ("R-MOMENT-3", "moments/00002.safetensors")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        ("1.0", "follows schema 1.0, this mlsae reads 0.1; upgrade mlsae"),
+        ("0.2", "follows schema 0.2, this mlsae reads 0.1; upgrade mlsae"),
+        ("0.0", "read it with the mlsae that wrote it"),
+        ("one", "schema_version must be MAJOR.MINOR such as 0.1, got 'one'"),
+    ],
+)
+def test_stores_of_other_versions_are_refused(sample, version, message):
+    """The version decides before anything else is looked at."""
+    plan = read_sealed(sample.path / "plan.json")
+    (sample.path / "plan.json").write_bytes(seal({**plan, "schema_version": version, "new": 1}))
+    with pytest.raises(SchemaVersionError, match=message):
+        open_store(sample.path)
+
+
+def test_unknown_keys_of_a_plan_are_refused(sample):
+    """A reader must not guess what a key means."""
+    plan = read_sealed(sample.path / "plan.json")
+    (sample.path / "plan.json").write_bytes(seal({**plan, "rotation": "hadamard"}))
+    with pytest.raises(MlsaeError, match="the plan has unknown keys rotation"):
+        open_store(sample.path)
+
+
+def test_what_is_no_store_is_said_to_be_none(tmp_path: Path):
+    """Absent, empty, and a plain Zarr group."""
+    with pytest.raises(NotAStoreError, match="does not exist; expected an activation store"):
+        open_store(tmp_path / "absent")
+    with pytest.raises(NotAStoreError, match=r"is not an activation store: it has no plan\.json"):
+        open_store(tmp_path)
+    (tmp_path / "plan.json").write_text(json.dumps({"plan": "to conquer the world"}))
+    with pytest.raises(DamagedStoreError, match="does not match its checksum"):
+        open_store(tmp_path)
+
+
+def test_the_specification_states_every_rule_that_verify_reports():
+    """A reader of a problem finds its rule; nothing is reported that is not specified."""
+    import re
+
+    source = (SPECIFICATION.parent / "store" / "verify.py").read_text()
+    reported = set(re.findall(r'"(R-[A-Z]+-\d+)"', source))
+    stated = set(re.findall(r"^- \*\*(R-[A-Z]+-\d+)\*\*", SPECIFICATION.read_text(), re.M))
+    assert reported
+    assert reported <= stated
+    assert str(Problem(rule="R-X-1", path="a", message="b")) == "R-X-1 a: b"

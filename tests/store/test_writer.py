@@ -1,0 +1,197 @@
+"""Stores are complete or visibly incomplete; producers may die at any moment."""
+
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlsae.base.errors import InputError, ResourceError
+from mlsae.store import (
+    ActivationError,
+    IncompleteStoreError,
+    NotAStoreError,
+    PlanMismatchError,
+    create,
+    open_store,
+    resume,
+)
+from mlsae.store.verify import verify
+
+PRODUCER = Path(__file__).with_name("producer.py")
+SHAPE = {"context_length": 8, "layers": (0, 1), "d_model": 4}
+TOKENS = np.arange(64)
+
+
+def rows(num_rows: int, value: float = 1.0) -> dict[tuple[str, int], np.ndarray]:
+    """One batch for the store of SHAPE."""
+    values = np.full((num_rows, 4), value, np.float32) + np.arange(4, dtype=np.float32)
+    return {("resid_post", 0): values, ("resid_post", 1): 2 * values}
+
+
+def run_producer(path: Path, kill_after: int | None = None) -> int:
+    """Run the producer; kill -9 it when it has printed that many batches. Batches printed."""
+    with subprocess.Popen(
+        [sys.executable, str(PRODUCER), str(path), "7"], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        count = 0
+        for _ in process.stdout:
+            count += 1
+            if count == kill_after:
+                process.send_signal(signal.SIGKILL)
+                break
+        process.wait()
+    assert (process.returncode == 0) == (kill_after is None)
+    return count
+
+
+def test_killed_producers_continue_after_their_last_committed_shard(tmp_path: Path):
+    """kill -9 at several instants; each rerun does the rest, and the result is as if unbroken."""
+    num_batches = run_producer(tmp_path / "unbroken")
+    unbroken = open_store(tmp_path / "unbroken").store_id
+    broken = tmp_path / "broken"
+    generator = random.Random(0)
+    total = 0
+    for _ in range(4):
+        total += run_producer(broken, kill_after=generator.randint(3, 15))
+        with pytest.raises(IncompleteStoreError, match=r"incomplete: \d+ of 40 shards"):
+            open_store(broken)
+    done = 40 - len(resume(broken).pending())
+    assert done > 0
+    assert run_producer(broken) == num_batches - 2 * done
+    assert open_store(broken).store_id == unbroken
+    assert verify(broken) == []
+    assert not list(broken.rglob("*.partial"))
+
+
+def test_appending_in_pieces_of_any_size_gives_the_same_store(tmp_path: Path):
+    """Rows may come in any portions; shards are cut by the plan."""
+    ids = set()
+    for piece in (1, 5, 8, 64):
+        with create(tmp_path / str(piece), tokens=TOKENS, **SHAPE, shard_bytes=200) as writer:
+            for start in range(0, 64, piece):
+                writer.append(rows(min(piece, 64 - start)))
+        ids.add(open_store(tmp_path / str(piece)).store_id)
+    assert len(ids) == 1
+
+
+def test_two_writers_may_share_a_plan_and_split_the_shards(tmp_path: Path):
+    """Each takes every other shard; whoever closes last completes the store."""
+    first = create(tmp_path / "a", tokens=TOKENS, **SHAPE, shard_bytes=64)
+    second = create(tmp_path / "a", tokens=TOKENS, **SHAPE, shard_bytes=64)
+    assert first.num_shards == 8
+    for writer, mine in ((first, range(0, 8, 2)), (second, range(1, 8, 2))):
+        for shard in mine:
+            writer.seek(shard)
+            writer.append(rows(8))
+    first.close()
+    second.close()
+    assert verify(tmp_path / "a") == []
+    with create(tmp_path / "a", tokens=TOKENS, **SHAPE, shard_bytes=64) as again:
+        assert again.position is None
+        with pytest.raises(InputError, match="all 64 rows are there, 1 too many"):
+            again.append(rows(1))
+
+
+def test_another_plan_is_refused_naming_the_difference(tmp_path: Path):
+    """The store of another text, layer set or source is not touched."""
+    with create(tmp_path / "a", tokens=TOKENS, **SHAPE, source={"model": {"name": "x"}}) as writer:
+        writer.append(rows(64))
+    before = {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
+    with pytest.raises(PlanMismatchError, match=r"source\.model\.name: x there, y here"):
+        create(tmp_path / "a", tokens=TOKENS, **SHAPE, source={"model": {"name": "y"}})
+    with pytest.raises(PlanMismatchError, match=r"tokens_sha256: .* there, .* here"):
+        create(tmp_path / "a", tokens=TOKENS + 1, **SHAPE, source={"model": {"name": "x"}})
+    assert before == {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
+
+
+def test_a_directory_with_other_things_is_refused(tmp_path: Path):
+    """A store is made in an absent or empty directory only."""
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(NotAStoreError, match=r"is not empty and holds no store.*thesis\.tex"):
+        create(tmp_path, tokens=TOKENS, **SHAPE)
+    with pytest.raises(NotAStoreError, match="is a file"):
+        create(tmp_path / "thesis.tex", tokens=TOKENS, **SHAPE)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 70000.0])
+def test_values_that_cannot_be_held_stop_the_writer_with_layer_and_magnitude(tmp_path, bad):
+    """NaN, infinity and float16 overflow leave an incomplete store, never a wrong one."""
+    values = rows(64)
+    values["resid_post", 1][11, 2] = bad
+    message = r"layer 1 \(resid_post\), row 11: a value is not finite in float16; the largest .* 8"
+    with (
+        pytest.raises(ActivationError, match=message) as caught,
+        create(tmp_path / "a", tokens=TOKENS, **SHAPE) as writer,
+    ):
+        writer.append(values)
+    assert ("--encoding bfloat16" in str(caught.value)) == (not np.isnan(bad))
+    with pytest.raises(IncompleteStoreError):
+        open_store(tmp_path / "a")
+    assert not list((tmp_path / "a").rglob("*.partial"))
+
+
+def test_a_failing_producer_leaves_no_partial_files(tmp_path: Path):
+    """An exception drops the unfinished shard and keeps the committed ones."""
+
+    def produce() -> None:
+        with create(tmp_path / "a", tokens=TOKENS, **SHAPE, shard_bytes=64) as writer:
+            writer.append(rows(12))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        produce()
+    assert resume(tmp_path / "a").pending() == list(range(1, 8))
+    assert not list((tmp_path / "a").rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": np.arange(63)}, "whole sequences of context_length 8, got 63 tokens"),
+        ({"tokens": np.zeros(0, int)}, "got 0 tokens"),
+        ({"tokens": TOKENS.astype(float)}, "tokens must be integers"),
+        ({"tokens": TOKENS - 1}, "tokens must fit uint32, got -1 to 62"),
+        ({"documents": np.arange(3)}, r"documents must be integers of shape \(64,\)"),
+        ({"layers": (1, 0)}, r"layers must be ascending block indices from 0, got \[1, 0\]"),
+        ({"sites": ("resid",)}, "sites must be different ones of resid_pre"),
+        ({"encoding": "float8"}, "encoding 'float8' is not one of float16, bfloat16, float32"),
+        ({"d_model": 0}, "d_model must be at least 1, got 0"),
+    ],
+)
+def test_arguments_out_of_range_are_refused_before_anything_is_made(tmp_path, options, message):
+    """One line each, and no directory left behind."""
+    with pytest.raises(InputError, match=message):
+        create(tmp_path / "a", **{"tokens": TOKENS, **SHAPE, **options})
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_store_that_would_not_fit_is_refused_before_it_starts(tmp_path: Path):
+    """The message has both numbers."""
+    with pytest.raises(ResourceError, match=r"not enough disk .* needs \S+ TB, .* free"):
+        create(
+            tmp_path / "a",
+            tokens=np.zeros(100_000, int),
+            context_length=1,
+            layers=range(1000),
+            d_model=2_000_000,
+        )
+    assert not (tmp_path / "a").exists()
+
+
+def test_shapes_and_names_of_a_batch_are_checked(tmp_path: Path):
+    """A batch has every (site, layer), each of the right width."""
+    with create(tmp_path / "a", tokens=TOKENS, **SHAPE) as writer:
+        with pytest.raises(ActivationError, match="expected activations of"):
+            writer.append({("resid_post", 0): np.zeros((8, 4), np.float32)})
+        with pytest.raises(
+            ActivationError, match=r"layer 1 must have shape \(8, 4\), got \(8, 5\)"
+        ):
+            writer.append({**rows(8), ("resid_post", 1): np.zeros((8, 5), np.float32)})
+        with pytest.raises(ActivationError, match="must be floats or float16, got int64"):
+            writer.append({**rows(8), ("resid_post", 1): np.zeros((8, 4), np.int64)})
