@@ -1,1 +1,183 @@
-"""mlsae command line."""
+"""The command line: parse, call the library, print.
+
+Everything heavy is imported inside its command, so that help is quick and `mlsae train` never loads
+transformers.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlsae import __version__
+from mlsae.base.errors import InputError, MlsaeError
+from mlsae.base.units import parse_bytes, parse_count, parse_layers
+
+
+class _Parsed(click.ParamType):
+    """An option whose text a library function parses; its message becomes a usage error."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self._parse(value) if isinstance(value, str) else value
+        except InputError as error:
+            self.fail(str(error), param, ctx)
+
+
+COUNT = _Parsed("count", parse_count)
+BYTES = _Parsed("bytes", parse_bytes)
+LAYERS = _Parsed("layers", parse_layers)
+DIRECTORY = click.Path(path_type=Path, file_okay=False)
+
+
+class _OneLineErrors(click.Group):
+    """A group that turns errors meant for the user into one line and exit status 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MlsaeError as error:
+            raise click.ClickException(" ".join(str(error).split())) from None
+        except OSError as error:
+            where = f": {error.filename}" if error.filename else ""
+            raise click.ClickException(f"{error.strerror or error}{where}") from None
+
+
+@click.group(cls=_OneLineErrors, context_settings={"show_default": True})
+@click.version_option(__version__, prog_name="mlsae")
+def main() -> None:
+    """Multi-layer sparse autoencoders: harvest once, train and analyze from the store."""
+
+
+@main.command()
+@click.option("--model", required=True, help="Hub id or local directory of a transformer.")
+@click.option("--dataset", required=True, help="Hub id, local directory, or .txt/.jsonl/.parquet.")
+@click.option("--out", required=True, type=DIRECTORY, help="Directory of the activation store.")
+@click.option("--revision", help="Branch, tag or commit of a hub model.")
+@click.option("--split", default="train", help="Split of the data set.")
+@click.option("--text-column", default="text", help="Column that holds the text.")
+@click.option("--max-tokens", type=COUNT, help="Most tokens, such as 10M; all if not given.")
+@click.option("--max-disk", type=BYTES, help="Most bytes the store may take, such as 200GB.")
+@click.option(
+    "--context-length",
+    type=COUNT,
+    help="Tokens a sequence; the model's, at most 1,024, if not given.",
+)
+@click.option(
+    "--layers", type=LAYERS, help="Blocks from 0, such as 0-5 or 0,2,4; all if not given."
+)
+@click.option("--encoding", default="auto", help="auto, float16, bfloat16 or float32.")
+@click.option("--model-dtype", default="auto", help="Precision the transformer runs in.")
+@click.option("--batch-size", type=COUNT, default=16, help="Sequences a forward pass.")
+@click.option(
+    "--shard-size", type=BYTES, help="Bytes of one file of one layer; 128MiB if not given."
+)
+@click.option("--device", default="auto", help="cpu, cuda, cuda:N, or auto.")
+@click.option("--dry-run", is_flag=True, help="Say what would be harvested; write nothing.")
+def harvest(**settings: Any) -> None:
+    """Run a transformer over text once and store the activations of its layers."""
+    from mlsae.harvest import HarvestConfig, run
+
+    run(HarvestConfig(**settings))
+
+
+@main.command()
+@click.option("--cache", required=True, type=DIRECTORY, help="Activation store to train from.")
+@click.option("--out", required=True, type=DIRECTORY, help="Directory of the SAE.")
+@click.option("--site", help="Site to train on; needed where the store holds several.")
+@click.option("--layers", type=LAYERS, help="Layers to train on, such as 0-5; all if not given.")
+@click.option("--expansion-factor", "-R", type=COUNT, help="Latents a channel; 64 if not given.")
+@click.option("--num-latents", type=COUNT, help="Latents, instead of an expansion factor.")
+@click.option("-k", "--k", type=COUNT, default=32, help="Active latents a row.")
+@click.option("--batch-size", type=COUNT, default=16384, help="Rows a step, over all layers.")
+@click.option("--epochs", type=COUNT, help="Passes over the store; 1 if not given.")
+@click.option("--max-rows", type=COUNT, help="Rows to train on, such as 100M, instead of epochs.")
+@click.option(
+    "--lr", type=float, help="Peak learning rate; 2e-4 / √(num_latents / 2¹⁴) if not given."
+)
+@click.option(
+    "--lr-decay", type=float, default=0.2, help="Last share of the steps that decays to 0."
+)
+@click.option("--warmup", type=float, default=0.01, help="First share of the steps that warms up.")
+@click.option(
+    "--validation-fraction", type=float, default=0.01, help="Share of held-out sequences."
+)
+@click.option("--skip-positions", type=COUNT, default=1, help="First positions left out, 0 to 16.")
+@click.option("--loss-space", default="standardized", help="standardized or raw.")
+@click.option("--window", type=BYTES, help="Memory of the shuffling window, such as 1GiB.")
+@click.option("--seed", type=int, default=0, help="Seed of the weights, the order and the split.")
+@click.option("--device", default="auto", help="cpu, cuda, cuda:N, or auto.")
+@click.option("--precision", default="float32", help="float32 or bfloat16.")
+@click.option("--resume", is_flag=True, help="Continue the run in --out from its last checkpoint.")
+def train(**settings: Any) -> None:
+    """Train a sparse autoencoder on all layers of a store, without the transformer."""
+    from mlsae.train import TrainConfig, run
+
+    run(TrainConfig(**settings))
+
+
+@main.command()
+@click.option("--cache", required=True, type=DIRECTORY, help="Activation store to read.")
+@click.option("--sae", required=True, type=DIRECTORY, help="Directory of a trained SAE.")
+@click.option("--out", required=True, type=DIRECTORY, help="Directory of the analysis.")
+@click.option("--rows", default="validation", help="validation, train or all.")
+@click.option(
+    "--max-tokens", type=COUNT, help="Most tokens to evaluate; all of --rows if not given."
+)
+@click.option("--model", type=DIRECTORY, help="Where the transformer lies now, if it was moved.")
+@click.option("--batch-size", type=COUNT, default=4096, help="Rows encoded at once.")
+@click.option("--device", default="auto", help="cpu, cuda, cuda:N, or auto.")
+def analyze(**settings: Any) -> None:
+    """Turn an SAE's latents into Parquet tables, figures and a summary."""
+    from mlsae.analyze import AnalyzeConfig, run
+
+    run(AnalyzeConfig(**settings))
+
+
+@main.command()
+@click.option("--out", default="demo-run", type=DIRECTORY, help="Directory of everything it makes.")
+def demo(out: Path) -> None:
+    """Harvest, train and analyze the transformer that comes with the package."""
+    from mlsae.demo import run
+
+    run(out)
+
+
+@main.group()
+def store() -> None:
+    """Look at an activation store, or check every byte of it."""
+
+
+@store.command()
+@click.argument("directory", type=DIRECTORY)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def info(directory: Path, as_json: bool) -> None:
+    """Say what a store holds."""
+    from mlsae.store.info import format_info, store_info
+
+    found = store_info(directory)
+    click.echo(json.dumps(found, indent=2) if as_json else format_info(found))
+
+
+@store.command()
+@click.argument("directory", type=DIRECTORY)
+def verify(directory: Path) -> None:
+    """Check every hash, checksum, moment and rule of a store."""
+    from mlsae.store import open_store
+    from mlsae.store.verify import verify as find_problems
+
+    problems = find_problems(directory, progress=True)
+    for problem in problems:
+        click.echo(problem)
+    if problems:
+        raise click.ClickException(
+            f"{directory} breaks {len(problems)} rule{'s' if len(problems) > 1 else ''} of "
+            f"storage_schema.md"
+        )
+    click.echo(f"{directory} is sound: store_id {open_store(directory).store_id}")
