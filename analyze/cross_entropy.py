@@ -55,8 +55,10 @@ def counted_targets(
     padding. A separator is never a target: whether a model was taught to predict what the packing
     put there says nothing of its activations. It may be the input that a target is predicted from.
     """
-    same = documents_BT[:, 1:] == documents_BT[:, :-1]
-    return same & (flags_BT[:, 1:] == 0) & (flags_BT[:, :-1] & PADDING == 0)
+    counted: npt.NDArray[np.bool_] = documents_BT[:, 1:] == documents_BT[:, :-1]
+    counted &= flags_BT[:, 1:] == 0
+    counted &= flags_BT[:, :-1] & PADDING == 0
+    return counted
 
 
 def next_log_probs(logits_BTV: Tensor, counted_BT: Tensor) -> Tensor:

@@ -11,11 +11,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 # Okabe and Ito's colours, told apart by everyone.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
-_STYLE = {
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
+_STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
@@ -26,10 +27,11 @@ _STYLE = {
     "grid.color": "#dddddd",
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.5,
-    "lines.markersize": 5,
+    "lines.markersize": 4,
     "legend.frameon": False,
     "savefig.dpi": 160,
 }
+_THOUSANDS = StrMethodFormatter("{x:,.0f}")
 _MAX_COLUMNS = 1200
 _LARGE_RANGE = 20.0
 
@@ -69,7 +71,9 @@ def layer_distribution(latents: pa.Table, latent_layers: pa.Table) -> Figure:
         extent=(0, len(order), -0.5, len(layers) - 0.5),
     )
     height = np.interp(mean[order], layers, np.arange(len(layers)))
-    axes.plot(np.arange(len(order)) + 0.5, height, color="white", linewidth=1.2)
+    (line,) = axes.plot(np.arange(len(order)) + 0.5, height, color="white", linewidth=1.2)
+    line.set_path_effects([withStroke(linewidth=2.2, foreground="black")])
+    axes.xaxis.set_major_formatter(_THOUSANDS)
     _layer_ticks(axes.yaxis, layers)
     figure.colorbar(shown, ax=axes, label="P(layer | latent)", pad=0.02)
     dead = len(mean) - len(order)
@@ -104,7 +108,7 @@ def fvu_delta_ce(layers: pa.Table) -> Figure:
         second.set(
             title="Cross-entropy added by splicing one layer", xlabel="layer", ylabel="nats / token"
         )
-        second.axhline(0, color=GREY, linewidth=0.8)
+        second.axhline(0, color=GREY, linewidth=0.8, zorder=1)
         second.legend()
         _layer_ticks(second.xaxis, ids, at=ids)
     return figure
@@ -127,6 +131,7 @@ def norm_cosine(layers: pa.Table) -> Figure:
     second.set_ylim(min(0.0, float(np.nanmin(cosine, initial=0.0)) * 1.1), 1.05)
     for axes in (first, second):
         _layer_ticks(axes.xaxis, ids, at=ids)
+    second.set_xlim(first.get_xlim())
     return figure
 
 
@@ -135,13 +140,14 @@ def density(latents: pa.Table) -> Figure:
     alive = latents.filter(pc.invert(latents["dead"]))["density"].to_numpy()
     dead = len(latents) - len(alive)
     figure, axes = _canvas(4.5, 3.0)
-    axes.hist(np.log10(alive), bins=50, color=BLUE)
+    axes.hist(np.log10(alive), bins=min(50, 10 + len(alive) // 20), color=BLUE)
     axes.set(
         title=f"{len(alive):,} living latents, {dead:,} dead",
-        xlabel="log₁₀ density (share of rows at which it is active)",
-        ylabel="latents",
+        xlabel="log₁₀ density (share of rows at which active)",
+        ylabel="number of latents",
     )
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(_THOUSANDS)
     return figure
 
 

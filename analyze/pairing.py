@@ -11,7 +11,12 @@ from mlsae.base.errors import InputError
 from mlsae.base.files import sha256_file
 from mlsae.sae import SAE
 from mlsae.sae import load as load_sae
+from mlsae.sae.directory import WEIGHTS
 from mlsae.store import Store, open_store
+
+_NEEDED = frozenset(
+    {"store_id", "model_fingerprint", "site", "layers", "skip_positions", "validation"}
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,7 +59,12 @@ def pair(cache: Path, directory: Path, device: torch.device) -> Pairing:
     """
     store = open_store(cache)
     sae = load_sae(directory)
-    training = sae.training
+    training = sae.training_record
+    if missing_keys := sorted(_NEEDED - training.keys()):
+        raise InputError(
+            f"the SAE {directory} does not say how it was trained: its training.json lacks "
+            f"{', '.join(missing_keys)}; analyze an SAE that mlsae train made"
+        )
     site = str(training["site"])
     where = f"the SAE {directory} does not match the store {cache}"
     if sae.config.d_in != store.d_model:
@@ -71,7 +81,7 @@ def pair(cache: Path, directory: Path, device: torch.device) -> Pairing:
             f"{where}: the SAE was trained on layers {_list(layers)}, of which the store lacks "
             f"{_list(missing)}; it holds {_list(store.layers)}"
         )
-    theirs, ours = training.get("model_fingerprint"), fingerprint(store)
+    theirs, ours = training["model_fingerprint"], fingerprint(store)
     if theirs != ours:
         raise InputError(
             f"{where}: the SAE was trained on activations of transformer {_short(theirs)}, the "
@@ -84,7 +94,7 @@ def pair(cache: Path, directory: Path, device: torch.device) -> Pairing:
         layers=layers,
         skip_positions=int(training["skip_positions"]),
         validation=training["validation"],
-        sae_sha256=sha256_file(directory / "sae.safetensors"),
+        sae_sha256=sha256_file(directory / WEIGHTS),
         device=device,
         notes=tuple(_notes(store, training)),
     )

@@ -51,10 +51,10 @@ def load(directory: str | Path) -> Analysis:
             f"{TABLES_VERSION}: analyze again"
         )
     try:
-        tables = [
+        layers, latents, latent_layers = (
             pq.read_table(directory / f"{name}.parquet")
             for name in ("layers", "latents", "latent_layers")
-        ]
+        )
         files = [directory / ACTIVATIONS / f"layer-{n}.parquet" for n in summary["layers"]]
         activations = pd.dataset(files, format="parquet")
     except (OSError, pa.ArrowException) as error:
@@ -62,4 +62,4 @@ def load(directory: str | Path) -> Analysis:
         raise InputError(
             f"the analysis {directory} is damaged ({reason}): make it again with mlsae analyze"
         ) from None
-    return Analysis(directory, summary, *tables, activations)
+    return Analysis(directory, summary, layers, latents, latent_layers, activations)

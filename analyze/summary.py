@@ -9,19 +9,20 @@ from mlsae.analyze.directory import ACTIVATIONS
 from mlsae.analyze.results import Analysis
 from mlsae.base.units import format_count
 
-_SHOWN = (
-    "fvu",
-    "fvu_published",
-    "fvu_position_0_in",
-    "mse",
-    "l0",
-    "l1",
-    "norm",
-    "ce_store",
-    "ce_sae",
-    "delta_ce",
-    "kl",
-)
+_SHOWN = {
+    "fvu": ".4f",
+    "fvu_published": ".4f",
+    "fvu_position_0_in": ".4f",
+    "mse": ".3g",
+    "l0": ".1f",
+    "l1": ".3g",
+    "norm": ".3g",
+    "ce_store": ".4f",
+    "ce_sae": ".4f",
+    "delta_ce": ".4f",
+    "kl": ".4f",
+}
+"""Columns of `layers` that are printed, and how."""
 
 
 def overall(layers: pa.Table, latents: pa.Table, latent_layers: pa.Table) -> dict[str, Any]:
@@ -47,17 +48,18 @@ def _mean(column: pa.ChunkedArray) -> float | None:
 def render(analysis: Analysis) -> str:
     """A table by layer, the overall numbers, what is missing and why, the paths."""
     summary, total = analysis.summary, analysis.summary["overall"]
-    columns = [name for name in _SHOWN if analysis.layers[name].null_count == 0]
+    num_layers = len(analysis.layers)
+    columns = [name for name in _SHOWN if analysis.layers[name].null_count < num_layers]
     rows = [["layer", *columns]]
     rows += [
-        [str(row["layer"]), *(f"{row[name]:.4g}" for name in columns)]
+        [str(row["layer"]), *(_text(row[name], _SHOWN[name]) for name in columns)]
         for row in analysis.layers.to_pylist()
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
     lines += [
         "",
-        f"{format_count(summary['num_rows'])} rows over {len(summary['layers'])} layers "
+        f"{format_count(summary['num_rows'])} rows over {num_layers} layers "
         f"({summary['rows']}: {format_count(summary['num_sequences'])} sequences of "
         f"{summary['context_length']} tokens, positions from {summary['skip_positions']})",
         f"mean over layers: fvu {_text(total['mean_fvu'])}, fvu_published "
@@ -74,9 +76,7 @@ def render(analysis: Analysis) -> str:
     else:
         ce = analysis.layers["ce"][0].as_py()
         tokens = format_count(summary["cross_entropy"]["num_tokens"])
-        lines.append(
-            f"cross-entropy of the untouched transformer: {ce:.4f} nats over {tokens} tokens"
-        )
+        lines.append(f"untouched transformer: ce {ce:.4f} nats over {tokens} scored tokens")
     lines += [f"note: {note}" for note in summary["notes"]]
     tables = f"{analysis.path}/{{layers,latents,latent_layers}}.parquet"
     lines += [
@@ -88,5 +88,5 @@ def render(analysis: Analysis) -> str:
     return "\n".join(lines)
 
 
-def _text(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+def _text(value: float | None, form: str = ".4g") -> str:
+    return "–" if value is None else format(value, form)

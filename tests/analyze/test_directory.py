@@ -1,0 +1,86 @@
+"""An analysis directory appears whole, and nothing but an analysis is replaced."""
+
+from pathlib import Path
+
+import pytest
+
+from mlsae.analyze.directory import KIND, SUMMARY, check_replaceable, read_summary, staged
+from mlsae.base.errors import InputError
+from mlsae.base.files import seal
+
+
+def _analysis(path: Path, **more: str) -> None:
+    path.mkdir()
+    (path / SUMMARY).write_bytes(seal({"kind": KIND, **more}))
+
+
+def _names(path: Path) -> list[str]:
+    return sorted(entry.name for entry in path.iterdir())
+
+
+def test_the_directory_appears_whole_and_alone(tmp_path: Path) -> None:
+    with staged(tmp_path / "deep" / "out") as partial:
+        (partial / "a.txt").write_text("new")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert _names(tmp_path / "deep") == ["out"]
+    assert (tmp_path / "deep" / "out" / "a.txt").read_text() == "new"
+
+
+def test_a_rerun_replaces_all_of_the_old_one(tmp_path: Path) -> None:
+    _analysis(tmp_path / "out")
+    with staged(tmp_path / "out") as partial:
+        (partial / "b.txt").write_text("new")
+    assert _names(tmp_path) == ["out"]
+    assert _names(tmp_path / "out") == ["b.txt"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_leaves_the_old_one_and_nothing_else(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    _analysis(tmp_path / "out")
+
+    def fail() -> None:
+        with staged(tmp_path / "out") as partial:
+            (partial / "b.txt").write_text("new")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert _names(tmp_path) == ["out"]
+    assert _names(tmp_path / "out") == [SUMMARY]
+
+
+def test_absent_empty_and_analysis_directories_may_be_written(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    _analysis(tmp_path / "old")
+    for name in ("absent", "empty", "old"):
+        check_replaceable(tmp_path / name)
+
+
+def test_other_things_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    _analysis(tmp_path / "mixed")
+    (tmp_path / "mixed" / "notes.md").write_text("")
+    for name, message in (
+        ("file", "--out .*/file is a file; give a directory"),
+        ("other", r"holds other things than an analysis \(thesis.tex\); give a directory that is "),
+        ("mixed", "holds an analysis, which would be replaced, and notes.md, which mlsae did not "),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_replaceable(tmp_path / name)
+
+
+def test_a_summary_of_another_kind_or_damaged_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is no analysis: it has no summary.json"):
+        read_summary(tmp_path)
+    (tmp_path / SUMMARY).write_bytes(seal({"kind": "poem"}))
+    with pytest.raises(
+        InputError, match=r"the kind in its summary.json is 'poem', expected 'mlsae"
+    ):
+        read_summary(tmp_path)
+    (tmp_path / SUMMARY).write_bytes(seal({"kind": KIND}).replace(b"mlsae", b"mlsAe"))
+    with pytest.raises(InputError, match=r"summary.json is damaged: .* with mlsae analyze"):
+        read_summary(tmp_path)

@@ -1,0 +1,341 @@
+"""A whole analysis: what it leaves, what it says, and what it refuses."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from mlsae.analyze import AnalyzeConfig, load, run
+from mlsae.base.errors import InputError, ResourceError
+from mlsae.sae import SAE, SAEConfig
+from mlsae.store import IncompleteStoreError, create, open_store
+
+FIGURES = ["density.png", "fvu_delta_ce.png", "layer_distribution.png", "norm_cosine.png"]
+
+
+def _tree(path: Path) -> list[str]:
+    return sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
+
+
+def test_an_analysis_is_complete_and_says_what_it_found(
+    world: Any,
+    sae_maker: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    directory = sae_maker(world.store)
+    out = tmp_path / "deep" / "out"
+    found = run(AnalyzeConfig(cache=world.store, sae=directory, out=out))
+    assert _tree(out) == [
+        *(f"activations/layer-{n}.parquet" for n in (0, 1, 3)),
+        *(f"figures/{name}" for name in FIGURES),
+        *(f"{name}.parquet" for name in ("latent_layers", "latents", "layers")),
+        "summary.json",
+    ]
+    text = capsys.readouterr().out
+    assert re.search(r"^layer +fvu +fvu_published +fvu_position_0_in +mse ", text, re.MULTILINE)
+    layers = found.layers.to_pylist()
+    for row in layers:
+        assert re.search(rf"^ +{row['layer']} +{row['fvu']:.4f} ", text, re.MULTILINE)
+    rows = sum(row["num_rows"] for row in layers)
+    assert f"{rows} rows over 3 layers (validation: 7 sequences of 24 tokens, positions" in text
+    assert f"ce {layers[0]['ce']:.4f} nats over {layers[0]['num_ce_tokens']} scored" in text
+    for part in ("dead latents on these rows: ", "mean standard deviation of a latent's layer: "):
+        assert part in text
+    assert str(out / "figures" / "density.png") in text
+    assert str(out / "activations") in text
+    assert "note:" not in text
+
+
+def test_provenance_is_in_every_file(
+    world: Any, sae_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory = sae_maker(world.store)
+    found = run(AnalyzeConfig(cache=world.store, sae=directory, out=tmp_path / "out"))
+    store = open_store(world.store)
+    for table in (found.layers, found.latents, found.latent_layers, found.activations):
+        metadata = {k.decode(): v.decode() for k, v in table.schema.metadata.items()}
+        assert metadata["mlsae.store_id"] == store.store_id
+        assert metadata["mlsae.plan_id"] == store.plan_id
+        assert metadata["mlsae.sae_sha256"] == found.summary["sae_sha256"]
+        assert table.schema.field(0).metadata[b"unit"]
+    assert found.summary["model_fingerprint"] == store.source["model"]["fingerprint"]
+
+
+def test_rows_tokens_and_events_are_limited_as_asked(
+    world: Any, sae_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    found = run(
+        AnalyzeConfig(
+            cache=world.store,
+            sae=sae_maker(world.store),
+            out=tmp_path / "out",
+            rows="train",
+            max_tokens=10 * 24 + 5,
+            ce_max_tokens=3 * 24,
+            events_max_tokens=4 * 24 + 23,
+        )
+    )
+    assert found.summary["num_sequences"] == 10
+    eligible = (world.flags == 0) & (np.arange(len(world.flags)) % 24 >= 1)
+    trained = [n for n in range(37) if n in _train_sequences(world)][:10]
+    rows = eligible.reshape(37, 24)[trained].sum()
+    assert found.layers["num_rows"].to_pylist() == [rows] * 3
+    events = np.unique(found.activations.to_table()["row"].to_numpy()) // 24
+    assert sorted(set(events.tolist())) == trained[:4]
+    assert 0 < found.layers["num_ce_tokens"][0].as_py() <= 3 * 23
+
+
+def _train_sequences(world: Any) -> set[int]:
+    from mlsae.store.split import validation_sequences
+
+    plan = open_store(world.store).plan
+    return set(range(37)) - set(validation_sequences(plan["tokens_sha256"], 37, 0.2, 3).tolist())
+
+
+def test_a_latent_planted_at_one_layer_has_no_layer_variance(tmp_path: Path) -> None:
+    """Layer l holds multiples of its own direction, and latent l reads just that direction."""
+    generator = np.random.default_rng(0)
+    directions = np.linalg.qr(generator.normal(size=(12, 12)))[0]
+    directions -= directions.mean(axis=1, keepdims=True)
+    layers = (2, 5, 9)
+    with create(
+        tmp_path / "acts", tokens=np.arange(60), context_length=10, layers=layers, d_model=12
+    ) as writer:
+        for _ in range(6):
+            size = generator.uniform(1, 3, size=(10, 1))
+            batch = {("resid_post", n): size * directions[i] for i, n in enumerate(layers)}
+            writer.append({key: x.astype(np.float32) for key, x in batch.items()})
+    sae = SAE(SAEConfig(d_in=12, num_latents=4, k=1))
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.from_numpy(directions[:4]))
+        sae.normalize_decoder()
+        sae.W_enc.copy_(sae.W_dec)
+    store = open_store(tmp_path / "acts")
+    record = {
+        "store_id": store.store_id,
+        "model_fingerprint": None,
+        "site": "resid_post",
+        "layers": layers,
+        "skip_positions": 1,
+        "validation": {"fraction": 0.2, "seed": 0, "tokens_sha256": store.plan["tokens_sha256"]},
+    }
+    sae.save(tmp_path / "sae", record)
+    found = run(
+        AnalyzeConfig(
+            cache=tmp_path / "acts", sae=tmp_path / "sae", out=tmp_path / "out", rows="all"
+        )
+    )
+    assert found.latents["layer_mean"].to_pylist() == [2.0, 5.0, 9.0, None]
+    assert found.latents["layer_var"].to_pylist() == [0.0, 0.0, 0.0, None]
+    assert found.latents["count"].to_pylist() == [54, 54, 54, 0]
+    assert found.latents["dead"].to_pylist() == [False, False, False, True]
+    assert found.layers["l0"].to_pylist() == [1.0, 1.0, 1.0]
+    assert max(found.layers["fvu"].to_pylist()) < 1e-4
+
+
+def test_without_a_transformer_all_but_the_ce_family_is_there(
+    world: Any,
+    sae_maker: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    directory = sae_maker(world.store)
+    gone = world.model.with_name("gone")
+    world.model.rename(gone)
+    try:
+        found = run(AnalyzeConfig(cache=world.store, sae=directory, out=tmp_path / "out"))
+        text = capsys.readouterr().out
+        moved = run(
+            AnalyzeConfig(cache=world.store, sae=directory, out=tmp_path / "moved", model=gone)
+        )
+    finally:
+        gone.rename(world.model)
+    assert "ce, ce_store, ce_sae, delta_ce, kl were not measured: there is no model dir" in text
+    assert " kl" not in text.splitlines()[0]
+    for name in ("num_ce_tokens", "ce", "ce_store", "ce_sae", "delta_ce", "kl"):
+        assert found.layers[name].null_count == 3
+        assert moved.layers[name].null_count == 0
+    assert found.layers["fvu"].equals(moved.layers["fvu"])
+    assert "no model directory" in found.summary["no_cross_entropy_because"]
+    assert moved.summary["no_cross_entropy_because"] is None
+
+
+def test_a_transformer_with_other_weights_is_refused(
+    world: Any, sae_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(world.model, tmp_path / "other")
+    weights = tmp_path / "other" / "model.safetensors"
+    tensors = load_file(weights)
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    config = AnalyzeConfig(
+        cache=world.store,
+        sae=sae_maker(world.store),
+        out=tmp_path / "out",
+        model=tmp_path / "other",
+    )
+    with pytest.raises(InputError, match="is not the one this store was harvested from: expected "):
+        run(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_given_and_cannot_be_used_is_an_error(
+    world: Any, sample: Any, sae_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    absent = tmp_path / "absent" / "model"
+    with pytest.raises(InputError, match=r"there is no model directory .*absent/model"):
+        run(
+            AnalyzeConfig(
+                cache=world.store, sae=sae_maker(world.store), out=tmp_path / "out", model=absent
+            )
+        )
+    with pytest.raises(InputError, match=r"--model .*: the store records no transformer; leave"):
+        run(
+            AnalyzeConfig(
+                cache=sample.path,
+                sae=sae_maker(sample.path),
+                out=tmp_path / "out",
+                model=world.model,
+            )
+        )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"d_in": 20}, "does not match the store .*: the SAE's d_in is 20, the store's d_model 16"),
+        ({"site": "mlp_out"}, "trained on site mlp_out, the store holds resid_post"),
+        (
+            {"layers": [0, 2, 3, 7]},
+            "trained on layers 0, 2, 3, 7, of which the store lacks 2, 7; it holds 0, 1, 3",
+        ),
+        (
+            {"model_fingerprint": "f" * 64},
+            "was trained on activations of transformer ffffffffffff, the store holds those of ",
+        ),
+        (
+            {"model_fingerprint": None},
+            "transformer that was not recorded, the store holds those of ",
+        ),
+        ({"validation": {"fraction": 0.0, "seed": 0}}, "no validation rows: use --rows all"),
+    ],
+)
+def test_an_sae_that_does_not_match_the_store_is_refused(
+    world: Any,
+    sae_maker: Callable[..., Path],
+    tmp_path: Path,
+    change: dict[str, Any],
+    message: str,
+) -> None:
+    config = AnalyzeConfig(
+        cache=world.store, sae=sae_maker(world.store, **change), out=tmp_path / "out"
+    )
+    with pytest.raises(InputError, match=message) as caught:
+        run(config)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_store_of_the_same_transformer_is_analyzed_and_named(
+    world: Any,
+    sae_maker: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = {"fraction": 0.2, "seed": 3, "tokens_sha256": "e" * 64}
+    directory = sae_maker(world.store, store_id="d" * 64, validation=other)
+    found = run(AnalyzeConfig(cache=world.store, sae=directory, out=tmp_path / "out"))
+    text = capsys.readouterr().out
+    assert "note: the SAE was trained from another store, dddddddddddd, than the one" in text
+    assert "note: the two stores hold different text" in text
+    assert len(found.summary["notes"]) == 2
+
+
+def test_an_sae_that_no_training_made_is_refused(world: Any, tmp_path: Path) -> None:
+    SAE(SAEConfig(d_in=16, num_latents=8, k=2)).save(tmp_path / "sae", {"site": "resid_post"})
+    config = AnalyzeConfig(cache=world.store, sae=tmp_path / "sae", out=tmp_path / "out")
+    with pytest.raises(
+        InputError, match=r"its training.json lacks layers, model_fingerprint, skip"
+    ):
+        run(config)
+
+
+def test_stores_and_outputs_that_cannot_be_used_are_refused_before_any_work(
+    world: Any, sae_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory = sae_maker(world.store)
+    partial = tmp_path / "partial"
+    shutil.copytree(world.store, partial)
+    (partial / "complete.json").unlink()
+    with pytest.raises(IncompleteStoreError):
+        run(AnalyzeConfig(cache=partial, sae=directory, out=tmp_path / "out"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(InputError, match="holds other things than an analysis"):
+        run(AnalyzeConfig(cache=world.store, sae=directory, out=tmp_path / "mine"))
+    assert _tree(tmp_path / "mine") == ["thesis.tex"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_chunk_stops_the_analysis_and_leaves_nothing(
+    world: Any, sae_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    damaged = tmp_path / "acts"
+    shutil.copytree(world.store, damaged)
+    for shard in (damaged / "activations" / "resid_post" / "3").glob("c.*"):
+        data = bytearray(shard.read_bytes())
+        data[7] ^= 1
+        shard.write_bytes(data)
+    config = AnalyzeConfig(
+        cache=damaged, sae=sae_maker(world.store), out=tmp_path / "out", rows="all"
+    )
+    with pytest.raises(InputError, match="resid_post/3"):
+        run(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["acts"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_that_is_absent_is_refused(
+    world: Any, sae_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = AnalyzeConfig(
+        cache=world.store, sae=sae_maker(world.store), out=tmp_path / "out", device="cuda"
+    )
+    with pytest.raises(ResourceError, match="no usable CUDA device; use --device cpu"):
+        run(config)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"rows": "test"}, "rows: expected one of validation, train, all; got 'test'"),
+        ({"max_tokens": 0}, "max_tokens: expected at least 1, got 0"),
+        ({"batch_size": -4}, "batch_size: expected at least 1, got -4"),
+    ],
+)
+def test_settings_out_of_range_are_refused(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        AnalyzeConfig(cache=Path("a"), sae=Path("b"), out=Path("c"), **setting)
+
+
+def test_load_refuses_what_is_damaged(
+    world: Any, sae_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run(AnalyzeConfig(cache=world.store, sae=sae_maker(world.store), out=out))
+    assert load(str(out)).latents.equals(pq.read_table(out / "latents.parquet"))
+    (out / "latents.parquet").write_bytes(b"PAR1")
+    with pytest.raises(
+        InputError, match=r"the analysis .*/out is damaged .* make it again with mls"
+    ):
+        load(out)
