@@ -1,0 +1,142 @@
+"""The command line is a promise: its options, its exit codes, its one-line errors."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from mlsae.cli import main
+
+OPTIONS = {
+    "harvest": "model dataset out revision split text-column max-tokens max-disk context-length "
+    "layers encoding model-dtype batch-size shard-size device dry-run",
+    "train": "cache out site layers expansion-factor num-latents k batch-size epochs max-rows lr "
+    "lr-decay warmup validation-fraction skip-positions loss-space window seed device precision "
+    "resume",
+    "analyze": "cache sae out rows max-tokens model batch-size device",
+    "demo": "out",
+    "store info": "directory json",
+    "store verify": "directory",
+}
+"""Every option of every command; adding or renaming one is a decision to be seen here."""
+
+
+def commands(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
+    """Full name → command, subgroups walked."""
+    found: dict[str, click.Command] = {}
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            found |= commands(command, f"{prefix}{name} ")
+        else:
+            found[prefix + name] = command
+    return found
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The real command in a real process."""
+    command = [sys.executable, "-m", "mlsae", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_the_options_are_those_promised():
+    """A snapshot of names."""
+    found = {
+        name: [max(p.opts, key=len).removeprefix("--") for p in command.params]
+        for name, command in commands(main).items()
+    }
+    assert found == {name: options.split() for name, options in OPTIONS.items()}
+
+
+def test_every_option_has_help():
+    """`--help` explains each of them."""
+    for name, command in commands(main).items():
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                assert parameter.help, f"{name} {parameter.name}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--cache", "a"], "Missing option '--out'"),
+        (
+            ["train", "--cache", "a", "--out", "b", "-k", "few"],
+            "expected a number of items such as",
+        ),
+        (["harvest", "--layers", "3-1"], "got the range '3-1'"),
+        (["harvest", "--max-disk", "200GX"], "expected a number of bytes such as 200GB"),
+        (["fly"], "No such command 'fly'"),
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments, message):
+    """Usage errors name the option."""
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
+def test_errors_are_one_line_without_a_traceback(sample, tmp_path: Path):
+    """Exit status 1, one line on stderr, nothing made."""
+    (tmp_path / "not-a-store").mkdir()
+    (sample.path / "complete.json").unlink()
+    for arguments, message in [
+        (["store", "info", "absent"], "Error: absent does not exist; expected an activation store"),
+        (
+            ["store", "verify", "not-a-store"],
+            "Error: not-a-store is not an activation store: it has",
+        ),
+        (
+            ["store", "verify", str(sample.path)],
+            "is incomplete: 5 of 5 shards are committed; run the",
+        ),
+    ]:
+        before = sorted(tmp_path.rglob("*"))
+        done = run(*arguments, cwd=tmp_path)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert done.stdout == ""
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_store_info_and_verify_speak_to_people_and_programs(sample, tmp_path: Path):
+    """A screen, a JSON object, a verdict; damage exits with 1 and names rule and object."""
+    import json
+
+    shown = run("store", "info", str(sample.path), cwd=tmp_path)
+    assert "layers 0–1, 3; d_model 20; float16" in shown.stdout
+    parsed = json.loads(run("store", "info", str(sample.path), "--json", cwd=tmp_path).stdout)
+    assert parsed["complete"] is True
+    assert parsed["num_committed"] == parsed["num_shards"] == 5
+    assert parsed["store_id"] in shown.stdout
+    sound = run("store", "verify", str(sample.path), cwd=tmp_path)
+    assert (sound.returncode, sound.stdout) == (
+        0,
+        f"{sample.path} is sound: store_id {parsed['store_id']}\n",
+    )
+    shard = sample.path / "activations/resid_post/1/c.2.0"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    damaged = run("store", "verify", str(sample.path), cwd=tmp_path)
+    assert damaged.returncode == 1
+    assert damaged.stdout.startswith(
+        "R-COMMIT-4 activations/resid_post/1/c.2.0: its SHA-256 is not"
+    )
+    assert "breaks 1 rule of storage_schema.md" in damaged.stderr
+
+
+def test_help_is_quick_because_it_loads_nothing_heavy(tmp_path: Path):
+    """The libraries of the stages are imported inside the commands."""
+    script = (
+        "import sys; from mlsae.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'zarr', 'matplotlib', 'datasets', 'numpy'}\n"
+        "sys.exit(', '.join(heavy & set(sys.modules)) or None)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

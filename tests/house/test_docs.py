@@ -1,0 +1,71 @@
+"""Every command in README and docs is run here, or says why not."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?^```(?P<kind>\w*)\n(?P<code>.*?)^```$", re.M | re.S)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    kind: str
+    code: str
+    reason: str | None
+    """Why it is not run."""
+
+
+def blocks(page: Path) -> list[Block]:
+    """Shell and Python blocks of a page, in order."""
+    found = [
+        Block(match["kind"], match["code"], match["reason"])
+        for match in BLOCK.finditer(page.read_text())
+    ]
+    return [block for block in found if block.kind in {"sh", "bash", "console", "python"}]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_of_a_page_runs_as_written(page: Path, tmp_path: Path):
+    """All blocks of a page in one shell, in an empty directory, stopping at the first failure."""
+    script = ["set -euo pipefail"]
+    for block in blocks(page):
+        if block.reason is not None:
+            assert len(block.reason.split()) > 2, f"{page}: {block.reason!r} is no reason"
+        elif block.kind == "python":
+            script.append(f"python - <<'END_OF_BLOCK'\n{block.code}END_OF_BLOCK")
+        else:
+            script.append(block.code)
+    binaries = Path(sys.executable).parent
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(script)],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "CHECKOUT": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def test_there_are_commands_to_run():
+    """The pattern above finds blocks, and most of them are run."""
+    found = [block for page in PAGES for block in blocks(page)]
+    assert len(found) > 5
+    assert sum(block.reason is None for block in found) > len(found) / 3
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_pictures_of_a_page_are_there(page: Path):
+    """Relative links point to files of the checkout."""
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+        if not re.match(r"[a-z]+:", target):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
