@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?^```(?P<kind>\w*)\n(?P<code>.*?)^```$", re.M | re.S)  # fmt: skip
+REASON = r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?"
+BLOCK = re.compile(REASON + r"^```(?P<kind>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 
 
 @dataclass(frozen=True)
