@@ -1,0 +1,69 @@
+"""What a person reads: the text that was packed, a dry run, and the table by layer."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from mlsae.base.resources import free_disk
+from mlsae.base.units import format_bytes, format_count
+from mlsae.harvest.config import HarvestConfig
+from mlsae.harvest.packing import PackedText
+from mlsae.harvest.plan import SITE
+from mlsae.store import Store
+from mlsae.store.layout import Layout
+
+DECODED_TOKENS = 40
+
+
+def text_lines(packed: PackedText) -> Iterator[str]:
+    """How much text there is, and what was left out."""
+    num_tokens = len(packed.tokens)
+    yield (
+        f"packed {format_count(num_tokens)} tokens: "
+        f"{format_count(num_tokens // packed.context_length)} sequences of "
+        f"{packed.context_length} from {format_count(packed.num_documents)} documents"
+    )
+    if packed.num_left_over:
+        yield (
+            f"left out: the final incomplete sequence, {format_count(packed.num_left_over)} tokens"
+        )
+    if packed.num_empty:
+        yield f"passed over: {format_count(packed.num_empty)} empty documents"
+
+
+def dry_run_lines(
+    config: HarvestConfig, packed: PackedText, sizes: Mapping[str, Layout], tokenizer: Any
+) -> Iterator[str]:
+    """What the same command without --dry-run would write."""
+    layout = next(iter(sizes.values()))
+    yield f"rows of each layer: {format_count(layout.num_rows)}"
+    for encoding, size in sizes.items():
+        yield (
+            f"{encoding}: {format_bytes(size.total_bytes)}, shards of each layer: "
+            f"{format_count(size.num_shards)} of up to {format_count(size.shard_rows)} rows"
+        )
+    yield f"free at {config.out}: {format_bytes(free_disk(config.out))}"
+    # As a literal: newlines and control characters of the text must not break the report.
+    beginning = tokenizer.decode(packed.tokens[:DECODED_TOKENS].tolist())
+    yield f"first {min(DECODED_TOKENS, len(packed.tokens))} tokens: {beginning!r}"
+    yield "dry run: nothing was written"
+
+
+def layer_table(store: Store) -> Iterator[str]:
+    """Mean norm, largest magnitude and cosine to the next layer, from the store's moments."""
+    moments = store.moments(SITE, skip_positions=1)
+    cosines = [f"{value:.4f}" for value in moments.adjacent_cosine()] + [""]
+    yield f"{'layer':>5}  {'mean norm':>10}  {'largest |x|':>11}  {'cosine to next':>14}"
+    for layer, norm, largest, cosine in zip(
+        moments.layers, moments.norm_mean, moments.max_abs, cosines, strict=True
+    ):
+        yield f"{layer:>5}  {_figure(norm):>10}  {_figure(largest):>11}  {cosine:>14}"
+    yield (
+        f"over {format_count(moments.count)} rows of each layer: position 0 and special tokens "
+        "are out; the cosine is pooled over rows, about each layer's mean"
+    )
+
+
+def _figure(value: float) -> str:
+    return np.format_float_positional(value, precision=5, unique=False, fractional=False, trim="-")

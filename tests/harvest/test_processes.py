@@ -1,0 +1,94 @@
+"""Real processes: one killed without warning, two on one store. The store is always the same."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from mlsae.harvest import HarvestConfig, run
+from mlsae.store import IncompleteStoreError, open_store
+from mlsae.store.schema import commit_record
+
+PATIENCE_SECONDS = 120
+SCRIPT = """
+import sys
+from pathlib import Path
+from mlsae.harvest import HarvestConfig, run
+model, dataset, out = sys.argv[1:]
+run(HarvestConfig(model=model, dataset=dataset, out=Path(out), context_length=16, batch_size=1,
+                  device="cpu", shard_size=1_000, max_tokens=640))
+"""
+
+
+@pytest.fixture
+def small_shards(config: Callable[..., HarvestConfig]) -> Callable[[Path], HarvestConfig]:
+    """One sequence a shard: forty shards, so that a kill falls among them."""
+    return lambda out: config(out=out, batch_size=1, shard_size=1_000, max_tokens=640)
+
+
+def start(settings: HarvestConfig, **environment: str) -> "subprocess.Popen[bytes]":
+    # Equal threads in every process, as bits need.
+    threads = str(torch.get_num_threads())
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, settings.model, settings.dataset, str(settings.out)],
+        env={**os.environ, "OMP_NUM_THREADS": threads, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_killed_harvest_continues_to_the_same_store(
+    small_shards: Callable[[Path], HarvestConfig], tmp_path: Path
+) -> None:
+    unbroken = run(small_shards(tmp_path / "unbroken"))
+    assert unbroken is not None
+    settings = small_shards(tmp_path / "killed")
+    process = start(settings)
+    second_commit = settings.out / commit_record(1)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not second_commit.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors.decode()
+    with pytest.raises(IncompleteStoreError, match=r"is incomplete: \d+ of \d+ shards"):
+        open_store(settings.out)
+    resumed = run(settings)
+    assert resumed is not None
+    assert resumed.store_id == unbroken.store_id
+    assert 0 < resumed.bytes_written < unbroken.bytes_written
+
+
+def test_two_ranks_make_the_store_that_one_makes(
+    small_shards: Callable[[Path], HarvestConfig], tmp_path: Path
+) -> None:
+    """They meet in the directory alone; only rank 0 packs and prints."""
+    alone = run(small_shards(tmp_path / "alone"))
+    assert alone is not None
+    settings = small_shards(tmp_path / "shared")
+    ranks = [start(settings, RANK=rank, WORLD_SIZE="2") for rank in ("1", "0")]
+    outputs = [process.communicate(timeout=PATIENCE_SECONDS) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], outputs
+    assert outputs[0][0] == b""
+    assert b"packed" in outputs[1][0]
+    assert open_store(settings.out).store_id == alone.store_id
+
+
+def test_rank_with_another_model_is_refused(
+    config: Callable[..., HarvestConfig],
+    model_maker: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mlsae.store import PlanMismatchError
+
+    run(config(max_tokens=100))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PlanMismatchError, match="rank 1 runs another model than the plan at"):
+        run(config(max_tokens=100, model=str(model_maker(scale=2.0))))

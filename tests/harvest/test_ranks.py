@@ -1,0 +1,40 @@
+"""Ranks are read from the launcher's environment and share shards without talking."""
+
+import pytest
+
+from mlsae.base.errors import InputError
+from mlsae.harvest.ranks import Ranks
+
+
+def test_one_process_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert Ranks.from_environment() == Ranks(0, 1)
+
+
+def test_environment_of_a_launcher(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    ranks = Ranks.from_environment()
+    assert ranks == Ranks(2, 3)
+    ranks.say("only rank 0 says this")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("rank", "size"), [("3", "3"), ("-1", "2"), ("a", "2"), ("0", "0")])
+def test_impossible_ranks_are_refused(
+    monkeypatch: pytest.MonkeyPatch, rank: str, size: str
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(InputError, match=f"got RANK={rank} WORLD_SIZE={size}"):
+        Ranks.from_environment()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_every_shard_has_one_owner(world_size: int) -> None:
+    pending = [0, 1, 4, 5, 6, 9]
+    shares = [Ranks(rank, world_size).own(pending) for rank in range(world_size)]
+    assert sorted(shard for share in shares for shard in share) == pending
