@@ -77,6 +77,7 @@ def staged(out: Path) -> Iterator[Path]:
     sibling named `.<name>.<random>.partial` that may be deleted.
     """
     out = Path(os.path.realpath(out))
+    made = [parent for parent in out.parents if not parent.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     token = uuid.uuid4().hex[:8]
     partial = out.with_name(f".{out.name}.{token}.partial")
@@ -94,6 +95,8 @@ def staged(out: Path) -> Iterator[Path]:
         fsync_directory(out.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:
+            parent.rmdir()
         raise
 
 

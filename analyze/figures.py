@@ -1,7 +1,5 @@
-"""The figures of an analysis, each a function of its tables."""
+"""The figures of an analysis, each a function of its tables, in one style."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +34,7 @@ _MAX_COLUMNS = 1200
 _LARGE_RANGE = 20.0
 
 
-@contextmanager
-def style() -> Iterator[None]:
-    """One look for all figures; wrap drawing and saving in it."""
-    with mpl.rc_context(_STYLE):
-        yield
-
-
+@mpl.rc_context(_STYLE)
 def layer_distribution(latents: pa.Table, latent_layers: pa.Table) -> Figure:
     """Heat map of P(layer | latent), living latents from left to right by mean layer.
 
@@ -85,12 +77,13 @@ def layer_distribution(latents: pa.Table, latent_layers: pa.Table) -> Figure:
     return figure
 
 
+@mpl.rc_context(_STYLE)
 def fvu_delta_ce(layers: pa.Table) -> Figure:
     """Fraction of variance unexplained, and added cross-entropy where it was measured."""
     ids = layers["layer"].to_numpy()
     measured = layers["delta_ce"].null_count == 0
-    with_and_without = 2 if measured else 1
-    figure, axes = _canvas(3.5 * with_and_without, 3.0, with_and_without)
+    panels = 2 if measured else 1
+    figure, axes = _canvas(3.5 * panels, 3.0, panels)
     first = axes[0] if measured else axes
     first.plot(ids, _values(layers, "fvu"), "o-", color=BLUE, label="channel means")
     first.plot(
@@ -114,6 +107,7 @@ def fvu_delta_ce(layers: pa.Table) -> Figure:
     return figure
 
 
+@mpl.rc_context(_STYLE)
 def norm_cosine(layers: pa.Table) -> Figure:
     """Mean L2 norm of the activations, and how alike a layer is to the next."""
     ids = layers["layer"].to_numpy()
@@ -135,6 +129,7 @@ def norm_cosine(layers: pa.Table) -> Figure:
     return figure
 
 
+@mpl.rc_context(_STYLE)
 def density(latents: pa.Table) -> Figure:
     """Histogram of the log10 density of the living latents."""
     alive = latents.filter(pc.invert(latents["dead"]))["density"].to_numpy()
@@ -151,20 +146,20 @@ def density(latents: pa.Table) -> Figure:
     return figure
 
 
+@mpl.rc_context(_STYLE)
 def draw_all(
     directory: Path, layers: pa.Table, latents: pa.Table, latent_layers: pa.Table
 ) -> list[str]:
     """Draw every figure into `directory` as PNG; their file names."""
-    with style():
-        figures = {
-            "layer_distribution.png": layer_distribution(latents, latent_layers),
-            "fvu_delta_ce.png": fvu_delta_ce(layers),
-            "norm_cosine.png": norm_cosine(layers),
-            "density.png": density(latents),
-        }
-        for name, figure in figures.items():
-            figure.savefig(directory / name)
-    return list(figures)
+    drawn = {
+        "layer_distribution.png": layer_distribution(latents, latent_layers),
+        "fvu_delta_ce.png": fvu_delta_ce(layers),
+        "norm_cosine.png": norm_cosine(layers),
+        "density.png": density(latents),
+    }
+    for name, figure in drawn.items():
+        figure.savefig(directory / name)
+    return list(drawn)
 
 
 def _canvas(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:

@@ -158,7 +158,7 @@ def _plan_events(
         directory,
         len(covered) * length * len(pairing.layers) * k * BYTES_PER_EVENT,
         "the table of activations",
-        "set events_max_tokens lower or choose another --out",
+        "lower --max-tokens or choose another --out",
     )
     folder = directory / ACTIVATIONS
     folder.mkdir()

@@ -51,6 +51,16 @@ def test_a_failure_leaves_the_old_one_and_nothing_else(
     assert _names(tmp_path / "out") == [SUMMARY]
 
 
+def test_a_failure_leaves_no_parent_that_was_made(tmp_path: Path) -> None:
+    def fail() -> None:
+        with staged(tmp_path / "a" / "b" / "out"):
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert _names(tmp_path) == []
+
+
 def test_absent_empty_and_analysis_directories_may_be_written(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     _analysis(tmp_path / "old")

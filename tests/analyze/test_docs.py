@@ -1,0 +1,47 @@
+"""docs/tables.md says what the files hold, and its queries run."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from mlsae.analyze import AnalyzeConfig, run
+from mlsae.analyze.columns import TABLES
+
+PAGE = Path(__file__).parents[2] / "docs" / "tables.md"
+
+
+@pytest.mark.parametrize("table", list(TABLES))
+def test_every_column_is_documented_as_it_is(table: str) -> None:
+    section = PAGE.read_text().split(f"\n## `{table}`\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    assert rows == [f"| `{c.name}` | {c.type} | {c.unit} | {c.text} |" for c in TABLES[table]]
+
+
+def test_the_queries_run_on_an_analysis_and_the_files_have_the_documented_columns(
+    world: Any,
+    sae_maker: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(AnalyzeConfig(cache=world.store, sae=sae_maker(world.store), out=Path("analysis")))
+    for table, columns in TABLES.items():
+        path = tmp_path / "analysis" / f"{table}.parquet"
+        schema = pq.read_schema(path if path.exists() else path.with_suffix("") / "layer-0.parquet")
+        assert schema.names == [column.name for column in columns]
+        assert schema.types == [column.type for column in columns]
+    capsys.readouterr()
+    scope: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(block, scope)
+        assert capsys.readouterr().out
+    assert len(scope["spread"]) == 10
+    assert scope["events"]["value"].to_pylist()
+    assert set(scope["events"]["latent"].to_pylist()) == {scope["latent"]}
