@@ -1,0 +1,74 @@
+"""Which rows are trained on, against a computation over whole arrays."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from mlsae.base.errors import InputError
+from mlsae.store import open_store
+from mlsae.train import rows as module
+from mlsae.train.rows import Mixture, TrainingRows
+
+
+@pytest.mark.parametrize("skip_positions", [0, 1, 3])
+@pytest.mark.parametrize("slice_rows", [1, 7, 24, 100, 10_000])
+def test_rows_are_those_without_flag_beyond_the_first_and_not_held_out(
+    skip_positions: int,
+    slice_rows: int,
+    sample_maker: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The mask of any range, the total, and every slice's count."""
+    monkeypatch.setattr(module, "_BLOCK_ROWS", 200)
+    sample = sample_maker(batch_sequences=5)
+    held_out = np.array([0, 4, 5, 36])
+    rows = TrainingRows(open_store(sample.path), skip_positions, held_out)
+    row = np.arange(37 * 24)
+    expected = (sample.token_flags == 0) & (row % 24 >= skip_positions)
+    expected &= ~np.isin(row // 24, held_out)
+    for start, stop in [(0, 888), (0, 1), (90, 150), (100, 101), (887, 888)]:
+        assert np.array_equal(rows.mask(start, stop), expected[start:stop])
+    assert rows.count() == expected.sum()
+    counts = rows.slice_counts(slice_rows)
+    assert counts.tolist() == [
+        expected[i : i + slice_rows].sum() for i in range(0, 888, slice_rows)
+    ]
+    assert counts.itemsize == np.min_scalar_type(slice_rows).itemsize
+
+
+def test_a_window_sets_the_slices(sample_maker: Callable) -> None:
+    """A smaller window means shorter slices, and is never exceeded."""
+    store = open_store(sample_maker(encoding="float32", d_model=32).path)
+    sizes = []
+    for window in (5_000, 16_000, None):
+        mixture = Mixture.plan(
+            store,
+            "resid_post",
+            store.layers,
+            batch_rows=30,
+            seed=0,
+            skip_positions=1,
+            validation=np.array([3]),
+            window=window,
+        )
+        assert window is None or mixture.window_bytes(0, 1) <= window
+        sizes.append(mixture.slice_rows)
+    assert sizes == sorted(sizes)
+    assert sizes[0] == 1 < sizes[1]
+
+
+def test_a_window_of_less_than_a_row_a_slot_is_refused(sample_maker: Callable) -> None:
+    """What it needs, and what was asked for."""
+    store = open_store(sample_maker(encoding="float32", d_model=32).path)
+    with pytest.raises(InputError, match=r"--window must hold .*, 4\.22 kB, got 2 kB; raise it"):
+        Mixture.plan(
+            store,
+            "resid_post",
+            store.layers,
+            batch_rows=30,
+            seed=0,
+            skip_positions=1,
+            validation=np.array([], np.int64),
+            window=2_000,
+        )

@@ -1,0 +1,1 @@
+"""Training an SAE from an activation store; nothing here needs the transformer."""

@@ -1,0 +1,175 @@
+"""Which rows of a store are trained on, and how they are cut into slices."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlsae.base.errors import InputError
+from mlsae.base.units import format_bytes
+from mlsae.store import Store
+from mlsae.train.sampler import Order, owned_slots, slice_rows
+
+SLICE_BYTES = 64 << 10
+"""Bytes of a slice unless a window is asked for: less is slow to read, more is memory."""
+_BLOCK_ROWS = 1 << 20
+
+
+class TrainingRows:
+    """The rows that are eligible and not held out for validation; computed when asked for.
+
+    Args:
+        store: read for its token flags alone.
+        skip_positions: first positions of a sequence that are left out.
+        validation: (n,) ascending indices of the sequences held out.
+    """
+
+    def __init__(
+        self, store: Store, skip_positions: int, validation: npt.NDArray[np.int64]
+    ) -> None:
+        self._store = store
+        self._skip_positions = skip_positions
+        self._validation = validation
+
+    def mask(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        """(stop − start,) whether each row is trained on."""
+        eligible = self._store.eligible(self._skip_positions, start, stop)
+        length = self._store.context_length
+        inside = np.searchsorted(self._validation, [start // length, -(-stop // length)])
+        for sequence in self._validation[inside[0] : inside[1]].tolist():
+            first = sequence * length - start
+            eligible[max(first, 0) : max(first + length, 0)] = False
+        return eligible
+
+    def count(self) -> int:
+        """Rows of a layer that are trained on."""
+        return sum(
+            int(self.mask(start, min(start + _BLOCK_ROWS, self._store.num_rows)).sum())
+            for start in range(0, self._store.num_rows, _BLOCK_ROWS)
+        )
+
+    def slice_counts(self, rows_per_slice: int) -> npt.NDArray[Any]:
+        """(num_slices,) rows of each slice that are trained on, in the smallest integer type."""
+        num_rows = self._store.num_rows
+        counts = np.empty(-(-num_rows // rows_per_slice), np.min_scalar_type(rows_per_slice))
+        block = max(1, _BLOCK_ROWS // rows_per_slice)
+        for first in range(0, len(counts), block):
+            start = first * rows_per_slice
+            mask = self.mask(start, min(start + block * rows_per_slice, num_rows))
+            edges = np.arange(0, len(mask), rows_per_slice)
+            counts[first : first + len(edges)] = np.add.reduceat(mask, edges, dtype=np.int64)
+        return counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """The rows of several layers, cut into slices, and the order in which epochs visit them."""
+
+    store: Store
+    site: str
+    layers: tuple[int, ...]
+    batch_rows: int
+    seed: int
+    rows: TrainingRows
+    slice_rows: int
+    """Rows of a slice."""
+    counts: npt.NDArray[Any]
+    """(num_slices,) rows of each slice that are trained on."""
+    num_rows: int
+    """Rows of one layer that are trained on in an epoch."""
+
+    @classmethod
+    def plan(
+        cls,
+        store: Store,
+        site: str,
+        layers: tuple[int, ...],
+        *,
+        batch_rows: int,
+        seed: int,
+        skip_positions: int,
+        validation: npt.NDArray[np.int64],
+        window: int | None = None,
+    ) -> "Mixture":
+        """Cut a store into slices.
+
+        Args:
+            store: the store.
+            site: one of its sites.
+            layers: of its layers.
+            batch_rows: rows of a batch, over layers and ranks.
+            seed: of the order.
+            skip_positions: first positions of a sequence that are left out.
+            validation: ascending indices of sequences held out.
+            window: bytes of slices in memory, over ranks; None for slices of 64 KiB.
+
+        Raises:
+            InputError: the window holds less than a row a slot, the batch is smaller than the
+                number of layers, or no row is left.
+        """
+        rows = TrainingRows(store, skip_positions, validation)
+        num_rows = rows.count()
+        row_bytes = store.d_model * store.itemsize
+        max_rows = max(1, SLICE_BYTES // row_bytes)
+        if window is not None:
+            buffers = num_buffers(len(layers) * -(-batch_rows // len(layers)))
+            max_rows = window // (buffers * row_bytes)
+            if max_rows < 1:
+                raise InputError(
+                    f"--window must hold at least one row for each row of a batch, "
+                    f"{format_bytes(buffers * row_bytes)}, got {format_bytes(window)}; raise it or "
+                    f"lower --batch-size"
+                )
+        size = slice_rows(num_rows, batch_rows, len(layers), max_rows)
+        return cls(
+            store=store,
+            site=site,
+            layers=layers,
+            batch_rows=batch_rows,
+            seed=seed,
+            rows=rows,
+            slice_rows=size,
+            counts=rows.slice_counts(size),
+            num_rows=num_rows,
+        )
+
+    def order(self, epoch: int) -> Order:
+        """The order of an epoch."""
+        return Order(
+            self.counts,
+            num_layers=len(self.layers),
+            batch_rows=self.batch_rows,
+            seed=self.seed,
+            epoch=epoch,
+        )
+
+    @property
+    def epoch_rows(self) -> int:
+        """Rows of an epoch, over layers."""
+        return self.num_rows * len(self.layers)
+
+    @property
+    def epoch_steps(self) -> int:
+        """Batches of an epoch; the last may be short."""
+        return -(-self.epoch_rows // self.batch_rows)
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of one layer."""
+        return -(-self.batch_rows // len(self.layers))
+
+    def rank_slots(self, rank: int, world_size: int) -> int:
+        """Slots of one rank, over layers: the most rows of a batch that it gets."""
+        layer, slot = np.arange(len(self.layers)), np.arange(self.num_slots)
+        return int(owned_slots(layer[:, None], slot, rank, world_size).sum())
+
+    def window_bytes(self, rank: int, world_size: int) -> int:
+        """Bytes of one rank's window."""
+        rows = num_buffers(self.rank_slots(rank, world_size)) * self.slice_rows
+        return rows * self.store.d_model * self.store.itemsize
+
+
+def num_buffers(num_slots: int) -> int:
+    """Buffers for so many slots: an eighth more, so that reading can be ahead of cutting."""
+    return num_slots + max(1, num_slots // 8)

@@ -1,0 +1,270 @@
+"""The order in which an epoch visits rows: layers mixed evenly, neighbours kept apart.
+
+A pure function of (eligible rows of each slice, settings, seed, epoch). Nothing that grows with
+the store is held but the one count a slice, which all layers share; permutations are computed.
+
+A *slice* is a run of consecutive rows, the unit of reading. A layer's eligible rows, taken in a
+permuted order of its slices, are cut into `num_slots` equal runs, the *slots*: as many as a batch
+holds rows of a layer. The layer's order takes the first row of every slot, then the second of every
+slot, and so on, so that neighbours in the order come from different slots. Items of the epoch
+alternate between layers; a batch is the next `batch_rows` items. Hence:
+
+- every batch has equal rows of every layer, give or take one, and every eligible (layer, row)
+  comes once an epoch;
+- a batch has at most one row of a slice: a slot is at one slice at a time, and the two parts of a
+  slice that a cut between slots divides are visited at opposite ends of the epoch;
+- what is in memory is one slice for each slot, whatever the store's size, and slots move on to
+  their next slices at different times, so that reading is steady.
+
+Slot j of layer l belongs to *lane* (j + l) mod lanes, and rank r of w has lanes r, r + w, …: any w
+that divides the lanes gives the same batches.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mlsae.base.errors import InputError
+from mlsae.train.permutation import NUM_ROUNDS, derive_keys, mix, permute
+
+Int64 = npt.NDArray[np.int64]
+
+NUM_LANES = 16
+_GOLDEN = (5**0.5 - 1) / 2
+_BLOCK = 1 << 12
+"""Slices walked at once when a position is looked up."""
+
+
+class Parts(NamedTuple):
+    """Slices, or parts of slices at the ends of slots, that slots turn to; arrays of one length."""
+
+    layer: Int64
+    """Index into the layers of the run."""
+    slot: Int64
+    slice: Int64
+    """Index of the slice: rows slice · slice_rows and on."""
+    first: Int64
+    """The part starts at this one of the slice's eligible rows, counted from 0."""
+    num_rows: Int64
+    """Eligible rows of the part."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rank's share of a batch."""
+
+    number: int
+    """Step of the epoch, from 0."""
+    num_rows: int
+    """Rows of the whole batch, over all ranks."""
+    opened: Parts
+    """Parts that are needed from this step on."""
+    layer: Int64
+    """(n,) index into the layers of the run; n may be 0."""
+    slot: Int64
+    """(n,)"""
+    turn: Int64
+    """(n,) how many rows of the slot's part went before; see `part_order`."""
+
+
+def slice_rows(num_eligible: int, batch_rows: int, num_layers: int, max_rows: int) -> int:
+    """Rows of a slice: nearly `max_rows`, and so few that a slot runs over several slices.
+
+    Of the sizes from 0.8 of the largest up, the one of which a slot takes a whole number and about
+    0.618 more: then cuts between slots fall at scattered places in slices, and slots do not all
+    need their next slice at once.
+    """
+    slot = num_eligible / -(-batch_rows // num_layers)
+    largest = max(1, min(max_rows, math.floor(slot / (1 + _GOLDEN))))
+    sizes = np.arange(math.ceil(0.8 * largest), largest + 1)
+    return int(sizes[np.abs(slot / sizes % 1 - _GOLDEN).argmin()])
+
+
+def check_world_size(world_size: int, num_lanes: int = NUM_LANES) -> None:
+    """Refuse a number of ranks that does not divide the lanes.
+
+    Raises:
+        InputError: listing those that do.
+    """
+    if num_lanes % world_size:
+        fitting = ", ".join(str(w) for w in range(1, num_lanes + 1) if num_lanes % w == 0)
+        raise InputError(
+            f"{world_size} ranks cannot share {num_lanes} lanes evenly: start {fitting} ranks"
+        )
+
+
+def owned_slots(
+    layer: Int64, slot: Int64, rank: int, world_size: int, num_lanes: int = NUM_LANES
+) -> npt.NDArray[np.bool_]:
+    """Whether each (layer, slot) lies in a lane of this rank; the arguments broadcast."""
+    owned: npt.NDArray[np.bool_] = (slot + layer) % num_lanes % world_size == rank
+    return owned
+
+
+class Order:
+    """The order of one epoch.
+
+    Args:
+        counts: (num_slices,) eligible rows of each slice, any unsigned integer type; kept.
+        num_layers: layers of the run.
+        batch_rows: rows of a batch, over all layers and ranks.
+        seed: of the run.
+        epoch: from 0; every epoch has its own permutations.
+        num_lanes: shares into which the order can be cut.
+
+    Raises:
+        InputError: the batch has fewer rows than there are layers, or no row is eligible.
+    """
+
+    def __init__(
+        self,
+        counts: npt.NDArray[Any],
+        *,
+        num_layers: int,
+        batch_rows: int,
+        seed: int,
+        epoch: int,
+        num_lanes: int = NUM_LANES,
+    ) -> None:
+        if batch_rows < num_layers:
+            raise InputError(
+                f"a batch must hold at least one row of each layer: got {batch_rows} rows for "
+                f"{num_layers} layers; raise --batch-size"
+            )
+        self.counts = counts
+        self.num_layers = num_layers
+        self.batch_rows = batch_rows
+        self.num_lanes = num_lanes
+        self.num_rows = int(counts.sum(dtype=np.int64))
+        """Eligible rows of a layer."""
+        if self.num_rows == 0:
+            raise InputError(
+                "no row is left to train on: every row has a flag, is skipped by "
+                "--skip-positions or is held out by --validation-fraction"
+            )
+        self.num_slots = -(-batch_rows // num_layers)
+        self.num_steps = -(-self.num_rows * num_layers // batch_rows)
+        rounds, rest = divmod(self.num_rows, self.num_slots)
+        slots = np.arange(self.num_slots + 1)
+        self._starts = slots * rounds + np.minimum(slots, rest)
+        self._keys = np.stack(
+            [derive_keys(NUM_ROUNDS, "slices", seed, epoch, i) for i in range(num_layers)]
+        )
+        self._row_keys = derive_keys(num_layers, "rows", seed, epoch)
+
+    def walk(self, step: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[Step]:
+        """The steps of a rank, from `step` to the end of the epoch.
+
+        The first step given opens every part that is under way there.
+
+        Raises:
+            InputError: the number of ranks does not divide the lanes.
+        """
+        check_world_size(world_size, self.num_lanes)
+        return self._walk(step, rank, world_size)
+
+    def _walk(self, step: int, rank: int, world_size: int) -> Iterator[Step]:
+        cursors = _Cursors(self, step)
+        is_open = np.zeros((self.num_layers, self.num_slots), np.bool_)
+        for number in range(step, self.num_steps):
+            first = number * self.batch_rows
+            stop = min(first + self.batch_rows, self.num_rows * self.num_layers)
+            place, layer = np.divmod(np.arange(first, stop), self.num_layers)
+            turn, slot = np.divmod(place, self.num_slots)
+            mine = owned_slots(layer, slot, rank, world_size, self.num_lanes)
+            layer, slot, turn = layer[mine], slot[mine], turn[mine]
+            moved = cursors.advance(layer, slot, turn) | ~is_open[layer, slot]
+            is_open[layer, slot] = True
+            opened = cursors.parts(layer[moved], slot[moved])
+            yield Step(number, stop - first, opened, layer, slot, turn - cursors.begin[layer, slot])
+
+    def part_order(self, parts: Parts) -> Int64:
+        """The eligible rows of parts in the order of their turns, counted within their slices.
+
+        The order is by a keyed hash of the row, so it is the same whenever it is asked for.
+
+        Returns:
+            (n, width) with the width of the longest part; a part's row means nothing from its
+            number of rows on.
+        """
+        width = int(parts.num_rows.max(initial=0))
+        row = parts.first[:, None] + np.arange(width)
+        key = mix(parts.slice.astype(np.uint64) + self._row_keys[parts.layer])
+        rank = mix(key[:, None] + row.astype(np.uint64))
+        rank[np.arange(width) >= parts.num_rows[:, None]] = np.iinfo(np.uint64).max
+        return np.argsort(rank, axis=1, kind="stable") + parts.first[:, None]
+
+    def _slices(self, layer: Int64, position: Int64) -> Int64:
+        """The slices at these positions of their layers' permuted orders."""
+        return permute(position, len(self.counts), self._keys[layer])
+
+    def _locate(self, layer: int, offsets: Int64) -> tuple[Int64, Int64]:
+        """Where in a layer's permuted order given eligible rows lie.
+
+        Args:
+            layer: index into the layers.
+            offsets: (n,) ascending, eligible rows counted along the permuted order.
+
+        Returns:
+            (n,) position of the slice that holds each, (n,) eligible rows before that slice.
+        """
+        position, before = np.empty_like(offsets), np.empty_like(offsets)
+        total = done = 0
+        for start in range(0, len(self.counts), _BLOCK):
+            at = np.arange(start, min(start + _BLOCK, len(self.counts)))
+            counts = self.counts[self._slices(np.full(len(at), layer), at)].astype(np.int64)
+            ends = total + np.cumsum(counts)
+            inside = done + int(np.searchsorted(offsets[done:], ends[-1]))
+            found = np.searchsorted(ends, offsets[done:inside], side="right")
+            position[done:inside] = start + found
+            before[done:inside] = ends[found] - counts[found]
+            total, done = int(ends[-1]), inside
+        return position, before
+
+
+class _Cursors:
+    """Where every slot of every layer is; arrays (num_layers, num_slots)."""
+
+    def __init__(self, order: Order, step: int) -> None:
+        self._order = order
+        self._start, self._stop = order._starts[:-1], order._starts[1:]
+        shape = (order.num_layers, order.num_slots)
+        self._position, self._before = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        for layer in range(order.num_layers):
+            item = step * order.batch_rows
+            place = -(-(item - layer) // order.num_layers)
+            turn = np.maximum(0, -(-(place - np.arange(order.num_slots)) // order.num_slots))
+            offsets = np.minimum(self._start + turn, order.num_rows - 1)
+            self._position[layer], self._before[layer] = order._locate(layer, offsets)
+        layers = np.repeat(np.arange(order.num_layers), order.num_slots)
+        self._slice = order._slices(layers, self._position.ravel()).reshape(shape)
+        self._count = order.counts[self._slice].astype(np.int64)
+        self.begin = np.maximum(self._before - self._start, 0)
+        """Turn of the slot at which its present part begins."""
+        self._end = self._before + self._count - self._start
+
+    def advance(self, layer: Int64, slot: Int64, turn: Int64) -> npt.NDArray[np.bool_]:
+        """Move on the slots whose slice ends before their turn; says which."""
+        moved = turn >= self._end[layer, slot]
+        behind = np.flatnonzero(moved)
+        while len(behind):
+            at = layer[behind], slot[behind]
+            self._before[at] += self._count[at]
+            self._position[at] += 1
+            self._slice[at] = self._order._slices(layer[behind], self._position[at])
+            self._count[at] = self._order.counts[self._slice[at]]
+            self.begin[at] = self._before[at] - self._start[slot[behind]]
+            self._end[at] = self.begin[at] + self._count[at]
+            behind = behind[turn[behind] >= self._end[at]]
+        return moved
+
+    def parts(self, layer: Int64, slot: Int64) -> Parts:
+        """The present parts of these slots."""
+        at = layer, slot
+        first = np.maximum(self._start[slot] - self._before[at], 0)
+        last = np.minimum(self._stop[slot] - self._before[at], self._count[at])
+        return Parts(layer, slot, self._slice[at], first, last - first)
