@@ -1,0 +1,28 @@
+"""The learning rate: a function of the step alone, so that a resumed run needs no state for it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up, a plateau, and a linear decay to zero."""
+
+    peak: float
+    """Learning rate of the plateau."""
+    num_steps: int
+    """Steps of the run."""
+    warmup: float
+    """First share of the steps, over which the rate rises."""
+    decay: float
+    """Last share of the steps, over which it falls; the step after the last would have 0."""
+
+    def __call__(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        rise = round(self.warmup * self.num_steps)
+        fall = round(self.decay * self.num_steps)
+        factor = 1.0
+        if step < rise:
+            factor = (step + 1) / (rise + 1)
+        if step >= self.num_steps - fall:
+            factor = min(factor, (self.num_steps - step) / (fall + 1))
+        return self.peak * factor
