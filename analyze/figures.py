@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
@@ -38,7 +39,8 @@ _LARGE_RANGE = 20.0
 def layer_distribution(latents: pa.Table, latent_layers: pa.Table) -> Figure:
     """Heat map of P(layer | latent), living latents from left to right by mean layer.
 
-    Over 1,200 latents, neighbours are averaged into one column.
+    Over 1,200 latents, neighbours are averaged into one column. Colours follow the square root, so
+    that latents spread over many layers do not drown.
     """
     layers = pc.unique(latent_layers["layer"]).to_numpy()
     probs = latent_layers["prob"].to_numpy().reshape(-1, len(layers))
@@ -58,8 +60,7 @@ def layer_distribution(latents: pa.Table, latent_layers: pa.Table) -> Figure:
         origin="lower",
         interpolation="nearest",
         cmap="viridis",
-        vmin=0,
-        vmax=1,
+        norm=PowerNorm(0.5, vmin=0, vmax=1),
         extent=(0, len(order), -0.5, len(layers) - 0.5),
     )
     height = np.interp(mean[order], layers, np.arange(len(layers)))

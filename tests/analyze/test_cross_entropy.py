@@ -12,7 +12,13 @@ import torch
 import transformers
 
 from mlsae.analyze import AnalyzeConfig, run
-from mlsae.analyze.cross_entropy import counted_targets, kl_sum, measure
+from mlsae.analyze.cross_entropy import (
+    counted_targets,
+    kl_sum,
+    measure,
+    reconstruct_where,
+    stored_where,
+)
 from mlsae.analyze.pairing import Pairing, pair
 from mlsae.models import load
 from mlsae.sae import load as load_sae
@@ -160,6 +166,16 @@ def test_a_separator_may_be_the_input_that_its_document_is_predicted_from() -> N
     documents = np.array([[0, 1, 1]], dtype=np.uint32)
     flags = np.array([[0, SPECIAL, 0]], dtype=np.uint8)
     assert counted_targets(documents, flags).tolist() == [[False, True]]
+
+
+def test_only_eligible_rows_are_replaced() -> None:
+    x, stored = torch.arange(24.0).view(2, 3, 4), torch.full((2, 3, 4), -1.0)
+    eligible = torch.tensor([[False, True, False], [False, False, True]])
+    doubled = reconstruct_where(lambda rows: 2 * rows, eligible)(x)  # type: ignore[arg-type]
+    of_store = stored_where(stored, eligible)(x)
+    assert torch.equal(doubled, torch.where(eligible[..., None], 2 * x, x))
+    assert torch.equal(of_store, torch.where(eligible[..., None], stored, x))
+    assert torch.equal(x, torch.arange(24.0).view(2, 3, 4))
 
 
 def test_kl_is_of_the_untouched_from_the_spliced() -> None:
