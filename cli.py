@@ -16,7 +16,7 @@ from mlsae.base.errors import InputError, MlsaeError
 from mlsae.base.units import parse_bytes, parse_count, parse_layers
 
 
-class _Parsed(click.ParamType):
+class _Parsed(click.ParamType[Any]):
     """An option whose text a library function parses; its message becomes a usage error."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
