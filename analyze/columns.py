@@ -55,7 +55,7 @@ LAYERS = (
         _F,
         "1",
         "pooled cosine with the next layer that the store holds, over all its eligible rows: "
-        "Σ⟨x − μ, x′ − μ′⟩ / √(Σ‖x − μ‖² · Σ‖x′ − μ′‖²); null at the last",
+        "Σ⟨x − μ, x′ − μ′⟩ / √(Σ‖x − μ‖² · Σ‖x′ − μ′‖²); null at the last layer of the store",
     ),
     Column("num_ce_tokens", _I, "token", f"scored next tokens of the columns below; {_CE}"),
     Column("ce", _F, "nat/token", f"cross-entropy of the untouched transformer; {_CE}"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
@@ -34,6 +35,8 @@ from mlsae.base.errors import InputError
 from mlsae.base.files import seal, write_durably
 from mlsae.base.resources import require_disk
 from mlsae.models import Transformer, load_for, resolve_device
+
+_TOKENS_AT_ONCE = 2**20
 
 
 def run(config: AnalyzeConfig) -> Analysis:
@@ -84,7 +87,7 @@ def run(config: AnalyzeConfig) -> Analysis:
             **_what(pairing, sequences, sums),
             "cross_entropy": None if entropy is None else {"num_tokens": entropy.num_tokens},
             "no_cross_entropy_because": reason,
-            "overall": overall(**tables),
+            "overall": overall(tables["layers"], tables["latents"]),
             "figures": [f"{FIGURES}/{name}" for name in names],
         }
         write_durably(directory / SUMMARY, seal(content))
@@ -101,10 +104,16 @@ def _count_rows(pairing: Pairing, sequences: Int) -> int:
     """
     store, length = pairing.store, pairing.store.context_length
     num_rows, num_eligible = 0, 0
-    for sequence in sequences.tolist():
-        span = (sequence * length, (sequence + 1) * length)
-        num_rows += int(store.eligible(0, *span).sum())
-        num_eligible += int(store.eligible(pairing.skip_positions, *span).sum())
+    at_once = max(1, _TOKENS_AT_ONCE // length)
+    for first in range(0, store.num_sequences, at_once):
+        last = min(first + at_once, store.num_sequences)
+        low, high = np.searchsorted(sequences, [first, last])
+        if low == high:
+            continue
+        flags = store.token_flags(first * length, last * length).reshape(-1, length)
+        unflagged = flags[sequences[low:high] - first] == 0
+        num_rows += int(unflagged.sum())
+        num_eligible += int(unflagged[:, pairing.skip_positions :].sum())
     if num_eligible == 0:
         raise InputError(
             f"none of the {len(sequences) * length} rows chosen is eligible (no flag, position at "
@@ -177,7 +186,9 @@ def _tables(
 ) -> dict[str, pa.Table]:
     moments = pairing.store.moments(pairing.site, pairing.skip_positions)
     norms = dict(zip(moments.layers, moments.norm_mean.tolist(), strict=True))
-    cosines = dict(zip(moments.layers, moments.adjacent_cosine().tolist(), strict=False))
+    # The last layer has no next one; a layer that does not vary has no cosine.
+    pairs = zip(moments.layers[:-1], moments.adjacent_cosine().tolist(), strict=True)
+    cosines = {layer: cosine for layer, cosine in pairs if np.isfinite(cosine)}
     latents, latent_layers = latents_tables(sums, provenance)
     return {
         "layers": layers_table(sums, norms, cosines, entropy, provenance),

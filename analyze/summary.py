@@ -25,12 +25,11 @@ _SHOWN = {
 """Columns of `layers` that are printed, and how."""
 
 
-def overall(layers: pa.Table, latents: pa.Table, latent_layers: pa.Table) -> dict[str, Any]:
+def overall(layers: pa.Table, latents: pa.Table) -> dict[str, Any]:
     """The numbers of the whole SAE.
 
     Means are over layers, each weighing the same, or over living latents; None where a term is.
     """
-    del latent_layers
     num_dead = int(pc.sum(latents["dead"]).as_py())
     return {
         **{f"mean_{name}": _mean(layers[name]) for name in ("fvu", "fvu_published", "delta_ce")},

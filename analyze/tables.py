@@ -28,7 +28,7 @@ def layers_table(
     Args:
         sums: by layer id.
         norms: mean norm by layer id.
-        adjacent_cosines: by layer id; no entry for the last layer of the store.
+        adjacent_cosines: by layer id, where there is one.
         entropy: its arrays in the order of `sums`, or None.
         provenance: goes into the schema's metadata.
     """

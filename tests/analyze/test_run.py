@@ -10,11 +10,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mlsae.analyze import AnalyzeConfig, load, run
 from mlsae.base.errors import InputError, ResourceError
 from mlsae.sae import SAE, SAEConfig
 from mlsae.store import IncompleteStoreError, create, open_store
+from mlsae.store.split import validation_sequences
 
 FIGURES = ["density.png", "fvu_delta_ce.png", "layer_distribution.png", "norm_cosine.png"]
 
@@ -93,8 +95,6 @@ def test_rows_tokens_and_events_are_limited_as_asked(
 
 
 def _train_sequences(world: Any) -> set[int]:
-    from mlsae.store.split import validation_sequences
-
     plan = open_store(world.store).plan
     return set(range(37)) - set(validation_sequences(plan["tokens_sha256"], 37, 0.2, 3).tolist())
 
@@ -170,22 +170,26 @@ def test_without_a_transformer_all_but_the_ce_family_is_there(
 def test_a_transformer_with_other_weights_is_refused(
     world: Any, sae_maker: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(world.model, tmp_path / "other")
-    weights = tmp_path / "other" / "model.safetensors"
-    tensors = load_file(weights)
+    """Named with --model it is an error; found where the store's was, it is left alone."""
+    other, kept = tmp_path / "other", world.model.with_name("kept")
+    shutil.copytree(world.model, other)
+    tensors = load_file(other / "model.safetensors")
     next(iter(tensors.values())).view(-1)[0] += 1
-    save_file(tensors, weights, metadata={"format": "pt"})
-    config = AnalyzeConfig(
-        cache=world.store,
-        sae=sae_maker(world.store),
-        out=tmp_path / "out",
-        model=tmp_path / "other",
-    )
-    with pytest.raises(InputError, match="is not the one this store was harvested from: expected "):
-        run(config)
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    settings: dict[str, Any] = {"cache": world.store, "sae": sae_maker(world.store)}
+    message = "is not the one this store was harvested from: expected "
+    with pytest.raises(InputError, match=message):
+        run(AnalyzeConfig(**settings, out=tmp_path / "out", model=other))
     assert not (tmp_path / "out").exists()
+    world.model.rename(kept)
+    shutil.copytree(other, world.model)
+    try:
+        found = run(AnalyzeConfig(**settings, out=tmp_path / "out"))
+    finally:
+        shutil.rmtree(world.model)
+        kept.rename(world.model)
+    assert found.layers["delta_ce"].null_count == 3
+    assert message in found.summary["no_cross_entropy_because"]
 
 
 def test_a_model_that_is_given_and_cannot_be_used_is_an_error(
@@ -267,6 +271,27 @@ def test_an_sae_that_no_training_made_is_refused(world: Any, tmp_path: Path) -> 
     with pytest.raises(
         InputError, match=r"its training.json lacks layers, model_fingerprint, skip"
     ):
+        run(config)
+
+
+def test_rows_of_which_none_is_eligible_are_refused(
+    sae_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    tokens = np.arange(40)
+    with create(
+        tmp_path / "acts",
+        tokens=tokens,
+        context_length=8,
+        layers=(0,),
+        d_model=4,
+        token_flags=np.full(40, 2, np.uint8),
+    ) as writer:
+        for _ in range(5):
+            writer.append({("resid_post", 0): np.ones((8, 4), np.float32)})
+    config = AnalyzeConfig(
+        cache=tmp_path / "acts", sae=sae_maker(tmp_path / "acts"), out=tmp_path / "out", rows="all"
+    )
+    with pytest.raises(InputError, match="none of the 40 rows chosen is eligible"):
         run(config)
 
 
