@@ -75,23 +75,3 @@ class HarvestConfig:
     def shard_bytes(self) -> int:
         """`shard_size` with its default resolved."""
         return SHARD_BYTES if self.shard_size is None else self.shard_size
-
-
-def parse_layers(text: str) -> tuple[int, ...]:
-    """`0,2,4`, `0-5` or `0-2,5` → block indices, ascending.
-
-    Raises:
-        InputError: not such a list, a range that runs backwards, or a layer named twice.
-    """
-    layers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise InputError(f"expected layers such as 0,2,4 or 0-5, got {text!r}")
-        chosen = range(int(first), int(last if dash else first) + 1)
-        if not chosen:
-            raise InputError(f"expected layers such as 0-5, got the range {part.strip()!r}")
-        layers.extend(chosen)
-    if len(set(layers)) != len(layers):
-        raise InputError(f"expected each layer once, got {text!r}")
-    return tuple(sorted(layers))

@@ -1,4 +1,4 @@
-"""Settings are refused where they are given, and layers are read as people write them."""
+"""Settings are refused where they are given."""
 
 from pathlib import Path
 from typing import Any
@@ -6,34 +6,7 @@ from typing import Any
 import pytest
 
 from mlsae.base.errors import InputError
-from mlsae.harvest import HarvestConfig, parse_layers
-
-
-@pytest.mark.parametrize(
-    ("text", "layers"),
-    [
-        ("0", (0,)),
-        ("0,2,4", (0, 2, 4)),
-        ("0-5", (0, 1, 2, 3, 4, 5)),
-        ("7, 0-2", (0, 1, 2, 7)),
-        ("3-3", (3,)),
-    ],
-)
-def test_layers_are_read(text: str, layers: tuple[int, ...]) -> None:
-    assert parse_layers(text) == layers
-
-
-@pytest.mark.parametrize("text", ["", "a", "-1", "1-", "1,,2", "1-2-3", "0.5"])
-def test_text_that_is_no_layers_is_refused(text: str) -> None:
-    with pytest.raises(InputError, match="expected layers such as 0,2,4 or 0-5, got"):
-        parse_layers(text)
-
-
-def test_backward_range_and_repeated_layer_are_refused() -> None:
-    with pytest.raises(InputError, match="got the range '5-2'"):
-        parse_layers("0,5-2")
-    with pytest.raises(InputError, match="expected each layer once, got '0-2,1'"):
-        parse_layers("0-2,1")
+from mlsae.harvest import HarvestConfig
 
 
 @pytest.mark.parametrize(

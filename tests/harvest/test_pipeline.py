@@ -275,6 +275,19 @@ def test_store_larger_than_the_disk_is_refused(
     assert not settings.out.exists()
 
 
+def test_what_is_written_already_needs_no_room_again(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk that the store has nearly filled, the same command still goes on."""
+    settings = config()
+    first = run(settings)
+    monkeypatch.setattr("mlsae.base.resources.free_disk", lambda _: 200_000)
+    again = run(settings)
+    assert first is not None
+    assert again is not None
+    assert again.store_id == first.store_id
+
+
 def test_magnitudes_over_16000_need_a_flag(
     config: MakeConfig, model_maker: Callable[..., Path]
 ) -> None:

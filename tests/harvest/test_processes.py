@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -32,19 +33,32 @@ def small_shards(config: Callable[..., HarvestConfig]) -> Callable[[Path], Harve
     return lambda out: config(out=out, batch_size=1, shard_size=1_000, max_tokens=640)
 
 
-def start(settings: HarvestConfig, **environment: str) -> "subprocess.Popen[bytes]":
-    # Equal threads in every process, as bits need.
-    threads = str(torch.get_num_threads())
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, settings.model, settings.dataset, str(settings.out)],
-        env={**os.environ, "OMP_NUM_THREADS": threads, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+Start = Callable[..., "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Harvest in another process; none outlives its test."""
+    with ExitStack() as processes:
+
+        def begin(settings: HarvestConfig, **environment: str) -> "subprocess.Popen[bytes]":
+            # Equal threads in every process, as bits need.
+            threads = str(torch.get_num_threads())
+            process = subprocess.Popen(
+                [sys.executable, "-c", SCRIPT, settings.model, settings.dataset, str(settings.out)],
+                env={**os.environ, "OMP_NUM_THREADS": threads, **environment},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            processes.enter_context(process)
+            processes.callback(process.kill)
+            return process
+
+        yield begin
 
 
 def test_killed_harvest_continues_to_the_same_store(
-    small_shards: Callable[[Path], HarvestConfig], tmp_path: Path
+    small_shards: Callable[[Path], HarvestConfig], start: Start, tmp_path: Path
 ) -> None:
     unbroken = run(small_shards(tmp_path / "unbroken"))
     assert unbroken is not None
@@ -66,7 +80,7 @@ def test_killed_harvest_continues_to_the_same_store(
 
 
 def test_two_ranks_make_the_store_that_one_makes(
-    small_shards: Callable[[Path], HarvestConfig], tmp_path: Path
+    small_shards: Callable[[Path], HarvestConfig], start: Start, tmp_path: Path
 ) -> None:
     """They meet in the directory alone; only rank 0 packs and prints."""
     alone = run(small_shards(tmp_path / "alone"))

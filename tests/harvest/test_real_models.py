@@ -86,7 +86,7 @@ def test_demo_model_predicts_its_text_from_its_stored_activations(
     run(
         HarvestConfig(
             model=str(demo_model),
-            dataset=str(text_path() / "held_out.jsonl"),
+            dataset=str(text_path("held_out")),
             out=tmp_path / "acts",
             max_tokens=20_000,
             device="cpu",

@@ -17,18 +17,22 @@ class _Experts(nn.Module):
 class _Backbone(nn.Module):
     def __init__(self, num_layers: int, num_experts: int) -> None:
         super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(2) for _ in range(num_layers))
         self.decoder = nn.ModuleDict(
             {"stack": nn.ModuleList(_Experts(num_experts) for _ in range(num_layers))}
         )
 
 
-def test_expert_lists_of_the_same_length_are_not_the_blocks() -> None:
+def test_other_lists_of_the_same_length_are_not_the_blocks() -> None:
+    """Neither norms kept beside the blocks nor experts inside them."""
     backbone = _Backbone(num_layers=3, num_experts=3)
     assert find_blocks(backbone, 3) == list(backbone.decoder["stack"])  # type: ignore[call-overload]
 
 
 def test_no_list_of_that_length_is_refused_naming_those_found() -> None:
-    with pytest.raises(InputError, match=r"ModuleList of 5 blocks .* decoder\.stack \(3\)"):
+    with pytest.raises(
+        InputError, match=r"ModuleList of 5 blocks .* norms \(3\), decoder\.stack \(3\)"
+    ):
         find_blocks(_Backbone(num_layers=3, num_experts=2), 5)
 
 
