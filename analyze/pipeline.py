@@ -40,12 +40,7 @@ _TOKENS_AT_ONCE = 2**20
 
 
 def run(config: AnalyzeConfig) -> Analysis:
-    """Analyze an SAE on a store's rows, write the directory `config.out`, print a summary.
-
-    Raises:
-        InputError: store, SAE, transformer or `out` are not what they should be.
-        ResourceError: too little disk, or no such device.
-    """
+    """See `mlsae.analyze.run`."""
     check_replaceable(config.out)
     device = resolve_device(config.device)
     pairing = pair(config.cache, config.sae, device)

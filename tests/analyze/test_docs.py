@@ -1,6 +1,8 @@
 """docs/tables.md says what the files hold, and its queries run."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,13 +37,36 @@ def test_the_queries_run_on_an_analysis_and_the_files_have_the_documented_column
         schema = pq.read_schema(path if path.exists() else path.with_suffix("") / "layer-0.parquet")
         assert schema.names == [column.name for column in columns]
         assert schema.types == [column.type for column in columns]
-    capsys.readouterr()
-    scope: dict[str, Any] = {}
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(blocks) == 3
     for block in blocks:
+        capsys.readouterr()
+        scope: dict[str, Any] = {}
         exec(block, scope)
         assert capsys.readouterr().out
-    assert len(scope["spread"]) == 10
-    assert scope["events"]["value"].to_pylist()
-    assert set(scope["events"]["latent"].to_pylist()) == {scope["latent"]}
+        if "spread" in scope:
+            stds = scope["spread"]["layer_std"].to_pylist()
+            assert len(stds) == 10
+            assert stds == sorted(stds, reverse=True)
+        if "events" in scope:
+            assert set(scope["events"]["latent"].to_pylist()) == {scope["latent"]}
+        if "shared" in scope:
+            assert len(scope["shared"]) == _shared_by_loop()
+
+
+def _shared_by_loop() -> int:
+    here, above = (
+        {tuple(event.values()) for event in table.to_pylist()}
+        for table in (
+            pq.read_table(f"analysis/activations/layer-{layer}.parquet", columns=["row", "latent"])
+            for layer in (0, 1)
+        )
+    )
+    return len(here & above)
+
+
+def test_reading_an_analysis_needs_neither_torch_nor_transformers() -> None:
+    script = (
+        "import sys, mlsae.analyze; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
