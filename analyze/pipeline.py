@@ -35,6 +35,7 @@ from mlsae.base.errors import InputError
 from mlsae.base.files import seal, write_durably
 from mlsae.base.resources import require_disk
 from mlsae.models import Transformer, load_for, resolve_device
+from mlsae.store import Store
 
 _TOKENS_AT_ONCE = 2**20
 
@@ -127,8 +128,12 @@ def _transformer(pairing: Pairing, config: AnalyzeConfig) -> tuple[Transformer |
     if pairing.site != "resid_post":
         reason = f"site {pairing.site} cannot be spliced yet"
     elif isinstance(source, Mapping):
+        place = _place(pairing.store) if config.model is None else (config.model, None)
+        if place is None:
+            return None, "the store does not say where its transformer lay; give --model"
+        name, revision = place
         try:
-            return load_for(source, override=config.model, device=pairing.device), None
+            return load_for(source, name, revision=revision, device=pairing.device), None
         except InputError as error:
             if config.model is not None:
                 raise
@@ -138,6 +143,12 @@ def _transformer(pairing: Pairing, config: AnalyzeConfig) -> tuple[Transformer |
     if config.model is not None:
         raise InputError(f"--model {config.model}: {reason}; leave it out")
     return None, reason
+
+
+def _place(store: Store) -> tuple[str | Path, str | None] | None:
+    """Name and revision under which the last harvest of this store found its transformer."""
+    places = [record["model"] for record in store.provenance() if "model" in record]
+    return (places[-1]["name"], places[-1]["revision"]) if places else None
 
 
 def _provenance(pairing: Pairing) -> dict[str, str]:

@@ -160,7 +160,7 @@ def _begin(
         batch_sequences=config.batch_size,
         shard_bytes=config.shard_bytes,
         source=source_of(model, Joints.of(model.tokenizer)),
-        provenance=provenance_of(config, packed, model.device, ranks),
+        provenance=provenance_of(config, packed, model, ranks),
     )
 
 

@@ -113,13 +113,14 @@ def source_of(model: Transformer, packing: Joints) -> dict[str, Any]:
 
 
 def provenance_of(
-    config: HarvestConfig, packed: PackedText, device: torch.device, ranks: Ranks
+    config: HarvestConfig, packed: PackedText, model: Transformer, ranks: Ranks
 ) -> dict[str, Any]:
     """Under which circumstances: recorded beside the plan, without a part in any identity."""
     dataset = Path(config.dataset).expanduser()
     return {
         "kind": "harvest",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": model.place(),
         "dataset": str(dataset.resolve()) if dataset.exists() else config.dataset,
         "split": config.split,
         "text_column": config.text_column,
@@ -127,7 +128,9 @@ def provenance_of(
         "num_documents": packed.num_documents,
         "num_left_over": packed.num_left_over,
         "world_size": ranks.world_size,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(model.device)
+        if model.device.type == "cuda"
+        else "cpu",
         "torch_threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "versions": {

@@ -94,33 +94,36 @@ def outline(name_or_path: str | Path, *, revision: str | None = None) -> Transfo
 
 
 def load_for(
-    source: Mapping[str, Any],
-    override: str | Path | None = None,
+    record: Mapping[str, Any],
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
     device: str | torch.device = "cpu",
 ) -> Transformer:
     """Load the very model that a store was harvested from.
 
     Args:
-        source: `Transformer.describe()` of that model, as in a store's `source["model"]`.
-        override: where the model is now, if not where it was.
+        record: `Transformer.describe()` of that model, as in a store's `source["model"]`.
+        name_or_path: where it is: a hub id or a local directory.
+        revision: branch, tag or commit of a hub id.
         device: where to put the weights.
 
     Raises:
         InputError: as `load`, or the weights or the config differ from the recorded ones.
     """
     transformer = load(
-        source["name"] if override is None else override,
-        revision=source["revision"] if override is None else None,
-        dtype=source["dtype"],
+        name_or_path,
+        revision=revision,
+        dtype=record["dtype"],
         device=device,
-        attention_implementation=source["attention_implementation"],
+        attention_implementation=record["attention_implementation"],
     )
     found = transformer.describe()
     for key, what in (("fingerprint", "weights"), ("config_sha256", "config")):
-        if found[key] != source[key]:
+        if found[key] != record[key]:
             raise InputError(
                 f"model {transformer.name} is not the one this store was harvested from: expected "
-                f"{what} with SHA-256 {str(source[key])[:12]}, got {str(found[key])[:12]}; give "
+                f"{what} with SHA-256 {str(record[key])[:12]}, got {str(found[key])[:12]}; give "
                 "the right one with --model"
             )
     return transformer

@@ -91,16 +91,21 @@ class Transformer:
         return self._fingerprint
 
     def describe(self) -> dict[str, str | None]:
-        """What identifies this model, as the `model` entry of a store's source."""
+        """What identifies this model, as the `model` entry of a store's source.
+
+        Where it lay is no part of it, so that harvests on several machines make one store.
+        """
         return {
-            "name": self.name,
-            "revision": self.revision,
             "fingerprint": self.fingerprint(),
             "config_sha256": self.config_hash,
             "dtype": str(self.dtype).removeprefix("torch."),
             "attention_implementation": self.attention_implementation,
             "init": "trained",
         }
+
+    def place(self) -> dict[str, str | None]:
+        """Where this model was loaded from, as the `model` entry of a store's provenance."""
+        return {"name": self.name, "revision": self.revision}
 
     def check_layers(self, layers: Sequence[int]) -> tuple[int, ...]:
         """The layers asked for, sorted.

@@ -28,6 +28,7 @@ def store_info(path: str | os.PathLike[str]) -> dict[str, Any]:
         "num_committed": num_shards - len(pending_shards(store.path, store.plan)),
         "num_bytes": sum(file.stat().st_size for file in files),
         "plan": store.plan,
+        "provenance": store.provenance(),
     }
     if store.is_complete:
         moments = {site: store.moments(site) for site in store.sites}
@@ -48,7 +49,8 @@ def format_info(info: dict[str, Any]) -> str:
     """The human form of `store_info`."""
     plan = info["plan"]
     state = "complete" if info["complete"] else "incomplete"
-    model = plan["source"].get("model", {}).get("name", "(not a harvest)")
+    places = [run["model"]["name"] for run in info["provenance"] if "model" in run]
+    model = places[-1] if places else "(not recorded)"
     lines = [
         f"{info['path']}: {state}, schema {plan['schema_version']}",
         f"  model       {model}",

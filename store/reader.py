@@ -17,7 +17,7 @@ from mlsae.store.encoding import STORED_DTYPE, check_encoding, decode
 from mlsae.store.errors import DamagedStoreError, IncompleteStoreError
 from mlsae.store.moments import GroupMoments, Moments, eligible_groups, from_bytes
 from mlsae.store.plan import plan_id_of, read_plan
-from mlsae.store.schema import COMPLETE, MOMENTS, SETUP, activation_array
+from mlsae.store.schema import COMPLETE, MOMENTS, PROVENANCE, SETUP, activation_array
 from mlsae.store.setup import token_readers
 
 Array = npt.NDArray[Any]
@@ -83,6 +83,18 @@ class Store:
         """Hex SHA-256 that names this store's plan and content."""
         self._require_complete()
         return str(self._complete["store_id"])
+
+    def provenance(self) -> list[dict[str, Any]]:
+        """How the runs that wrote this store were made, as their producers said; oldest first.
+
+        Raises:
+            DamagedStoreError: a record does not hold the bytes that were written.
+        """
+        try:
+            records = [read_sealed(file) for file in (self.path / PROVENANCE).glob("*.json")]
+        except DamagedFileError as error:
+            raise DamagedStoreError(str(error)) from None
+        return sorted(records, key=lambda record: str(record.get("started", "")))
 
     def tokens(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint32]:
         """(stop − start,) token ids."""

@@ -112,12 +112,17 @@ def check_plan(plan: Mapping[str, Any], where: str) -> None:
 
 
 def describe_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """`key: theirs there, ours here` for every leaf in which two plans differ."""
+    """`key: theirs there, ours here` for every leaf in which two plans differ, hashes last."""
+    lines = _differences(ours, theirs)
+    return sorted(lines, key=lambda line: "sha256" in line or "fingerprint" in line)
+
+
+def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     found = []
     for key in sorted(ours.keys() | theirs.keys()):
         mine, other = ours.get(key), theirs.get(key)
         if isinstance(mine, Mapping) and isinstance(other, Mapping):
-            found += [f"{key}.{line}" for line in describe_difference(mine, other)]
+            found += [f"{key}.{line}" for line in _differences(mine, other)]
         elif mine != other:
             found.append(f"{key}: {_brief(other)} there, {_brief(mine)} here")
     return found

@@ -106,7 +106,7 @@ def create(
     elif present != plan:
         lines = describe_difference(plan, present)
         raise PlanMismatchError(
-            f"{path} holds a store of another plan ({'; '.join(lines[:6])}); "
+            f"{path} holds a store of another plan ({'; '.join(lines[:3])}); "
             f"give the settings it was made with, or another directory"
         )
     if not (path / SETUP).exists():

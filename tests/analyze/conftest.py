@@ -83,6 +83,7 @@ def write_store(
         batch_sequences=4,
         shard_bytes=8000,
         source={"model": transformer.describe()},
+        provenance={"model": transformer.place()},
     ) as writer:
         for batch in torch.from_numpy(tokens.reshape(-1, LENGTH)).split(4):
             hidden = capture(transformer, batch, LAYERS)

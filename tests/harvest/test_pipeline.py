@@ -76,12 +76,16 @@ def test_same_plan_gives_the_same_store_and_batch_size_another_plan(
 def test_plan_names_model_tokenizer_and_packing(config: MakeConfig) -> None:
     settings = config()
     run(settings)
-    source = open_store(settings.out).source
+    store = open_store(settings.out)
+    source = store.source
     assert sorted(source) == ["model", "packing", "tokenizer_sha256"]
     assert source["packing"] == {
         "document_eos": 0, "document_bos": None, "sequence_bos": None, "isolate_documents": False,
     }  # fmt: skip
-    assert load_for(source["model"]).fingerprint() == source["model"]["fingerprint"]
+    (place,) = [record["model"] for record in store.provenance()]
+    assert load_for(source["model"], place["name"]).describe() == source["model"]
+    assert str(Path(settings.model).resolve()) == place["name"]
+    assert place["name"] not in str(store.plan)
 
 
 @pytest.mark.parametrize(

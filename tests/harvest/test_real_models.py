@@ -17,7 +17,7 @@ def cross_entropies(path: Path) -> tuple[float, float]:
     The first puts the final norm and the head on what the store holds.
     """
     store = open_store(path)
-    model = load(store.source["model"]["name"])
+    model = load(store.provenance()[-1]["model"]["name"])
     last = store.layers[-1]
     x = torch.from_numpy(store.decode(store.read("resid_post", last, 0, store.num_rows)))
     norms = ("final_layer_norm", "norm")

@@ -49,18 +49,18 @@ def test_outline_has_the_sizes_and_no_weights(model_directory: Path) -> None:
 def test_load_for_rebuilds_what_describe_recorded(model_directory: Path) -> None:
     first = load(model_directory, dtype="bfloat16", attention_implementation="eager")
     record = json.loads(json.dumps(first.describe()))
-    again = load_for(record)
+    again = load_for(record, model_directory)
     assert again.describe() == first.describe()
     assert again.dtype == torch.bfloat16
     assert again.attention_implementation == "eager"
 
 
-def test_load_for_finds_a_moved_model_by_override(copied: Path, tmp_path: Path) -> None:
-    record = load(copied).describe()
+def test_a_moved_model_is_the_same_model(copied: Path, tmp_path: Path) -> None:
+    record, place = load(copied).describe(), load(copied).place()
     moved = copied.rename(tmp_path / "elsewhere")
     with pytest.raises(InputError, match=r"there is no model directory .*/model; give another"):
-        load_for(record)
-    assert load_for(record, moved).fingerprint() == record["fingerprint"]
+        load_for(record, str(place["name"]))
+    assert load_for(record, moved).describe() == record
 
 
 def test_load_for_refuses_other_weights(copied: Path) -> None:
@@ -69,7 +69,7 @@ def test_load_for_refuses_other_weights(copied: Path) -> None:
     weights["embed_out.weight" if "embed_out.weight" in weights else "lm_head.weight"][0, 0] += 1
     save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"is not the one .* expected weights with SHA-256 \w{12}"):
-        load_for(record)
+        load_for(record, copied)
 
 
 def test_load_for_refuses_another_config(copied: Path) -> None:
@@ -77,7 +77,7 @@ def test_load_for_refuses_another_config(copied: Path) -> None:
     config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 1e-3}))
     with pytest.raises(InputError, match=r"is not the one .* expected config with SHA-256 \w{12}"):
-        load_for(record)
+        load_for(record, copied)
 
 
 def test_missing_directory() -> None:
