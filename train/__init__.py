@@ -1,1 +1,13 @@
-"""Training an SAE from an activation store; nothing here needs the transformer."""
+"""Training an SAE from an activation store; nothing here needs the transformer.
+
+```python
+from mlsae.train import TrainConfig, run
+
+result = run(TrainConfig(cache=Path("acts"), out=Path("runs/a"), expansion_factor=16, k=16))
+```
+"""
+
+from mlsae.train.config import TrainConfig
+from mlsae.train.run import TrainResult, run
+
+__all__ = ["TrainConfig", "TrainResult", "run"]

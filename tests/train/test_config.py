@@ -1,0 +1,133 @@
+"""What a run refuses before it starts, one line each, and what it takes for granted."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mlsae.base.errors import InputError, ResourceError
+from mlsae.base.resources import available_memory
+from mlsae.store import IncompleteStoreError, NotAStoreError, create, open_store
+from mlsae.train import TrainConfig, run
+from mlsae.train.plan import make_plan
+
+HERE = {"cache": Path("acts"), "out": Path("run")}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"expansion_factor": 4, "num_latents": 64}, "give --expansion-factor or --num-latents, n"),
+        ({"epochs": 1, "max_rows": 64}, "give --epochs or --max-rows, not both"),
+        ({"k": 0}, "-k must be at least 1, got 0"),
+        ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
+        ({"lr": 0.0}, r"--lr must be above 0, got 0\.0"),
+        ({"lr": math.nan}, "--lr must be above 0, got nan"),
+        ({"lr_decay": 1.5}, r"--lr-decay is a share of the steps from 0 to 1, got 1\.5"),
+        ({"loss_space": "u"}, "--loss-space must be standardized or raw, got 'u'"),
+        ({"precision": "float16"}, "--precision must be float32 or bfloat16, got 'float16'"),
+    ],
+)
+def test_values_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    """The flag, what it takes and what it got."""
+    with pytest.raises(InputError, match=message):
+        TrainConfig(**HERE, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": (0, 2)}, "does not hold layer 2; it has 0, 1, 3"),
+        ({"site": "mlp_out"}, "does not hold site mlp_out"),
+        ({"num_latents": 20, "k": 21}, "k must be at most num_latents: got k 21 and 20 latents"),
+        ({"batch_size": 2}, "at least the number of layers: got 2 rows for 3 layers"),
+        ({"skip_positions": 17}, r"skip[-_]positions must be"),
+        ({"validation_fraction": 1.0}, "validation fraction must be at least 0 and below 1"),
+        ({"window": 1000}, "--window must hold at least one row for each row of a batch"),
+        ({"device": "tpu"}, "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+    ],
+)
+def test_what_does_not_fit_the_store_is_refused_and_nothing_is_made(
+    settings: dict[str, Any], message: str, sample: Any, tmp_path: Path
+) -> None:
+    """One line, and no directory."""
+    values: dict[str, Any] = {"device": "cpu", "batch_size": 60, "k": 2, **settings}
+    with pytest.raises(InputError, match=message) as caught:
+        run(TrainConfig(cache=sample.path, out=tmp_path / "run", **values))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_errors_of_the_store_pass_through(tmp_path: Path) -> None:
+    """No store, and a store that is not finished."""
+    with pytest.raises(NotAStoreError):
+        run(TrainConfig(cache=tmp_path / "none", out=tmp_path / "run", device="cpu"))
+    tokens = np.ones(64, np.int64)
+    create(tmp_path / "acts", tokens=tokens, context_length=8, layers=(0,), d_model=4).close()
+    with pytest.raises(IncompleteStoreError):
+        run(TrainConfig(cache=tmp_path / "acts", out=tmp_path / "run", device="cpu"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_cuda_that_is_absent_is_refused(sample: Any, tmp_path: Path) -> None:
+    """With the device to use instead."""
+    if torch.cuda.is_available():
+        pytest.skip("CUDA is here")
+    with pytest.raises(ResourceError, match=r"--device cuda:0 was asked for, .* use --device cpu"):
+        run(TrainConfig(cache=sample.path, out=tmp_path / "run", device="cuda:0"))
+
+
+def test_too_little_memory_is_refused_with_the_numbers(sample: Any, tmp_path: Path) -> None:
+    """Weights larger than the machine: each purpose is named."""
+    latents = available_memory() // (20 * 4 * 2)
+    with pytest.raises(
+        ResourceError, match=r"not enough memory for training \(window .*, weights .*, Adam"
+    ):
+        run(TrainConfig(cache=sample.path, out=tmp_path / "run", num_latents=latents, device="cpu"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_defaults_are_those_of_the_literature(sample: Any) -> None:
+    """R 64, k 32, 16,384 rows, one epoch, lr 2e-4 / √(latents / 2¹⁴), 1% and 20% of the steps."""
+    config = TrainConfig(cache=sample.path, out=Path("run"))
+    plan = make_plan(config, open_store(sample.path))
+    assert plan.sae.num_latents == 64 * 20
+    assert plan.sae.k == 32
+    assert plan.num_rows == plan.mixture.epoch_rows
+    assert plan.schedule.peak == pytest.approx(2e-4 / math.sqrt(1280 / 16384))
+    settings = plan.settings()
+    wanted = {"batch_size": 16384, "warmup": 0.01, "lr_decay": 0.2, "skip_positions": 1}
+    assert wanted.items() <= settings.items()
+    assert settings["validation_fraction"] == 0.01
+    assert settings["loss_space"] == "standardized"
+    assert len(plan.validation) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "epochs", "more_steps", "more_rows"),
+    [
+        (lambda _: {"epochs": 3}, 3, 0, 0),
+        (lambda _: {"max_rows": 60}, 0, 1, 60),
+        (lambda _: {"max_rows": 61}, 0, 2, 120),
+        (lambda epoch: {"max_rows": epoch}, 1, 0, 0),
+        (lambda epoch: {"max_rows": 2 * epoch + 1}, 2, 1, 60),
+    ],
+)
+def test_a_run_ends_after_whole_batches(
+    asked: Callable[[int], dict[str, int]],
+    epochs: int,
+    more_steps: int,
+    more_rows: int,
+    sample: Any,
+) -> None:
+    """Epochs are exact, their last batch short; a number of rows is rounded up to a batch."""
+    store = open_store(sample.path)
+    basis: dict[str, Any] = {"cache": sample.path, "out": Path("run"), "batch_size": 60}
+    mixture = make_plan(TrainConfig(**basis), store).mixture
+    plan = make_plan(TrainConfig(**basis, **asked(mixture.epoch_rows)), store)
+    assert plan.num_rows == epochs * mixture.epoch_rows + more_rows
+    assert plan.num_steps == epochs * -(-mixture.epoch_rows // 60) + more_steps

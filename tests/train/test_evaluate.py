@@ -1,0 +1,101 @@
+"""The validation summary, against one pass in float64 numpy over whole arrays."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mlsae.sae import SAE, SAEConfig
+from mlsae.store import open_store
+from mlsae.train import evaluate as module
+from mlsae.train.evaluate import evaluate
+
+SEQUENCES = np.array([0, 3, 4, 20, 36])
+
+
+def make_sae(d_in: int) -> SAE:
+    return SAE(SAEConfig(d_in=d_in, num_latents=48, k=4), torch.Generator().manual_seed(1))
+
+
+def measure(sae: SAE, store: Any, **options: Any) -> dict[str, Any]:
+    given = {"rank": 0, "world_size": 1, "sum_over_ranks": lambda t: t, "skip_positions": 1}
+    return evaluate(sae, store, "resid_post", (0, 3), SEQUENCES, **given | options)
+
+
+@pytest.mark.parametrize("encoding", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("skip_positions", [0, 1, 3])
+def test_figures_equal_a_plain_computation(
+    encoding: str, skip_positions: int, sample_maker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FVU in both spaces, L0, rows and dead latents, with position 0 in and out."""
+    monkeypatch.setattr(module, "_BLOCK_ROWS", 50)
+    sample = sample_maker(encoding=encoding)
+    store = open_store(sample.path)
+    sae = make_sae(store.d_model)
+    found = measure(sae, store, skip_positions=skip_positions)
+    row = np.arange(store.num_rows)
+    wanted = np.isin(row // 24, SEQUENCES) & (sample.token_flags == 0)
+    for name, first in (("position_0_in", 0), ("position_0_out", max(1, skip_positions))):
+        mask, used = wanted & (row % 24 >= first), set()
+        for entry, layer in zip(found[name]["layers"], (0, 3), strict=True):
+            x = store.decode(store.read("resid_post", layer))[mask]
+            latents = sae.encode(torch.from_numpy(x))
+            x_hat = sae.decode(latents).detach().numpy().astype(np.float64)
+            x = x.astype(np.float64)
+            m, s = x.mean(1, keepdims=True), x.std(1, ddof=1, keepdims=True)
+            u, u_hat = (x - m) / (s + 1e-5), (x_hat - m) / s
+            active = latents.values > 0
+            used |= set(latents.indices[active].tolist())
+            assert entry["layer"] == layer
+            assert entry["num_rows"] == mask.sum()
+            fvu = ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+            np.testing.assert_allclose(entry["fvu"], fvu, rtol=1e-5)
+            fvu_u = ((u - u_hat) ** 2).sum() / ((u - u.mean(0)) ** 2).sum()
+            np.testing.assert_allclose(entry["fvu_standardized"], fvu_u, rtol=1e-5)
+            np.testing.assert_allclose(entry["l0"], active.sum() / mask.sum())
+        assert found[name]["num_rows"] == 2 * mask.sum()
+        assert found[name]["num_dead"] == 48 - len(used)
+        assert found[name]["dead_fraction"] == (48 - len(used)) / 48
+
+
+def test_ranks_add_up_to_one(sample: Any) -> None:
+    """Each takes its sequences; sums are the same, so ratios are."""
+    store = open_store(sample.path)
+    sae = make_sae(store.d_model)
+    partial: list[list[torch.Tensor]] = []
+    for rank in range(2):
+        partial.append([])
+
+        def keep(tensor: torch.Tensor, rank: int = rank) -> torch.Tensor:
+            partial[rank].append(tensor.clone())
+            return tensor
+
+        measure(sae, store, rank=rank, world_size=2, sum_over_ranks=keep)
+    sums = iter([a + b for a, b in zip(*partial, strict=True)])
+    together = measure(sae, store, rank=1, world_size=2, sum_over_ranks=lambda _: next(sums))
+    alone = measure(sae, store)
+    for name in ("position_0_in", "position_0_out"):
+        assert together[name]["num_dead"] == alone[name]["num_dead"]
+        for a, b in zip(together[name]["layers"], alone[name]["layers"], strict=True):
+            assert a["num_rows"] == b["num_rows"]
+            np.testing.assert_allclose(a["fvu"], b["fvu"], rtol=1e-6)
+
+
+def test_no_rows_give_no_ratio(sample: Any) -> None:
+    """None, not NaN and no division by zero."""
+    store = open_store(sample.path)
+    sae = make_sae(store.d_model)
+    found = evaluate(
+        sae,
+        store,
+        "resid_post",
+        (1,),
+        np.zeros(0, np.int64),
+        skip_positions=1,
+        rank=0,
+        world_size=1,
+        sum_over_ranks=lambda t: t,
+    )
+    entry = {"layer": 1, "num_rows": 0, "fvu": None, "fvu_standardized": None, "l0": None}
+    assert found["position_0_in"]["layers"] == [entry]

@@ -1,0 +1,339 @@
+"""Whole runs: what they leave behind, resume from, refuse, and never import."""
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mlsae.base.errors import InputError
+from mlsae.sae import load
+from mlsae.store import open_store
+from mlsae.store.split import validation_sequences
+from mlsae.train import TrainConfig, run
+from mlsae.train.checkpoint import DamagedCheckpointError
+from mlsae.train.trainer import Trainer
+
+SETTINGS: dict[str, Any] = {
+    "num_latents": 64,
+    "k": 4,
+    "batch_size": 60,
+    "epochs": 2,
+    "lr": 3e-3,
+    "validation_fraction": 0.1,
+    "device": "cpu",
+}
+
+
+def config(sample: Any, out: Path, **changes: Any) -> TrainConfig:
+    return TrainConfig(cache=sample.path, out=out, **SETTINGS | changes)
+
+
+@pytest.fixture
+def finished(sample: Any, tmp_path: Path) -> Path:
+    return run(config(sample, tmp_path / "finished")).directory
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "sae.safetensors")
+
+
+def assert_equal_runs(a: Path, b: Path) -> None:
+    """Weights bit for bit, metrics, and the log but for its times."""
+    for name, tensor in weights(a).items():
+        assert torch.equal(tensor, weights(b)[name]), name
+    assert load(a).training_record["metrics"] == load(b).training_record["metrics"]
+    logs = [
+        [
+            {**json.loads(line), "rows_per_second": 0}
+            for line in (directory / "log.jsonl").read_text().splitlines()
+        ]
+        for directory in (a, b)
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_a_run_leaves_an_sae_its_record_a_log_and_curves(finished: Path, sample: Any) -> None:
+    """And nothing else: checkpoints are gone."""
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        "sae.safetensors",
+        "config.json",
+        "training.json",
+        "run.json",
+        "log.jsonl",
+        "curves.png",
+    }
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+    sae, store = load(finished), open_store(sample.path)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
+    record = sae.training_record
+    assert record["store_id"] == store.store_id
+    assert record["plan_id"] == store.plan_id
+    assert record["model_fingerprint"] is None
+    assert record["site"] == "resid_post"
+    assert record["layers"] == [0, 1, 3]
+    assert record["skip_positions"] == 1
+    assert record["settings"]["lr"] == 3e-3
+    split = record["validation"]
+    held_out = validation_sequences(
+        split["tokens_sha256"], split["num_sequences"], split["fraction"], split["seed"]
+    )
+    assert split["num_held_out"] == len(held_out) == 4
+    lines = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, record["position"]["step"] + 1))
+    assert lines[-1]["rows"] == record["position"]["rows"] == 2 * record["position"]["epoch_rows"]
+
+
+def test_training_learns(finished: Path) -> None:
+    """FVU on held-out rows falls well below 1, the last log line below the first."""
+    record = load(finished).training_record
+    for entry in record["metrics"]["position_0_out"]["layers"]:
+        assert 0 < entry["fvu"] < 0.8
+        assert entry["l0"] <= 4
+    lines = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["fvu"] < 0.85 * lines[0]["fvu"]
+
+
+def test_equal_settings_give_equal_runs(finished: Path, sample: Any, tmp_path: Path) -> None:
+    """Bit for bit, in one process after another."""
+    assert_equal_runs(finished, run(config(sample, tmp_path / "again")).directory)
+
+
+@pytest.mark.parametrize("loss_space", ["standardized", "raw"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_every_loss_space_and_precision_trains(
+    loss_space: str, precision: str, sample: Any, tmp_path: Path
+) -> None:
+    """Both spaces, both precisions, a subset of layers; the settings are on record."""
+    result = run(
+        config(sample, tmp_path / "run", loss_space=loss_space, precision=precision, layers=(0, 3))
+    )
+    assert result.metrics is not None
+    assert [entry["layer"] for entry in result.metrics["position_0_in"]["layers"]] == [0, 3]
+    assert all(entry["fvu"] < 0.9 for entry in result.metrics["position_0_out"]["layers"])
+    assert load(result.directory).training_record["settings"]["precision"] == precision
+
+
+def test_the_summary_is_printed_by_layer(
+    sample: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line a layer, the dead latents with the number of rows behind them, and the path."""
+    run(config(sample, tmp_path / "run"))
+    lines = capsys.readouterr().out.splitlines()
+    assert " ".join(lines[0].split()) == "layer FVU FVU of u L0 FVU with position 0"
+    assert [line.split()[0] for line in lines[1:4]] == ["0", "1", "3"]
+    assert lines[4].startswith("dead: ")
+    assert lines[4].endswith(" validation rows")
+    assert lines[5] == f"SAE: {tmp_path / 'run'}"
+
+
+def test_no_validation_is_no_summary(sample: Any, tmp_path: Path) -> None:
+    """A fraction of 0 trains on everything and says that there is nothing to summarise."""
+    result = run(
+        config(sample, tmp_path / "run", validation_fraction=0.0, max_rows=60, epochs=None)
+    )
+    assert result.metrics is None
+
+
+class StopError(Exception):
+    """Ends a run in the middle."""
+
+
+def run_until(step: int, monkeypatch: pytest.MonkeyPatch, settings: TrainConfig) -> None:
+    """Run, but fail in the given step as a crash would."""
+    original = Trainer.step
+
+    def failing(self: Trainer, batch: Any) -> Any:
+        if self.step_number == step:
+            raise StopError
+        return original(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", failing)
+        with pytest.raises(StopError):
+            run(settings)
+
+
+@pytest.mark.parametrize("step", [1, 20, 41, 42, 70])
+def test_a_resumed_run_equals_an_unbroken_one(
+    step: int, finished: Path, sample: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, within an epoch, at its end, and stopped twice."""
+    out = tmp_path / "run"
+    run_until(step, monkeypatch, config(sample, out, checkpoint_seconds=0))
+    assert not (out / "config.json").exists()
+    assert len(list((out / "checkpoints").iterdir())) <= 4
+    again = config(sample, out, checkpoint_seconds=0, resume=True)
+    run_until(step + 3, monkeypatch, again)
+    run(again)
+    assert_equal_runs(finished, out)
+
+
+def test_a_run_without_checkpoint_resumes_from_the_start(
+    finished: Path, sample: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped before its first checkpoint, or resumed although it never began."""
+    out = tmp_path / "run"
+    run_until(5, monkeypatch, config(sample, out))
+    run(config(sample, out, resume=True))
+    assert_equal_runs(finished, out)
+    run(config(sample, tmp_path / "never", resume=True))
+    assert_equal_runs(finished, tmp_path / "never")
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(
+    sample: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says what to delete, and which checkpoint is tried then."""
+    out = tmp_path / "run"
+    run_until(10, monkeypatch, config(sample, out, checkpoint_seconds=0))
+    path = out / "checkpoints" / "step-0000000010.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    again = config(sample, out, resume=True)
+    with pytest.raises(
+        DamagedCheckpointError,
+        match=r"step-0000000010\.safetensors is damaged: .* step-0000000009,",
+    ):
+        run(again)
+    path.unlink()
+    path.with_suffix(".json").unlink()
+    run(again)
+
+
+def test_a_finished_run_is_left_alone(
+    finished: Path, sample: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--resume says so and returns its result."""
+    before = {path: path.stat().st_mtime_ns for path in finished.iterdir()}
+    result = run(config(sample, finished, resume=True))
+    assert capsys.readouterr().out == f"{finished} is finished already\n"
+    assert result.metrics == load(finished).training_record["metrics"]
+    assert {path: path.stat().st_mtime_ns for path in finished.iterdir()} == before
+
+
+def test_the_directory_of_another_run_is_refused(finished: Path, sample: Any) -> None:
+    """Every setting that differs is named with both values; an equal run needs --resume."""
+    with pytest.raises(InputError, match=r"holds this run already: add --resume to continue it"):
+        run(config(sample, finished))
+    with pytest.raises(
+        InputError, match=r"holds another run: k 4 there, 5 here; lr 0\.003 there, 0\.01 here\."
+    ):
+        run(config(sample, finished, k=5, lr=0.01, resume=True))
+
+
+def test_a_directory_with_other_files_is_refused(sample: Any, tmp_path: Path) -> None:
+    """One of them is named, and nothing is added."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("keep")
+    with pytest.raises(InputError, match=r"holds other files \(notes\.txt\) and no training run"):
+        run(config(sample, tmp_path / "mine"))
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_damage_in_the_store_stops_the_run_and_leaves_no_sae(sample: Any, tmp_path: Path) -> None:
+    """Found by the reading thread, told by the run; after repair it resumes."""
+    path = sample.path / "activations/resid_post/1/c.1.0"
+    shutil.copy(path, tmp_path / "copy")
+    data = bytearray(path.read_bytes())
+    data[50] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="checksum"):
+        run(config(sample, tmp_path / "run"))
+    assert not (tmp_path / "run/config.json").exists()
+    shutil.copy(tmp_path / "copy", path)
+    assert run(config(sample, tmp_path / "run", resume=True)).metrics
+
+
+def command(sample: Any, out: Path, *more: str) -> list[str]:
+    flags = {**SETTINGS, "cache": sample.path, "out": out}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    return ["-m", "mlsae", "train", *words, *more]
+
+
+def test_a_killed_process_resumes_to_the_same_weights(
+    sample: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL as soon as there are two checkpoints; the same command with --resume finishes."""
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    code = (
+        "import sys; from pathlib import Path; from mlsae.train import TrainConfig, run;"
+        "run(TrainConfig(cache=Path(sys.argv[1]), out=Path(sys.argv[2]), resume=True,"
+        f"checkpoint_seconds=float(sys.argv[3]), **{SETTINGS | {'epochs': 8}!r}))"
+    )
+    words = [sys.executable, "-c", code, str(sample.path)]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = subprocess.Popen([*words, str(killed), "0"])
+    try:
+        while process.poll() is None and len(list(killed.glob("checkpoints/*.json"))) < 2:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0.01)
+    finally:
+        process.kill()
+    assert process.wait() == -9
+    assert not (killed / "config.json").exists()
+    subprocess.run([*words, str(killed), "300"], check=True)
+    subprocess.run([*words, str(whole), "300"], check=True)
+    assert_equal_runs(killed, whole)
+
+
+def test_two_ranks_train_as_one_does(
+    sample: Any, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun really starts two; final weights and metrics agree to float tolerance."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launch, "--nproc-per-node", "2", *command(sample, tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("SAE: ") == 1
+    two, one = load(tmp_path / "two"), load(finished)
+    assert two.training_record["environment"]["world_size"] == 2
+    assert one.training_record["environment"]["world_size"] == 1
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[name], tensor, rtol=1e-2, atol=1e-3)
+    logs = [
+        [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+        for directory in (finished, tmp_path / "two")
+    ]
+    for a, b in zip(*logs, strict=True):
+        assert (a["step"], a["rows"]) == (b["step"], b["rows"])
+        np.testing.assert_allclose(b["fvu_by_layer"], a["fvu_by_layer"], rtol=1e-3)
+    np.testing.assert_allclose(logs[1][4]["loss"], logs[0][4]["loss"], rtol=1e-6)
+    for a, b in zip(
+        one.training_record["metrics"]["position_0_out"]["layers"],
+        two.training_record["metrics"]["position_0_out"]["layers"],
+        strict=True,
+    ):
+        assert a["num_rows"] == b["num_rows"]
+        np.testing.assert_allclose(a["fvu"], b["fvu"], rtol=1e-3)
+
+
+def test_training_never_imports_transformers(sample: Any, tmp_path: Path) -> None:
+    """Nor datasets, by a whole run in a process of its own."""
+    code = (
+        "import sys; from pathlib import Path; from mlsae.train import TrainConfig, run;"
+        "run(TrainConfig(cache=Path(sys.argv[1]), out=Path(sys.argv[2]), num_latents=64, k=4,"
+        "batch_size=60, device='cpu', validation_fraction=0.1));"
+        "sys.exit(', '.join({'transformers', 'datasets'} & set(sys.modules)) or None)"
+    )
+    words = [sys.executable, "-W", "error::UserWarning", "-c", code]
+    done = subprocess.run(
+        [*words, str(sample.path), str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/config.json").exists()

@@ -1,0 +1,102 @@
+"""What a training run is asked to do."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlsae.base.errors import InputError
+from mlsae.train.objective import LOSS_SPACES
+
+PRECISIONS = ("float32", "bfloat16")
+DEFAULT_EXPANSION_FACTOR = 64
+_PEAK_LR, _LR_LATENTS = 2e-4, 2**14
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of a training run; every size is in the unit that its docstring names.
+
+    Raises:
+        InputError: a value is out of range, or two exclude each other.
+    """
+
+    cache: Path
+    """Directory of the activation store."""
+    out: Path
+    """Directory of the SAE; also holds the run's log, checkpoints and figures."""
+    site: str | None = None
+    """Site to train on; None for the store's only one."""
+    layers: tuple[int, ...] | None = None
+    """Layers to train on, 0-based block indices; None for all that the store holds."""
+    expansion_factor: int | None = None
+    """Latents a channel; None for 64, unless `num_latents` is given."""
+    num_latents: int | None = None
+    """Latents, instead of an expansion factor."""
+    k: int = 32
+    """Latents a row may use."""
+    batch_size: int = 16384
+    """Rows of a step, over all layers and ranks."""
+    epochs: int | None = None
+    """Passes over the training rows; None for 1, unless `max_rows` is given."""
+    max_rows: int | None = None
+    """Rows to train on, a row of each layer counting for itself; ends at a whole batch."""
+    lr: float | None = None
+    """Peak learning rate; None for 2e-4 / √(num_latents / 2¹⁴) (Gao et al., 2024, figure 3)."""
+    lr_decay: float = 0.2
+    """Last share of the steps, over which the learning rate falls to 0."""
+    warmup: float = 0.01
+    """First share of the steps, over which the learning rate rises."""
+    validation_fraction: float = 0.01
+    """Share of the sequences held out, 0 ≤ fraction < 1."""
+    skip_positions: int = 1
+    """First positions of a sequence that are neither trained on nor counted, 0 to 16."""
+    loss_space: str = "standardized"
+    """Where the reconstruction error is measured: `standardized` rows, or `raw` ones."""
+    window: int | None = None
+    """Bytes of slices in memory, over all ranks; None for slices of 64 KiB."""
+    seed: int = 0
+    """Of the initial weights, the order of the rows and the validation split."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:N`, or `auto` for CUDA where there is any."""
+    precision: str = "float32"
+    """Of the encoder product while training: `float32` is exact; with `bfloat16`, candidates are
+    re-scored in float32. Evaluation is always exact."""
+    resume: bool = False
+    """Continue the run in `out` from its last checkpoint."""
+    checkpoint_seconds: float = 300.0
+    """Least time between checkpoints."""
+
+    def __post_init__(self) -> None:
+        for first, second in (("expansion_factor", "num_latents"), ("epochs", "max_rows")):
+            if getattr(self, first) is not None and getattr(self, second) is not None:
+                raise InputError(f"give {_flag(first)} or {_flag(second)}, not both")
+        for name in ("expansion_factor", "num_latents", "k", "batch_size", "epochs", "max_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{_flag(name)} must be at least 1, got {value}")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise InputError(f"--lr must be above 0, got {self.lr}")
+        for name in ("lr_decay", "warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(
+                    f"{_flag(name)} is a share of the steps from 0 to 1, got {getattr(self, name)}"
+                )
+        for name, choices in (("loss_space", LOSS_SPACES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in choices:
+                raise InputError(
+                    f"{_flag(name)} must be {' or '.join(choices)}, got {getattr(self, name)!r}"
+                )
+
+    def latents(self, d_in: int) -> int:
+        """Number of latents for rows of `d_in` channels."""
+        if self.num_latents is not None:
+            return self.num_latents
+        return d_in * (self.expansion_factor or DEFAULT_EXPANSION_FACTOR)
+
+    def peak_lr(self, num_latents: int) -> float:
+        """Learning rate of the plateau."""
+        return self.lr if self.lr is not None else _PEAK_LR / math.sqrt(num_latents / _LR_LATENTS)
+
+
+def _flag(name: str) -> str:
+    return "-k" if name == "k" else "--" + name.replace("_", "-")

@@ -1,0 +1,156 @@
+"""How well an SAE reconstructs the held-out rows, layer by layer, exactly encoded.
+
+FVU = Σ‖x − x̂‖² / Σ‖x − μ_l‖², with μ_l the mean of layer l over the evaluated rows; sums over the
+data set, never means of ratios. Special tokens are always out; position 0 is counted in and out.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mlsae.sae import SAE
+from mlsae.store import Store
+from mlsae.train.loader import TORCH_DTYPE
+from mlsae.train.objective import Sum
+
+POSITION_0_IN, POSITION_0_OUT = "position_0_in", "position_0_out"
+_BLOCK_ROWS = 4096
+
+
+class _LayerSums:
+    """Sums over the evaluated rows of one layer, in float64, about a fixed point near the mean."""
+
+    def __init__(self, about_x: torch.Tensor, about_u: torch.Tensor) -> None:
+        self._about = about_x, about_u
+        width = len(about_x)
+        # rows, active values, then for x and u: error, squared length, and d channel sums.
+        self.sums = torch.zeros(2 + 2 * (2 + width), dtype=torch.float64, device=about_x.device)
+
+    def add(
+        self,
+        active: torch.Tensor,
+        rows: tuple[torch.Tensor, torch.Tensor],
+        reconstructions: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        parts = [self.sums.new_tensor([len(active)]), active.sum().double()[None]]
+        for about, row, reconstruction in zip(self._about, rows, reconstructions, strict=True):
+            row = row.double()
+            centred = row - about
+            error = (row - reconstruction.double()).square().sum()
+            parts += [error[None], centred.square().sum()[None], centred.sum(0)]
+        self.sums += torch.cat(parts)
+
+    def result(self) -> dict[str, Any]:
+        rows, active = self.sums[:2].tolist()
+        fvu = []
+        for error, length, *channels in self.sums[2:].view(2, -1).tolist():
+            spread = length - float(np.square(channels).sum()) / rows if rows else 0.0
+            fvu.append(error / spread if spread > 0 else None)
+        return {
+            "num_rows": int(rows),
+            "fvu": fvu[0],
+            "fvu_standardized": fvu[1],
+            "l0": active / rows if rows else None,
+        }
+
+
+def evaluate(
+    sae: SAE,
+    store: Store,
+    site: str,
+    layers: tuple[int, ...],
+    sequences: npt.NDArray[np.int64],
+    *,
+    skip_positions: int,
+    rank: int,
+    world_size: int,
+    sum_over_ranks: Sum,
+) -> dict[str, Any]:
+    """Reconstruct all rows of the given sequences but those with a flag.
+
+    Args:
+        sae: on its device.
+        store: the store.
+        site: of it.
+        layers: of it.
+        sequences: (n,) the sequences to evaluate, over all ranks.
+        skip_positions: rows at these first positions count as position 0 does.
+        rank: this rank takes every world_size-th sequence.
+        world_size: number of ranks.
+        sum_over_ranks: adds up over them.
+
+    Returns:
+        For `position_0_in` and `position_0_out`: `layers`, a list of {layer, num_rows, fvu,
+        fvu_standardized, l0}; `num_rows` over layers; `num_dead`, latents without a value above 0
+        on any of these rows; and `dead_fraction`. Ratios without rows or spread are None.
+    """
+    device = sae.b.device
+    first_out = max(1, skip_positions)
+    moments = store.moments(site, 0)
+    mine = sequences[rank::world_size]
+    used = torch.zeros(2, sae.config.num_latents, device=device)
+    by_layer: dict[str, list[dict[str, Any]]] = {POSITION_0_IN: [], POSITION_0_OUT: []}
+    for layer in layers:
+        at = moments.layers.index(layer)
+        about = [torch.from_numpy(m[at]).to(device) for m in (moments.mean, moments.u_mean)]
+        sums = [_LayerSums(about[0], about[1]) for _ in by_layer]
+        for stored, position in _blocks(store, site, layer, mine):
+            x = stored.to(device).to(sae.b.dtype)
+            keep = (position >= 0, position >= first_out)
+            _count(sae, x, [mask.to(device) for mask in keep], sums, used)
+        for name, total in zip(by_layer, sums, strict=True):
+            total.sums = sum_over_ranks(total.sums)
+            by_layer[name].append({"layer": layer, **total.result()})
+    num_dead = (sum_over_ranks(used) == 0).sum(dim=1).tolist()
+    return {
+        name: {
+            "layers": by_layer[name],
+            "num_rows": sum(entry["num_rows"] for entry in by_layer[name]),
+            "num_dead": dead,
+            "dead_fraction": dead / sae.config.num_latents,
+        }
+        for name, dead in zip(by_layer, num_dead, strict=True)
+    }
+
+
+@torch.no_grad()
+def _count(
+    sae: SAE,
+    x: torch.Tensor,
+    keep: list[torch.Tensor],
+    sums: list[_LayerSums],
+    used: torch.Tensor,
+) -> None:
+    u, mean, scale = sae.standardize(x)
+    values, support = sae.activate(u)
+    u_hat = sae.reconstruct(values, support)
+    x_hat = u_hat * scale + mean
+    active = values > 0
+    for i, mask in enumerate(keep):
+        sums[i].add(active[mask], (x[mask], u[mask]), (x_hat[mask], u_hat[mask]))
+        used[i, support.indices_BK[mask][active[mask]]] = 1
+
+
+def _blocks(
+    store: Store, site: str, layer: int, sequences: npt.NDArray[np.int64]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Rows of the sequences as stored, some sequences at once, and their positions.
+
+    Rows with a flag have position −1.
+    """
+    length, reader = store.context_length, store.reader(site, layer)
+    together = max(1, _BLOCK_ROWS // length)
+    buffer = torch.empty(together * length, store.d_model, dtype=TORCH_DTYPE[store.encoding])
+    out = (buffer.view(torch.uint16) if buffer.dtype == torch.bfloat16 else buffer).numpy()
+    for first in range(0, len(sequences), together):
+        starts = sequences[first : first + together] * length
+        positions = []
+        for i, start in enumerate(starts.tolist()):
+            reader.read_into(out[i * length : (i + 1) * length], start)
+            flags = store.token_flags(start, start + length)
+            positions.append(np.where(flags == 0, np.arange(length), -1))
+        rows = len(starts) * length
+        yield buffer[:rows], torch.from_numpy(np.concatenate(positions))
