@@ -1,0 +1,88 @@
+import contextlib
+import io
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from mlsae.analyze import Analysis
+from mlsae.base.errors import InputError
+from mlsae.demo.walk import render, settings, walk
+
+
+@dataclass(frozen=True)
+class Walked:
+    """A walk over a few sequences."""
+
+    out: Path
+    analysis: Analysis
+    printed: str
+
+
+def small_walk(out: Path) -> Walked:
+    to_harvest, to_train, to_analyze = settings(out)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        analysis = walk(
+            replace(to_harvest, max_tokens=16_384, device="cpu"),
+            replace(to_train, epochs=1, batch_size=1024, device="cpu"),
+            replace(to_analyze, device="cpu"),
+        )
+    return Walked(out, analysis, printed.getvalue())
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> Walked:
+    return small_walk(tmp_path_factory.mktemp("demo") / "a run")
+
+
+def test_walk_ends_with_the_table_and_the_figures(walked: Walked) -> None:
+    """The last lines are a row for each of six layers, and figures that exist."""
+    lines = walked.printed.splitlines()
+    head = lines.index("layer     FVU  delta CE    L0  latents dead at the layer")
+    rows = [line.split() for line in lines[head + 1 : head + 7]]
+    assert [int(row[0]) for row in rows] == list(range(6))
+    for row, expected in zip(rows, walked.analysis.layers.to_pylist(), strict=True):
+        assert float(row[1]) == pytest.approx(expected["fvu"], abs=1e-4)
+        assert float(row[2]) == pytest.approx(expected["delta_ce"], abs=1e-3)
+        assert float(row[3]) == pytest.approx(expected["l0"], abs=0.1)
+    figures = [line.removeprefix("figure: ") for line in lines[head + 8 :]]
+    assert len(figures) >= 4
+    assert all(Path(figure).is_file() for figure in figures)
+
+
+def test_dead_latents_of_a_layer_are_those_no_event_names(walked: Walked) -> None:
+    """The table's count of dead latents agrees with the latents read back one by one."""
+    events = walked.analysis.activations.to_table().to_pylist()
+    num_latents = len(walked.analysis.latents)
+    rows = render(walked.analysis).splitlines()[1:7]
+    for layer, row in enumerate(rows):
+        active = {event["latent"] for event in events if event["layer"] == layer}
+        dead = num_latents - len(active)
+        assert row.endswith(f"{dead:,} of {num_latents:,} ({dead / num_latents:.1%})")
+
+
+def test_walking_again_keeps_store_and_sae(walked: Walked) -> None:
+    """A second walk adds only its own provenance to the store, and prints the same table."""
+
+    def contents() -> dict[Path, bytes]:
+        kept = [*(walked.out / "acts").rglob("*"), *(walked.out / "sae").rglob("*")]
+        return {
+            path: path.read_bytes()
+            for path in kept
+            if path.is_file() and path.parent.name != "provenance"
+        }
+
+    before = contents()
+    again = small_walk(walked.out)
+    assert contents() == before
+    assert render(again.analysis) == render(walked.analysis)
+
+
+def test_walk_refuses_a_directory_of_other_things(tmp_path: Path) -> None:
+    """What is in the way is named, and it is left alone."""
+    (tmp_path / "acts").mkdir()
+    (tmp_path / "acts" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"notes\.txt"):
+        small_walk(tmp_path)
+    assert [path.name for path in (tmp_path / "acts").iterdir()] == ["notes.txt"]
