@@ -8,6 +8,6 @@ result = run(TrainConfig(cache=Path("acts"), out=Path("runs/a"), expansion_facto
 """
 
 from mlsae.train.config import TrainConfig
-from mlsae.train.run import TrainResult, run
+from mlsae.train.pipeline import TrainResult, run
 
 __all__ = ["TrainConfig", "TrainResult", "run"]

@@ -60,9 +60,10 @@ class Checkpoints:
             "tensors_sha256": digest,
         }
         write_durably(self.directory / f"{name}.json", seal(record))
-        for old in self._complete()[:-KEPT]:
-            old.unlink()
-            old.with_suffix(".safetensors").unlink()
+        kept = {record.stem for record in self._complete()[-KEPT:]}
+        for path in sorted(self.directory.iterdir()):  # A record goes before its tensors.
+            if path.stem not in kept:
+                path.unlink()
 
     def restore(self, trainer: Trainer) -> bool:
         """Put the last checkpoint's state into a fresh trainer; False if there is none.

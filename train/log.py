@@ -75,6 +75,7 @@ def draw_curves(lines: list[dict[str, Any]], layers: tuple[int, ...], path: Path
     """FVU by layer, dead latents and learning rate over rows."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(7, 7), layout="constrained")
     FigureCanvasAgg(figure)
@@ -86,11 +87,14 @@ def draw_curves(lines: list[dict[str, Any]], layers: tuple[int, ...], path: Path
         above.plot(rows, fvu, color=colours[i], linewidth=1, label=f"layer {layer}")
     above.plot(rows, [line["fvu"] for line in lines], "k--", linewidth=1, label="all layers")
     above.set(ylabel="FVU of the batches", yscale="log")
+    for ticks in (above.yaxis.set_major_formatter, above.yaxis.set_minor_formatter):
+        ticks(StrMethodFormatter("{x:g}"))
     above.legend(fontsize="small", ncols=2)
     middle.plot(rows, [line["num_dead"] for line in lines], "k-", linewidth=1)
-    middle.set(ylabel="dead latents", ylim=(0, None))
+    middle.set(ylabel="dead latents", ylim=(0, max(1, *(line["num_dead"] for line in lines))))
     below.plot(rows, [line["lr"] for line in lines], "k-", linewidth=1)
     below.set(ylabel="learning rate", xlabel="rows, over all layers", ylim=(0, None))
+    below.xaxis.set_major_formatter(EngFormatter())
     figure.savefig(path, dpi=120)
 
 

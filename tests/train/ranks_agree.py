@@ -1,0 +1,56 @@
+"""Run by torchrun on several ranks: shares of batches train as whole batches do, in float64.
+
+Every rank also takes the whole batch through the same objective alone, and compares.
+"""
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from mlsae.sae import SAE, SAEConfig
+from mlsae.train.dead import DeadLatents
+from mlsae.train.loader import Batch
+from mlsae.train.objective import Objective
+from mlsae.train.schedule import Schedule
+from mlsae.train.trainer import Trainer
+
+STEPS, ROWS, D, N = 50, 40, 12, 64
+
+
+def main() -> None:
+    accelerator = Accelerator(cpu=True)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    assert world_size == 2, f"{world_size} ranks, not 2"
+    sae = SAE(SAEConfig(d_in=D, num_latents=N, k=4), torch.Generator().manual_seed(0)).double()
+    sae.normalize_decoder()
+    objective = Objective(sae, np.array([3.0, 5.0]), "standardized")
+    dead = DeadLatents(N, 3 * ROWS, torch.device("cpu"))
+    trainer = Trainer(sae, objective, Schedule(1e-2, STEPS, 0.1, 0.2), dead, accelerator)
+    most_dead = 0
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(ROWS, D, generator=generator, dtype=torch.float64)
+        layer = torch.randint(2, (ROWS,), generator=generator)
+        # Unequal shares; in every fifth step rank 1 has no row at all.
+        cut = ROWS if step % 5 == 0 else 7 + step % 20
+        mine = slice(0, cut) if rank == 0 else slice(cut, ROWS)
+        whole = objective(x, layer, ROWS, dead.indices(), lambda total: total)
+        expected = torch.autograd.grad(whole.main + whole.aux, [sae.W_enc, sae.b])
+        most_dead = max(most_dead, len(dead.indices()))
+        result = trainer.step(Batch(x[mine], layer[mine], ROWS))
+        close = {"rtol": 1e-9, "atol": 1e-12}
+        np.testing.assert_allclose(result.loss, (whole.main + whole.aux).item(), rtol=1e-9)
+        torch.testing.assert_close(sae.W_enc.grad, expected[0], **close)
+        torch.testing.assert_close(sae.b.grad, expected[1], **close)
+        torch.testing.assert_close(result.layer_errors, whole.layer_errors, **close)
+        assert result.layer_rows.tolist() == whole.layer_rows.tolist()
+        assert dead.num_rows == (step + 1) * ROWS
+    assert most_dead > 0
+    both = accelerator.gather(torch.stack([sae.W_enc.sum(), sae.W_dec.sum(), sae.b.sum()])[None])
+    assert torch.equal(both[0], both[1])
+    if rank == 0:
+        print("ranks agree")
+
+
+if __name__ == "__main__":
+    main()
