@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +18,29 @@ from mlsae.demo import model_path, text_path
 
 Array = npt.NDArray[Any]
 
-_erf = np.vectorize(math.erf, otypes=[np.float64])
+STEPS = 4096
+
+
+@cache
+def _normal_cdf() -> Array:
+    """Φ at −9, −9 + 1/STEPS, …, 9; between them a straight line is off by less than 2e-9."""
+    grid = np.arange(-9 * STEPS, 9 * STEPS + 1) / STEPS
+    return np.array([0.5 * (1 + math.erf(x / math.sqrt(2))) for x in grid])
 
 
 def _gelu(x: Array) -> Array:
-    """x Φ(x), by a table of Φ: cubic interpolation is off by less than 1e-9."""
-    step = 1 / 256
-    grid = np.arange(-9.0, 9.0 + step, step)
-    phi = 0.5 * (1 + _erf(grid / math.sqrt(2)))
-    density = np.exp(-(grid**2) / 2) / math.sqrt(2 * math.pi)
+    """x Φ(x), by the table."""
+    phi = _normal_cdf()
     at = np.clip(x, -8.9, 8.9)
-    i = ((at + 9) / step).astype(np.int64)
-    t = (at - grid[i]) / step
-    hermite = (
-        (1 + 2 * t) * (1 - t) ** 2 * phi[i]
-        + t * (1 - t) ** 2 * step * density[i]
-        + t**2 * (3 - 2 * t) * phi[i + 1]
-        + t**2 * (t - 1) * step * density[i + 1]
-    )
-    return np.asarray(x * hermite)
+    at += 9
+    at *= STEPS
+    i = at.astype(np.int32)
+    at -= i
+    low = phi[i]
+    at *= phi[i + 1] - low
+    at += low
+    at *= x
+    return np.asarray(at)
 
 
 def _layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
@@ -72,9 +77,11 @@ class NumpyNeoX:
             x, w["gpt_neox.final_layer_norm.weight"], w["gpt_neox.final_layer_norm.bias"], eps
         )
         logits = x[:, :-1] @ w["embed_out.weight"].T
+        target = np.take_along_axis(logits, ids_BT[:, 1:, None], -1)[..., 0]
         largest = logits.max(-1, keepdims=True)
-        log_sum = np.log(np.exp(logits - largest).sum(-1)) + largest[..., 0]
-        return np.asarray(log_sum - np.take_along_axis(logits, ids_BT[:, 1:, None], -1)[..., 0])
+        logits -= largest
+        np.exp(logits, out=logits)
+        return np.asarray(np.log(logits.sum(-1)) + largest[..., 0] - target)
 
     def _attention(self, x: Array, block: dict[str, Array], eps: float) -> Array:
         B, T, D = x.shape

@@ -1,0 +1,217 @@
+"""`make results`: the pages of docs/results from the JSON beside them, figures' captions included.
+
+python -m benchmarks.results
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+
+
+def stories260k(content: dict[str, Any]) -> str:
+    """The page of `benchmarks.stories260k`, Markdown."""
+    store, settings = content["store"], content["settings"]
+    num_layers = len(store["layers"])
+    raw = [run for run in content["runs"] if run["loss_space"] == "raw"]
+    seeds = len(raw)
+    return f"""# stories260k: the whole path on a real model
+
+<!-- Made by `make results` from stories260k.json; edit benchmarks/results.py instead. -->
+
+A trained Llama of 260 thousand parameters ({num_layers} layers, d_model {store["d_model"]}) reads
+{store["num_tokens"]:,} tokens of TinyStories in sequences of {content["context_length"]}. One SAE
+on all its layers: expansion factor {settings["expansion_factor"]}
+({raw[0]["num_latents"]:,} latents), k {settings["k"]}, {settings["epochs"]} epochs, batches of
+{settings["batch_size"]:,} rows, learning rate {settings["lr"]:g} with linear decay over the last
+{settings["lr_decay"]:.0%} of the steps, {settings["validation_fraction"]:.0%} of the sequences
+({raw[0]["num_sequences"]}) held out. Each loss space with {seeds} seeds; a seed sets the initial
+weights, the order of the rows and which sequences are held out. All figures below are over held-out
+sequences.
+
+## Against a plain prototype of the method
+
+Fraction of variance unexplained, raw loss space, position 0 in and special tokens out. The
+prototype was one run.
+
+{_against_prototype(raw, content["prototype_fvu"])}
+
+{_position_0(store)}
+
+## Both loss spaces
+
+Means over {seeds} seeds. FVU is in raw units whatever the loss space; delta CE is what the
+cross-entropy of the next token rises by, in nats, when the layer's live activations are replaced by
+their reconstructions.
+
+{_both_spaces(content["runs"], num_layers)}
+
+{_loss_spaces_sentence(content["runs"], num_layers)}
+
+Dead latents, used by no held-out row at any layer: {_dead(content["runs"])}.
+
+## Figures
+
+![FVU and delta CE by layer in both loss spaces](stories260k/comparison.png)
+
+{_comparison_sentence(raw, content["prototype_fvu"])}
+
+The others are of the run in {content["shown"]["loss_space"]} loss space with seed
+{content["shown"]["seed"]}.
+
+{_figures(content["readings"])}
+
+## How it was made
+
+<!-- not run: needs the stories260k model and the TinyStories text, and half an hour -->
+```sh
+{content["command"]}
+```
+
+{_made(content)}
+"""
+
+
+def _mean(runs: Sequence[dict[str, Any]], layer: int, column: str) -> float:
+    return statistics.mean(run["layers"][layer][column] for run in runs)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---:"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _against_prototype(raw: Sequence[dict[str, Any]], prototype: Sequence[float]) -> str:
+    rows = []
+    for i, theirs in enumerate(prototype):
+        ours = _mean(raw, i, "fvu_position_0_in")
+        each = [f"{run['layers'][i]['fvu_position_0_in']:.4f}" for run in raw]
+        rows.append(
+            [str(i), f"{ours:.4f}", ", ".join(each), f"{theirs:.3f}", f"{ours / theirs:.2f}"]
+        )
+    return _table(["layer", "FVU, mean", "each seed", "prototype", "ratio"], rows)
+
+
+def _position_0(store: dict[str, Any]) -> str:
+    special, sequences = store["special_position_0"], store["num_sequences"]
+    if special == sequences:
+        return (
+            f"Each of the {sequences:,} sequences opens with the tokenizer's BOS, which is special "
+            "and therefore out, so here position 0 in and position 0 out are the same rows."
+        )
+    return (
+        f"{special:,} of the {sequences:,} sequences have a special token at position 0, which "
+        "stays out."
+    )
+
+
+def _both_spaces(runs: Sequence[dict[str, Any]], num_layers: int) -> str:
+    columns: list[tuple[str, Callable[[Sequence[dict[str, Any]], int], str]]] = [
+        ("FVU, position 0 in", lambda of, i: f"{_mean(of, i, 'fvu_position_0_in'):.4f}"),
+        ("FVU, position 0 out", lambda of, i: f"{_mean(of, i, 'fvu_position_0_out'):.4f}"),
+        ("L0", lambda of, i: f"{_mean(of, i, 'l0'):.2f}"),
+        ("delta CE", lambda of, i: f"{_mean(of, i, 'delta_ce'):.4f}"),
+        ("KL", lambda of, i: f"{_mean(of, i, 'kl'):.4f}"),
+    ]
+    rows = []
+    for space in ("raw", "standardized"):
+        of = [run for run in runs if run["loss_space"] == space]
+        rows += [[space, str(i), *(text(of, i) for _, text in columns)] for i in range(num_layers)]
+    return _table(["loss space", "layer", *(name for name, _ in columns)], rows)
+
+
+def _loss_spaces_sentence(runs: Sequence[dict[str, Any]], num_layers: int) -> str:
+    by_space = {
+        space: [run for run in runs if run["loss_space"] == space]
+        for space in ("raw", "standardized")
+    }
+
+    def overall(space: str, column: str) -> float:
+        return statistics.mean(_mean(by_space[space], i, column) for i in range(num_layers))
+
+    def better(column: str) -> str:
+        raw, standardized = overall("raw", column), overall("standardized", column)
+        first = "raw" if raw < standardized else "standardized"
+        return f"{first} ({min(raw, standardized):.4f} against {max(raw, standardized):.4f})"
+
+    return (
+        "Over all layers the lower mean FVU is that of the loss space "
+        f"{better('fvu_position_0_in')}, the lower mean delta CE that of {better('delta_ce')}."
+    )
+
+
+def _dead(runs: Sequence[dict[str, Any]]) -> str:
+    return "; ".join(
+        f"{space} "
+        + ", ".join(
+            f"{run['num_dead']} of {run['num_latents']:,}"
+            for run in runs
+            if run["loss_space"] == space
+        )
+        for space in ("raw", "standardized")
+    )
+
+
+def _comparison_sentence(raw: Sequence[dict[str, Any]], prototype: Sequence[float]) -> str:
+    last = len(prototype) - 1
+    ours = _mean(raw, last, "fvu_position_0_in")
+    return (
+        f"Left: at layer {last} the raw line stands at {ours:.3f}, the prototype's at "
+        f"{prototype[last]:.3f}."
+    )
+
+
+def _figures(readings: dict[str, float]) -> str:
+    alive = readings["num_alive"]
+    shown = [
+        (
+            "layer_distribution.png",
+            "P(layer | latent) as a heat map",
+            f"{readings['num_below_one_layer']:.0f} of {alive:,.0f} living latents have a mean "
+            "layer below 1: that far from the left the white line reaches it.",
+        ),
+        (
+            "fvu_delta_ce.png",
+            "FVU and delta CE by layer",
+            f"The last layer has an FVU of {readings['last_fvu']:.3f} and costs "
+            f"{readings['last_delta_ce']:.3f} nats a token.",
+        ),
+        (
+            "norm_cosine.png",
+            "L2 norm and adjacent cosine by layer",
+            f"The mean norm grows from {readings['first_norm']:.1f} to "
+            f"{readings['last_norm']:.1f}; the last two layers' cosine is "
+            f"{readings['last_cosine']:.2f}.",
+        ),
+        (
+            "density.png",
+            "Histogram of latent density",
+            f"The median living latent is active at 10^{readings['log10_median_density']:.1f} of "
+            "the rows.",
+        ),
+    ]
+    return "\n\n".join(f"![{alt}](stories260k/{name})\n\n{text}" for name, alt, text in shown)
+
+
+def _made(content: dict[str, Any]) -> str:
+    machine = dict(content["machine"])
+    processor, cores = machine.pop("processor"), machine.pop("cores")
+    threads = machine.pop("threads")
+    versions = ", ".join(f"{name} {number}" for name, number in machine.items())
+    return (
+        f"On {content['date']} at commit {content['commit']}; {processor}, {cores} cores, "
+        f"{threads} threads; {versions}. Store {content['store']['store_id'][:12]}, "
+        f"{content['store']['encoding']}."
+    )
+
+
+def main() -> None:
+    content = json.loads((RESULTS / "stories260k.json").read_text())
+    (RESULTS / "stories260k.md").write_text(stories260k(content))
+
+
+if __name__ == "__main__":
+    main()

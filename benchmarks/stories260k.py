@@ -1,0 +1,256 @@
+"""The whole path on a real model, in both loss spaces and with three seeds each.
+
+    python -m benchmarks.stories260k --model DIR --dataset FILE --out DIR \\
+        --json docs/results/stories260k.json
+
+MODEL is karpathy's 260K-parameter Llama trained on TinyStories, in Hugging Face format; the text is
+1,000 of those stories, one {"text": …} a line. Writes the JSON that `benchmarks.results` makes the
+page from, and the figures beside it.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from mlsae.analyze import Analysis, AnalyzeConfig
+from mlsae.analyze import run as analyze
+from mlsae.harvest import HarvestConfig
+from mlsae.harvest import run as harvest
+from mlsae.store import open_store
+from mlsae.train import TrainConfig
+from mlsae.train import run as train
+
+LOSS_SPACES = ("raw", "standardized")
+SEEDS = (0, 1, 2)
+SETTINGS: dict[str, Any] = {
+    "expansion_factor": 16,
+    "k": 16,
+    "epochs": 4,
+    "batch_size": 4096,
+    "lr": 1e-3,
+    "lr_decay": 0.2,
+    "validation_fraction": 0.05,
+}
+CONTEXT_LENGTH = 256
+PROTOTYPE_FVU = (0.040, 0.074, 0.090, 0.115, 0.156)
+"""Held-out FVU by layer of a plain prototype: raw loss space, one seed, the same settings."""
+SHOWN = ("raw", 0)
+"""The run whose figures are kept."""
+COLUMNS = (
+    "layer",
+    "num_rows_position_0_in",
+    "fvu_position_0_in",
+    "num_rows_position_0_out",
+    "fvu_position_0_out",
+    "fvu_published",
+    "l0",
+    "ce",
+    "ce_store",
+    "ce_sae",
+    "delta_ce",
+    "kl",
+)
+
+
+def walk(model: str, dataset: str, out: Path) -> tuple[dict[str, Any], dict[Any, Analysis]]:
+    """Harvest once, train and analyze six times; what was finished before is kept."""
+    store_path = out / "acts"
+    harvest(
+        HarvestConfig(model=model, dataset=dataset, out=store_path, context_length=CONTEXT_LENGTH)
+    )
+    analyses, runs = {}, []
+    for loss_space in LOSS_SPACES:
+        for seed in SEEDS:
+            name = f"{loss_space}-{seed}"
+            print(f"\n{name}", flush=True)
+            train(
+                TrainConfig(
+                    cache=store_path,
+                    out=out / name,
+                    loss_space=loss_space,
+                    seed=seed,
+                    resume=True,
+                    **SETTINGS,
+                )
+            )
+            analysis = analyze(
+                AnalyzeConfig(cache=store_path, sae=out / name, out=out / f"analysis-{name}")
+            )
+            analyses[loss_space, seed] = analysis
+            runs.append(describe(analysis, loss_space, seed))
+    store = open_store(store_path)
+    measured = {
+        "store": {
+            "store_id": store.store_id,
+            "num_tokens": store.num_tokens,
+            "layers": list(store.layers),
+            "d_model": store.d_model,
+            "encoding": store.encoding,
+            "special_position_0": int((store.token_flags()[:: store.context_length] != 0).sum()),
+            "num_sequences": store.num_tokens // store.context_length,
+        },
+        "runs": runs,
+    }
+    return measured, analyses
+
+
+def describe(analysis: Analysis, loss_space: str, seed: int) -> dict[str, Any]:
+    """One run as JSON."""
+    return {
+        "loss_space": loss_space,
+        "seed": seed,
+        "num_latents": analysis.summary["overall"]["num_latents"],
+        "num_dead": analysis.summary["overall"]["num_dead"],
+        "num_sequences": analysis.summary["num_sequences"],
+        "ce_tokens": analysis.summary["cross_entropy"]["num_tokens"],
+        "layers": [{name: row[name] for name in COLUMNS} for row in analysis.layers.to_pylist()],
+    }
+
+
+def readings(analysis: Analysis) -> dict[str, float]:
+    """Numbers that can be read in the shown run's figures."""
+    layers, latents = analysis.layers.to_pylist(), analysis.latents
+    alive = latents.filter(np.logical_not(latents["dead"].to_numpy(zero_copy_only=False)))
+    density = alive["density"].to_numpy()
+    mean_layer = alive["layer_mean"].to_numpy()
+    return {
+        "first_norm": layers[0]["norm"],
+        "last_norm": layers[-1]["norm"],
+        "last_cosine": layers[-2]["adjacent_cosine"],
+        "last_fvu": layers[-1]["fvu"],
+        "last_delta_ce": layers[-1]["delta_ce"],
+        "log10_median_density": float(np.log10(np.median(density))),
+        "num_alive": len(alive),
+        "num_below_one_layer": int((mean_layer < 1).sum()),
+    }
+
+
+def draw_comparison(runs: list[dict[str, Any]], path: Path) -> None:
+    """Held-out FVU and delta CE by layer: a line a loss space, a dot a seed, the prototype."""
+    style: dict[Any, Any] = {
+        "font.size": 9,
+        "axes.titlesize": 10,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": "#dddddd",
+        "grid.linewidth": 0.6,
+        "legend.frameon": False,
+        "savefig.dpi": 160,
+    }
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(7.0, 3.0), layout="constrained")
+        panels = figure.subplots(1, 2)
+        for axes, column in zip(panels, ("fvu_position_0_in", "delta_ce"), strict=True):
+            for space, colour in zip(LOSS_SPACES, ("#0072B2", "#D55E00"), strict=True):
+                values = np.array(
+                    [
+                        [layer[column] for layer in run["layers"]]
+                        for run in runs
+                        if run["loss_space"] == space
+                    ]
+                )
+                layers = np.arange(values.shape[1])
+                axes.plot(layers, values.mean(0), color=colour, label=f"{space} loss")
+                axes.plot(np.tile(layers, (len(values), 1)), values, "o", ms=3, color=colour)
+            axes.set_xticks(layers)
+            axes.set_xlabel("layer")
+            axes.set_ylim(bottom=0)
+        panels[0].plot(layers, PROTOTYPE_FVU, "s--", color="#666666", ms=4, label="prototype, raw")
+        panels[0].set(title="Variance unexplained, held out", ylabel="FVU")
+        panels[1].set(title="Cross-entropy added by splicing one layer", ylabel="nats / token")
+        panels[0].legend()
+        panels[1].legend()
+        figure.savefig(path)
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what the runs were made."""
+    import torch
+
+    processor = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "processor": processor[0] if processor else platform.processor(),
+        "cores": len(processor),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "numpy", "zarr")},
+    }
+
+
+def commit() -> str:
+    """The commit that was run, marked where the package differed from it."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=root, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    rooms = ["models", "harvest", "store", "sae", "train", "analyze", "base"]
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *rooms)
+    return git("rev-parse", "HEAD") + (" with uncommitted changes" if changed else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="directory of stories260k")
+    parser.add_argument("--dataset", required=True, help="TinyStories, .jsonl")
+    parser.add_argument("--out", required=True, type=Path, help="store, SAEs and analyses")
+    parser.add_argument("--json", required=True, type=Path, help="result, with figures beside it")
+    arguments = parser.parse_args()
+    at_commit = commit()
+    measured, analyses = walk(arguments.model, arguments.dataset, arguments.out)
+    shown = analyses[SHOWN]
+    folder = arguments.json.parent / arguments.json.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in shown.summary["figures"]:
+        shutil.copy(shown.path / name, folder)
+    draw_comparison(measured["runs"], folder / "comparison.png")
+    content = {
+        "command": f"python -m benchmarks.stories260k {shlex.join(sys.argv[1:])}",
+        "commit": at_commit,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": machine(),
+        "settings": SETTINGS,
+        "context_length": CONTEXT_LENGTH,
+        "prototype_fvu": PROTOTYPE_FVU,
+        "shown": dict(zip(("loss_space", "seed"), SHOWN, strict=True)),
+        "readings": readings(shown),
+        **measured,
+    }
+    arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    mean = [
+        statistics.mean(
+            run["layers"][i]["fvu_position_0_in"]
+            for run in measured["runs"]
+            if run["loss_space"] == "raw"
+        )
+        for i in range(len(PROTOTYPE_FVU))
+    ]
+    print(json.dumps({"raw_fvu": mean, "prototype_fvu": PROTOTYPE_FVU}))
+
+
+if __name__ == "__main__":
+    main()
