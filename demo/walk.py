@@ -81,11 +81,12 @@ def render(analysis: Analysis) -> str:
             f"{format_count(dead)} of {format_count(num_latents)} ({dead / num_latents:.1%})"
         )
     dead_everywhere = format_count(analysis.summary["overall"]["num_dead"])
-    lines.append(
+    figures = [analysis.path / name for name in analysis.summary["figures"]]
+    lines += [
         f"held-out sequences; FVU 0 is perfect; delta CE in nats a token; {dead_everywhere} "
-        "latents dead at every layer"
-    )
-    lines += [f"figure: {analysis.path / name}" for name in analysis.summary["figures"]]
+        "latents dead at every layer",
+        f"figures in {figures[0].parent}: {', '.join(figure.name for figure in figures)}",
+    ]
     return "\n".join(lines)
 
 

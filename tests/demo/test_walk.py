@@ -37,7 +37,7 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Walked:
 
 
 def test_walk_ends_with_the_table_and_the_figures(walked: Walked) -> None:
-    """The last lines are a row for each of six layers, and figures that exist."""
+    """The last lines are a row for each of six layers, and where figures lie that exist."""
     lines = walked.printed.splitlines()
     head = lines.index("layer     FVU  delta CE    L0  latents dead at the layer")
     rows = [line.split() for line in lines[head + 1 : head + 7]]
@@ -46,9 +46,9 @@ def test_walk_ends_with_the_table_and_the_figures(walked: Walked) -> None:
         assert float(row[1]) == pytest.approx(expected["fvu"], abs=1e-4)
         assert float(row[2]) == pytest.approx(expected["delta_ce"], abs=1e-3)
         assert float(row[3]) == pytest.approx(expected["l0"], abs=0.1)
-    figures = [line.removeprefix("figure: ") for line in lines[head + 8 :]]
-    assert len(figures) >= 4
-    assert all(Path(figure).is_file() for figure in figures)
+    folder, _, names = lines[-1].removeprefix("figures in ").partition(": ")
+    assert len(names.split(", ")) >= 4
+    assert all(Path(folder, name).is_file() for name in names.split(", "))
 
 
 def test_dead_latents_of_a_layer_are_those_no_event_names(walked: Walked) -> None:
