@@ -31,10 +31,11 @@ from mlsae.analyze.selection import Int, choose_sequences, first_tokens
 from mlsae.analyze.summary import overall, render
 from mlsae.analyze.sweep import EventsPlan, LayerSums, sweep_layer
 from mlsae.analyze.tables import latents_tables, layers_table
+from mlsae.base.devices import resolve_device
 from mlsae.base.errors import InputError
 from mlsae.base.files import seal, write_durably
 from mlsae.base.resources import require_disk
-from mlsae.models import Transformer, load_for, resolve_device
+from mlsae.models import Transformer, load_for
 from mlsae.store import Store
 
 _TOKENS_AT_ONCE = 2**20

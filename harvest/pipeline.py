@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from mlsae.base.devices import resolve_device
 from mlsae.base.units import format_bytes, format_count
 from mlsae.harvest.config import HarvestConfig
 from mlsae.harvest.forward import choose_encoding, preflight, stored_activations
@@ -23,7 +24,7 @@ from mlsae.harvest.plan import (
 from mlsae.harvest.ranks import Ranks, wait_until
 from mlsae.harvest.report import dry_run_lines, layer_table, text_lines
 from mlsae.harvest.text import documents
-from mlsae.models import Transformer, load, outline, resolve_device
+from mlsae.models import Transformer, load, outline
 from mlsae.store import PlanMismatchError, Writer, create, open_store, resume
 from mlsae.store.plan import find_plan
 from mlsae.store.schema import SETUP

@@ -74,10 +74,6 @@ def make_plan(config: TrainConfig, store: Store) -> Plan:
             f"--batch-size must be at least the number of layers: got {config.batch_size} rows "
             f"for {len(layers)} layers"
         )
-    if config.batch_size > (most := store.num_rows * len(layers)):
-        raise InputError(
-            f"--batch-size {config.batch_size} is more than the {most} rows of the store: lower it"
-        )
     store.moments(site, config.skip_positions)  # Refuses what skip_positions cannot be.
     validation = validation_sequences(
         store.plan["tokens_sha256"], store.num_sequences, config.validation_fraction, config.seed

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from mlsae.base.errors import InputError
 from mlsae.base.units import format_bytes
 from mlsae.store import Store
-from mlsae.train.sampler import Order, owned_slots, slice_rows
+from mlsae.train.sampler import Order, slice_rows
 
 SLICE_BYTES = 64 << 10
 """Bytes of a slice unless a window is asked for: less is slow to read, more is memory."""
@@ -161,8 +161,9 @@ class Mixture:
 
     def rank_slots(self, rank: int, world_size: int) -> int:
         """Slots of one rank, over layers: the most rows of a batch that it gets."""
-        layer, slot = np.arange(len(self.layers)), np.arange(self.num_slots)
-        return int(owned_slots(layer[:, None], slot, rank, world_size).sum())
+        # Of the slots j, those with (j + layer) mod world_size = rank: see `owned_slots`.
+        first = [(rank - layer) % world_size for layer in range(len(self.layers))]
+        return sum(max(0, -(-(self.num_slots - start) // world_size)) for start in first)
 
     def window_bytes(self, rank: int, world_size: int) -> int:
         """Bytes of one rank's window."""

@@ -37,7 +37,7 @@ FOREIGN = {
     "store": {"torch", "transformers", "accelerate", "datasets"},
     "sae": {"transformers", "zarr", "datasets", "accelerate"},
     "train": {"transformers", "zarr", "datasets"},
-    "base": {"torch", "zarr", "transformers", "numpy"},
+    "base": {"zarr", "transformers", "numpy"},
 }
 """Room → libraries it must not know."""
 
@@ -187,6 +187,18 @@ def test_imports_go_one_way(room: str):
             assert top not in FOREIGN.get(room, set()), f"{path}: imports {name}"
             assert top not in ROOMS, f"{path}: imports {name} without its package"
     assert seen > 0
+
+
+def test_a_store_is_read_and_written_without_torch(tmp_path: Path):
+    """Producers and readers of activations need not have it loaded."""
+    script = (
+        "import sys, mlsae.store, mlsae.store.verify, mlsae.store.info\n"
+        "sys.exit(', '.join({'torch', 'transformers', 'accelerate'} & set(sys.modules)) or None)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_files_hold_one_idea():

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mlsae.base.devices import resolve_device
 from mlsae.base.errors import InputError, ResourceError
-from mlsae.models import Transformer, load, load_for, load_tokenizer, outline, resolve_device
+from mlsae.models import Transformer, load, load_for, load_tokenizer, outline
 
 
 @pytest.fixture

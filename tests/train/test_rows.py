@@ -9,6 +9,7 @@ from mlsae.base.errors import InputError
 from mlsae.store import open_store
 from mlsae.train import rows as module
 from mlsae.train.rows import Mixture, TrainingRows
+from mlsae.train.sampler import owned_slots
 
 
 @pytest.mark.parametrize("skip_positions", [0, 1, 3])
@@ -72,3 +73,26 @@ def test_a_window_of_less_than_a_row_a_slot_is_refused(sample_maker: Callable) -
             validation=np.array([], np.int64),
             window=2_000,
         )
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 16])
+@pytest.mark.parametrize("batch_rows", [3, 50, 1001])
+def test_the_slots_of_a_rank_are_those_that_the_order_gives_it(
+    sample_maker: Callable, batch_rows: int, world_size: int
+) -> None:
+    """What memory is reserved for is what `owned_slots` deals out, and ranks leave none."""
+    store = open_store(sample_maker().path)
+    mixture = Mixture.plan(
+        store,
+        "resid_post",
+        store.layers,
+        batch_rows=batch_rows,
+        seed=0,
+        skip_positions=1,
+        validation=np.array([3, 7]),
+        window=None,
+    )
+    layer, slot = np.arange(len(store.layers))[:, None], np.arange(mixture.num_slots)
+    dealt = [int(owned_slots(layer, slot, r, world_size).sum()) for r in range(world_size)]
+    assert [mixture.rank_slots(r, world_size) for r in range(world_size)] == dealt
+    assert sum(dealt) == len(store.layers) * mixture.num_slots
