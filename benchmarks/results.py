@@ -5,6 +5,7 @@ python -m benchmarks.results
 
 import json
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,24 +19,29 @@ def stories260k(content: dict[str, Any]) -> str:
     num_layers = len(store["layers"])
     raw = [run for run in content["runs"] if run["loss_space"] == "raw"]
     seeds = len(raw)
+    about = _paragraph(
+        f"A trained Llama of 260 thousand parameters ({num_layers} layers, d_model "
+        f"{store['d_model']}) reads {store['num_tokens']:,} tokens of TinyStories in sequences of "
+        f"{content['context_length']}. One SAE on all its layers: expansion factor "
+        f"{settings['expansion_factor']} ({raw[0]['num_latents']:,} latents), k {settings['k']}, "
+        f"{settings['epochs']} epochs, batches of {settings['batch_size']:,} rows, learning rate "
+        f"{settings['lr']:g} with linear decay over the last {settings['lr_decay']:.0%} of the "
+        f"steps, {settings['validation_fraction']:.0%} of the sequences "
+        f"({raw[0]['num_sequences']}) held out. Each loss space with {seeds} seeds; a seed sets "
+        "the initial weights, the order of the rows and which sequences are held out. All numbers "
+        "below are over held-out sequences, but norms and cosines, which are over all."
+    )
+    command = content["command"].replace(" --", " \\\n    --")
     return f"""# stories260k: the whole path on a real model
 
 <!-- Made by `make results` from stories260k.json; edit benchmarks/results.py instead. -->
 
-A trained Llama of 260 thousand parameters ({num_layers} layers, d_model {store["d_model"]}) reads
-{store["num_tokens"]:,} tokens of TinyStories in sequences of {content["context_length"]}. One SAE
-on all its layers: expansion factor {settings["expansion_factor"]}
-({raw[0]["num_latents"]:,} latents), k {settings["k"]}, {settings["epochs"]} epochs, batches of
-{settings["batch_size"]:,} rows, learning rate {settings["lr"]:g} with linear decay over the last
-{settings["lr_decay"]:.0%} of the steps, {settings["validation_fraction"]:.0%} of the sequences
-({raw[0]["num_sequences"]}) held out. Each loss space with {seeds} seeds; a seed sets the initial
-weights, the order of the rows and which sequences are held out. All figures below are over held-out
-sequences.
+{about}
 
 ## Against a plain prototype of the method
 
-Fraction of variance unexplained, raw loss space, position 0 in and special tokens out. The
-prototype was one run.
+Fraction of variance unexplained in raw units, SAE trained in raw loss space, position 0 in and
+special tokens out. The prototype was one run.
 
 {_against_prototype(raw, content["prototype_fvu"])}
 
@@ -43,15 +49,15 @@ prototype was one run.
 
 ## Both loss spaces
 
-Means over {seeds} seeds. FVU is in raw units whatever the loss space; delta CE is what the
-cross-entropy of the next token rises by, in nats, when the layer's live activations are replaced by
-their reconstructions.
+FVU is in raw units whatever the loss space; delta CE is what the cross-entropy of the next token
+rises by, in nats, when the layer's live activations are replaced by their reconstructions; special
+tokens are out. Each number is the mean over the seeds.
 
 {_both_spaces(content["runs"], num_layers)}
 
 {_loss_spaces_sentence(content["runs"], num_layers)}
 
-Dead latents, used by no held-out row at any layer: {_dead(content["runs"])}.
+{_dead(content["runs"])}
 
 ## Figures
 
@@ -59,20 +65,23 @@ Dead latents, used by no held-out row at any layer: {_dead(content["runs"])}.
 
 {_comparison_sentence(raw, content["prototype_fvu"])}
 
-The others are of the run in {content["shown"]["loss_space"]} loss space with seed
-{content["shown"]["seed"]}.
+{_shown(content["shown"])}
 
 {_figures(content["readings"])}
 
 ## How it was made
 
-<!-- not run: needs the stories260k model and the TinyStories text, and half an hour -->
+<!-- not run: needs the stories260k model and the TinyStories text, and a quarter of an hour -->
 ```sh
-{content["command"]}
+{command}
 ```
 
 {_made(content)}
 """
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def _mean(runs: Sequence[dict[str, Any]], layer: int, column: str) -> float:
@@ -98,11 +107,11 @@ def _against_prototype(raw: Sequence[dict[str, Any]], prototype: Sequence[float]
 def _position_0(store: dict[str, Any]) -> str:
     special, sequences = store["special_position_0"], store["num_sequences"]
     if special == sequences:
-        return (
+        return _paragraph(
             f"Each of the {sequences:,} sequences opens with the tokenizer's BOS, which is special "
             "and therefore out, so here position 0 in and position 0 out are the same rows."
         )
-    return (
+    return _paragraph(
         f"{special:,} of the {sequences:,} sequences have a special token at position 0, which "
         "stays out."
     )
@@ -135,32 +144,38 @@ def _loss_spaces_sentence(runs: Sequence[dict[str, Any]], num_layers: int) -> st
     def better(column: str) -> str:
         raw, standardized = overall("raw", column), overall("standardized", column)
         first = "raw" if raw < standardized else "standardized"
-        return f"{first} ({min(raw, standardized):.4f} against {max(raw, standardized):.4f})"
+        return f"{first}, {min(raw, standardized):.4f} against {max(raw, standardized):.4f}"
 
-    return (
-        "Over all layers the lower mean FVU is that of the loss space "
-        f"{better('fvu_position_0_in')}, the lower mean delta CE that of {better('delta_ce')}."
+    return _paragraph(
+        "Averaged over layers and seeds, the loss space with the lower FVU is "
+        f"{better('fvu_position_0_in')}; the one with the lower delta CE is {better('delta_ce')}."
     )
 
 
 def _dead(runs: Sequence[dict[str, Any]]) -> str:
-    return "; ".join(
-        f"{space} "
-        + ", ".join(
-            f"{run['num_dead']} of {run['num_latents']:,}"
-            for run in runs
-            if run["loss_space"] == space
-        )
+    by_space = "; ".join(
+        f"{space} {', '.join(str(run['num_dead']) for run in runs if run['loss_space'] == space)}"
         for space in ("raw", "standardized")
+    )
+    return _paragraph(
+        f"Latents of {runs[0]['num_latents']:,} that no held-out row uses at any layer, by seed: "
+        f"{by_space}."
     )
 
 
 def _comparison_sentence(raw: Sequence[dict[str, Any]], prototype: Sequence[float]) -> str:
     last = len(prototype) - 1
     ours = _mean(raw, last, "fvu_position_0_in")
-    return (
+    return _paragraph(
         f"Left: at layer {last} the raw line stands at {ours:.3f}, the prototype's at "
-        f"{prototype[last]:.3f}."
+        f"{prototype[last]:.3f}. A dot is a seed, a line the mean of its loss space."
+    )
+
+
+def _shown(run: dict[str, Any]) -> str:
+    return _paragraph(
+        f"The other figures are of the run in {run['loss_space']} loss space with seed "
+        f"{run['seed']}."
     )
 
 
@@ -170,8 +185,8 @@ def _figures(readings: dict[str, float]) -> str:
         (
             "layer_distribution.png",
             "P(layer | latent) as a heat map",
-            f"{readings['num_below_one_layer']:.0f} of {alive:,.0f} living latents have a mean "
-            "layer below 1: that far from the left the white line reaches it.",
+            f"The white line crosses layer 1 at latent {readings['num_below_one_layer']:.0f}: so "
+            f"many of the {alive:,.0f} living latents have a mean layer below 1.",
         ),
         (
             "fvu_delta_ce.png",
@@ -189,11 +204,14 @@ def _figures(readings: dict[str, float]) -> str:
         (
             "density.png",
             "Histogram of latent density",
-            f"The median living latent is active at 10^{readings['log10_median_density']:.1f} of "
-            "the rows.",
+            f"Half of the latents lie to the right of {readings['log10_median_density']:.2f}, that "
+            f"is, are active at more than {10 ** readings['log10_median_density']:.1%} of the "
+            "rows.",
         ),
     ]
-    return "\n\n".join(f"![{alt}](stories260k/{name})\n\n{text}" for name, alt, text in shown)
+    return "\n\n".join(
+        f"![{alt}](stories260k/{name})\n\n{_paragraph(text)}" for name, alt, text in shown
+    )
 
 
 def _made(content: dict[str, Any]) -> str:
@@ -201,9 +219,9 @@ def _made(content: dict[str, Any]) -> str:
     processor, cores = machine.pop("processor"), machine.pop("cores")
     threads = machine.pop("threads")
     versions = ", ".join(f"{name} {number}" for name, number in machine.items())
-    return (
+    return _paragraph(
         f"On {content['date']} at commit {content['commit']}; {processor}, {cores} cores, "
-        f"{threads} threads; {versions}. Store {content['store']['store_id'][:12]}, "
+        f"torch threads: {threads}; {versions}. Store {content['store']['store_id'][:12]}, "
         f"{content['store']['encoding']}."
     )
 

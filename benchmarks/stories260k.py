@@ -170,12 +170,12 @@ def draw_comparison(runs: list[dict[str, Any]], path: Path) -> None:
                 axes.plot(np.tile(layers, (len(values), 1)), values, "o", ms=3, color=colour)
             axes.set_xticks(layers)
             axes.set_xlabel("layer")
-            axes.set_ylim(bottom=0)
         panels[0].plot(layers, PROTOTYPE_FVU, "s--", color="#666666", ms=4, label="prototype, raw")
         panels[0].set(title="Variance unexplained, held out", ylabel="FVU")
         panels[1].set(title="Cross-entropy added by one layer", ylabel="nats / token")
-        panels[0].legend()
-        panels[1].legend()
+        for axes in panels:
+            axes.set_ylim(bottom=0)
+            axes.legend()
         figure.savefig(path)
 
 

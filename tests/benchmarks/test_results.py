@@ -1,0 +1,87 @@
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs" / "results"
+
+
+@pytest.fixture(scope="module")
+def results() -> ModuleType:
+    """The script behind `make results`; benchmarks is no package."""
+    spec = importlib.util.spec_from_file_location("results", ROOT / "benchmarks" / "results.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def content() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((RESULTS / "stories260k.json").read_text())
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return (RESULTS / "stories260k.md").read_text()
+
+
+def test_page_is_made_from_its_json(results: ModuleType, content: dict[str, Any], page: str):
+    """`make results` would change nothing."""
+    assert results.stories260k(content) == page
+
+
+def test_another_number_would_change_the_page(results: ModuleType, content: dict[str, Any]):
+    """The page shows the JSON's numbers, not numbers of its own."""
+    altered = json.loads(json.dumps(content))
+    for run in altered["runs"]:
+        run["layers"][2]["fvu_position_0_in"] += 0.5
+    assert results.stories260k(altered) != results.stories260k(content)
+
+
+def test_fvu_of_the_first_table_is_the_mean_over_seeds(content: dict[str, Any], page: str):
+    """The first table, recomputed: mean of three raw seeds, and its ratio to the prototype."""
+    rows = re.findall(r"^\| (\d) \| (0\.\d{4}) \| .* \| (0\.\d{3}) \| (\d\.\d\d) \|$", page, re.M)
+    assert [int(row[0]) for row in rows] == content["store"]["layers"]
+    raw = [run for run in content["runs"] if run["loss_space"] == "raw"]
+    assert sorted(run["seed"] for run in raw) == [0, 1, 2]
+    for layer, mean, prototype, ratio in rows:
+        fvu = sum(run["layers"][int(layer)]["fvu_position_0_in"] for run in raw) / 3
+        assert float(mean) == pytest.approx(fvu, abs=5.1e-5)
+        assert float(ratio) == pytest.approx(fvu / float(prototype), abs=5.1e-3)
+
+
+def test_the_method_does_at_least_as_well_as_the_prototype(content: dict[str, Any]):
+    """Every layer's mean FVU is within 2% of the prototype's or below it; no latent is dead."""
+    raw = [run for run in content["runs"] if run["loss_space"] == "raw"]
+    assert content["prototype_fvu"] == [0.040, 0.074, 0.090, 0.115, 0.156]
+    for layer, prototype in enumerate(content["prototype_fvu"]):
+        fvu = sum(run["layers"][layer]["fvu_position_0_in"] for run in raw) / len(raw)
+        assert fvu <= 1.02 * prototype
+    assert all(run["num_dead"] == 0 for run in raw)
+
+
+def test_json_says_how_it_was_made(content: dict[str, Any]):
+    """Command, clean commit, date, machine, and three seeds in each loss space."""
+    assert content["command"].startswith("python -m benchmarks.stories260k ")
+    assert re.fullmatch(r"[0-9a-f]{40}", content["commit"])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", content["date"])
+    assert content["machine"]["cores"] >= 1
+    made = sorted((run["loss_space"], run["seed"]) for run in content["runs"])
+    assert made == [(space, seed) for space in ("raw", "standardized") for seed in (0, 1, 2)]
+
+
+def test_every_figure_is_there_and_a_number_follows_it(page: str):
+    """Each figure is a committed file, followed by a sentence that holds a number."""
+    figures = re.findall(r"^!\[[^\]]+\]\(([^)]+)\)\n\n(.+?)\n\n", page, re.M | re.S)
+    assert len(figures) == page.count("![") == 5
+    for name, sentence in figures:
+        assert (RESULTS / name).is_file()
+        assert re.search(r"\d", sentence)
