@@ -1,5 +1,6 @@
 """The command line is a promise: its options, its exit codes, its one-line errors."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +126,34 @@ def test_store_info_and_verify_speak_to_people_and_programs(sample, tmp_path: Pa
         "R-COMMIT-4 activations/resid_post/1/c.2.0: its SHA-256 is not"
     )
     assert "breaks 1 rule of storage_schema.md" in damaged.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "5000"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+)
+def test_threads_spin_briefly_unless_the_user_says_otherwise(
+    given: dict[str, str], expected: dict[str, str], sample
+):
+    """Set before torch is loaded, or it would have no effect."""
+    script = (
+        "import os, sys; from mlsae.cli import main\n"
+        "assert 'torch' not in sys.modules\n"
+        "main(sys.argv[1:], standalone_mode=False)\n"
+        "print({k: v for k, v in os.environ.items() if 'OMP_SPIN' in k or 'OMP_WAIT' in k})\n"
+    )
+    clean = {k: v for k, v in os.environ.items() if k not in {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}}
+    done = subprocess.run(
+        [sys.executable, "-c", script, "store", "info", str(sample.path)],
+        env={**clean, **given},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == str(expected)
 
 
 def test_help_is_quick_because_it_loads_nothing_heavy(tmp_path: Path):
