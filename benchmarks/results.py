@@ -146,9 +146,16 @@ def _loss_spaces_sentence(runs: Sequence[dict[str, Any]], num_layers: int) -> st
         first = "raw" if raw < standardized else "standardized"
         return f"{first}, {min(raw, standardized):.4f} against {max(raw, standardized):.4f}"
 
+    def of_seed(run: dict[str, Any]) -> float:
+        return statistics.mean(layer["delta_ce"] for layer in run["layers"])
+
+    pairs = list(zip(by_space["raw"], by_space["standardized"], strict=True))
+    cheaper = sum(of_seed(standardized) < of_seed(raw) for raw, standardized in pairs)
+
     return _paragraph(
         "Averaged over layers and seeds, the loss space with the lower FVU is "
         f"{better('fvu_position_0_in')}; the one with the lower delta CE is {better('delta_ce')}. "
+        f"Delta CE is lower with standardized in {cheaper} of {len(pairs)} seeds. "
         "`--loss-space standardized` is the default: of two that explain nearly the same variance "
         "it costs the transformer less, and it weighs every row the same whatever its norm."
     )
