@@ -33,7 +33,6 @@ from mlsae.demo.text_files import (
 from mlsae.demo.tokenizer import pack, save_tokenizer, train_tokenizer
 
 SEED = 0
-THREADS = 1
 MIN_BELOW_UNIGRAM = 1.5
 MAX_GAP = 0.3
 SHAPE: dict[str, int] = {
@@ -158,7 +157,7 @@ def _record(directory: Path, nats: dict[str, float], sources: dict[str, Any]) ->
     record = {
         "command": "python -m mlsae.demo.make_model",
         "seed": SEED,
-        "threads": THREADS,
+        "threads": torch.get_num_threads(),
         "shape": SHAPE,
         "optimisation": OPTIMISATION,
         "cross_entropy_nats_per_token": nats,
@@ -196,7 +195,6 @@ def make(out: Path, *, collect: bool) -> None:
         f"{len(train_texts)} modules, {len(train_ids):,} tokens to train on; "
         f"{len(held_out_texts)} modules, {len(held_out_ids):,} tokens held out"
     )
-    torch.set_num_threads(THREADS)
     torch.manual_seed(SEED)
     model = build_model()
     train(model, train_ids)
