@@ -1,20 +1,40 @@
 """Files that survive a crash: written whole or not at all, and JSON that carries its checksum."""
 
+import errno
 import hashlib
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mlsae.base.errors import InputError
+from mlsae.base.errors import InputError, ResourceError
 
 SEAL = "sha256"
 
 
 class DamagedFileError(InputError):
     """A file of ours does not hold the bytes that were written."""
+
+
+@contextmanager
+def full_disk_explained(path: Path) -> Iterator[None]:
+    """Turn the error of a full disk, met while `path` is written, into one line for the user.
+
+    Raises:
+        ResourceError: the disk or the user's quota is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ResourceError(
+            f"the disk is full: {path} could not be written; what was finished before is safe, "
+            f"free some space and run the same command again"
+        ) from error
 
 
 def fsync_directory(directory: Path) -> None:
@@ -30,10 +50,13 @@ def write_durably(path: Path, data: bytes) -> None:
     """Write `data` to `path` through a temporary file, fsync and rename.
 
     After a crash at any instant `path` holds its old content or `data`, never a mixture.
+
+    Raises:
+        ResourceError: the disk is full; `path` is as it was.
     """
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        with partial.open("wb") as file:
+        with full_disk_explained(path), partial.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -6,7 +6,6 @@ Written here, and not by a Zarr library, because none of them is durable, hashes
 and gives the same bytes on every run.
 """
 
-import errno
 import hashlib
 import os
 import socket
@@ -17,8 +16,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from mlsae.base.errors import ResourceError
-from mlsae.base.files import fsync_directory
+from mlsae.base.files import fsync_directory, full_disk_explained
 from mlsae.store.layout import CRC_BYTES, INDEX_ENTRY_BYTES
 from mlsae.store.schema import PARTIAL
 
@@ -89,7 +87,8 @@ class ShardFile:
             self._end_chunk()
         index = shard_index(self._used, self._num_chunks, self._chunk_bytes)
         self._put(np.frombuffer(index, np.uint8))
-        os.fsync(self._fd)
+        with full_disk_explained(self._path):
+            os.fsync(self._fd)
         os.close(self._fd)
         self._fd = -1
         self._partial.rename(self._path)
@@ -112,16 +111,9 @@ class ShardFile:
     def _put(self, data: Bytes) -> None:
         self._hash.update(data.data)
         view = data.data
-        try:
+        with full_disk_explained(self._path):
             while view:
                 view = view[os.write(self._fd, view) :]
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise ResourceError(
-                f"the disk is full: {self._path} could not be written; what was committed is safe, "
-                f"free some space and run the same command again"
-            ) from error
         self.num_bytes += len(data)
 
 
