@@ -48,7 +48,7 @@ class TrainResult:
 def run(config: TrainConfig) -> TrainResult:
     """Train an SAE from an activation store.
 
-    Under torchrun or `accelerate launch` every process calls this; they share each batch.
+    Under torchrun or `accelerate launch` every process calls this, once; they share each batch.
 
     Args:
         config: what to do.
@@ -63,6 +63,13 @@ def run(config: TrainConfig) -> TrainResult:
         DivergedError: the loss became infinite or no number.
     """
     accelerator = make_accelerator(config.device)
+    result = _run(config, accelerator)
+    # torch warns of a process group that is still open when the interpreter ends.
+    accelerator.end_training()
+    return result
+
+
+def _run(config: TrainConfig, accelerator: Accelerator) -> TrainResult:
     check_world_size(accelerator.num_processes)
     plan = make_plan(config, open_store(config.cache))
     settings = plan.settings()

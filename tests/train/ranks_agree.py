@@ -3,6 +3,8 @@
 Every rank also takes the whole batch through the same objective alone, and compares.
 """
 
+import os
+
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -49,7 +51,11 @@ def main() -> None:
     both = accelerator.gather(torch.stack([sae.W_enc.sum(), sae.W_dec.sum(), sae.b.sum()])[None])
     assert torch.equal(both[0], both[1])
     if rank == 0:
-        print("ranks agree")
+        print("ranks agree", flush=True)
+    accelerator.wait_for_everyone()
+    # A gloo thread may still have to let go of the last tensors, which it does under Python's lock:
+    # an interpreter that is being torn down at that moment aborts the process.
+    os._exit(0)
 
 
 if __name__ == "__main__":
