@@ -19,7 +19,7 @@ test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
 
 demo-model: .venv/installed
-	$(BIN)/python -m mlsae.demo.make_model
+	GOMP_SPINCOUNT=5000 $(BIN)/python -m mlsae.demo.make_model
 
 results: .venv/installed
 	$(BIN)/python -m benchmarks.results

@@ -100,7 +100,7 @@ def fvu_delta_ce(layers: pa.Table) -> Figure:
         stored = _values(layers, "ce_store") - _values(layers, "ce")
         second.plot(ids, stored, "s--", color=ORANGE, label="stored activations")
         second.set(
-            title="Cross-entropy added by splicing one layer", xlabel="layer", ylabel="nats / token"
+            title="Cross-entropy added by one layer", xlabel="layer", ylabel="nats / token"
         )
         second.axhline(0, color=GREY, linewidth=0.8, zorder=1)
         second.legend()
