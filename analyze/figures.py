@@ -99,9 +99,7 @@ def fvu_delta_ce(layers: pa.Table) -> Figure:
         second.plot(ids, _values(layers, "delta_ce"), "o-", color=BLUE, label="SAE")
         stored = _values(layers, "ce_store") - _values(layers, "ce")
         second.plot(ids, stored, "s--", color=ORANGE, label="stored activations")
-        second.set(
-            title="Cross-entropy added by one layer", xlabel="layer", ylabel="nats / token"
-        )
+        second.set(title="Cross-entropy added by one layer", xlabel="layer", ylabel="nats / token")
         second.axhline(0, color=GREY, linewidth=0.8, zorder=1)
         second.legend()
         _layer_ticks(second.xaxis, ids, at=ids)
