@@ -34,6 +34,7 @@ def blocks(page: Path) -> list[Block]:
     return [block for block in found if block.kind in {"sh", "bash", "console", "python"}]
 
 
+@pytest.mark.timeout(900)  # README walks the whole path: a minute where nothing else runs.
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_command_of_a_page_runs_as_written(page: Path, tmp_path: Path):
     """All blocks of a page in one shell, in an empty directory, stopping at the first failure."""
