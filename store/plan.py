@@ -15,6 +15,7 @@ from mlsae.store.encoding import check_encoding
 from mlsae.store.errors import DamagedStoreError, NotAStoreError
 from mlsae.store.layout import plan_layout, token_rows_for
 from mlsae.store.schema import (
+    ALL_FLAGS,
     COMPLETE,
     IGNORED,
     PARTIAL,
@@ -61,6 +62,10 @@ def token_arrays(
         if values.min() < 0 or values.max() > np.iinfo(dtype).max:
             raise InputError(f"{name} must fit {dtype.name}, got {values.min()} to {values.max()}")
         arrays[name] = np.ascontiguousarray(values, dtype)
+    if (largest := int(arrays["token_flags"].max())) > ALL_FLAGS:
+        raise InputError(
+            f"token_flags may hold bits 0 to 2 (special, padding, masked), got {largest}"
+        )
     return arrays
 
 

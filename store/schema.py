@@ -15,6 +15,8 @@ PADDING = 2
 MASKED = 4
 """token_flags bit 2: masked by the producer."""
 
+ALL_FLAGS = SPECIAL | PADDING | MASKED
+
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
 PLAN = "plan.json"

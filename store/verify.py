@@ -17,6 +17,7 @@ from mlsae.store.metadata import zarr_metadata
 from mlsae.store.moments import GroupMoments, from_bytes, group_of_rows
 from mlsae.store.reader import open_store
 from mlsae.store.schema import (
+    ALL_FLAGS,
     COMPLETE,
     IGNORED,
     MOMENTS,
@@ -100,6 +101,12 @@ class _Verification:
         self.problems.append(Problem(rule=rule, path=path, message=message))
 
     def metadata(self) -> None:
+        plan = self.plan
+        if plan["num_tokens"] % plan["context_length"]:
+            self.report("R-TOKEN-2", PLAN, "num_tokens is not a multiple of context_length")
+        batch_rows = plan["batch_sequences"] * plan["context_length"]
+        if plan["shard_rows"] % plan["chunk_rows"] or plan["shard_rows"] % batch_rows:
+            self.report("R-PLAN-5", PLAN, "shard_rows is no multiple of chunk_rows and of a batch")
         expected = zarr_metadata(self.plan, self.store.plan_id)
         recorded = self.setup["metadata"]
         for name in sorted(expected.keys() ^ recorded.keys()):
@@ -120,7 +127,10 @@ class _Verification:
             try:
                 for start in range(0, self.plan["num_tokens"], self.plan["token_chunk"]):
                     stop = min(start + self.plan["token_chunk"], self.plan["num_tokens"])
-                    digest.update(reader.read(start, stop).data)
+                    values = reader.read(start, stop)
+                    digest.update(values.data)
+                    if name == "token_flags" and values.max() > ALL_FLAGS:
+                        self.report("R-TOKEN-3", name, f"tokens {start} to {stop}: unknown bits")
             except DamagedStoreError as error:
                 self.report("R-SHARD-3", name, str(error))
                 continue

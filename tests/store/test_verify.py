@@ -5,6 +5,7 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mlsae.base.errors import MlsaeError
@@ -15,7 +16,10 @@ from mlsae.store import (
     SchemaVersionError,
     StoreError,
     open_store,
+    resume,
 )
+from mlsae.store.plan import make_plan, token_arrays
+from mlsae.store.setup import write_setup
 from mlsae.store.verify import Problem, verify
 
 SPECIFICATION = Path(__file__).parents[2] / "storage_schema.md"
@@ -168,3 +172,29 @@ def test_the_specification_states_every_rule_that_verify_reports():
     assert reported
     assert reported <= stated
     assert str(Problem(rule="R-X-1", path="a", message="b")) == "R-X-1 a: b"
+
+
+def test_rules_of_plan_and_flags_are_checked_whatever_wrote_the_store(tmp_path: Path):
+    """A producer that passed over the writer's own checks."""
+    arrays = token_arrays(np.arange(48), None, None, 8)
+    arrays["token_flags"][5] = 8
+    plan = make_plan(
+        arrays,
+        context_length=8,
+        layers=[0],
+        d_model=4,
+        sites=["resid_post"],
+        encoding="float32",
+        batch_sequences=1,
+        shard_bytes=2**20,
+        source={},
+    )
+    plan["batch_sequences"] = 5
+    (tmp_path / "plan.json").write_bytes(seal(plan))
+    write_setup(tmp_path, plan, arrays)
+    with resume(tmp_path) as writer:
+        writer.append({("resid_post", 0): np.ones((48, 4), np.float32)})
+    assert [(p.rule, p.path) for p in verify(tmp_path)] == [
+        ("R-PLAN-5", "plan.json"),
+        ("R-TOKEN-3", "token_flags"),
+    ]

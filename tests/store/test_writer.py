@@ -158,6 +158,7 @@ def test_a_failing_producer_leaves_no_partial_files(tmp_path: Path):
         ({"tokens": TOKENS.astype(float)}, "tokens must be integers"),
         ({"tokens": TOKENS - 1}, "tokens must fit uint32, got -1 to 62"),
         ({"documents": np.arange(3)}, r"documents must be integers of shape \(64,\)"),
+        ({"token_flags": np.full(64, 8, np.uint8)}, r"token_flags may hold bits 0 to 2 .*, got 8"),
         ({"layers": (1, 0)}, r"layers must be ascending block indices from 0, got \[1, 0\]"),
         ({"sites": ("resid",)}, "sites must be different ones of resid_pre"),
         ({"encoding": "float8"}, "encoding 'float8' is not one of float16, bfloat16, float32"),
