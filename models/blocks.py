@@ -8,8 +8,10 @@ from torch import nn
 from mlsae.base.errors import InputError
 
 
-def find_blocks(backbone: nn.Module, num_layers: int) -> list[nn.Module]:
-    """The blocks of a decoder in order: the `nn.ModuleList` in it with one entry a layer.
+def find_blocks(
+    backbone: nn.Module, num_layers: int, path: str | None = None
+) -> tuple[str, list[nn.Module]]:
+    """The blocks of a transformer in order: the `nn.ModuleList` in it with one entry a layer.
 
     Where several lists have that length (eight experts inside each of eight blocks, say), the
     blocks are the list that holds the most parameters, because it contains the others.
@@ -17,24 +19,37 @@ def find_blocks(backbone: nn.Module, num_layers: int) -> list[nn.Module]:
     Args:
         backbone: the transformer without its language-model head.
         num_layers: the number of blocks its config names.
+        path: the list's dotted name inside the backbone, for a model whose blocks are not found;
+            its length is taken as it is.
+
+    Returns:
+        The dotted name of the list inside the backbone, and the blocks.
 
     Raises:
-        InputError: no list of that length.
+        InputError: no list of that length, or `path` is not a list of modules.
     """
-    lists = [
-        (name, module)
+    lists = {
+        name: module
         for name, module in backbone.named_modules()
-        if isinstance(module, nn.ModuleList)
-    ]
-    candidates = [module for _, module in lists if len(module) == num_layers]
-    if not candidates:
-        found = ", ".join(f"{name} ({len(module)})" for name, module in lists) or "none"
+        if isinstance(module, nn.ModuleList) and len(module)
+    }
+    found = ", ".join(f"{name} ({len(module)})" for name, module in lists.items()) or "none"
+    if path is not None:
+        if path not in lists:
+            raise InputError(
+                f"--blocks {path}: {type(backbone).__name__} has no list of modules of that name; "
+                f"its lists (and their lengths): {found}"
+            )
+        return path, list(lists[path])
+    fitting = [name for name, module in lists.items() if len(module) == num_layers]
+    if not fitting:
         raise InputError(
-            f"cannot find the blocks of {type(backbone).__name__}: expected an nn.ModuleList of "
-            f"{num_layers} blocks (num_hidden_layers of its config), found lists: {found}"
+            f"cannot find the blocks of {type(backbone).__name__}: expected a list of {num_layers} "
+            f"modules (num_hidden_layers of its config), found lists (and their lengths): {found}; "
+            "name the one that holds the blocks with --blocks PATH"
         )
-    blocks: nn.ModuleList = max(candidates, key=_num_parameters)
-    return list(blocks)
+    largest = max(fitting, key=lambda name: _num_parameters(lists[name]))
+    return largest, list(lists[largest])
 
 
 def _num_parameters(module: nn.Module) -> int:
@@ -43,7 +58,7 @@ def _num_parameters(module: nn.Module) -> int:
 
 def hidden_of(output: Any) -> torch.Tensor:
     """The hidden state in a block's output, which is a tensor or a tuple that opens with it."""
-    hidden = output if isinstance(output, torch.Tensor) else output[0]
+    hidden = output[0] if isinstance(output, tuple | list) and output else output
     if not isinstance(hidden, torch.Tensor):
         raise InputError(
             f"a block returned {type(hidden).__name__} where its hidden state was expected"

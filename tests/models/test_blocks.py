@@ -26,14 +26,30 @@ class _Backbone(nn.Module):
 def test_other_lists_of_the_same_length_are_not_the_blocks() -> None:
     """Neither norms kept beside the blocks nor experts inside them."""
     backbone = _Backbone(num_layers=3, num_experts=3)
-    assert find_blocks(backbone, 3) == list(backbone.decoder["stack"])  # type: ignore[call-overload]
+    stack = list(backbone.decoder["stack"])  # type: ignore[call-overload]
+    assert find_blocks(backbone, 3) == ("decoder.stack", stack)
 
 
 def test_no_list_of_that_length_is_refused_naming_those_found() -> None:
     with pytest.raises(
-        InputError, match=r"ModuleList of 5 blocks .* norms \(3\), decoder\.stack \(3\)"
+        InputError,
+        match=r"expected a list of 5 modules .* norms \(3\), decoder\.stack \(3\), .*; name .* "
+        r"--blocks PATH$",
     ):
         find_blocks(_Backbone(num_layers=3, num_experts=2), 5)
+
+
+def test_a_named_list_is_taken_whatever_its_length() -> None:
+    backbone = _Backbone(num_layers=3, num_experts=2)
+    assert find_blocks(backbone, 5, "norms") == ("norms", list(backbone.norms))
+
+
+@pytest.mark.parametrize("path", ["decoder", "decoder.layers", "", "norms.0"])
+def test_a_name_that_is_no_list_is_refused_naming_the_lists(path: str) -> None:
+    with pytest.raises(
+        InputError, match=rf"--blocks {path}: _Backbone has no list .* decoder\.stack \(3\), "
+    ):
+        find_blocks(_Backbone(num_layers=3, num_experts=2), 3, path)
 
 
 def test_hidden_state_of_a_tensor_and_of_a_tuple() -> None:
