@@ -1,6 +1,8 @@
 """A transformer: load it, find its blocks, capture and splice its residual stream."""
 
+from mlsae.models.initialization import INITS
+from mlsae.models.inputs import Inputs
 from mlsae.models.loading import load, load_for, load_tokenizer, outline
 from mlsae.models.transformer import Transformer
 
-__all__ = ["Transformer", "load", "load_for", "load_tokenizer", "outline"]
+__all__ = ["INITS", "Inputs", "Transformer", "load", "load_for", "load_tokenizer", "outline"]

@@ -1,23 +1,26 @@
-"""A transformer from a hub id or a local directory, and each way that can fail in one line."""
+"""A transformer from a hub id or a local directory, in any of its initialisations."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import constants as hub
-from huggingface_hub import errors as hub_errors
 from transformers.utils import logging as transformers_logging
 
-from mlsae.base.errors import InputError, ResourceError
+from mlsae.base.errors import InputError
+from mlsae.models import placement
+from mlsae.models.attention import check_attention
 from mlsae.models.blocks import find_blocks
+from mlsae.models.explanation import explained
+from mlsae.models.initialization import check_init, needs_redraw, redraw
+from mlsae.models.kinds import auto_class, construction, kind_of
+from mlsae.models.place import Place
 from mlsae.models.transformer import Transformer
 
-# The auto classes and the logger are typed too loosely, or not at all, to be checked here.
-_AutoModel: Any = transformers.AutoModelForCausalLM
+# The logger is not typed.
 _logging: Any = transformers_logging
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -30,8 +33,12 @@ def load(
     dtype: str = "auto",
     device: str | torch.device = "cpu",
     attention_implementation: str | None = None,
+    init: str = "trained",
+    init_seed: int = 0,
+    blocks: str | None = None,
+    device_map: str | None = None,
 ) -> Transformer:
-    """Load a causal language model, in eval mode and without gradients.
+    """Load a decoder or an encoder, in eval mode and without gradients.
 
     Code from a model's repository is never run.
 
@@ -41,43 +48,44 @@ def load(
         dtype: `float32`, `float16`, `bfloat16`, or `auto` for the checkpoint's own.
         device: where to put the weights.
         attention_implementation: `eager`, `sdpa`, …; None for the library's choice.
+        init: one of `initialization.INITS`; `random` needs the config only, no weights.
+        init_seed: of the random draws of all but `trained`.
+        blocks: dotted path of the list of blocks in the backbone, where it cannot be found.
+        device_map: None, or `auto` to spread the weights over all GPUs, then the CPU's memory,
+            then the disk, in place of `device`.
 
     Raises:
         InputError: there is no such model, it cannot be reached, it is damaged, incomplete or
-            not a causal language model, or its blocks cannot be found.
-        ResourceError: the device has too little memory for the weights.
+            neither a decoder nor an encoder, its blocks cannot be found, or an argument has no
+            such value.
+        ResourceError: too little memory for the weights.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"--model-dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
-    place = _Place.of(name_or_path, revision)
-    with _explained(place, "model"), _no_progress_bar():
+    check_init(init, init_seed)
+    placement.check_device_map(device_map)
+    place = Place.of(name_or_path, revision)
+    with explained(place, "model"), _no_progress_bar():
         config = _config(place)
-        model, info = _AutoModel.from_pretrained(
-            place.name,
-            config=config,
-            revision=place.revision,
-            dtype=DTYPES.get(dtype, dtype),
-            attn_implementation=attention_implementation,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    lacking = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
-    if lacking:
-        raise InputError(
-            f"model {place.name} is incomplete: its files lack {len(lacking)} of its weights or "
-            f"hold them in another shape, the first {lacking[0]}; fetch the model again"
-        )
-    try:
-        model = model.to(device)
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"not enough memory on {device} for the weights of {place.name}; use a smaller "
-            "--model-dtype or another --device"
-        ) from error
-    return _transformer(place, model.eval().requires_grad_(False), config)
+        kind = kind_of(config, place.name)
+        check_attention(config, kind, attention_implementation)
+        if init == "random":
+            model = _from_config(config, kind, dtype, attention_implementation, init_seed)
+        else:
+            spread = device_map if not needs_redraw(init) else None
+            model = _pretrained(place, config, kind, dtype, attention_implementation, spread)
+    if needs_redraw(init):
+        redraw(model, init, init_seed)
+    if device_map is None:
+        placement.move(model, device, place.name)
+    elif not hasattr(model, "hf_device_map"):
+        placement.dispatch(model, place.name)
+    return _transformer(place, model, config, kind, blocks, init, init_seed)
 
 
-def outline(name_or_path: str | Path, *, revision: str | None = None) -> Transformer:
+def outline(
+    name_or_path: str | Path, *, revision: str | None = None, blocks: str | None = None
+) -> Transformer:
     """The same model from its config alone: blocks, sizes and tokenizer, but no weights.
 
     Its tensors are on torch's `meta` device. It costs no memory and cannot be run.
@@ -85,12 +93,15 @@ def outline(name_or_path: str | Path, *, revision: str | None = None) -> Transfo
     Raises:
         InputError: as `load`, for the config and the blocks.
     """
-    place = _Place.of(name_or_path, revision)
-    with _explained(place, "model"):
+    place = Place.of(name_or_path, revision)
+    with explained(place, "model"):
         config = _config(place)
+        kind = kind_of(config, place.name)
         with torch.device("meta"):
-            model = _AutoModel.from_config(config, trust_remote_code=False)
-    return _transformer(place, model.eval().requires_grad_(False), config)
+            model = auto_class(kind).from_config(
+                config, trust_remote_code=False, **construction(config, kind)
+            )
+    return _transformer(place, model, config, kind, blocks, "trained", 0)
 
 
 def load_for(
@@ -99,24 +110,32 @@ def load_for(
     *,
     revision: str | None = None,
     device: str | torch.device = "cpu",
+    device_map: str | None = None,
 ) -> Transformer:
-    """Load the very model that a store was harvested from.
+    """Load the very model that a store was harvested from, initialisation included.
 
     Args:
         record: `Transformer.describe()` of that model, as in a store's `source["model"]`.
         name_or_path: where it is: a hub id or a local directory.
         revision: branch, tag or commit of a hub id.
         device: where to put the weights.
+        device_map: as for `load`.
 
     Raises:
         InputError: as `load`, or the weights or the config differ from the recorded ones.
+        ResourceError: as `load`.
     """
+    seed = record["init_seed"]
     transformer = load(
         name_or_path,
         revision=revision,
         dtype=record["dtype"],
         device=device,
         attention_implementation=record["attention_implementation"],
+        init=record["init"],
+        init_seed=0 if seed is None else seed,
+        blocks=record["blocks"],
+        device_map=device_map,
     )
     found = transformer.describe()
     for key, what in (("fingerprint", "weights"), ("config_sha256", "config")):
@@ -135,8 +154,8 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
     Raises:
         InputError: there is none, it cannot be reached, or it cannot be read.
     """
-    place = _Place.of(name_or_path, revision)
-    with _explained(place, "tokenizer"):
+    place = Place.of(name_or_path, revision)
+    with explained(place, "tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             place.name, revision=place.revision, trust_remote_code=False
         )
@@ -149,26 +168,7 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
     return tokenizer
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a model is looked for."""
-
-    name: str
-    revision: str | None
-    is_directory: bool
-
-    @classmethod
-    def of(cls, name_or_path: str | Path, revision: str | None) -> "_Place":
-        text = str(name_or_path)
-        path = Path(text).expanduser()
-        if path.is_dir():
-            return cls(str(path.resolve()), None, True)
-        if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
-            raise InputError(f"there is no model directory {text}; give another path or a hub id")
-        return cls(text, revision, False)
-
-
-def _config(place: _Place) -> Any:
+def _config(place: Place) -> Any:
     if place.is_directory and not (Path(place.name) / "config.json").is_file():
         raise InputError(
             f"{place.name} is no model directory: it holds no config.json; give a directory in "
@@ -179,71 +179,62 @@ def _config(place: _Place) -> Any:
     )
 
 
-def _transformer(place: _Place, model: Any, config: Any) -> Transformer:
+def _pretrained(
+    place: Place, config: Any, kind: str, dtype: str, attention: str | None, device_map: str | None
+) -> Any:
+    """The model with its trained weights, on the CPU or as `device_map` has it."""
+    model, info = auto_class(kind).from_pretrained(
+        place.name,
+        config=config,
+        revision=place.revision,
+        dtype=DTYPES.get(dtype, dtype),
+        attn_implementation=attention,
+        device_map=device_map,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **construction(config, kind),
+    )
+    lacking = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
+    if lacking:
+        raise InputError(
+            f"model {place.name} is incomplete: its files lack {len(lacking)} of its weights or "
+            f"hold them in another shape, the first {lacking[0]}; fetch the model again"
+        )
+    return model
+
+
+def _from_config(config: Any, kind: str, dtype: str, attention: str | None, seed: int) -> Any:
+    """The model with the weights that its own config initialises it with, on the CPU."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return auto_class(kind).from_config(
+            config,
+            dtype=DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32,
+            attn_implementation=attention,
+            trust_remote_code=False,
+            **construction(config, kind),
+        )
+
+
+def _transformer(
+    place: Place, model: Any, config: Any, kind: str, blocks: str | None, init: str, seed: int
+) -> Transformer:
     num_layers = int(config.get_text_config().num_hidden_layers)
+    if "path" in inspect.signature(find_blocks).parameters:
+        path, modules = find_blocks(model.base_model, num_layers, blocks)
+    else:
+        modules = find_blocks(model.base_model, num_layers)
+        path = next(n[:-2] for n, m in model.base_model.named_modules() if m is modules[0])
     return Transformer(
-        model=model,
-        blocks=find_blocks(model.base_model, num_layers),
+        model=model.eval().requires_grad_(False),
+        blocks=modules,
+        blocks_path=path,
         name=place.name,
         revision=getattr(config, "_commit_hash", None) or place.revision,
+        kind=kind,
+        init=init,
+        init_seed=seed,
     )
-
-
-@contextmanager
-def _explained(place: _Place, what: str) -> Iterator[None]:
-    """Turn what transformers and the hub raise into one line for the user."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError, hub_errors.HfHubHTTPError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(_explanation(place, what, error)) from error
-    except Exception as error:
-        # safetensors raises a bare Exception subclass for a damaged file.
-        if type(error).__module__.partition(".")[0] not in ("safetensors", "safetensors_rust"):
-            raise
-        raise InputError(
-            f"the weights of model {place.name} are damaged ({_first_line(error)}); fetch the "
-            "model again"
-        ) from error
-
-
-def _explanation(place: _Place, what: str, error: BaseException) -> str:
-    reasons = [error]
-    while (cause := reasons[-1].__cause__ or reasons[-1].__context__) is not None:
-        reasons.append(cause)
-
-    def because(*classes: type[BaseException]) -> bool:
-        return any(isinstance(reason, classes) for reason in reasons)
-
-    name = place.name
-    if "trust_remote_code" in str(error):
-        return f"{what} {name} needs code from its own repository, which this package never runs"
-    if place.is_directory:
-        return f"{what} in {name} cannot be read: {_first_line(error)}"
-    if because(hub_errors.GatedRepoError):
-        return (
-            f"{what} {name} is gated on {hub.ENDPOINT}: ask for access on its page, then log in "
-            "with `hf auth login`"
-        )
-    if because(hub_errors.RevisionNotFoundError):
-        return f"{what} {name} has no revision {place.revision!r} on {hub.ENDPOINT}"
-    if because(hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError):
-        return (
-            f"there is no {what} {name!r}: no such directory here and no such model on "
-            f"{hub.ENDPOINT}; check the spelling, or log in with `hf auth login` if it is private"
-        )
-    if because(hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled):
-        return (
-            f"cannot find {what} {name!r}: no such directory here, not in the cache "
-            f"{hub.HF_HUB_CACHE}, and {hub.ENDPOINT} cannot be reached; give a local directory, "
-            f"or run `hf download {name}` where there is a network and copy the cache"
-        )
-    return f"{what} {name} cannot be loaded: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

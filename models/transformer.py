@@ -10,24 +10,34 @@ from torch import nn
 
 from mlsae.base.errors import InputError
 from mlsae.models.fingerprint import config_sha256, weights_sha256
+from mlsae.models.kinds import DECODER, max_context_length
+from mlsae.models.placement import input_device
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Transformer:
-    """A causal language model of the transformers library, in eval mode, without gradients."""
+    """A model of the transformers library, in eval mode, without gradients."""
 
     model: Any
-    """The `*ForCausalLM` module."""
+    """The `*ForCausalLM` module of a decoder, the `*Model` module of an encoder."""
     blocks: list[nn.Module]
     """Its blocks in order; layer i is the output of block i, before any final norm."""
+    blocks_path: str
+    """Where they are: the dotted path of their list in `backbone`."""
     name: str
     """Hub id, or the absolute path of a local directory."""
     revision: str | None = None
     """Commit of a hub model; None for a local directory."""
+    kind: str = DECODER
+    """`decoder` or `encoder`; an encoder has no head and no logits."""
+    init: str = "trained"
+    """One of `initialization.INITS`: where the weights come from."""
+    init_seed: int = 0
+    """Seed of the initialisation; without meaning for `trained`."""
 
     @property
     def backbone(self) -> nn.Module:
-        """The model without its language-model head."""
+        """The model without its language-model head; an encoder has none."""
         return self.model.base_model  # type: ignore[no-any-return]
 
     @property
@@ -48,13 +58,12 @@ class Transformer:
     @property
     def max_context_length(self) -> int | None:
         """Most tokens of a sequence the model has positions for; None where there is no limit."""
-        length = getattr(self._text_config, "max_position_embeddings", None)
-        return None if length is None else int(length)
+        return max_context_length(self.model)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.model.device  # type: ignore[no-any-return]
+        """Where tokens go: where the token embedding computes."""
+        return input_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,7 +99,7 @@ class Transformer:
         """Hex SHA-256 of the loaded weights; see `fingerprint.weights_sha256`."""
         return self._fingerprint
 
-    def describe(self) -> dict[str, str | None]:
+    def describe(self) -> dict[str, str | int | None]:
         """What identifies this model, as the `model` entry of a store's source.
 
         Where it lay is no part of it, so that harvests on several machines make one store.
@@ -100,7 +109,10 @@ class Transformer:
             "config_sha256": self.config_hash,
             "dtype": str(self.dtype).removeprefix("torch."),
             "attention_implementation": self.attention_implementation,
-            "init": "trained",
+            "kind": self.kind,
+            "init": self.init,
+            "init_seed": None if self.init == "trained" else self.init_seed,
+            "blocks": self.blocks_path,
         }
 
     def place(self) -> dict[str, str | None]:

@@ -1,0 +1,77 @@
+"""What transformers and the hub raise while a model is loaded, in one line for the user."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import constants as hub
+from huggingface_hub import errors as hub_errors
+
+from mlsae.base.errors import InputError, MlsaeError
+from mlsae.models.place import Place
+
+
+@contextmanager
+def explained(place: Place, what: str) -> Iterator[None]:
+    """Turn what is raised inside into one line.
+
+    Args:
+        place: where the model is looked for.
+        what: `model` or `tokenizer`.
+
+    Raises:
+        InputError: there is no such model, it cannot be reached, it is damaged, or it needs code
+            from its repository.
+    """
+    try:
+        yield
+    except MlsaeError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, hub_errors.HfHubHTTPError) as error:
+        raise InputError(_explanation(place, what, error)) from error
+    except Exception as error:
+        # safetensors raises a bare Exception subclass for a damaged file.
+        if type(error).__module__.partition(".")[0] not in ("safetensors", "safetensors_rust"):
+            raise
+        raise InputError(
+            f"the weights of model {place.name} are damaged ({first_line(error)}); fetch the "
+            "model again"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _explanation(place: Place, what: str, error: BaseException) -> str:
+    reasons = [error]
+    while (cause := reasons[-1].__cause__ or reasons[-1].__context__) is not None:
+        reasons.append(cause)
+
+    def because(*classes: type[BaseException]) -> bool:
+        return any(isinstance(reason, classes) for reason in reasons)
+
+    name = place.name
+    if "trust_remote_code" in str(error):
+        return f"{what} {name} needs code from its own repository, which this package never runs"
+    if place.is_directory:
+        return f"{what} in {name} cannot be read: {first_line(error)}"
+    if because(hub_errors.GatedRepoError):
+        return (
+            f"{what} {name} is gated on {hub.ENDPOINT}: ask for access on its page, then log in "
+            "with `hf auth login`"
+        )
+    if because(hub_errors.RevisionNotFoundError):
+        return f"{what} {name} has no revision {place.revision!r} on {hub.ENDPOINT}"
+    if because(hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError):
+        return (
+            f"there is no {what} {name!r}: no such directory here and no such model on "
+            f"{hub.ENDPOINT}; check the spelling, or log in with `hf auth login` if it is private"
+        )
+    if because(hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled):
+        return (
+            f"cannot find {what} {name!r}: no such directory here, not in the cache "
+            f"{hub.HF_HUB_CACHE}, and {hub.ENDPOINT} cannot be reached; give a local directory, "
+            f"or run `hf download {name}` where there is a network and copy the cache"
+        )
+    return f"{what} {name} cannot be loaded: {first_line(error)}"

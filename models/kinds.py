@@ -1,0 +1,93 @@
+"""Which kind of transformer a config names, and what that kind is loaded as.
+
+A decoder is a causal language model, loaded with its head; an encoder (the BERT family) has no
+next token to predict and is loaded without one.
+"""
+
+import inspect
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers.models.auto import modeling_auto
+
+from mlsae.base.errors import InputError
+
+DECODER = "decoder"
+ENCODER = "encoder"
+
+# The auto classes are typed too loosely to be checked here.
+_auto: Any = modeling_auto
+_AUTO_CLASSES: dict[str, Any] = {
+    DECODER: transformers.AutoModelForCausalLM,
+    ENCODER: transformers.AutoModel,
+}
+
+
+def kind_of(config: Any, name: str) -> str:
+    """`decoder` or `encoder`.
+
+    The library also has causal language models for configs of encoders, whose attention is then
+    still bidirectional unless the config says `is_decoder`; such a config is an encoder.
+
+    Args:
+        config: a transformers config.
+        name: what the user called the model.
+
+    Raises:
+        InputError: it has an encoder and a decoder, or the library knows it as neither.
+    """
+    family = str(config.model_type)
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"model {name} ({family}) has an encoder and a decoder, each with layers of its own; "
+            "give a model that is only one of them"
+        )
+    is_masked = family in _auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if is_masked and not getattr(config, "is_decoder", False):
+        return ENCODER
+    if family in _auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or hasattr(config, "auto_map"):
+        return DECODER
+    raise InputError(
+        f"model {name} ({family}) is no text model that transformers knows: expected a causal "
+        "language model (GPT, Llama, …) or an encoder trained on masked tokens (BERT, …)"
+    )
+
+
+def auto_class(kind: str) -> Any:
+    """The transformers auto class that loads models of this kind."""
+    return _AUTO_CLASSES[kind]
+
+
+def construction(config: Any, kind: str) -> dict[str, Any]:
+    """Keyword arguments with which a model of this kind is constructed.
+
+    Encoders are built without the pooler, which no layer depends on and which checkpoints of
+    masked language models lack.
+    """
+    if kind == ENCODER:
+        found = transformers.MODEL_MAPPING.get(type(config))
+        classes = found if isinstance(found, tuple | list) else (found,)
+        if "add_pooling_layer" in inspect.signature(classes[0].__init__).parameters:
+            return {"add_pooling_layer": False}
+    return {}
+
+
+def max_context_length(model: Any) -> int | None:
+    """Most tokens of a sequence a model has positions for; None where there is no limit."""
+    config = model.config.get_text_config()
+    if getattr(config, "alibi", False):  # Falcon's config has a length even where none applies
+        return None
+    length = getattr(config, "max_position_embeddings", None)
+    if length is None:
+        return None
+    for name, module in model.base_model.named_modules():
+        # RoBERTa and its kin count positions from the one after the padding's.
+        if (
+            name.rpartition(".")[2] == "position_embeddings"
+            and isinstance(module, nn.Embedding)
+            and module.num_embeddings == length
+            and module.padding_idx is not None
+        ):
+            return int(length) - module.padding_idx - 1
+    return int(length)

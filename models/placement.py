@@ -1,0 +1,69 @@
+"""Where a model's weights lie: on one device, or spread by accelerate over several and the CPU."""
+
+from typing import Any
+
+import torch
+from accelerate import dispatch_model, infer_auto_device_map
+from accelerate.utils import get_balanced_memory, get_max_memory
+
+from mlsae.base.errors import InputError, ResourceError
+
+
+def check_device_map(device_map: str | None) -> None:
+    """Refuse a device map that does not exist.
+
+    Raises:
+        InputError: it is neither None nor `auto`.
+    """
+    if device_map not in (None, "auto"):
+        raise InputError(f"--device-map must be auto, got {device_map!r}")
+
+
+def move(model: Any, device: str | torch.device, name: str) -> None:
+    """Put a whole model on one device.
+
+    Raises:
+        ResourceError: the device has too little memory.
+    """
+    try:
+        model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"not enough memory on {device} for the weights of {name}; use --device-map auto, a "
+            "smaller --model-dtype or another --device"
+        ) from error
+
+
+def dispatch(model: Any, name: str) -> None:
+    """Spread a model that lies in the CPU's memory over all GPUs, the rest staying where it is.
+
+    Args:
+        model: a transformers model.
+        name: what the user called it.
+
+    Raises:
+        ResourceError: a GPU has too little memory for its part.
+    """
+    memory = get_max_memory()
+    # What the model takes now is free for it.
+    memory["cpu"] += sum(p.numel() * p.element_size() for p in model.parameters())
+    blocks = model._no_split_modules
+    balanced = get_balanced_memory(model, memory, no_split_module_classes=blocks)
+    device_map = infer_auto_device_map(model, balanced, no_split_module_classes=blocks)
+    try:
+        dispatch_model(model, device_map, skip_keys=model._skip_keys_device_placement)
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"not enough memory for the weights of {name} spread by --device-map auto; use a "
+            "smaller --model-dtype"
+        ) from error
+
+
+def input_device(model: Any) -> torch.device:
+    """The device on which a model takes its tokens: where its token embedding computes."""
+    embedding = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    for part in (hook, *getattr(hook, "hooks", ())):
+        if getattr(part, "execution_device", None) is not None:
+            return torch.device(part.execution_device)
+    return torch.device(embedding.weight.device)
