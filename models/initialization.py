@@ -93,13 +93,13 @@ def _embeddings(model: nn.Module) -> set[int]:
 
 def _redraw_tensor(parameter: torch.Tensor, generator: np.random.Generator) -> None:
     values = parameter.detach().reshape(-1)
-    blocks = values.split(_BLOCK)
+    blocks = torch.split(values, _BLOCK)
     mean = sum(float(_float64(block).sum()) for block in blocks) / len(values)
     square = sum(float(np.square(_float64(block) - mean).sum()) for block in blocks)
     # The last bits of a sum depend on the processor: rounded to float32, they no longer matter.
     centre, scale = float(np.float32(mean)), float(np.float32(np.sqrt(square / len(values))))
     drawn = torch.empty_like(values)
-    for block in drawn.split(_BLOCK):
+    for block in torch.split(drawn, _BLOCK):
         block.copy_(torch.from_numpy(generator.standard_normal(len(block)) * scale + centre))
     parameter.copy_(drawn.reshape(parameter.shape))
 

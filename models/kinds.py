@@ -66,9 +66,9 @@ def construction(config: Any, kind: str) -> dict[str, Any]:
     masked language models lack.
     """
     if kind == ENCODER:
-        found = transformers.MODEL_MAPPING.get(type(config))
-        classes = found if isinstance(found, tuple | list) else (found,)
-        if "add_pooling_layer" in inspect.signature(classes[0].__init__).parameters:
+        found = _auto.MODEL_MAPPING[type(config)]
+        first = found[0] if isinstance(found, tuple | list) else found
+        if "add_pooling_layer" in inspect.signature(first).parameters:
             return {"add_pooling_layer": False}
     return {}
 

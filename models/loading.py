@@ -1,6 +1,5 @@
 """A transformer from a hub id or a local directory, in any of its initialisations."""
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -220,11 +219,7 @@ def _transformer(
     place: Place, model: Any, config: Any, kind: str, blocks: str | None, init: str, seed: int
 ) -> Transformer:
     num_layers = int(config.get_text_config().num_hidden_layers)
-    if "path" in inspect.signature(find_blocks).parameters:
-        path, modules = find_blocks(model.base_model, num_layers, blocks)
-    else:
-        modules = find_blocks(model.base_model, num_layers)
-        path = next(n[:-2] for n, m in model.base_model.named_modules() if m is modules[0])
+    path, modules = find_blocks(model.base_model, num_layers, blocks)
     return Transformer(
         model=model.eval().requires_grad_(False),
         blocks=modules,
