@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 
 from mlsae.base.files import canonical_json
@@ -19,15 +20,25 @@ def weights_sha256(model: nn.Module) -> str:
 
     Entries are the parameters and persistent buffers of `state_dict`; tied weights count under
     each of their names. Bytes are the row-major values as loaded, so the precision matters and
-    the device does not.
+    the device does not. Weights that accelerate keeps off the model's device are read one by one.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if tensor.device.type == "meta":
+            tensor = _offloaded(model, name)
         dtype = str(tensor.dtype).removeprefix("torch.")
         digest.update(canonical_json([name, list(tensor.shape), dtype]))
         values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(memoryview(values.numpy()))
     return digest.hexdigest()
+
+
+def _offloaded(model: nn.Module, name: str) -> torch.Tensor:
+    """The value of an entry that only its module's hook holds, in memory or on disk."""
+    path, _, entry = name.rpartition(".")
+    module = model.get_submodule(path)
+    with align_module_device(module, torch.device("cpu")):
+        return getattr(module, entry).detach().clone()  # type: ignore[no-any-return]
 
 
 def config_sha256(config: Any) -> str:
