@@ -2,7 +2,8 @@
 
 from mlsae.models.initialization import INITS
 from mlsae.models.inputs import Inputs
-from mlsae.models.loading import load, load_for, load_tokenizer, outline
+from mlsae.models.loading import load, load_for, outline
+from mlsae.models.tokenizer import load_tokenizer
 from mlsae.models.transformer import Transformer
 
 __all__ = ["INITS", "Inputs", "Transformer", "load", "load_for", "load_tokenizer", "outline"]

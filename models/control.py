@@ -20,7 +20,9 @@ from mlsae.models.transformer import Transformer
 _GROUP = 64
 
 
-def control_rows(seed: int, indices_N: npt.NDArray[np.int64], width: int) -> npt.NDArray[np.float32]:
+def control_rows(
+    seed: int, indices_N: npt.NDArray[np.int64], width: int
+) -> npt.NDArray[np.float32]:
     """The vectors that stand for tokens, independent N(0, 1) in every component.
 
     Args:

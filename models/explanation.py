@@ -38,9 +38,34 @@ def explained(place: Place, what: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def config_explained(place: Place) -> Iterator[None]:
+    """Turn what a config does to the library that reads it, whatever it is, into one line.
+
+    What is raised about reaching the config is left to `explained`.
+
+    Raises:
+        InputError: no model can be built from the config.
+    """
+    try:
+        yield
+    except (MlsaeError, OSError, ImportError, hub_errors.HfHubHTTPError):
+        raise
+    except Exception as error:
+        if isinstance(error, hub_errors.HFValidationError) or "trust_remote_code" in str(error):
+            raise
+        raise InputError(
+            f"the config of model {place.name} describes no model that transformers can build: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its class where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """An error's text up to its first line that says something, or its class where it has none."""
+    lines = str(error).split("\n") if str(error).strip() else [type(error).__name__]
+    if lines[0].endswith(":") and len(lines) > 1:
+        return f"{lines[0]} {lines[1].strip()}"
+    return lines[0]
 
 
 def _explanation(place: Place, what: str, error: BaseException) -> str:

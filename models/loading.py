@@ -11,12 +11,12 @@ from transformers.utils import logging as transformers_logging
 
 from mlsae.base.errors import InputError
 from mlsae.models import placement
-from mlsae.models.attention import check_attention
 from mlsae.models.blocks import find_blocks
-from mlsae.models.explanation import explained
+from mlsae.models.explanation import config_explained, explained
 from mlsae.models.initialization import check_init, needs_redraw, redraw
 from mlsae.models.kinds import auto_class, construction, kind_of
 from mlsae.models.place import Place
+from mlsae.models.sketch import sketch
 from mlsae.models.transformer import Transformer
 
 # The logger is not typed.
@@ -64,14 +64,19 @@ def load(
     check_init(init, init_seed)
     placement.check_device_map(device_map)
     place = Place.of(name_or_path, revision)
-    with explained(place, "model"), _no_progress_bar():
-        config = _config(place)
-        kind = kind_of(config, place.name)
-        check_attention(config, kind, attention_implementation)
+    # What is drawn at random is drawn in memory, and spread afterwards.
+    spread = None if needs_redraw(init) or init == "random" else device_map
+    with explained(place, "model"), _quiet():
+        with config_explained(place):
+            config = _config(place)
+            kind = kind_of(config, place.name)
+            drawing = sketch(config, kind, attention_implementation)
+        weights_dtype = DTYPES.get(dtype) or getattr(config, "dtype", None)
+        if spread is None:
+            placement.require_memory_for(drawing, weights_dtype, place.name)
         if init == "random":
-            model = _from_config(config, kind, dtype, attention_implementation, init_seed)
+            model = _from_config(config, kind, weights_dtype, attention_implementation, init_seed)
         else:
-            spread = device_map if not needs_redraw(init) else None
             model = _pretrained(place, config, kind, dtype, attention_implementation, spread)
     if needs_redraw(init):
         redraw(model, init, init_seed)
@@ -93,13 +98,10 @@ def outline(
         InputError: as `load`, for the config and the blocks.
     """
     place = Place.of(name_or_path, revision)
-    with explained(place, "model"):
+    with explained(place, "model"), config_explained(place), _quiet():
         config = _config(place)
         kind = kind_of(config, place.name)
-        with torch.device("meta"):
-            model = auto_class(kind).from_config(
-                config, trust_remote_code=False, **construction(config, kind)
-            )
+        model = sketch(config, kind)
     return _transformer(place, model, config, kind, blocks, "trained", 0)
 
 
@@ -147,26 +149,6 @@ def load_for(
     return transformer
 
 
-def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> Any:
-    """The tokenizer of a hub id or a local directory.
-
-    Raises:
-        InputError: there is none, it cannot be reached, or it cannot be read.
-    """
-    place = Place.of(name_or_path, revision)
-    with explained(place, "tokenizer"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            place.name, revision=place.revision, trust_remote_code=False
-        )
-    # Where its files are absent, some families build a tokenizer that knows no word.
-    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
-        raise InputError(
-            f"{place.name} holds no tokenizer: expected tokenizer.json beside the model; save the "
-            "model's tokenizer there"
-        )
-    return tokenizer
-
-
 def _config(place: Place) -> Any:
     if place.is_directory and not (Path(place.name) / "config.json").is_file():
         raise InputError(
@@ -174,7 +156,10 @@ def _config(place: Place) -> Any:
             "the layout of transformers' save_pretrained, or a hub id"
         )
     return transformers.AutoConfig.from_pretrained(
-        place.name, revision=place.revision, trust_remote_code=False
+        place.name,
+        revision=place.revision,
+        trust_remote_code=False,
+        local_files_only=place.is_offline,
     )
 
 
@@ -190,10 +175,13 @@ def _pretrained(
         attn_implementation=attention,
         device_map=device_map,
         trust_remote_code=False,
+        local_files_only=place.is_offline,
+        # Said below, in one line.
+        ignore_mismatched_sizes=True,
         output_loading_info=True,
         **construction(config, kind),
     )
-    lacking = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
+    lacking = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
     if lacking:
         raise InputError(
             f"model {place.name} is incomplete: its files lack {len(lacking)} of its weights or "
@@ -202,13 +190,15 @@ def _pretrained(
     return model
 
 
-def _from_config(config: Any, kind: str, dtype: str, attention: str | None, seed: int) -> Any:
+def _from_config(
+    config: Any, kind: str, dtype: torch.dtype | None, attention: str | None, seed: int
+) -> Any:
     """The model with the weights that its own config initialises it with, on the CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return auto_class(kind).from_config(
             config,
-            dtype=DTYPES.get(dtype) or getattr(config, "dtype", None) or torch.float32,
+            dtype=torch.float32 if dtype is None else dtype,
             attn_implementation=attention,
             trust_remote_code=False,
             **construction(config, kind),
@@ -233,12 +223,14 @@ def _transformer(
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Weights of a local file load in a moment; a bar for it would cut through ours."""
-    shown = _logging.is_progress_bar_enabled()
+def _quiet() -> Iterator[None]:
+    """No bar for weights that load in a moment, no report of what is checked and said here."""
+    shown, level = _logging.is_progress_bar_enabled(), _logging.get_verbosity()
     _logging.disable_progress_bar()
+    _logging.set_verbosity_error()
     try:
         yield
     finally:
+        _logging.set_verbosity(level)
         if shown:
             _logging.enable_progress_bar()

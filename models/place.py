@@ -1,9 +1,17 @@
 """Where a model is looked for: a directory of this machine or the hub."""
 
+import socket
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from huggingface_hub import constants as hub
 
 from mlsae.base.errors import InputError
+
+_PATIENCE = 5.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -16,6 +24,8 @@ class Place:
     """Branch, tag or commit of a hub model; None for a local directory."""
     is_directory: bool
     """Whether it is a local directory."""
+    is_offline: bool = False
+    """Whether the hub cannot be reached, so that only its cache on this machine can be asked."""
 
     @classmethod
     def of(cls, name_or_path: str | Path, revision: str | None) -> "Place":
@@ -30,4 +40,25 @@ class Place:
             return cls(str(path.resolve()), None, True)
         if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
             raise InputError(f"there is no model directory {text}; give another path or a hub id")
-        return cls(text, revision, False)
+        return cls(text, revision, False, not is_reachable(hub.ENDPOINT))
+
+
+@cache
+def is_reachable(endpoint: str) -> bool:
+    """Whether a web server takes connections, asked once and answered within seconds.
+
+    The hub's own library tries again and again for half a minute before it says so. Behind a
+    proxy the answer is left to it.
+
+    Args:
+        endpoint: a URL, such as `https://huggingface.co`.
+    """
+    url = urlsplit(endpoint)
+    if url.hostname is None or (url.scheme in getproxies() and not proxy_bypass(url.hostname)):
+        return True
+    port = url.port or (80 if url.scheme == "http" else 443)
+    try:
+        socket.create_connection((url.hostname, port), timeout=_PATIENCE).close()
+    except OSError:
+        return False
+    return True

@@ -7,6 +7,7 @@ from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import get_balanced_memory, get_max_memory
 
 from mlsae.base.errors import InputError, ResourceError
+from mlsae.base.resources import require_memory
 
 
 def check_device_map(device_map: str | None) -> None:
@@ -17,6 +18,25 @@ def check_device_map(device_map: str | None) -> None:
     """
     if device_map not in (None, "auto"):
         raise InputError(f"--device-map must be auto, got {device_map!r}")
+
+
+def require_memory_for(outline: Any, dtype: torch.dtype | None, name: str) -> None:
+    """Refuse a model whose weights do not fit into this machine's memory.
+
+    Args:
+        outline: the model on the `meta` device.
+        dtype: of the weights; None where only the files know, counted as 2 bytes.
+        name: what the user called it.
+
+    Raises:
+        ResourceError: naming what it needs and what there is.
+    """
+    size = 2 if dtype is None else dtype.itemsize
+    require_memory(
+        size * sum(parameter.numel() for parameter in outline.parameters()),
+        f"the weights of {name}",
+        "use a smaller --model-dtype, --device-map auto or a smaller model",
+    )
 
 
 def move(model: Any, device: str | torch.device, name: str) -> None:

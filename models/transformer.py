@@ -12,6 +12,7 @@ from mlsae.base.errors import InputError
 from mlsae.models.fingerprint import config_sha256, weights_sha256
 from mlsae.models.kinds import DECODER, max_context_length
 from mlsae.models.placement import input_device
+from mlsae.models.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,8 +88,6 @@ class Transformer:
         Raises:
             InputError: there is none, or it cannot be read.
         """
-        from mlsae.models.loading import load_tokenizer
-
         return load_tokenizer(self.name, revision=self.revision)
 
     @cached_property

@@ -1,0 +1,49 @@
+"""A model without memory for its weights: its sizes, and which attention it can be built with."""
+
+from typing import Any
+
+import torch
+
+from mlsae.base.errors import InputError
+from mlsae.models.kinds import auto_class, construction
+
+_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+
+def sketch(config: Any, kind: str, attention_implementation: str | None = None) -> Any:
+    """The model that a config describes, all its tensors on torch's `meta` device.
+
+    Raises:
+        InputError: it cannot be built with that implementation here; the message names those
+            with which it can.
+    """
+    if attention_implementation is None:
+        return _build(config, kind, None)
+    if attention_implementation in _ATTENTION:
+        try:
+            return _build(config, kind, attention_implementation)
+        except (ValueError, ImportError):
+            pass
+    working = [name for name in _ATTENTION if _can_build(config, kind, name)]
+    raise InputError(
+        f"--attn-implementation {attention_implementation} does not work with a model of type "
+        f"{config.model_type} here; use {' or '.join(working)}"
+    )
+
+
+def _build(config: Any, kind: str, attention_implementation: str | None) -> Any:
+    with torch.device("meta"):
+        return auto_class(kind).from_config(
+            config,
+            attn_implementation=attention_implementation,
+            trust_remote_code=False,
+            **construction(config, kind),
+        )
+
+
+def _can_build(config: Any, kind: str, attention_implementation: str) -> bool:
+    try:
+        _build(config, kind, attention_implementation)
+    except (ValueError, ImportError):
+        return False
+    return True
