@@ -15,6 +15,7 @@ from torch import Tensor
 from mlsae.analyze.pairing import Pairing
 from mlsae.analyze.selection import Int
 from mlsae.models import Transformer
+from mlsae.models.inputs import Inputs
 from mlsae.models.splice import run, spliced
 from mlsae.sae import SAE
 from mlsae.store import PADDING
@@ -124,14 +125,16 @@ def measure(
     for batch in _batches(pairing, sequences, max(1, fit)):
         tokens, eligible, counted = (t.to(transformer.device) for t in batch[1:])
         targets = tokens[:, 1:][counted]
-        log_p = next_log_probs(run(transformer, tokens), counted)
+        first = torch.from_numpy(batch[0].astype(np.int64))[:, None] * store.context_length
+        inputs = Inputs(tokens=tokens, indices=first + torch.arange(store.context_length))
+        log_p = next_log_probs(run(transformer, inputs), counted)
         num_tokens += len(targets)
         ce += loss_sum(log_p, targets)
         for i, layer in enumerate(layers):
             stored = _stored(pairing, layer, batch[0]).to(transformer.device)
-            kept = spliced(transformer, tokens, layer, stored_where(stored, eligible))
+            kept = spliced(transformer, inputs, layer, stored_where(stored, eligible))
             ce_store[i] += loss_sum(next_log_probs(kept, counted), targets)
-            rebuilt = spliced(transformer, tokens, layer, reconstruct_where(sae, eligible))
+            rebuilt = spliced(transformer, inputs, layer, reconstruct_where(sae, eligible))
             log_q = next_log_probs(rebuilt, counted)
             ce_sae[i] += loss_sum(log_q, targets)
             kl[i] += kl_sum(log_p, log_q)

@@ -1,61 +1,88 @@
-"""The residual stream after each block, from one pass of the backbone.
+"""What the sites of chosen layers hold, from one pass of the backbone.
 
-B = sequences, T = positions of a sequence, d = d_model.
+B = sequences, T = positions of a sequence, d = d_model; of a pass, N sequences of L positions.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from mlsae.models.blocks import hidden_of
+from mlsae.models.anatomy import Tap
+from mlsae.models.forward import forward
+from mlsae.models.inputs import Inputs
+from mlsae.models.isolation import check_isolation
+from mlsae.models.passes import passes, together
+from mlsae.models.sites import anatomies, attach, check_sites
 from mlsae.models.transformer import Transformer
 
+Key = tuple[str, int]
+"""A site and a layer."""
 
-class _LastBlockDone(Exception):  # noqa: N818
-    """Leaves a forward pass after the last block asked for; control flow, never an error."""
+
+class _AllSeen(Exception):  # noqa: N818
+    """Leaves a forward pass after the last tensor asked for; control flow, never an error."""
 
 
 @torch.no_grad()
 def capture(
-    transformer: Transformer, tokens_BT: torch.Tensor, layers: Sequence[int]
-) -> dict[int, torch.Tensor]:
-    """`resid_post` of the layers asked for: the output of each block, before any final norm.
+    transformer: Transformer,
+    inputs: Inputs,
+    layers: Sequence[int],
+    sites: Sequence[str] = ("resid_post",),
+) -> dict[Key, Tensor]:
+    """The activations at some sites of some layers.
 
-    Only the backbone runs, without a key-value cache, and it stops after the last of `layers`.
+    Only the backbone runs, without a key-value cache, and it stops where the last of them is known.
+    `resid_post` is a block's output, before any final norm; `attn_out` and `mlp_out` are what is
+    added to the stream.
 
     Args:
         transformer: the model.
-        tokens_BT: token ids (B, T), any integer dtype, on any device.
+        inputs: the sequences. With documents, each document is run as a sequence of its own.
         layers: block indices, in any order.
+        sites: of `SITES`, in any order.
 
     Returns:
-        For each layer, ascending, a tensor (B, T, d) in the model's dtype on the block's device.
-        It is the model's own tensor, not a copy.
+        For each (site, layer), sites in the order of `SITES` and layers ascending, a tensor
+        (B, T, d) in the model's dtype on the block's device. It is the model's own and no copy,
+        but where the model is going to write into it, and where documents were given.
 
     Raises:
-        InputError: a layer the model does not have.
+        InputError: a layer or site that the model does not have; or the inputs have documents or
+            padding and the model attends to padding.
     """
-    wanted = transformer.check_layers(layers)
-    captured: dict[int, torch.Tensor] = {}
+    wanted_layers = transformer.check_layers(layers)
+    wanted_sites = check_sites(transformer, sites)
+    check_isolation(transformer, inputs)
+    blocks = anatomies(transformer)
+    taps = {
+        (site, layer): blocks[layer].taps[site] for site in wanted_sites for layer in wanted_layers
+    }
+    ran = passes(inputs)
+    results = [_captured(transformer, each.inputs, taps) for each in ran]
+    return together(ran, results, inputs.tokens.shape)
 
-    def keep(layer: int) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            captured[layer] = hidden_of(output)
-            if layer == wanted[-1]:
-                raise _LastBlockDone
 
-        return hook
+def _captured(
+    transformer: Transformer, inputs: Inputs, taps: Mapping[Key, Tap]
+) -> dict[Key, Tensor]:
+    captured: dict[Key, Tensor] = {}
 
-    handles = [transformer.blocks[layer].register_forward_hook(keep(layer)) for layer in wanted]
+    def keep(key: Key) -> Callable[[Tensor], None]:
+        def act(x: Tensor) -> None:
+            captured[key] = x.reshape(*inputs.tokens.shape, x.shape[-1])
+            if len(captured) == len(taps):
+                raise _AllSeen
+
+        return act
+
+    handles = [attach(transformer.blocks[key[1]], tap, keep(key)) for key, tap in taps.items()]
     try:
-        transformer.backbone(
-            input_ids=tokens_BT.to(transformer.device, torch.long), use_cache=False
-        )
-    except _LastBlockDone:
+        forward(transformer, transformer.backbone, inputs)
+    except _AllSeen:
         pass
     finally:
         for handle in handles:
             handle.remove()
-    return captured
+    return {key: captured[key] for key in taps}

@@ -1,59 +1,147 @@
-"""The live model with one block's output replaced, for what a reconstruction costs downstream.
+"""The live model with one site replaced, for what a reconstruction costs downstream.
 
 B = sequences, T = positions of a sequence, d = d_model, V = vocabulary.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from mlsae.models.blocks import hidden_of, with_hidden
+from mlsae.base.errors import InputError
+from mlsae.models.anatomy import Anatomy
+from mlsae.models.capture import capture
+from mlsae.models.forward import forward
+from mlsae.models.inputs import Inputs
+from mlsae.models.isolation import check_isolation
+from mlsae.models.kinds import DECODER
+from mlsae.models.passes import passes, together
+from mlsae.models.sites import anatomies, attach, check_sites
 from mlsae.models.transformer import Transformer
+
+Replace = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def run(transformer: Transformer, tokens_BT: torch.Tensor) -> torch.Tensor:
-    """Logits (B, T, V) of the whole model, in its dtype on its device."""
-    output = transformer.model(
-        input_ids=tokens_BT.to(transformer.device, torch.long), use_cache=False
-    )
-    return output.logits  # type: ignore[no-any-return]
+def run(transformer: Transformer, inputs: Inputs) -> Tensor:
+    """Logits (B, T, V) of the whole model, in its dtype on its device.
+
+    Raises:
+        InputError: the model is an encoder; or the inputs have documents or padding and the model
+            attends to padding.
+    """
+    _check_decoder(transformer)
+    check_isolation(transformer, inputs)
+    ran = passes(inputs)
+    results = [{"logits": _logits(transformer, each.inputs)} for each in ran]
+    return together(ran, results, inputs.tokens.shape)["logits"]
 
 
+@torch.no_grad()
 def spliced(
     transformer: Transformer,
-    tokens_BT: torch.Tensor,
+    inputs: Inputs,
     layer: int,
-    replace: Callable[[torch.Tensor], torch.Tensor],
-) -> torch.Tensor:
-    """Logits (B, T, V) with `resid_post` of one layer replaced while the model runs.
+    replace: Replace,
+    site: str = "resid_post",
+) -> Tensor:
+    """Logits (B, T, V) with one site of one layer replaced while the model runs.
+
+    Everything downstream sees the replacement, the residual connection too. The exact activation
+    gives the exact logits, bit for bit.
 
     Args:
         transformer: the model.
-        tokens_BT: token ids (B, T).
-        layer: the block whose output is replaced.
-        replace: from the live activation (B, T, d) to what the next block shall see, the same
-            shape; cast to the model's dtype. It must not write into its argument.
+        inputs: the sequences.
+        layer: the block.
+        replace: from the live activation (B, T, d) to what shall be there instead, the same shape;
+            cast to the model's dtype. It is called once and must not write into its argument.
+        site: of `SITES`.
 
     Raises:
-        InputError: a layer the model does not have.
+        InputError: as `run`; or a layer or site that the model does not have.
         ValueError: `replace` returned another shape.
     """
+    _check_decoder(transformer)
     transformer.check_layers([layer])
+    check_sites(transformer, [site])
+    check_isolation(transformer, inputs)
+    block, anatomy = transformer.blocks[layer], anatomies(transformer)[layer]
+    if inputs.documents is None:
+        with _replaced(block, anatomy, site, _checked(replace, inputs.tokens.shape)):
+            return _logits(transformer, inputs)
+    whole_BTd = capture(transformer, inputs, [layer], [site])[site, layer]
+    new_BTd = _checked(replace, inputs.tokens.shape)(whole_BTd)
+    ran, results = passes(inputs), []
+    for each in ran:
+        with _replaced(block, anatomy, site, partial(each.take, new_BTd)):
+            results.append({"logits": _logits(transformer, each.inputs)})
+    return together(ran, results, inputs.tokens.shape)["logits"]
 
-    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        live = hidden_of(output)
-        new = replace(live)
-        if new.shape != live.shape:
-            raise ValueError(
-                f"replace must keep the shape {tuple(live.shape)}, got {tuple(new.shape)}"
-            )
-        return with_hidden(output, new.to(live))
 
-    handle = transformer.blocks[layer].register_forward_hook(hook)
+@contextmanager
+def _replaced(block: nn.Module, anatomy: Anatomy, site: str, replace: Replace) -> Iterator[None]:
+    """While open, a site of a block is what `replace` makes of it."""
+    if site == "resid_mid" and anatomy.form == "sequential":
+        handles = _mid_replaced(block, anatomy, replace)
+    else:
+        handles = [attach(block, anatomy.taps[site], replace)]
     try:
-        return run(transformer, tokens_BT)
+        yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _mid_replaced(block: nn.Module, anatomy: Anatomy, replace: Replace) -> list[RemovableHandle]:
+    """Replace `resid_mid` of a sequential block, where it is a sum that no module gives.
+
+    Every reader of it is given the replacement, and so is the residual connection around the MLP:
+    the block's output becomes the replacement and what the MLP then adds.
+    """
+    new: list[Tensor] = []
+    added: list[Tensor] = []
+
+    def mid(live: Tensor) -> Tensor:
+        if not new:
+            new.append(replace(live))
+        return new[0].reshape(live.shape)
+
+    def post(live: Tensor) -> Tensor:
+        return (new[0].reshape(live.shape) + added[0].reshape(live.shape)).to(live)
+
+    return [
+        *(attach(block, reader, mid) for reader in anatomy.mid_readers),
+        attach(block, anatomy.taps["mlp_out"], added.append),
+        attach(block, anatomy.taps["resid_post"], post),
+    ]
+
+
+def _checked(replace: Replace, shape: torch.Size) -> Replace:
+    """`replace` as the user means it: given (B, T, d), and held to its shape and dtype."""
+
+    def checked(live: Tensor) -> Tensor:
+        live_BTd = live.reshape(*shape, live.shape[-1])
+        new_BTd = replace(live_BTd)
+        if new_BTd.shape != live_BTd.shape:
+            raise ValueError(
+                f"replace must keep the shape {tuple(live_BTd.shape)}, got {tuple(new_BTd.shape)}"
+            )
+        return new_BTd.to(live).reshape(live.shape)
+
+    return checked
+
+
+def _logits(transformer: Transformer, inputs: Inputs) -> Tensor:
+    return forward(transformer, transformer.model, inputs).logits  # type: ignore[no-any-return]
+
+
+def _check_decoder(transformer: Transformer) -> None:
+    if transformer.kind != DECODER:
+        raise InputError(
+            f"model {transformer.name} is an encoder and predicts no next token: cross-entropy "
+            "needs a decoder"
+        )

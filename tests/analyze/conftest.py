@@ -13,6 +13,7 @@ import transformers
 
 from mlsae.models import load
 from mlsae.models.capture import capture
+from mlsae.models.inputs import Inputs
 from mlsae.sae import SAE, SAEConfig
 from mlsae.store import PADDING, SPECIAL, Store, create, open_store
 
@@ -86,8 +87,8 @@ def write_store(
         provenance={"model": transformer.place()},
     ) as writer:
         for batch in torch.from_numpy(tokens.reshape(-1, LENGTH)).split(4):
-            hidden = capture(transformer, batch, LAYERS)
-            writer.append({("resid_post", n): x.reshape(-1, 16).numpy() for n, x in hidden.items()})
+            hidden = capture(transformer, Inputs(tokens=batch), LAYERS)
+            writer.append({key: x.reshape(-1, 16).numpy() for key, x in hidden.items()})
 
 
 @pytest.fixture(scope="session")

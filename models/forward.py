@@ -1,0 +1,26 @@
+"""One forward call of a model, or of its backbone alone."""
+
+from typing import Any
+
+import torch
+
+from mlsae.models.control import control_embeddings
+from mlsae.models.inputs import Inputs
+from mlsae.models.kinds import DECODER
+from mlsae.models.transformer import Transformer
+
+
+def forward(transformer: Transformer, module: Any, inputs: Inputs) -> Any:
+    """Call `module`, the transformer's `model` or `backbone`, without a key-value cache.
+
+    `inputs.documents` is not looked at: see `passes.passes`.
+    """
+    arguments: dict[str, Any] = {"input_ids": inputs.tokens.to(transformer.device, torch.long)}
+    if transformer.kind == DECODER:
+        arguments["use_cache"] = False
+    if inputs.padding is not None:
+        attended_BT = ~inputs.padding
+        attended_BT[:, 0] = True  # A softmax over nothing would not be finite.
+        arguments["attention_mask"] = attended_BT.to(transformer.device, torch.long)
+    with control_embeddings(transformer, inputs):
+        return module(**arguments)
