@@ -1,170 +1,176 @@
-"""Documents to whole sequences of tokens: joined by separators and cut, none left out.
+"""Documents to whole sequences of tokens: joined by separators and cut, or one to a sequence.
 
-The text is one stream, document after document, each closed by EOS (or opened by BOS, where the
-tokenizer has no EOS). Where the tokenizer adds a BOS to what it encodes, the model has hardly seen
-a sequence without one, so a BOS also opens every sequence and the stream goes on behind it.
+`concatenate`: the text is one stream, document after document, each closed by EOS (or opened by
+BOS, where the tokenizer has no EOS), cut into sequences. `document`: each has a sequence of its
+own, cut or padded. Where the tokenizer adds a BOS to what it encodes, the model has hardly seen a
+context without one, so a BOS also opens every context, and the stream goes on behind it.
 """
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.errors import InputError
-from mlsae.base.files import canonical_json
-from mlsae.store import SPECIAL
+from mlsae.harvest.joints import BOS, PACKINGS, Joints, tokenizer_sha256
+from mlsae.harvest.mixture import lags_most
+from mlsae.harvest.sequences import Sequences
+from mlsae.harvest.text import Source
+from mlsae.harvest.tokenizing import tokenized
 
-DOCUMENTS_AT_ONCE = 256
+__all__ = ["BOS", "PACKINGS", "Joints", "PackedText", "Taken", "pack", "tokenizer_sha256"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Joints:
-    """How a tokenizer's documents are joined."""
+@dataclass(kw_only=True)
+class Taken:
+    """What was taken from one data set."""
 
-    eos: int | None
-    """Token that closes every document."""
-    bos: int | None
-    """Token that opens every document but the first; only where there is no `eos`."""
-    opening: int | None
-    """Token that opens every sequence; only where the tokenizer adds it by default."""
-
-    @classmethod
-    def of(cls, tokenizer: Any) -> "Joints":
-        """Read them off a tokenizer: its EOS and BOS, and what it puts before a plain text."""
-        eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-        plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-        adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos] != plain[:1]
-        return cls(eos=eos, bos=bos if eos is None else None, opening=bos if adds_bos else None)
-
-    def describe(self) -> dict[str, Any]:
-        """The `packing` entry of a store's source."""
-        return {
-            "document_eos": self.eos,
-            "document_bos": self.bos,
-            "sequence_bos": self.opening,
-            "isolate_documents": False,
-        }
+    name: str
+    """The data set, as it was asked for."""
+    share: float
+    """Share of the tokens that it was to have; 1 where it is the only one."""
+    num_documents: int = 0
+    """Documents with a token in the sequences, or in the incomplete one that is left out."""
+    num_empty: int = 0
+    """Documents without a token, which are passed over."""
+    num_tokens: int = 0
+    """Tokens of these documents and their separators; no padding, no BOS that opens a context."""
+    ran_out: bool = False
+    """Whether the text ended because this data set did."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedText:
-    """Whole sequences of `context_length` tokens, one after another."""
+    """Whole sequences of `context_length` tokens, one after another.
+
+    The arrays are read-only maps of nameless files: they take no memory, and the disk has its
+    space back when they are gone.
+    """
 
     tokens: npt.NDArray[np.uint32]
     """(num_tokens,) token ids."""
     documents: npt.NDArray[np.uint32]
-    """(num_tokens,) index in the data set of the document a token belongs to; an opening BOS
-    belongs to the document it stands before."""
+    """(num_tokens,) index, in the order drawn, of the document a token belongs to; an opening BOS
+    belongs to the document it stands before, padding to the one it stands behind."""
     token_flags: npt.NDArray[np.uint8]
-    """(num_tokens,) SPECIAL where the tokenizer counts the token among its special ones."""
+    """(num_tokens,) PADDING, or SPECIAL where the tokenizer counts the token among its special
+    ones."""
     context_length: int
     """Tokens of a sequence."""
-    num_documents: int
-    """Documents of which at least one token was read."""
-    num_empty: int
-    """Documents without a token, which are passed over."""
+    joints: Joints
+    """What stands between documents; `joints.describe()` belongs to a store's plan."""
+    taken: tuple[Taken, ...]
+    """What came from each data set."""
     num_left_over: int
     """Tokens of the final incomplete sequence, which is left out; 0 where the text went on."""
+    num_cut: int
+    """Tokens past the end of a sequence of their own, which are left out."""
+    num_cut_documents: int
+    """Documents that lost tokens so."""
+    num_padding: int
+    """Tokens that only fill sequences up."""
 
+    @property
+    def num_documents(self) -> int:
+        """Documents of which at least one token was read."""
+        return sum(taken.num_documents for taken in self.taken)
 
-def tokenizer_sha256(tokenizer: Any) -> str:
-    """Hex SHA-256 of what a tokenizer's ids mean: its vocabulary and its special tokens."""
-    return hashlib.sha256(
-        canonical_json(
-            {
-                "vocabulary": tokenizer.get_vocab(),
-                "special": sorted(tokenizer.all_special_ids),
-                "bos": tokenizer.bos_token_id,
-                "eos": tokenizer.eos_token_id,
-            }
-        )
-    ).hexdigest()
+    @property
+    def num_empty(self) -> int:
+        """Documents without a token, which are passed over."""
+        return sum(taken.num_empty for taken in self.taken)
 
 
 def pack(
-    texts: Iterable[str],
+    sources: Sequence[Source],
     tokenizer: Any,
     *,
     context_length: int,
     max_tokens: int | None = None,
+    packing: str = "concatenate",
+    bos: str = "auto",
+    isolate_documents: bool = False,
+    spool: Path,
     report: Callable[[int], object] = lambda _: None,
 ) -> PackedText:
-    """Tokenise documents, join them and cut whole sequences.
+    """Tokenise documents and make whole sequences of them, in memory that does not grow.
+
+    Of several data sets, the next document is always of the one whose share of the tokens lags
+    most; where that one has no more, the text ends, so that the shares stay true.
 
     Args:
-        texts: the documents; read no further than `max_tokens` needs.
+        sources: the data sets; read little further than `max_tokens` needs.
         tokenizer: a transformers tokenizer.
         context_length: tokens of a sequence.
         max_tokens: most tokens; rounded down to whole sequences.
-        report: called with the number of tokens of each piece of text as it is tokenised.
+        packing: `concatenate` or `document`.
+        bos: `auto`, `always` or `never`, see `Joints.of`.
+        isolate_documents: whether attention stays inside documents, so that a BOS opens each.
+        spool: directory on the disk that holds the sequences; its nearest parent if absent.
+        report: called with the number of tokens of each document as it is packed.
 
     Raises:
-        InputError: there is no text, or less than one sequence of it.
+        InputError: there is no text, or less than one sequence of it; a source cannot be read.
+        ResourceError: the disk is full, or a document too long for the memory.
     """
-    joints = Joints.of(tokenizer)
-    body_length = context_length - (joints.opening is not None)
+    joints = Joints.of(tokenizer, packing=packing, bos=bos, isolate_documents=isolate_documents)
     most = None if max_tokens is None else max_tokens // context_length
     if most == 0:
         raise InputError(
             f"--max-tokens {max_tokens} is less than one sequence of {context_length} tokens; "
             "raise it or lower --context-length"
         )
-    pieces: list[npt.NDArray[np.uint32]] = []
-    lengths: list[int] = []
-    num_read = 0
-    for ids in _joined(texts, tokenizer, joints):
-        lengths.append(len(ids))
-        if ids:
-            pieces.append(np.asarray(ids, np.uint32))
-            num_read += len(ids)
-            report(len(ids))
-        if most is not None and num_read >= most * body_length:
-            break
-    num_sequences = num_read // body_length
-    if most is not None:
-        num_sequences = min(num_sequences, most)
-    if num_sequences == 0:
-        raise InputError(
-            f"the data set holds {num_read:,} tokens, less than one sequence of {context_length}; "
-            "give more text or a smaller --context-length"
-            if num_read
-            else "the data set is empty: it holds no text"
-        )
-    used = num_sequences * body_length
-    tokens = np.concatenate(pieces)[:used].reshape(num_sequences, body_length)
-    index = np.arange(len(lengths), dtype=np.uint32)
-    documents = np.repeat(index, lengths)[:used].reshape(num_sequences, body_length)
-    if joints.opening is not None:
-        first = np.full(num_sequences, joints.opening, np.uint32)
-        tokens = np.column_stack([first, tokens])
-        documents = np.column_stack([documents[:, 0], documents])
-    special = np.isin(tokens, np.asarray(tokenizer.all_special_ids, np.uint32))
-    return PackedText(
-        tokens=tokens.reshape(-1),
-        documents=documents.reshape(-1),
-        token_flags=np.where(special, SPECIAL, 0).astype(np.uint8).reshape(-1),
+    sequences = Sequences(
+        joints,
         context_length=context_length,
-        num_documents=sum(1 for length in lengths if length),
-        num_empty=sum(1 for length in lengths if not length),
-        num_left_over=0 if num_sequences == most else num_read - used,
+        max_sequences=most,
+        special_ids=tokenizer.all_special_ids,
+        near=spool,
+    )
+    taken = tuple(Taken(name=source.name, share=source.share) for source in sources)
+    with closing(sequences), ThreadPoolExecutor(1, "tokenise") as thread:
+        streams = [tokenized(source.documents, tokenizer, thread) for source in sources]
+        while not sequences.is_full:
+            drawn = taken[index := lags_most([(t.num_tokens, t.share) for t in taken])]
+            ids = next(streams[index], None)
+            if ids is None:
+                drawn.ran_out = True
+                break
+            num_tokens = sequences.add(ids)
+            drawn.num_tokens += num_tokens
+            drawn.num_documents += num_tokens > 0
+            drawn.num_empty += num_tokens == 0
+            report(num_tokens)
+        if sequences.num_sequences == 0:
+            raise InputError(_too_little(taken, context_length))
+        num_left_over = sequences.num_in_last
+        tokens, documents, token_flags = sequences.finish()
+    return PackedText(
+        tokens=tokens,
+        documents=documents,
+        token_flags=token_flags,
+        context_length=context_length,
+        joints=joints,
+        taken=taken,
+        num_left_over=num_left_over,
+        num_cut=sequences.num_cut,
+        num_cut_documents=sequences.num_cut_documents,
+        num_padding=sequences.num_padding,
     )
 
 
-def _joined(texts: Iterable[str], tokenizer: Any, joints: Joints) -> Iterator[list[int]]:
-    """The tokens of each document with its separator; an empty document has none."""
-    closing = [] if joints.eos is None else [joints.eos]
-    opening: list[int] = []
-    remaining = iter(texts)
-    while batch := list(islice(remaining, DOCUMENTS_AT_ONCE)):
-        # `verbose` off: texts longer than the model's context are the rule here.
-        encoded = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-        for ids in encoded:
-            if not ids:
-                yield []
-                continue
-            yield [*opening, *ids, *closing]
-            opening = [] if joints.bos is None else [joints.bos]
+def _too_little(taken: Sequence[Taken], context_length: int) -> str:
+    num_tokens = sum(one.num_tokens for one in taken)
+    if num_tokens:
+        return (
+            f"the data set holds {num_tokens:,} tokens, less than one sequence of "
+            f"{context_length}; give more text or a smaller --context-length"
+        )
+    empty = [one.name for one in taken if one.ran_out]
+    which = f" {empty[0]}" if len(taken) > 1 else ""
+    return f"the data set{which} is empty: it holds no text"

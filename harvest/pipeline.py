@@ -10,7 +10,7 @@ from mlsae.base.devices import resolve_device
 from mlsae.base.units import format_bytes, format_count
 from mlsae.harvest.config import HarvestConfig
 from mlsae.harvest.forward import choose_encoding, preflight, stored_activations
-from mlsae.harvest.packing import Joints, PackedText, pack
+from mlsae.harvest.packing import PackedText, pack
 from mlsae.harvest.plan import (
     SITE,
     check_vocabulary,
@@ -22,8 +22,9 @@ from mlsae.harvest.plan import (
     source_of,
 )
 from mlsae.harvest.ranks import Ranks, wait_until
-from mlsae.harvest.report import dry_run_lines, layer_table, text_lines
-from mlsae.harvest.text import documents
+from mlsae.harvest.report import dry_run_lines, layer_table
+from mlsae.harvest.text import TextConfig, open_sources
+from mlsae.harvest.text_report import text_lines
 from mlsae.models import Transformer, load, outline
 from mlsae.store import PlanMismatchError, Writer, create, open_store, resume
 from mlsae.store.plan import find_plan
@@ -114,15 +115,18 @@ def _pack_and_check_room(
     """The text as tokens, in rank 0; None in the others, which read it from the store."""
     if not ranks.is_first:
         return None
-    texts = documents(config.dataset, split=config.split, text_column=config.text_column)
+    sources = open_sources(
+        TextConfig(datasets=(config.dataset,), split=config.split, text_column=config.text_column)
+    )
     with tqdm(
         desc="pack", total=config.max_tokens, unit="tok", unit_scale=True, disable=None
     ) as bar:
         packed = pack(
-            texts,
+            sources,
             model.tokenizer,
             context_length=context_length,
             max_tokens=config.max_tokens,
+            spool=config.out,
             report=bar.update,
         )
     check_vocabulary(packed, model)
@@ -160,7 +164,7 @@ def _begin(
         encoding=choose_encoding(config.encoding, model.dtype, largest),
         batch_sequences=config.batch_size,
         shard_bytes=config.shard_bytes,
-        source=source_of(model, Joints.of(model.tokenizer)),
+        source=source_of(model, packed.joints),
         provenance=provenance_of(config, packed, model, ranks),
     )
 

@@ -1,129 +1,152 @@
-"""Documents from wherever the text is: a hub data set, a directory like one, or a local file."""
+"""Documents from wherever the text is: a hub data set, a directory like one, or local files."""
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from mlsae.base.errors import InputError
+from mlsae.harvest.hub import hub_rows, is_hub_layout
+from mlsae.harvest.mixture import parse_mixture
+from mlsae.harvest.text_files import FILE_KINDS, Row, file_rows, files_in, kind_of
 
-FILE_KINDS = (".txt", ".jsonl", ".parquet")
+Document = str | npt.NDArray[np.uint32]
+"""A text, or the token ids of one: (n,)."""
+MOST_TOKEN = 2**32 - 1
 
 
-def documents(dataset: str, *, split: str, text_column: str) -> Iterator[str]:
-    """The documents of a data set in order, one string each; a missing text is an empty one.
-
-    Args:
-        dataset: a local .txt file (one document), .jsonl or .parquet file (a document a row), a
-            local directory in hub layout, or a hub id (both streamed).
-        split: split of a hub data set or directory.
-        text_column: column of the text.
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """Where the documents are.
 
     Raises:
-        InputError: there is no such data set, split or column, it cannot be reached, or what it
-            holds is no text. Raised when the first document is asked for.
+        InputError: the data sets and their weights are not usable together.
     """
-    path = Path(dataset).expanduser()
+
+    datasets: tuple[str, ...]
+    """Hub ids, local directories and files; of several, each with its share of the tokens behind
+    a colon, as in `A:0.7`."""
+    split: str = "train"
+    """Split of hub data sets and of directories in hub layout; other files have none."""
+    subset: str | None = None
+    """Subset (the hub's configuration) of such data sets; None for their only or default one."""
+    shuffle_seed: int | None = None
+    """Seed of the order of files and, in a buffer of 10,000, of documents; None for as stored."""
+    text_column: str = "text"
+    """Column that holds the text; a .txt file has none."""
+    tokens_column: str | None = None
+    """Column that holds token ids to be taken as they are, instead of text."""
+
+    def __post_init__(self) -> None:
+        parse_mixture(self.datasets)
+
+    @property
+    def column(self) -> str:
+        """The column that is read."""
+        return self.tokens_column or self.text_column
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One data set, opened."""
+
+    name: str
+    """As it was asked for, without its weight."""
+    share: float
+    """Share of the tokens that it is to have; those of all sources sum to 1."""
+    documents: Iterator[Document]
+    """Its documents in order; a missing one is an empty one."""
+
+
+def open_sources(config: TextConfig) -> tuple[Source, ...]:
+    """Find every data set; their documents are read as they are asked for.
+
+    A path is a .txt file (one document), a .jsonl or .parquet file (a document a row), the first
+    two compressed by gzip or zstd if they end in .gz or .zst; or a directory, in hub layout or of
+    such files. What is no path is a hub id.
+
+    Raises:
+        InputError: there is no such path, or it is nothing that can be read. What only shows in
+            reading (no such hub data set, split or column; damage; no text) is raised when
+            documents are asked for.
+    """
+    return tuple(
+        Source(name=name, share=share, documents=_documents(name, _rows(name, config), config))
+        for name, share in parse_mixture(config.datasets).items()
+    )
+
+
+def _rows(name: str, config: TextConfig) -> Iterable[Row]:
+    path = Path(name).expanduser()
     if path.is_dir():
-        rows: Iterable[Mapping[str, Any]] = _hub_rows(str(path), split)
-    elif path.suffix in FILE_KINDS and path.is_file():
-        rows = _file_rows(path, text_column)
+        if is_hub_layout(path):
+            return hub_rows(str(path), config.split, config.subset, config.shuffle_seed)
+        files = files_in(path)
     elif path.is_file():
-        raise InputError(
-            f"cannot read {dataset}: expected a file ending in {', '.join(FILE_KINDS)}, a "
-            "directory in hub layout, or a hub id"
-        )
-    elif path.is_absolute() or dataset.startswith((".", "~")) or path.suffix in FILE_KINDS:
-        raise InputError(f"there is no data set {dataset}; give another path or a hub id")
+        if kind_of(path) is None:
+            raise InputError(
+                f"cannot read {name}: expected a file ending in {', '.join(FILE_KINDS)}, a "
+                "directory of such files or in hub layout, or a hub id"
+            )
+        files = [path]
+    elif path.is_absolute() or name.startswith((".", "~")) or kind_of(path) is not None:
+        raise InputError(f"there is no data set {name}; give another path or a hub id")
     else:
-        rows = _hub_rows(dataset, split)
+        return hub_rows(name, config.split, config.subset, config.shuffle_seed)
+    for flag, is_set in (
+        (f"--split {config.split}", config.split != TextConfig.split),
+        (f"--subset {config.subset}", config.subset is not None),
+    ):
+        if is_set:
+            raise InputError(
+                f"{flag} is for hub data sets and directories in hub layout; {name} is plain "
+                "files, so leave it out"
+            )
+    if config.tokens_column is not None and kind_of(files[0]) == ".txt":
+        raise InputError(
+            f"--tokens-column {config.tokens_column}: {name} is plain text and has no columns; "
+            "give token ids as .jsonl, .parquet or a hub data set"
+        )
+    return file_rows(files, config.column, config.shuffle_seed)
+
+
+def _documents(name: str, rows: Iterable[Row], config: TextConfig) -> Iterator[Document]:
+    convert = _text_of if config.tokens_column is None else _tokens_of
     for number, row in enumerate(rows):
-        yield _text_of(row, number, dataset, text_column)
+        if config.column not in row:
+            flag = "--text-column" if config.tokens_column is None else "--tokens-column"
+            raise InputError(
+                f"data set {name} has no column {config.column!r}: row {number} has "
+                f"{', '.join(sorted(row)) or 'none'}; name the one to read with {flag}"
+            )
+        value = row[config.column]
+        where = f"column {config.column!r} of data set {name}"
+        yield "" if value is None else convert(value, where, number)
 
 
-def _text_of(row: Mapping[str, Any], number: int, dataset: str, text_column: str) -> str:
-    if text_column not in row:
+def _text_of(value: Any, where: str, number: int) -> Document:
+    if not isinstance(value, str):
         raise InputError(
-            f"data set {dataset} has no column {text_column!r}: row {number} has "
-            f"{', '.join(sorted(row)) or 'none'}; name the one that holds the text with "
-            "--text-column"
+            f"{where} must hold text, got {type(value).__name__} in row {number}; name another "
+            "with --text-column, or with --tokens-column if it holds token ids"
         )
-    text = row[text_column]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
+    return value
+
+
+def _tokens_of(value: Any, where: str, number: int) -> Document:
+    ids = np.asarray(value) if isinstance(value, list | np.ndarray) else None
+    if ids is None or ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
+        got = type(value).__name__ if ids is None else "a list that holds other things"
         raise InputError(
-            f"column {text_column!r} of data set {dataset} must hold text, got "
-            f"{type(text).__name__} in row {number}; name another with --text-column"
+            f"{where} must hold lists of token ids, got {got} in row {number}; name another with "
+            "--tokens-column, or with --text-column if it holds text"
         )
-    return text
-
-
-def _file_rows(path: Path, text_column: str) -> Iterable[Mapping[str, Any]]:
-    if path.suffix == ".txt":
-        return [{text_column: _decoded(path, path.read_bytes())}]
-    return _jsonl_rows(path) if path.suffix == ".jsonl" else _parquet_rows(path, text_column)
-
-
-def _decoded(path: Path, data: bytes) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
+    if len(ids) and not (ids.min() >= 0 and ids.max() <= MOST_TOKEN):
+        wrong = ids.min() if ids.min() < 0 else ids.max()
         raise InputError(
-            f"{path} is not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start}; "
-            "convert it first"
-        ) from error
-
-
-def _jsonl_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(_decoded(path, line))
-            except ValueError as error:
-                if isinstance(error, InputError):
-                    raise
-                raise InputError(f"{path}, line {number}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise InputError(
-                    f"{path}, line {number}: expected a JSON object, got {type(row).__name__}"
-                )
-            yield row
-
-
-def _parquet_rows(path: Path, text_column: str) -> Iterator[Mapping[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            # Without the column, whole rows are read for the message that names what is there.
-            wanted = [text_column] if text_column in file.schema_arrow.names else None
-            for batch in file.iter_batches(columns=wanted):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path} cannot be read as Parquet: {_first_line(error)}") from error
-
-
-def _hub_rows(name: str, split: str) -> Iterator[Mapping[str, Any]]:
-    import datasets
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        yield from datasets.load_dataset(name, split=split, streaming=True)
-    except ConnectionError as error:
-        raise InputError(
-            f"cannot reach data set {name!r}: no such file or directory here, and the hub did not "
-            f"answer ({_first_line(error)}); give a local .txt, .jsonl or .parquet file"
-        ) from error
-    except (DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
-        raise InputError(
-            f"data set {name}, split {split!r}, cannot be read: {_first_line(error)}"
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+            f"{where} must hold token ids from 0 to {MOST_TOKEN}, got {wrong} in row {number}"
+        )
+    return ids.astype(np.uint32)

@@ -1,6 +1,6 @@
 """Packing joins documents, cuts whole sequences and loses nothing but the final incomplete one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlsae.base.errors import InputError
-from mlsae.harvest.packing import Joints, pack, tokenizer_sha256
-from mlsae.harvest.text import documents
+from mlsae.harvest.joints import Joints, tokenizer_sha256
+from mlsae.harvest.packing import PackedText, pack
+from mlsae.harvest.text import Source, TextConfig, open_sources
 from mlsae.models import load_tokenizer
 from mlsae.store import SPECIAL
+
+HERE = Path(__file__).parent
+
+
+def packed_of(
+    texts: Iterable[str], tokenizer: Any, *, context_length: int, **options: Any
+) -> PackedText:
+    """One data set of these texts, packed on this disk."""
+    source = Source(name="texts", share=1.0, documents=iter(texts))
+    return pack([source], tokenizer, context_length=context_length, spool=HERE, **options)
+
 
 KINDS = {
     "eos": {"eos": True},
@@ -69,9 +81,9 @@ def test_equals_packing_token_by_token(
     whole = [row for row in rows if len(row) == context_length]
     if not whole:
         with pytest.raises(InputError, match="the data set"):
-            pack(texts, tokenizer, context_length=context_length)
+            packed_of(texts, tokenizer, context_length=context_length)
         return
-    packed = pack(texts, tokenizer, context_length=context_length)
+    packed = packed_of(texts, tokenizer, context_length=context_length)
     flat = np.array(whole).reshape(-1, 2)
     np.testing.assert_array_equal(packed.tokens, flat[:, 0])
     np.testing.assert_array_equal(packed.documents, flat[:, 1])
@@ -91,7 +103,7 @@ def test_documents_are_read_in_batches_without_a_seam(
     """More documents than are tokenised at once give the same as any number."""
     tokenizer = tokenizer_maker(eos=False, bos=True)
     texts = [f"w{i % 50}" for i in range(700)]
-    packed = pack(texts, tokenizer, context_length=4)
+    packed = packed_of(texts, tokenizer, context_length=4)
     expected = [row for row in expected_rows(texts, tokenizer, 4, False) if len(row) == 4]
     np.testing.assert_array_equal(packed.tokens, np.array(expected)[..., 0].reshape(-1))
 
@@ -107,41 +119,41 @@ def test_max_tokens_counts_whole_sequences_and_stops_reading(
         nonlocal num_read
         while True:
             num_read += 1
-            yield "w1 w2 w3 w4"
+            yield "w1 w2 w3 w4 " * 1000
 
-    packed = pack(endless(), tokenizer, context_length=10, max_tokens=59)
-    whole = pack(["w1 w2 w3 w4"] * 50, tokenizer, context_length=10)
+    packed = packed_of(endless(), tokenizer, context_length=10, max_tokens=59)
+    whole = packed_of(["w1 w2 w3 w4 " * 1000], tokenizer, context_length=10)
     np.testing.assert_array_equal(packed.tokens, whole.tokens[:50])
     np.testing.assert_array_equal(packed.documents, whole.documents[:50])
     assert packed.num_left_over == 0
-    assert num_read <= 256
+    assert num_read < 50
 
 
 def test_max_tokens_below_one_sequence_is_refused(tokenizer_maker: Callable[..., Any]) -> None:
     with pytest.raises(InputError, match="--max-tokens 15 is less than one sequence of 16 tokens"):
-        pack(["w1"], tokenizer_maker(), context_length=16, max_tokens=15)
+        packed_of(["w1"], tokenizer_maker(), context_length=16, max_tokens=15)
 
 
 @pytest.mark.parametrize("texts", [[], ["", "  "]])
 def test_empty_data_set_is_refused(texts: list[str], tokenizer_maker: Callable[..., Any]) -> None:
     with pytest.raises(InputError, match="the data set is empty: it holds no text"):
-        pack(texts, tokenizer_maker(), context_length=16)
+        packed_of(texts, tokenizer_maker(), context_length=16)
 
 
 def test_less_than_one_sequence_is_refused(tokenizer_maker: Callable[..., Any]) -> None:
     with pytest.raises(InputError, match="holds 4 tokens, less than one sequence of 16"):
-        pack(["w1 w2 w3"], tokenizer_maker(), context_length=16)
+        packed_of(["w1 w2 w3"], tokenizer_maker(), context_length=16)
 
 
 def test_special_token_in_the_text_is_flagged(tokenizer_maker: Callable[..., Any]) -> None:
-    packed = pack(["w1 <|endoftext|> w2"], tokenizer_maker(), context_length=4)
+    packed = packed_of(["w1 <|endoftext|> w2"], tokenizer_maker(), context_length=4)
     assert packed.token_flags.tolist() == [0, SPECIAL, 0, SPECIAL]
 
 
 def test_text_longer_than_the_context_warns_of_nothing(
     tokenizer_maker: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    pack(["w1 " * 100], tokenizer_maker(), context_length=4)
+    packed_of(["w1 " * 100], tokenizer_maker(), context_length=4)
     assert not caplog.records
 
 
@@ -169,8 +181,8 @@ def test_real_text_survives_packing(shared: Path) -> None:
     """TinyStories through a real tokenizer: BOS opens every sequence, every story is all there."""
     tokenizer = load_tokenizer(shared / "models" / "stories260k")
     source = str(shared / "text" / "tinystories_1000.jsonl")
-    texts = list(documents(source, split="train", text_column="text"))[:200]
-    packed = pack(texts, tokenizer, context_length=256)
+    texts = list(open_sources(TextConfig(datasets=(source,)))[0].documents)[:200]
+    packed = packed_of(texts, tokenizer, context_length=256)
     rows = packed.tokens.reshape(-1, 256)
     assert (rows[:, 0] == 1).all()
     assert (packed.token_flags.reshape(-1, 256)[:, 0] == SPECIAL).all()

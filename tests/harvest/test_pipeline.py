@@ -12,6 +12,7 @@ import torch
 from mlsae.base.errors import InputError, ResourceError
 from mlsae.harvest import HarvestConfig, run
 from mlsae.harvest.packing import pack
+from mlsae.harvest.text import Source
 from mlsae.models import load, load_for
 from mlsae.store import ActivationError, NotAStoreError, PlanMismatchError, open_store
 
@@ -38,7 +39,8 @@ def test_store_holds_the_models_activations_on_the_packed_text(
     assert result is not None
     store = open_store(settings.out)
     model = load(settings.model)
-    packed = pack(texts, model.tokenizer, context_length=16)
+    source = Source(name="texts", share=1.0, documents=iter(texts))
+    packed = pack([source], model.tokenizer, context_length=16, spool=settings.out)
     np.testing.assert_array_equal(store.tokens(), packed.tokens)
     np.testing.assert_array_equal(store.documents(), packed.documents)
     np.testing.assert_array_equal(store.token_flags(), packed.token_flags)
@@ -80,7 +82,8 @@ def test_plan_names_model_tokenizer_and_packing(config: MakeConfig) -> None:
     source = store.source
     assert sorted(source) == ["model", "packing", "tokenizer_sha256"]
     assert source["packing"] == {
-        "document_eos": 0, "document_bos": None, "sequence_bos": None, "isolate_documents": False,
+        "packing": "concatenate", "document_eos": 0, "document_bos": None, "context_bos": None,
+        "isolate_documents": False, "padding": None,
     }  # fmt: skip
     (place,) = [record["model"] for record in store.provenance()]
     assert load_for(source["model"], place["name"]).describe() == source["model"]

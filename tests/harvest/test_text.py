@@ -1,26 +1,27 @@
 """Text comes from files and hub data sets alike, and what is no text is refused in one line."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from mlsae.base.errors import InputError
-from mlsae.harvest.text import documents
+from mlsae.harvest.text import TextConfig, open_sources
 
 TEXTS = ["one", "", "two\nlines", "três"]
 
 
-def read(dataset: Path | str, split: str = "train", text_column: str = "text") -> list[str]:
-    return list(documents(str(dataset), split=split, text_column=text_column))
+def read(dataset: Path | str, **settings: Any) -> list[Any]:
+    (source,) = open_sources(TextConfig(datasets=(str(dataset),), **settings))
+    return list(source.documents)
 
 
-def refused(dataset: Path | str, split: str = "train", text_column: str = "text") -> str:
+def refused(dataset: Path | str, **settings: Any) -> str:
     with pytest.raises(InputError) as info:
-        read(dataset, split, text_column)
+        read(dataset, **settings)
     assert "\n" not in str(info.value)
     return str(info.value)
 
@@ -64,8 +65,8 @@ def test_directory_in_hub_layout_is_streamed_split_by_split(hub_directory: Path)
 def test_streaming_reads_no_further_than_asked(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "good"}\nbroken')
-    stream: Iterator[str] = documents(str(path), split="train", text_column="text")
-    assert next(stream) == "good"
+    (source,) = open_sources(TextConfig(datasets=(str(path),)))
+    assert next(source.documents) == "good"
 
 
 def test_unknown_split_is_refused(hub_directory: Path) -> None:
@@ -117,7 +118,7 @@ def test_other_kinds_of_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_directory_without_data_is_refused(tmp_path: Path) -> None:
-    assert "cannot be read: The directory at" in refused(tmp_path)
+    assert f"{tmp_path} holds no file; expected .txt, .jsonl" in refused(tmp_path)
 
 
 @pytest.mark.usefixtures("no_hub")
