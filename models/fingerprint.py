@@ -10,9 +10,12 @@ from torch import nn
 
 from mlsae.base.files import canonical_json
 
-# Where a config was read from, by which version, and in which precision its weights were loaded
-# (recorded beside it) do not make another architecture.
-_NOT_ARCHITECTURE = ("_name_or_path", "_commit_hash", "transformers_version", "dtype")
+# Where a config was read from, by which version, which class it was saved by (with its head or
+# without), and in which precision its weights were loaded (recorded beside it) do not make another
+# architecture.
+_NOT_ARCHITECTURE = (
+    "_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype"
+)  # fmt: skip
 
 
 def weights_sha256(model: nn.Module) -> str:
