@@ -59,9 +59,8 @@ def capture(
     taps = {
         (site, layer): blocks[layer].taps[site] for site in wanted_sites for layer in wanted_layers
     }
-    ran = passes(inputs)
-    results = [_captured(transformer, each.inputs, taps) for each in ran]
-    return together(ran, results, inputs.tokens.shape)
+    results = ((each, _captured(transformer, each.inputs, taps)) for each in passes(inputs))
+    return together(results, inputs.tokens.shape)
 
 
 def _captured(

@@ -6,7 +6,7 @@ of about its length: the one way that is exact for every kind of position encodi
 B = sequences, T = positions; of a pass, N = sequences and L = positions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ def passes(inputs: Inputs) -> list[Pass]:
 
     One, of the inputs as they are, where there are no documents. Otherwise each run of a document
     (and of padding) is a sequence, and the runs are dealt by length, the longest first, into passes
-    of at most B · T places of which at least half hold tokens (but for the shortest runs).
+    of at most B · T places, over half of which hold tokens.
     """
     if inputs.documents is None:
         return [Pass(inputs=inputs)]
@@ -53,33 +53,32 @@ def passes(inputs: Inputs) -> list[Pass]:
     made, first = [], 0
     while first < len(lengths):
         longest = int(lengths[first])
-        most = first + inputs.tokens.numel() // longest
-        alike = int((lengths > longest // 2).sum())
-        last = min(most, max(alike, first + 1))
+        last = min(int((lengths > longest // 2).sum()), first + inputs.tokens.numel() // longest)
         made.append(_pass(inputs, starts[first:last], lengths[first:last]))
         first = last
     return made
 
 
 def together(
-    ran: Sequence[Pass], results: Sequence[Mapping[Any, Tensor]], shape: torch.Size
+    results: Iterable[tuple[Pass, Mapping[Any, Tensor]]], shape: torch.Size
 ) -> dict[Any, Tensor]:
     """Each entry of the passes' results (N, L, d) as one tensor (B, T, d).
 
     Args:
-        ran: the passes.
-        results: what each gave, under the same keys.
+        results: each pass and what it gave, all under the same keys; taken one after another.
         shape: (B, T).
     """
-    if ran[0].places is None:
-        return dict(results[0])
-    whole = {key: x_NLd.new_empty(*shape, x_NLd.shape[-1]) for key, x_NLd in results[0].items()}
-    for each, result in zip(ran, results, strict=True):
-        assert each.places is not None
+    whole: dict[Any, Tensor] = {}
+    for each, result in results:
+        if each.places is None:
+            return dict(result)
         there_NL = each.places >= 0
-        places_N = each.places[there_NL]
+        places = each.places[there_NL]
         for key, x_NLd in result.items():
-            whole[key].flatten(0, 1)[places_N.to(x_NLd.device)] = x_NLd[there_NL.to(x_NLd.device)]
+            if key not in whole:
+                whole[key] = x_NLd.new_empty(*shape, x_NLd.shape[-1])
+            on = x_NLd.device
+            whole[key].flatten(0, 1)[places.to(on)] = x_NLd[there_NL.to(on)]
     return whole
 
 

@@ -18,7 +18,7 @@ from mlsae.models.forward import forward
 from mlsae.models.inputs import Inputs
 from mlsae.models.isolation import check_isolation
 from mlsae.models.kinds import DECODER
-from mlsae.models.passes import passes, together
+from mlsae.models.passes import Pass, passes, together
 from mlsae.models.sites import anatomies, attach, check_sites
 from mlsae.models.transformer import Transformer
 
@@ -35,9 +35,8 @@ def run(transformer: Transformer, inputs: Inputs) -> Tensor:
     """
     _check_decoder(transformer)
     check_isolation(transformer, inputs)
-    ran = passes(inputs)
-    results = [{"logits": _logits(transformer, each.inputs)} for each in ran]
-    return together(ran, results, inputs.tokens.shape)["logits"]
+    results = ((each, {"logits": _logits(transformer, each.inputs)}) for each in passes(inputs))
+    return together(results, inputs.tokens.shape)["logits"]
 
 
 @torch.no_grad()
@@ -75,11 +74,14 @@ def spliced(
             return _logits(transformer, inputs)
     whole_BTd = capture(transformer, inputs, [layer], [site])[site, layer]
     new_BTd = _checked(replace, inputs.tokens.shape)(whole_BTd)
-    ran, results = passes(inputs), []
-    for each in ran:
-        with _replaced(block, anatomy, site, partial(each.take, new_BTd)):
-            results.append({"logits": _logits(transformer, each.inputs)})
-    return together(ran, results, inputs.tokens.shape)["logits"]
+
+    def results() -> Iterator[tuple[Pass, dict[str, Tensor]]]:
+        for each in passes(inputs):
+            with _replaced(block, anatomy, site, partial(each.take, new_BTd)):
+                logits = _logits(transformer, each.inputs)
+            yield each, {"logits": logits}
+
+    return together(results(), inputs.tokens.shape)["logits"]
 
 
 @contextmanager
