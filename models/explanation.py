@@ -29,13 +29,19 @@ def explained(place: Place, what: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, ImportError, hub_errors.HfHubHTTPError) as error:
         raise InputError(_explanation(place, what, error)) from error
     except Exception as error:
-        # safetensors raises a bare Exception subclass for a damaged file.
-        if type(error).__module__.partition(".")[0] not in ("safetensors", "safetensors_rust"):
-            raise
-        raise InputError(
-            f"the weights of model {place.name} are damaged ({first_line(error)}); fetch the "
-            "model again"
-        ) from error
+        # A damaged file and a broken connection come as bare exceptions of the libraries below.
+        origin = type(error).__module__.partition(".")[0]
+        if origin in ("safetensors", "safetensors_rust"):
+            raise InputError(
+                f"the weights of model {place.name} are damaged ({first_line(error)}); fetch the "
+                "model again"
+            ) from error
+        if origin in ("httpx", "httpx2"):
+            raise InputError(
+                f"the connection to {hub.ENDPOINT} broke off while {what} {place.name} was fetched "
+                f"({first_line(error)}); run the same command again: what has arrived is kept"
+            ) from error
+        raise
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def load(
     spread = None if needs_redraw(init) or init == "random" else device_map
     with explained(place, "model"), _quiet():
         with config_explained(place):
-            config = _config(place)
+            config, place = _config(place), place.pinned()
             kind = kind_of(config, place.name)
             drawing = sketch(config, kind, attention_implementation)
         weights_dtype = DTYPES.get(dtype) or getattr(config, "dtype", None)
@@ -99,7 +99,7 @@ def outline(
     """
     place = Place.of(name_or_path, revision)
     with explained(place, "model"), config_explained(place), _quiet():
-        config = _config(place)
+        config, place = _config(place), place.pinned()
         kind = kind_of(config, place.name)
         model = sketch(config, kind)
     return _transformer(place, model, config, kind, blocks, "trained", 0)
@@ -215,7 +215,7 @@ def _transformer(
         blocks=modules,
         blocks_path=path,
         name=place.name,
-        revision=getattr(config, "_commit_hash", None) or place.revision,
+        revision=place.revision,
         kind=kind,
         init=init,
         init_seed=seed,

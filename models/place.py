@@ -1,13 +1,14 @@
 """Where a model is looked for: a directory of this machine or the hub."""
 
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from huggingface_hub import constants as hub
+from huggingface_hub import try_to_load_from_cache
 
 from mlsae.base.errors import InputError
 
@@ -41,6 +42,16 @@ class Place:
         if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
             raise InputError(f"there is no model directory {text}; give another path or a hub id")
         return cls(text, revision, False, not is_reachable(hub.ENDPOINT))
+
+    def pinned(self) -> "Place":
+        """This place at the commit that its config, just read, is of.
+
+        What is read next is then of the same commit, whatever its branch has become meanwhile.
+        """
+        if self.is_directory:
+            return self
+        config = try_to_load_from_cache(self.name, "config.json", revision=self.revision)
+        return replace(self, revision=Path(config).parent.name) if isinstance(config, str) else self
 
 
 @cache
