@@ -47,7 +47,11 @@ def check_sites(transformer: Transformer, sites: Sequence[str]) -> tuple[str, ..
 
 @torch.no_grad()
 def anatomies(transformer: Transformer) -> list[Anatomy]:
-    """Each block's anatomy, found once for a model by passing a few random tokens through it."""
+    """Each block's anatomy, found once for a model by passing a few random tokens through it.
+
+    Raises:
+        InputError: a module among the blocks is none.
+    """
     if transformer not in _anatomies:
         length = min(7, transformer.max_context_length or 7)
         generator = torch.Generator().manual_seed(0)
@@ -58,6 +62,14 @@ def anatomies(transformer: Transformer) -> list[Anatomy]:
                 for block in transformer.blocks
             ]
             forward(transformer, transformer.backbone, Inputs(tokens=tokens_BT))
+        for layer, each in enumerate(calls):
+            if "" not in each or each[""].entered is None or each[""].left is None:
+                raise InputError(
+                    f"{transformer.blocks_path}.{layer} of model {transformer.name} is no block: "
+                    "expected a module that runs once in a forward pass, is given the residual "
+                    f"stream (d_model {transformer.d_model}) and returns it; name the list that "
+                    "holds the blocks with --blocks PATH"
+                )
         _anatomies[transformer] = [dissect(each) for each in calls]
     return _anatomies[transformer]
 

@@ -138,7 +138,7 @@ def make_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tra
 
     def make(name: str) -> Transformer:
         if name not in made:
-            directory = tmp_path_factory.mktemp("family")
+            directory = tmp_path_factory.mktemp("family") / name
             config = FAMILIES[name]()
             encodes = config.model_type in {
                 "bert",
