@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -132,6 +133,63 @@ def test_weights_that_lack_a_tensor_are_refused_not_drawn_at_random(copied: Path
         load(copied)
     assert "lack 1 of its weights" in one_line(info)
     assert "the first gpt_neox.layers.2.mlp.dense_h_to_4h.weight" in one_line(info)
+
+
+def test_weights_of_another_shape_are_refused(copied: Path) -> None:
+    weights = load_file(copied / "model.safetensors")
+    name = "gpt_neox.layers.2.mlp.dense_h_to_4h.weight"
+    weights[name] = weights[name][:5].contiguous()
+    save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError) as info:
+        load(copied)
+    assert one_line(info) == (
+        f"model {copied} is incomplete: its files lack 1 of its weights or hold them in another "
+        f"shape, the first {name}; fetch the model again"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_attention_heads": 0}, "ZeroDivisionError: "),
+        ({"num_attention_heads": 5}, "hidden size is not divi"),
+        ({"hidden_size": "wide"}, "'wide'"),
+        ({"hidden_act": "foo"}, "KeyError: 'foo'"),
+        ({"dtype": "float99"}, "float99"),
+        ({"model_type": "nope"}, "model type `nope`"),
+    ],
+)
+def test_a_config_that_builds_nothing(copied: Path, change: dict[str, Any], message: str) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, **change}))
+    for attempt in (load, outline):
+        with pytest.raises(InputError) as info:
+            attempt(copied)
+        text = one_line(info)
+        assert text.startswith(
+            f"the config of model {copied} describes no model that transformers can build: "
+        )
+        assert message in text
+
+
+def test_attention_that_does_not_work_names_those_that_do(model_directory: Path) -> None:
+    for name in ("fast", "someone/kernel"):
+        with pytest.raises(InputError) as info:
+            load(model_directory, attention_implementation=name)
+        text = one_line(info)
+        assert text.startswith(f"--attn-implementation {name} does not work with a model of type ")
+        for working in text.rpartition(" here; use ")[2].split(" or "):
+            assert load(model_directory, attention_implementation=working).attention_implementation
+        assert " here; use eager or sdpa" in text
+
+
+def test_loading_says_nothing_of_its_own(
+    model_directory: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Neither bars nor reports: a user sees the lines and bars of this package alone."""
+    load(model_directory)
+    outline(model_directory)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_broken_config(copied: Path) -> None:
