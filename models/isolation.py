@@ -36,8 +36,9 @@ def check_isolation(transformer: Transformer, inputs: Inputs) -> None:
 
 @torch.no_grad()
 def _padding_is_unseen(transformer: Transformer) -> bool:
-    length = min(13, transformer.max_context_length or 13)
-    short = -(-length // 2)
+    # Mostly padding, so that attention to it would show.
+    length = min(32, transformer.max_context_length or 32)
+    short = -(-length // 8)
     generator = torch.Generator().manual_seed(0)
     tokens_NL = torch.randint(0, transformer.vocab_size, (2, length), generator=generator)
     padding_NL = torch.zeros(2, length, dtype=torch.bool)
