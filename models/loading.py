@@ -181,7 +181,9 @@ def _pretrained(
         output_loading_info=True,
         **construction(config, kind),
     )
-    lacking = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+    # A mismatched key is a name, or a name with both shapes, by version.
+    mismatched = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
+    lacking = sorted({*info["missing_keys"], *mismatched})
     if lacking:
         raise InputError(
             f"model {place.name} is incomplete: its files lack {len(lacking)} of its weights or "
