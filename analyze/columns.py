@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-TABLES_VERSION = "0.1"
+TABLES_VERSION = "0.2"
 """Version of these columns, in every file's schema metadata; a minor one only adds."""
 
 
@@ -60,7 +60,11 @@ LAYERS = (
     Column("num_ce_tokens", _I, "token", f"scored next tokens of the columns below; {_CE}"),
     Column("ce", _F, "nat/token", f"cross-entropy of the untouched transformer; {_CE}"),
     Column(
-        "ce_store", _F, "nat/token", f"with the stored activations of this layer spliced in; {_CE}"
+        "ce_store",
+        _F,
+        "nat/token",
+        f"with the stored activations of this layer spliced in; {_CE}, or the store keeps only "
+        "some positions",
     ),
     Column(
         "ce_sae",
@@ -94,7 +98,13 @@ LATENT_LAYERS = (
 )
 
 ACTIVATIONS = (
-    Column("row", _I, "row", "row of the store; sequence = row // context length"),
+    Column("row", _I, "row", "row of the store's activations"),
+    Column(
+        "token",
+        _I,
+        "token",
+        "the row's token; sequence = token // context length, position = token % context length",
+    ),
     Column("layer", _L, "layer", "0-based block index"),
     Column("latent", _L, "latent", "index of an active latent"),
     Column("value", pa.float32(), "latent value", "its value, above 0"),

@@ -4,7 +4,7 @@ Shapes: B sequences, T = context length, V = vocabulary, D = d_model, N counted 
 All figures are nats per counted token; sums are float64 over the whole set, divided once.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +14,10 @@ from torch import Tensor
 
 from mlsae.analyze.pairing import Pairing
 from mlsae.analyze.selection import Int
+from mlsae.analyze.sequences import read_sequences
 from mlsae.models import Transformer
-from mlsae.models.inputs import Inputs
 from mlsae.models.splice import run, spliced
 from mlsae.sae import SAE
-from mlsae.store import PADDING
 
 LOGITS_BYTES = 2**27
 """Float32 logits of one forward: bounds memory, whatever the vocabulary."""
@@ -34,8 +33,9 @@ class CrossEntropy:
     ce: float
     """Of the untouched transformer."""
 
-    ce_store: npt.NDArray[np.float64]
-    """With the layer's stored, decoded activations in place of the live ones."""
+    ce_store: npt.NDArray[np.float64] | None
+    """With the layer's stored, decoded activations in place of the live ones; None where the store
+    keeps only some positions, so that not every eligible token has stored ones."""
 
     ce_sae: npt.NDArray[np.float64]
     """With the SAE's reconstruction of the live activations in place of them."""
@@ -45,21 +45,6 @@ class CrossEntropy:
 
     kl: npt.NDArray[np.float64]
     """KL(untouched ‖ SAE spliced) of the next-token distributions."""
-
-
-def counted_targets(
-    documents_BT: npt.NDArray[np.uint32], flags_BT: npt.NDArray[np.uint8]
-) -> npt.NDArray[np.bool_]:
-    """Which positions' next tokens are scored: (B, T − 1).
-
-    The next token lies in the same document and carries no flag, and the position itself is no
-    padding. A separator is never a target: whether a model was taught to predict what the packing
-    put there says nothing of its activations. It may be the input that a target is predicted from.
-    """
-    counted: npt.NDArray[np.bool_] = documents_BT[:, 1:] == documents_BT[:, :-1]
-    counted &= flags_BT[:, 1:] == 0
-    counted &= flags_BT[:, :-1] & PADDING == 0
-    return counted
 
 
 def next_log_probs(logits_BTV: Tensor, counted_BT: Tensor) -> Tensor:
@@ -108,7 +93,8 @@ def measure(
 ) -> CrossEntropy | None:
     """Score `sequences` with each layer spliced alone; None if they hold no counted target.
 
-    Rows that are flagged or at positions below the SAE's `skip_positions` are never replaced.
+    The SAE's site is spliced at every eligible token, stored or not. Tokens that are flagged or at
+    positions below the SAE's `skip_positions` are never replaced.
 
     Args:
         transformer: the model whose activations the store holds, on the pairing's device.
@@ -122,58 +108,44 @@ def measure(
     ce_store, ce_sae, kl = (np.zeros(len(layers)) for _ in range(3))
     token_bytes = 4 * transformer.vocab_size
     fit = min(batch_rows, LOGITS_BYTES // token_bytes) // store.context_length
-    for batch in _batches(pairing, sequences, max(1, fit)):
-        tokens, eligible, counted = (t.to(transformer.device) for t in batch[1:])
-        targets = tokens[:, 1:][counted]
-        first = torch.from_numpy(batch[0].astype(np.int64))[:, None] * store.context_length
-        inputs = Inputs(tokens=tokens, indices=first + torch.arange(store.context_length))
+    keeps_all = store.rows_per_sequence == store.context_length
+    batches = read_sequences(
+        store, sequences, pairing.skip_positions, max(1, fit), transformer.device
+    )
+    for batch in batches:
+        inputs, eligible, counted = batch.inputs, batch.eligible, batch.counted
+        targets = inputs.tokens[:, 1:][counted]
         log_p = next_log_probs(run(transformer, inputs), counted)
         num_tokens += len(targets)
         ce += loss_sum(log_p, targets)
         for i, layer in enumerate(layers):
-            stored = _stored(pairing, layer, batch[0]).to(transformer.device)
-            kept = spliced(transformer, inputs, layer, stored_where(stored, eligible))
-            ce_store[i] += loss_sum(next_log_probs(kept, counted), targets)
-            rebuilt = spliced(transformer, inputs, layer, reconstruct_where(sae, eligible))
+            if keeps_all:
+                stored = _stored(pairing, layer, batch.numbers).to(transformer.device)
+                put_stored = stored_where(stored, eligible)
+                kept = spliced(transformer, inputs, layer, put_stored, pairing.site)
+                ce_store[i] += loss_sum(next_log_probs(kept, counted), targets)
+            put_rebuilt = reconstruct_where(sae, eligible)
+            rebuilt = spliced(transformer, inputs, layer, put_rebuilt, pairing.site)
             log_q = next_log_probs(rebuilt, counted)
             ce_sae[i] += loss_sum(log_q, targets)
             kl[i] += kl_sum(log_p, log_q)
-        progress(tokens.numel())
+        progress(inputs.tokens.numel())
     if num_tokens == 0:
         return None
     return CrossEntropy(
         num_tokens=num_tokens,
         ce=ce / num_tokens,
-        ce_store=ce_store / num_tokens,
+        ce_store=ce_store / num_tokens if keeps_all else None,
         ce_sae=ce_sae / num_tokens,
         delta_ce=(ce_sae - ce) / num_tokens,
         kl=kl / num_tokens,
     )
 
 
-def _batches(
-    pairing: Pairing, sequences: Int, batch_sequences: int
-) -> Iterator[tuple[Int, Tensor, Tensor, Tensor]]:
-    """Sequences, and their tokens (B, T) int64, eligible (B, T) and counted (B, T − 1) masks."""
-    store, length = pairing.store, pairing.store.context_length
-    for first in range(0, len(sequences), batch_sequences):
-        batch = sequences[first : first + batch_sequences]
-        spans = [(int(s) * length, (int(s) + 1) * length) for s in batch]
-        tokens = np.stack([store.tokens(*span) for span in spans])
-        documents = np.stack([store.documents(*span) for span in spans])
-        flags = np.stack([store.token_flags(*span) for span in spans])
-        eligible = np.stack([store.eligible(pairing.skip_positions, *span) for span in spans])
-        yield (
-            batch,
-            torch.from_numpy(tokens.astype(np.int64)),
-            torch.from_numpy(eligible),
-            torch.from_numpy(counted_targets(documents, flags)),
-        )
-
-
 def _stored(pairing: Pairing, layer: int, sequences: Int) -> Tensor:
+    """What a store of every position holds of the sequences, decoded: (B, T, D)."""
     store, length = pairing.store, pairing.store.context_length
-    spans = [(int(s) * length, (int(s) + 1) * length) for s in sequences]
+    spans = [(start, start + length) for start in (sequences * length).tolist()]
     return torch.from_numpy(
         np.stack([store.decode(store.read(pairing.site, layer, *span)) for span in spans])
     )

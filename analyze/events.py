@@ -17,6 +17,7 @@ BYTES_PER_EVENT = 10
 
 _ENCODING = {
     "row": "DELTA_BINARY_PACKED",
+    "token": "DELTA_BINARY_PACKED",
     "layer": "PLAIN",
     "latent": "PLAIN",
     "value": "BYTE_STREAM_SPLIT",
@@ -42,16 +43,17 @@ class EventsWriter:
     def append(
         self,
         rows_N: npt.NDArray[np.int64],
+        tokens_N: npt.NDArray[np.int64],
         values_NK: npt.NDArray[np.float32],
         indices_NK: npt.NDArray[np.int64],
     ) -> None:
-        """Add the active latents (value > 0) of the next rows."""
+        """Add the active latents (value > 0) of the next rows, which belong to `tokens_N`."""
         order = np.argsort(indices_NK, axis=1)
         values = np.take_along_axis(values_NK, order, axis=1)
         latents = np.take_along_axis(indices_NK, order, axis=1)
         active = values > 0
-        rows = np.repeat(rows_N, active.sum(axis=1))
-        self._held.append((rows, latents[active].astype(np.int32), values[active]))
+        rows, tokens = (np.repeat(of_row, active.sum(axis=1)) for of_row in (rows_N, tokens_N))
+        self._held.append((rows, tokens, latents[active].astype(np.int32), values[active]))
         self._num_held += len(rows)
         self.num_events += len(rows)
         if self._num_held >= ROW_GROUP:
@@ -59,9 +61,9 @@ class EventsWriter:
 
     def _write(self, count: int) -> None:
         columns = [np.concatenate(parts) for parts in zip(*self._held, strict=True)]
-        rows, latents, values = (column[:count] for column in columns)
+        rows, tokens, latents, values = (column[:count] for column in columns)
         layer = np.full(count, self._layer, dtype=np.int32)
-        table = pa.table([rows, layer, latents, values], schema=self._schema)
+        table = pa.table([rows, tokens, layer, latents, values], schema=self._schema)
         self._writer.write_table(table, row_group_size=ROW_GROUP)
         self._held = [tuple(column[count:] for column in columns)]
         self._num_held -= count

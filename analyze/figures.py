@@ -97,8 +97,9 @@ def fvu_delta_ce(layers: pa.Table) -> Figure:
     if measured:
         second = axes[1]
         second.plot(ids, _values(layers, "delta_ce"), "o-", color=BLUE, label="SAE")
-        stored = _values(layers, "ce_store") - _values(layers, "ce")
-        second.plot(ids, stored, "s--", color=ORANGE, label="stored activations")
+        if layers["ce_store"].null_count == 0:
+            stored = _values(layers, "ce_store") - _values(layers, "ce")
+            second.plot(ids, stored, "s--", color=ORANGE, label="stored activations")
         second.set(title="Cross-entropy added by one layer", xlabel="layer", ylabel="nats / token")
         second.axhline(0, color=GREY, linewidth=0.8, zorder=1)
         second.legend()

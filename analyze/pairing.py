@@ -103,16 +103,22 @@ def pair(cache: Path, directory: Path, device: torch.device) -> Pairing:
 def fingerprint(store: Store) -> str | None:
     """The fingerprint of the transformer whose activations a store holds, if it recorded one."""
     model = store.source.get("model")
-    return str(model["fingerprint"]) if isinstance(model, Mapping) else None
+    return model.get("fingerprint") if isinstance(model, Mapping) else None
 
 
 def _notes(store: Store, training: Mapping[str, Any]) -> list[str]:
+    notes = []
+    if store.rows_per_sequence < store.context_length:
+        notes.append(
+            f"the store keeps {store.rows_per_sequence} of the {store.context_length} positions of "
+            f"each sequence: what is said of rows is of those"
+        )
     if training["store_id"] == store.store_id:
-        return []
-    notes = [
+        return notes
+    notes.append(
         f"the SAE was trained from another store, {_short(training['store_id'])}, than the one "
         f"analyzed, {_short(store.store_id)}"
-    ]
+    )
     if training["validation"]["tokens_sha256"] != store.plan["tokens_sha256"]:
         notes.append(
             "the two stores hold different text: the rows evaluated were chosen from the analyzed "

@@ -31,14 +31,13 @@ from mlsae.analyze.selection import Int, choose_sequences, first_tokens
 from mlsae.analyze.summary import overall, render
 from mlsae.analyze.sweep import EventsPlan, LayerSums, sweep_layer
 from mlsae.analyze.tables import latents_tables, layers_table
+from mlsae.analyze.transformer import find_transformer
 from mlsae.base.devices import resolve_device
 from mlsae.base.errors import InputError
 from mlsae.base.files import seal, write_durably
 from mlsae.base.resources import require_disk
-from mlsae.models import Transformer, load_for
-from mlsae.store import Store
 
-_TOKENS_AT_ONCE = 2**20
+_ROWS_AT_ONCE = 2**20
 
 
 def run(config: AnalyzeConfig) -> Analysis:
@@ -48,7 +47,7 @@ def run(config: AnalyzeConfig) -> Analysis:
     pairing = pair(config.cache, config.sae, device)
     sequences = choose_sequences(pairing.store, config.rows, pairing.validation, config.max_tokens)
     num_rows = _count_rows(pairing, sequences)
-    transformer, reason = _transformer(pairing, config)
+    transformer, reason = find_transformer(pairing.store, pairing.site, config.model, device)
     with staged(config.out) as directory:
         provenance = _provenance(pairing)
         events = _plan_events(pairing, sequences, config, directory, provenance)
@@ -81,7 +80,7 @@ def run(config: AnalyzeConfig) -> Analysis:
         names = figures.draw_all(directory / FIGURES, **tables)
         content = {
             **_settings(config),
-            **_what(pairing, sequences, sums),
+            **_what(pairing, sequences, sums, entropy),
             "cross_entropy": None if entropy is None else {"num_tokens": entropy.num_tokens},
             "no_cross_entropy_because": reason,
             "overall": overall(tables["layers"], tables["latents"]),
@@ -99,57 +98,25 @@ def _count_rows(pairing: Pairing, sequences: Int) -> int:
     Raises:
         InputError: none of them is eligible.
     """
-    store, length = pairing.store, pairing.store.context_length
+    store, length = pairing.store, pairing.store.rows_per_sequence
     num_rows, num_eligible = 0, 0
-    at_once = max(1, _TOKENS_AT_ONCE // length)
+    at_once = max(1, _ROWS_AT_ONCE // length)
     for first in range(0, store.num_sequences, at_once):
         last = min(first + at_once, store.num_sequences)
         low, high = np.searchsorted(sequences, [first, last])
         if low == high:
             continue
-        flags = store.token_flags(first * length, last * length).reshape(-1, length)
-        unflagged = flags[sequences[low:high] - first] == 0
+        chosen, span = sequences[low:high] - first, (first * length, last * length)
+        unflagged = store.row_flags(*span).reshape(-1, length)[chosen] == 0
+        positions = store.positions(*span).reshape(-1, length)[chosen]
         num_rows += int(unflagged.sum())
-        num_eligible += int(unflagged[:, pairing.skip_positions :].sum())
+        num_eligible += int((unflagged & (positions >= pairing.skip_positions)).sum())
     if num_eligible == 0:
         raise InputError(
             f"none of the {len(sequences) * length} rows chosen is eligible (no flag, position at "
             f"least {pairing.skip_positions}): choose others with --rows or more with --max-tokens"
         )
     return num_rows
-
-
-def _transformer(pairing: Pairing, config: AnalyzeConfig) -> tuple[Transformer | None, str | None]:
-    """The store's transformer, or None and why there is none.
-
-    Raises:
-        InputError: `config.model` was given and cannot be used.
-    """
-    source = pairing.store.source.get("model")
-    if pairing.site != "resid_post":
-        reason = f"site {pairing.site} cannot be spliced yet"
-    elif isinstance(source, Mapping):
-        place = _place(pairing.store) if config.model is None else (config.model, None)
-        if place is None:
-            return None, "the store does not say where its transformer lay; give --model"
-        name, revision = place
-        try:
-            return load_for(source, name, revision=revision, device=pairing.device), None
-        except InputError as error:
-            if config.model is not None:
-                raise
-            return None, str(error)
-    else:
-        reason = "the store records no transformer"
-    if config.model is not None:
-        raise InputError(f"--model {config.model}: {reason}; leave it out")
-    return None, reason
-
-
-def _place(store: Store) -> tuple[str | Path, str | None] | None:
-    """Name and revision under which the last harvest of this store found its transformer."""
-    places = [record["model"] for record in store.provenance() if "model" in record]
-    return (places[-1]["name"], places[-1]["revision"]) if places else None
 
 
 def _provenance(pairing: Pairing) -> dict[str, str]:
@@ -167,12 +134,11 @@ def _plan_events(
     directory: Path,
     provenance: Mapping[str, str],
 ) -> EventsPlan:
-    length = pairing.store.context_length
-    covered = first_tokens(sequences, config.events_max_tokens, length)
-    k = pairing.sae.config.k
+    store, k = pairing.store, pairing.sae.config.k
+    covered = first_tokens(sequences, config.events_max_tokens, store.context_length)
     require_disk(
         directory,
-        len(covered) * length * len(pairing.layers) * k * BYTES_PER_EVENT,
+        len(covered) * store.rows_per_sequence * len(pairing.layers) * k * BYTES_PER_EVENT,
         "the table of activations",
         "lower --max-tokens or choose another --out",
     )
@@ -181,7 +147,7 @@ def _plan_events(
     return EventsPlan(
         directory=folder,
         schema=schema("activations", provenance),
-        end_row=(int(covered[-1]) + 1) * length if len(covered) else 0,
+        end_row=(int(covered[-1]) + 1) * store.rows_per_sequence if len(covered) else 0,
     )
 
 
@@ -218,7 +184,18 @@ def _settings(config: AnalyzeConfig) -> dict[str, Any]:
     }
 
 
-def _what(pairing: Pairing, sequences: Int, sums: Mapping[int, LayerSums]) -> dict[str, Any]:
+def _what(
+    pairing: Pairing,
+    sequences: Int,
+    sums: Mapping[int, LayerSums],
+    entropy: CrossEntropy | None,
+) -> dict[str, Any]:
+    notes = list(pairing.notes)
+    if entropy is not None and entropy.ce_store is None:
+        notes.append(
+            "ce_store was not measured: it takes the stored activations of every eligible token; "
+            "ce_sae, delta_ce and kl splice them all, recomputed by the transformer"
+        )
     return {
         **_provenance(pairing),
         "model_fingerprint": fingerprint(pairing.store),
@@ -226,10 +203,11 @@ def _what(pairing: Pairing, sequences: Int, sums: Mapping[int, LayerSums]) -> di
         "layers": list(pairing.layers),
         "skip_positions": pairing.skip_positions,
         "context_length": pairing.store.context_length,
+        "rows_per_sequence": pairing.store.rows_per_sequence,
         "num_sequences": len(sequences),
         "num_rows": sum(of.eligible.num_rows for of in sums.values()),
         "num_events": sum(of.num_events for of in sums.values()),
-        "notes": list(pairing.notes),
+        "notes": notes,
     }
 
 

@@ -28,12 +28,11 @@ def choose_sequences(
     Raises:
         InputError: nothing was held out, or `max_tokens` is less than a sequence.
     """
-    num_sequences = store.num_tokens // store.context_length
-    sequences = np.arange(num_sequences, dtype=np.int64)
+    sequences = np.arange(store.num_sequences, dtype=np.int64)
     if rows != "all":
         held_out = validation_sequences(
             str(store.plan["tokens_sha256"]),
-            num_sequences,
+            store.num_sequences,
             float(validation["fraction"]),
             int(validation["seed"]),
         )
@@ -63,46 +62,49 @@ def first_tokens(sequences: Int, max_tokens: int, context_length: int) -> Int:
 
 def read_rows(
     store: Store, site: str, layer: int, sequences: Int, batch_rows: int
-) -> Iterator[tuple[Int, Single]]:
-    """The unflagged rows of `sequences`, every position, in the order of the store.
+) -> Iterator[tuple[Int, Int, Single]]:
+    """The unflagged rows of `sequences`, every stored position, in the order of the store.
 
     Chunks that hold none of them are not read. Memory: one chunk and one batch.
 
     Yields:
-        Row numbers (N,) and decoded activations (N, d_model), 0 < N ≤ `batch_rows`.
+        Row numbers (N,), the index of each one's token (N,) and decoded activations (N, d_model),
+        0 < N ≤ `batch_rows`.
     """
-    rows_held: list[Int] = []
-    x_held: list[Single] = []
+    held: list[tuple[Int, Int, Single]] = []
     num_held = 0
-    for start, rows in _chunks(store, sequences):
+    for start, rows, tokens in _chunks(store, sequences):
         stop = min(start + store.chunk_rows, store.num_rows)
         x = store.decode(store.read(site, layer, start, stop))[rows - start]
-        rows_held.append(rows)
-        x_held.append(x)
+        held.append((rows, tokens, x))
         num_held += len(rows)
         if num_held < batch_rows:
             continue
-        rows, x = np.concatenate(rows_held), np.concatenate(x_held)
+        rows, tokens, x = _joined(held)
         whole = num_held - num_held % batch_rows
         for first in range(0, whole, batch_rows):
-            yield rows[first : first + batch_rows], x[first : first + batch_rows]
-        rows_held, x_held, num_held = [rows[whole:]], [x[whole:]], num_held - whole
+            batch = slice(first, first + batch_rows)
+            yield rows[batch], tokens[batch], x[batch]
+        held, num_held = [(rows[whole:], tokens[whole:], x[whole:])], num_held - whole
     if num_held:
-        yield np.concatenate(rows_held), np.concatenate(x_held)
+        yield _joined(held)
 
 
-def _chunks(store: Store, sequences: Int) -> Iterator[tuple[int, Int]]:
-    """First row of each chunk that holds unflagged rows of `sequences`, and those rows."""
+def _joined(held: list[tuple[Int, Int, Single]]) -> tuple[Int, Int, Single]:
+    rows, tokens, x = zip(*held, strict=True)
+    return np.concatenate(rows), np.concatenate(tokens), np.concatenate(x)
+
+
+def _chunks(store: Store, sequences: Int) -> Iterator[tuple[int, Int, Int]]:
+    """First row of each chunk with unflagged rows of `sequences`, those rows and their tokens."""
+    length = store.rows_per_sequence
     for start in range(0, store.num_rows, store.chunk_rows):
         stop = min(start + store.chunk_rows, store.num_rows)
-        low, high = np.searchsorted(
-            sequences, [start // store.context_length, (stop - 1) // store.context_length + 1]
-        )
+        low, high = np.searchsorted(sequences, [start // length, (stop - 1) // length + 1])
         if low == high:
             continue
-        first = sequences[low:high, None] * store.context_length
-        rows = (first + np.arange(store.context_length)).ravel()
+        rows = (sequences[low:high, None] * length + np.arange(length)).ravel()
         rows = rows[(rows >= start) & (rows < stop)]
-        rows = rows[store.eligible(0, start, stop)[rows - start]]
+        rows = rows[store.row_flags(start, stop)[rows - start] == 0]
         if len(rows):
-            yield start, rows
+            yield start, rows, store.row_tokens(start, stop)[rows - start]

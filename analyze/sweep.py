@@ -71,11 +71,11 @@ def sweep_layer(
     parts = [RowSums.empty(store.d_model, device)] * 3
     latents = LatentSums(sae.config.num_latents, device)
     with EventsWriter(events.directory / f"layer-{layer}.parquet", events.schema, layer) as writer:
-        for rows, stored in read_rows(store, pairing.site, layer, sequences, batch_rows):
+        for rows, tokens, stored in read_rows(store, pairing.site, layer, sequences, batch_rows):
             x = torch.from_numpy(stored).to(device)
             encoded = sae.encode(x)
             x_hat = sae.decode(encoded)
-            positions = rows % store.context_length
+            positions = tokens % store.context_length
             is_first, is_eligible = positions == 0, positions >= pairing.skip_positions
             # Disjoint sets of rows: position 0, skipped after it, the rest. Every filter that is
             # reported is a union of them.
@@ -89,6 +89,7 @@ def sweep_layer(
             covered = int((rows[is_eligible] < events.end_row).sum())
             writer.append(
                 rows[is_eligible][:covered],
+                tokens[is_eligible][:covered],
                 values[:covered].cpu().numpy(),
                 indices[:covered].cpu().numpy(),
             )

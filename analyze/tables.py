@@ -59,13 +59,13 @@ def layers_table(
     return pa.Table.from_pylist(rows, schema=schema("layers", provenance))
 
 
-def _entropy_columns(entropy: CrossEntropy | None, i: int) -> dict[str, float]:
+def _entropy_columns(entropy: CrossEntropy | None, i: int) -> dict[str, float | None]:
     if entropy is None:
         return {}
     return {
         "num_ce_tokens": entropy.num_tokens,
         "ce": entropy.ce,
-        "ce_store": float(entropy.ce_store[i]),
+        "ce_store": None if entropy.ce_store is None else float(entropy.ce_store[i]),
         "ce_sae": float(entropy.ce_sae[i]),
         "delta_ce": float(entropy.delta_ce[i]),
         "kl": float(entropy.kl[i]),

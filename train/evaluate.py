@@ -141,7 +141,7 @@ def _blocks(
 
     Rows with a flag have position −1.
     """
-    length, reader = store.context_length, store.reader(site, layer)
+    length, reader = store.rows_per_sequence, store.reader(site, layer)
     together = max(1, _BLOCK_ROWS // length)
     buffer = torch.empty(together * length, store.d_model, dtype=TORCH_DTYPE[store.encoding])
     out = (buffer.view(torch.uint16) if buffer.dtype == torch.bfloat16 else buffer).numpy()
@@ -150,7 +150,7 @@ def _blocks(
         positions = []
         for i, start in enumerate(starts.tolist()):
             reader.read_into(out[i * length : (i + 1) * length], start)
-            flags = store.token_flags(start, start + length)
-            positions.append(np.where(flags == 0, np.arange(length), -1))
+            flagged = store.row_flags(start, start + length) != 0
+            positions.append(np.where(flagged, -1, store.positions(start, start + length)))
         rows = len(starts) * length
         yield buffer[:rows], torch.from_numpy(np.concatenate(positions))

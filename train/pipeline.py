@@ -208,7 +208,7 @@ def _record(
         "settings": plan.settings(),
         "store_id": store.store_id,
         "plan_id": store.plan_id,
-        "model_fingerprint": model["fingerprint"] if isinstance(model, Mapping) else None,
+        "model_fingerprint": model.get("fingerprint") if isinstance(model, Mapping) else None,
         "site": plan.site,
         "layers": list(plan.layers),
         "skip_positions": config.skip_positions,

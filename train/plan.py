@@ -67,7 +67,7 @@ def make_plan(config: TrainConfig, store: Store) -> Plan:
     Raises:
         InputError: it asks for what cannot be, or for what the store does not hold.
     """
-    site, layers = store.check_site(config.site), store.check_layers(config.layers)
+    site, layers = _site(config, store), store.check_layers(config.layers)
     sae = SAEConfig(d_in=store.d_model, num_latents=config.latents(store.d_model), k=config.k)
     if config.batch_size < len(layers):
         raise InputError(
@@ -106,6 +106,15 @@ def make_plan(config: TrainConfig, store: Store) -> Plan:
         ),
         dead_after=default_dead_after(len(layers), num_rows),
     )
+
+
+def _site(config: TrainConfig, store: Store) -> str:
+    if config.site is None and len(store.sites) > 1:
+        raise InputError(
+            f"{store.path} holds the sites {', '.join(store.sites)}, and an SAE is trained on one: "
+            f"choose it with --site"
+        )
+    return store.check_site(config.site)
 
 
 def _num_steps(config: TrainConfig, mixture: Mixture) -> int:

@@ -20,7 +20,7 @@ class TrainingRows:
     """The rows that are eligible and not held out for validation; computed when asked for.
 
     Args:
-        store: read for its token flags alone.
+        store: read for the tokens of its rows and their flags alone.
         skip_positions: first positions of a sequence that are left out.
         validation: (n,) ascending indices of the sequences held out.
     """
@@ -35,7 +35,7 @@ class TrainingRows:
     def mask(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
         """(stop − start,) whether each row is trained on."""
         eligible = self._store.eligible(self._skip_positions, start, stop)
-        length = self._store.context_length
+        length = self._store.rows_per_sequence
         inside = np.searchsorted(self._validation, [start // length, -(-stop // length)])
         for sequence in self._validation[inside[0] : inside[1]].tolist():
             first = sequence * length - start

@@ -13,13 +13,13 @@ import transformers
 
 from mlsae.analyze import AnalyzeConfig, run
 from mlsae.analyze.cross_entropy import (
-    counted_targets,
     kl_sum,
     measure,
     reconstruct_where,
     stored_where,
 )
 from mlsae.analyze.pairing import Pairing, pair
+from mlsae.analyze.sequences import counted_targets
 from mlsae.models import load
 from mlsae.sae import load as load_sae
 from mlsae.store import MASKED, PADDING, SPECIAL

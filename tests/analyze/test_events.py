@@ -29,12 +29,12 @@ def test_events_are_the_active_latents_in_the_order_of_rows_and_latents(
     with EventsWriter(tmp_path / "layer-7.parquet", SCHEMA, 7) as writer:
         for number in range(4):
             rows, values, indices = _batch(9, 20 * number, seed=number)
-            writer.append(rows, values, indices)
+            writer.append(rows, 3 * rows, values, indices)
             for n, row in enumerate(rows):
                 for latent in np.sort(indices[n]):
                     value = values[n, indices[n] == latent][0]
                     if value > 0:
-                        expected.append((row, 7, latent, value))
+                        expected.append((row, 3 * row, 7, latent, value))
     found = pq.read_table(tmp_path / "layer-7.parquet")
     assert writer.num_events == len(expected) == len(found)
     assert list(zip(*(found[name].to_pylist() for name in found.column_names), strict=True)) == (
@@ -49,8 +49,8 @@ def test_events_are_the_active_latents_in_the_order_of_rows_and_latents(
 def test_a_layer_without_an_event_is_an_empty_table_of_the_same_schema(tmp_path: Path) -> None:
     with EventsWriter(tmp_path / "a.parquet", SCHEMA, 0) as writer:
         rows, values, indices = _batch(5, 0, seed=0)
-        writer.append(rows, np.zeros_like(values), indices)
-        writer.append(rows[:0], values[:0], indices[:0])
+        writer.append(rows, rows, np.zeros_like(values), indices)
+        writer.append(rows[:0], rows[:0], values[:0], indices[:0])
     found = pq.read_table(tmp_path / "a.parquet")
     assert len(found) == writer.num_events == 0
     assert found.schema.equals(SCHEMA, check_metadata=True)

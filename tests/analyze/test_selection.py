@@ -55,12 +55,13 @@ def test_every_unflagged_row_of_the_sequences_is_read_once_in_order(
     sample = sample_maker(encoding=encoding)
     store = open_store(sample.path)
     sequences = np.array([0, 1, 5, 19, 36])
-    rows, x = zip(*read_rows(store, "resid_post", 3, sequences, batch_rows), strict=True)
+    rows, tokens, x = zip(*read_rows(store, "resid_post", 3, sequences, batch_rows), strict=True)
     assert all(len(part) == batch_rows for part in rows[:-1])
     assert 0 < len(rows[-1]) <= batch_rows
     every = np.arange(len(sample.tokens))
     expected = every[np.isin(every // 24, sequences) & (sample.token_flags == 0)]
     np.testing.assert_array_equal(np.concatenate(rows), expected)
+    np.testing.assert_array_equal(np.concatenate(tokens), expected)
     whole = store.decode(store.read("resid_post", 3))
     np.testing.assert_array_equal(np.concatenate(x), whole[expected])
 
@@ -72,5 +73,5 @@ def test_shards_without_a_chosen_row_are_not_touched(sample: Any) -> None:
     for file in (sample.path / "activations/resid_post/0").glob("c.*"):
         if int(file.name.split(".")[1]) not in needed:
             file.unlink()
-    rows = [part for part, _ in read_rows(store, "resid_post", 0, np.array([9]), 4096)]
+    rows = [part for part, *_ in read_rows(store, "resid_post", 0, np.array([9]), 4096)]
     assert (np.concatenate(rows) // 24 == 9).all()

@@ -1,0 +1,76 @@
+"""The transformer behind a store, rebuilt as it was, or why there is none."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from mlsae.base.errors import InputError
+from mlsae.models import Transformer, load_for
+from mlsae.models.kinds import ENCODER
+from mlsae.models.sites import check_sites
+from mlsae.store import Store
+
+_NEEDED = frozenset(
+    {
+        "fingerprint",
+        "config_sha256",
+        "dtype",
+        "attention_implementation",
+        "kind",
+        "init",
+        "init_seed",
+        "blocks",
+    }
+)
+
+
+def find_transformer(
+    store: Store, site: str, given: Path | None, device: torch.device
+) -> tuple[Transformer | None, str | None]:
+    """The transformer that predicts next tokens and whose activations a store holds.
+
+    Args:
+        store: the store.
+        site: the site that will be spliced.
+        given: directory of the model; None for where the store's last harvest found it.
+        device: where to put the weights.
+
+    Returns:
+        The transformer, in the initialisation that the store records; or None and the reason.
+
+    Raises:
+        InputError: `given` is not None and cannot be used.
+    """
+    if (reason := _why_none(store.source.get("model"))) is not None:
+        if given is not None:
+            raise InputError(f"--model {given}: {reason}; leave it out")
+        return None, reason
+    place = _place(store) if given is None else (given, None)
+    if place is None:
+        return None, "the store does not say where its transformer lay; give --model"
+    name, revision = place
+    try:
+        transformer = load_for(store.source["model"], name, revision=revision, device=device)
+        check_sites(transformer, [site])
+    except InputError as error:
+        if given is not None:
+            raise
+        return None, str(error)
+    return transformer, None
+
+
+def _why_none(record: object) -> str | None:
+    if not isinstance(record, Mapping):
+        return "the store records no transformer"
+    if missing := sorted(_NEEDED - record.keys()):
+        return f"the store's record of its transformer lacks {', '.join(missing)}"
+    if record["kind"] == ENCODER:
+        return "the store's transformer is an encoder, which predicts no next token"
+    return None
+
+
+def _place(store: Store) -> tuple[str | Path, str | None] | None:
+    """Name and revision under which the last harvest of this store found its transformer."""
+    places = [record["model"] for record in store.provenance() if "model" in record]
+    return (places[-1]["name"], places[-1]["revision"]) if places else None
