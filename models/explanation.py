@@ -9,6 +9,8 @@ from huggingface_hub import errors as hub_errors
 from mlsae.base.errors import InputError, MlsaeError
 from mlsae.models.place import Place
 
+_UNUSABLE = (OSError, ValueError, KeyError, ImportError, hub_errors.HfHubHTTPError)
+
 
 @contextmanager
 def explained(place: Place, what: str) -> Iterator[None]:
@@ -26,8 +28,6 @@ def explained(place: Place, what: str) -> Iterator[None]:
         yield
     except MlsaeError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, hub_errors.HfHubHTTPError) as error:
-        raise InputError(_explanation(place, what, error)) from error
     except Exception as error:
         # A damaged file and a broken connection come as bare exceptions of the libraries below.
         origin = type(error).__module__.partition(".")[0]
@@ -36,12 +36,14 @@ def explained(place: Place, what: str) -> Iterator[None]:
                 f"the weights of model {place.name} are damaged ({first_line(error)}); fetch the "
                 "model again"
             ) from error
-        if origin in ("httpx", "httpx2"):
+        if origin in ("httpx", "httpx2", "requests"):
             raise InputError(
                 f"the connection to {hub.ENDPOINT} broke off while {what} {place.name} was fetched "
                 f"({first_line(error)}); run the same command again: what has arrived is kept"
             ) from error
-        raise
+        if not isinstance(error, _UNUSABLE):
+            raise
+        raise InputError(_explanation(place, what, error)) from error
 
 
 @contextmanager
@@ -68,7 +70,7 @@ def config_explained(place: Place) -> Iterator[None]:
 
 def first_line(error: BaseException) -> str:
     """An error's text up to its first line that says something, or its class where it has none."""
-    lines = str(error).split("\n") if str(error).strip() else [type(error).__name__]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
     if lines[0].endswith(":") and len(lines) > 1:
         return f"{lines[0]} {lines[1].strip()}"
     return lines[0]

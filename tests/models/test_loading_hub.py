@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from mlsae.models import load
 from mlsae.models.place import is_reachable
@@ -71,14 +72,11 @@ def asked(
     directory = make_model_directory("gpt2")
     root, home = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("home")
     for name in ("good", "interrupted", "cut", "members", "reviewed"):
-        shutil.copytree(directory, root / "models" / "someone" / name)
-    # Its weights alone have this name, so that no other model's answer is cut.
-    for name, file in (("interrupted", "once.safetensors"), ("cut", "always.safetensors")):
         folder = root / "models" / "someone" / name
-        (folder / "model.safetensors").rename(folder / file)
-        keys = load(directory).model.state_dict()
-        index = {"metadata": {}, "weight_map": dict.fromkeys(keys, file)}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        shutil.copytree(directory, folder)
+        # Bytes of their own: the client keeps files of equal content once for all models.
+        weights = load_file(directory / "model.safetensors")
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt", "of": name})
     cases = {
         "found": ("load", "someone/good", None),
         "outline": ("outline", "someone/members", "main"),
@@ -92,8 +90,8 @@ def asked(
     }
     with hub_module().serving(root) as hub:
         hub.gated = {"someone/members": 401, "someone/reviewed": 403}
-        hub.cuts["once.safetensors"] = 1
-        hub.cuts["always.safetensors"] = 1_000
+        hub.cuts["someone/interrupted", "model.safetensors"] = 1
+        hub.cuts["someone/cut", "model.safetensors"] = 1_000
         environment = hub.environment(home)
         answers = dict(zip(cases, ask(environment, *cases.values()), strict=True))
         answers["url"] = hub.url
