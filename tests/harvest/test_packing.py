@@ -1,26 +1,28 @@
 """Packing joins documents, cuts whole sequences and loses nothing but the final incomplete one."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlsae.base.errors import InputError
-from mlsae.harvest.joints import Joints, tokenizer_sha256
+from mlsae.base.errors import InputError, ResourceError
+from mlsae.harvest.joints import BOS, PACKINGS, Joints, tokenizer_sha256
 from mlsae.harvest.packing import PackedText, pack
-from mlsae.harvest.text import Source, TextConfig, open_sources
+from mlsae.harvest.text import Document, Source, TextConfig, open_sources
 from mlsae.models import load_tokenizer
-from mlsae.store import SPECIAL
+from mlsae.store import PADDING, SPECIAL
 
 HERE = Path(__file__).parent
 
 
 def packed_of(
-    texts: Iterable[str], tokenizer: Any, *, context_length: int, **options: Any
+    texts: Iterable[Document], tokenizer: Any, *, context_length: int, **options: Any
 ) -> PackedText:
     """One data set of these texts, packed on this disk."""
     source = Source(name="texts", share=1.0, documents=iter(texts))
@@ -37,64 +39,201 @@ KINDS = {
 }
 
 
-def expected_rows(
-    texts: list[str], tokenizer: Any, context_length: int, opens: bool
-) -> list[list[tuple[int, int]]]:
-    """(token, document) of every whole sequence, written out token by token."""
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """How documents are to be packed, and what the tokenizer does by default."""
+
+    context_length: int
+    packing: str = "concatenate"
+    bos: str = "auto"
+    isolate_documents: bool = False
+    adds_bos: bool = False
+
+
+def expected_rows(texts: list[str], tokenizer: Any, case: Case) -> list[list[tuple[int, int, int]]]:
+    """(token, document, flag) of every sequence, written out token by token; the last one may be
+    too short, or a document's too long."""
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-    stream: list[tuple[int, int]] = []
+    opens = case.bos == "always" or (case.bos == "auto" and case.adds_bos)
+    alone = case.packing == "document"
+    separator = eos is None and bos is not None and case.bos != "never"
+    if alone or (opens and case.isolate_documents):
+        separator = False
+    rows: list[list[tuple[int, int, int]]] = [[]]
+    is_first = True
+
+    def put(token: int, document: int) -> None:
+        if len(rows[-1]) == case.context_length and not alone:
+            rows.append([])
+        if not rows[-1] and opens:
+            rows[-1].append((bos, document, SPECIAL))
+        flag = SPECIAL if token in tokenizer.all_special_ids else 0
+        rows[-1].append((token, document, flag))
+
     for index, text in enumerate(texts):
         ids = [tokenizer.convert_tokens_to_ids(word) for word in text.split()]
         if not ids:
             continue
-        if eos is None and bos is not None and stream:
-            stream.append((bos, index))
-        stream += [(token, index) for token in ids]
+        if alone and not is_first:
+            rows.append([])
+        elif opens and case.isolate_documents and 0 < len(rows[-1]) < case.context_length:
+            put(bos, index)
+        for token in [*([bos] if separator and not is_first else []), *ids]:
+            put(token, index)
         if eos is not None:
-            stream.append((eos, index))
-    rows = []
-    while stream:
-        row = [(bos, stream[0][1])] if opens else []
-        while stream and len(row) < context_length:
-            row.append(stream.pop(0))
-        rows.append(row)
+            put(eos, index)
+        if alone:
+            padding = 0 if eos is None else eos
+            rows[-1] += [(padding, index, PADDING)] * (case.context_length - len(rows[-1]))
+        is_first = False
     return rows
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_equals_packing_token_by_token(
     kind: str, data: st.DataObject, tokenizer_maker: Callable[..., Any]
 ) -> None:
-    """Tokens, documents, flags and the size of what is left out, for every kind of tokenizer."""
+    """Tokens, documents, flags and what is left out, for every kind of tokenizer and packing."""
     tokenizer = tokenizer_maker(**KINDS[kind])
-    word = st.sampled_from(["w0", "w1", "w49", "unknown"])
+    word = st.sampled_from(["w0", "w1", "w49", "<unk>"])
     text = st.lists(word, max_size=9).map(" ".join)
     texts = data.draw(st.lists(text, max_size=30))
-    context_length = data.draw(st.integers(2, 7))
-    opens = bool(KINDS[kind].get("adds_bos"))
-    rows = expected_rows(
-        [" ".join(w if w != "unknown" else "<unk>" for w in t.split()) for t in texts],
-        tokenizer, context_length, opens,
-    )  # fmt: skip
-    whole = [row for row in rows if len(row) == context_length]
+    case = Case(
+        context_length=data.draw(st.integers(2, 7)),
+        packing=data.draw(st.sampled_from(PACKINGS)),
+        bos=data.draw(st.sampled_from(BOS if KINDS[kind].get("bos") else ["auto", "never"])),
+        isolate_documents=data.draw(st.booleans()),
+        adds_bos=bool(KINDS[kind].get("adds_bos")),
+    )
+    settings_of_case = {
+        name: value for name, value in vars(case).items() if name not in {"adds_bos"}
+    }
+    rows = expected_rows(texts, tokenizer, case)
+    length = case.context_length
+    whole = [row[:length] for row in rows if len(row) >= length]
     if not whole:
         with pytest.raises(InputError, match="the data set"):
-            packed_of(texts, tokenizer, context_length=context_length)
+            packed_of(texts, tokenizer, **settings_of_case)
         return
-    packed = packed_of(texts, tokenizer, context_length=context_length)
-    flat = np.array(whole).reshape(-1, 2)
+    packed = packed_of(texts, tokenizer, **settings_of_case)
+    flat = np.array(whole).reshape(-1, 3)
     np.testing.assert_array_equal(packed.tokens, flat[:, 0])
     np.testing.assert_array_equal(packed.documents, flat[:, 1])
-    special = [token in tokenizer.all_special_ids for token in flat[:, 0]]
-    np.testing.assert_array_equal(packed.token_flags, np.where(special, SPECIAL, 0))
+    np.testing.assert_array_equal(packed.token_flags, flat[:, 2])
     assert (packed.tokens.dtype, packed.documents.dtype) == (np.uint32, np.uint32)
     assert packed.token_flags.dtype == np.uint8
-    left_out = rows[-1] if len(rows) > len(whole) else []
+    left_out = rows[-1] if len(rows[-1]) < length else []
+    opens = packed.joints.opening is not None
     assert packed.num_left_over == len(left_out) - (opens and bool(left_out))
     assert packed.num_documents == sum(bool(t.split()) for t in texts)
     assert packed.num_empty == len(texts) - packed.num_documents
+    assert packed.num_padding == (flat[:, 2] == PADDING).sum()
+    assert packed.num_cut == sum(len(row) - length for row in rows if len(row) > length)
+    assert packed.num_cut_documents == sum(len(row) > length for row in rows)
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_settings_that_decide_tokens_are_described(
+    isolate: bool, tokenizer_maker: Callable[..., Any]
+) -> None:
+    """Two packings with different tokens differ in what the store's plan says of them."""
+    tokenizer = tokenizer_maker(bos=True)
+    seen: dict[bytes, str] = {}
+    for packing in PACKINGS:
+        for bos in BOS:
+            options = {"packing": packing, "bos": bos, "isolate_documents": isolate}
+            packed = packed_of(["w1 w2", "w3"] * 9, tokenizer, context_length=5, **options)
+            described = str(packed.joints.describe())
+            assert seen.setdefault(packed.tokens.tobytes(), described) == described
+    assert len(seen) == 4
+
+
+def test_bos_that_the_tokenizer_lacks_is_refused(tokenizer_maker: Callable[..., Any]) -> None:
+    with pytest.raises(
+        InputError, match=r"--bos always needs a BOS token, and the tokenizer .* has none"
+    ):
+        packed_of(["w1"], tokenizer_maker(), context_length=4, bos="always")
+
+
+def test_encoders_have_their_own_opening_and_closing_tokens() -> None:
+    """BERT's tokenizer has neither BOS nor EOS; what it puts around a text stands for them."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = transformers.BertTokenizer(vocab=vocabulary)
+    packed = packed_of(["a b", "b"], tokenizer, context_length=5, packing="document")
+    assert packed.tokens.tolist() == [2, 5, 6, 3, 0, 2, 6, 3, 0, 0]
+    expected = [SPECIAL, 0, 0, SPECIAL, PADDING, SPECIAL, 0, SPECIAL, PADDING, PADDING]
+    assert packed.token_flags.tolist() == expected
+
+
+def test_long_documents_and_full_blocks_have_no_seam(tokenizer_maker: Callable[..., Any]) -> None:
+    """More tokens than are held in memory, in documents longer than a batch and far shorter."""
+    tokenizer = tokenizer_maker(bos=True, adds_bos=True)
+    generator = np.random.default_rng(0)
+    lengths = [600_000, *generator.integers(1, 400, 2000), 3, 700_000]
+    documents = [generator.integers(3, 53, length).astype(np.uint32) for length in lengths]
+    packed = packed_of(documents, tokenizer, context_length=97)
+    stream = np.concatenate([np.append(ids, np.uint32(0)) for ids in documents])
+    index = np.repeat(np.arange(len(documents)), [len(ids) + 1 for ids in documents])
+    used = len(stream) // 96 * 96
+    np.testing.assert_array_equal(
+        packed.tokens.reshape(-1, 97)[:, 1:], stream[:used].reshape(-1, 96)
+    )
+    np.testing.assert_array_equal(
+        packed.documents.reshape(-1, 97)[:, 1:], index[:used].reshape(-1, 96)
+    )
+    assert (packed.tokens.reshape(-1, 97)[:, 0] == 1).all()
+
+
+def test_texts_are_tokenised_in_order_whatever_their_length(
+    tokenizer_maker: Callable[..., Any],
+) -> None:
+    """Batches grow, and a long text has one alone: none is lost, doubled or moved."""
+    tokenizer = tokenizer_maker()
+    generator = np.random.default_rng(0)
+    lengths = [*generator.integers(1, 50, 20_000), 900_000, 2, *generator.integers(1, 50, 9000)]
+    texts = [" ".join([f"w{i % 50}"] * length) for i, length in enumerate(lengths)]
+    packed = packed_of(texts, tokenizer, context_length=8)
+    stream = np.concatenate(
+        [np.append(np.full(length, 2 + i % 50), 0) for i, length in enumerate(lengths)]
+    )
+    np.testing.assert_array_equal(packed.tokens, stream[: len(stream) // 8 * 8])
+
+
+def test_nothing_lies_on_the_disk_under_a_name(
+    tokenizer_maker: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Not while documents are read, not after; and the text stays readable."""
+    seen = []
+
+    def texts() -> Iterator[str]:
+        for _ in range(50):
+            seen.append(list(tmp_path.iterdir()))
+            yield "w1 w2 w3"
+
+    source = Source(name="a", share=1.0, documents=texts())
+    where = tmp_path / "not" / "there"
+    packed = pack([source], tokenizer_maker(), context_length=4, spool=where)
+    assert seen == [[]] * 50
+    assert list(tmp_path.iterdir()) == []
+    assert packed.tokens.sum() == 50 * (3 + 4 + 5)
+    with pytest.raises(ValueError, match="read-only"):
+        packed.tokens[0] = 1
+
+
+def test_text_that_is_not_unicode_is_refused(tokenizer_maker: Callable[..., Any]) -> None:
+    with pytest.raises(InputError, match=r"not valid Unicode: '\\ud800' after 'w1 w2 '; repair it"):
+        packed_of(["w1", "w1 w2 \ud800"], tokenizer_maker(), context_length=4)
+
+
+def test_document_too_long_for_the_memory_is_refused(
+    tokenizer_maker: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlsae.base.resources.available_memory", lambda: 100_000_000)
+    with pytest.raises(ResourceError, match="tokenising a document of 3,000,000 characters: needs"):
+        packed_of(["w1 " * 1_000_000], tokenizer_maker(), context_length=4)
 
 
 def test_documents_are_read_in_batches_without_a_seam(
@@ -104,7 +243,8 @@ def test_documents_are_read_in_batches_without_a_seam(
     tokenizer = tokenizer_maker(eos=False, bos=True)
     texts = [f"w{i % 50}" for i in range(700)]
     packed = packed_of(texts, tokenizer, context_length=4)
-    expected = [row for row in expected_rows(texts, tokenizer, 4, False) if len(row) == 4]
+    rows = expected_rows(texts, tokenizer, Case(context_length=4))
+    expected = [row for row in rows if len(row) == 4]
     np.testing.assert_array_equal(packed.tokens, np.array(expected)[..., 0].reshape(-1))
 
 

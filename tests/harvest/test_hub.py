@@ -1,0 +1,140 @@
+"""Hub data sets, from a server that speaks the hub's protocol: found, refused, missing, cut off."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+TEXTS = [f"w{i} w{i + 1} w{i + 2}" for i in range(40)]
+SHARD = "data/train-00000-of-00001.parquet"
+
+
+def hub_module() -> Any:
+    """tests/hub.py; the tests are no package."""
+    path = Path(__file__).parents[1] / "hub.py"
+    spec = spec_from_file_location("hub", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+READ = """
+import sys
+from mlsae.base.errors import InputError
+from mlsae.harvest.text import TextConfig, open_sources
+for name in sys.argv[1:]:
+    try:
+        print(len(list(open_sources(TextConfig(datasets=(name,)))[0].documents)))
+    except InputError as error:
+        print(error)
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command printed, and how long it took."""
+
+    status: int
+    stdout: str
+    stderr: str
+    seconds: float
+
+    @property
+    def error(self) -> str:
+        """Its one line for the user."""
+        (line,) = [line for line in self.stderr.splitlines() if line.startswith("Error: ")]
+        return line.removeprefix("Error: ")
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A hub of six data sets: two that can be had, three that cannot, one that is not there."""
+    root = tmp_path_factory.mktemp("hub")
+    for name in ("found", "interrupted", "gated-401", "gated-403", "cut-off"):
+        path = root / "datasets" / "someone" / name / SHARD
+        path.parent.mkdir(parents=True)
+        pq.write_table(pa.table({"text": TEXTS}), path)
+    with hub_module().serving(root) as hub:
+        hub.gated.update({"someone/gated-401": 401, "someone/gated-403": 403})
+        hub.cuts.update({("someone/interrupted", SHARD): 2, ("someone/cut-off", SHARD): 10**9})
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def outcomes(hub: Any, model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    """Three commands, all at once: the one that is cut off takes its time."""
+    directory = tmp_path_factory.mktemp("runs")
+    command = [sys.executable, "-m", "mlsae", "harvest", "--model", model, "--context-length", "16"]
+    began = time.monotonic()
+    running = {
+        name: subprocess.Popen(
+            [*command, "--dataset", f"someone/{name}", "--out", directory / "acts", "--dry-run"],
+            env={**os.environ, **hub.environment(directory / name)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("cut-off", "interrupted", "gated-401")
+    }
+    done = {}
+    for name, process in running.items():
+        stdout, stderr = process.communicate()
+        done[name] = Outcome(process.returncode, stdout, stderr, time.monotonic() - began)
+    return done
+
+
+def test_hub_data_set_is_packed_whole(hub: Any, outcomes: dict[str, Outcome]) -> None:
+    """Though the connection broke twice: 40 documents of 3 tokens and a separator."""
+    outcome = outcomes["interrupted"]
+    assert outcome.status == 0, outcome.stderr
+    assert hub.cuts["someone/interrupted", SHARD] == 0
+    assert "packed 160 tokens: 10 sequences of 16 from 40 documents" in outcome.stdout
+    assert "'w0 w1 w2 <|endoftext|> w1 w2 w3 <|endoftext|>" in outcome.stdout
+
+
+def test_gated_data_set_is_one_line(outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes["gated-401"]
+    assert outcome.status == 1
+    assert outcome.error == (
+        "data set someone/gated-401, split 'train', cannot be read: Dataset 'someone/gated-401' is "
+        "a gated dataset on the Hub. You must be authenticated to access it."
+    )
+
+
+def test_connection_that_stays_cut_is_one_line_in_good_time(outcomes: dict[str, Outcome]) -> None:
+    """The hub's client tries again for 23 seconds; the library around it would for 15 minutes."""
+    outcome = outcomes["cut-off"]
+    assert outcome.status == 1
+    start = "the connection to the hub was lost while data set someone/cut-off was read"
+    assert outcome.error.startswith(start)
+    assert outcome.error.endswith("run the same command again")
+    assert outcome.seconds < 200
+
+
+def test_what_is_there_is_read_and_what_is_not_is_refused(hub: Any, tmp_path: Path) -> None:
+    names = ["someone/found", "someone/gated-403", "someone/missing"]
+    done = subprocess.run(
+        [sys.executable, "-c", READ, *names],
+        env={**os.environ, **hub.environment(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found, gated, missing = done.stdout.splitlines()
+    assert found == "40"
+    assert "'someone/gated-403' is a gated dataset on the Hub. Visit the dataset page" in gated
+    assert missing == (
+        "data set someone/missing, split 'train', cannot be read: Dataset 'someone/missing' "
+        "doesn't exist on the Hub or cannot be accessed."
+    )
