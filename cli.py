@@ -14,7 +14,13 @@ import click
 
 from mlsae import __version__
 from mlsae.base.errors import InputError, MlsaeError
-from mlsae.base.units import parse_bytes, parse_count, parse_layers
+from mlsae.base.units import (
+    parse_bytes,
+    parse_count,
+    parse_count_or_auto,
+    parse_layers,
+    parse_names,
+)
 
 
 class _Parsed(click.ParamType[Any]):
@@ -33,7 +39,9 @@ class _Parsed(click.ParamType[Any]):
 
 COUNT = _Parsed("count", parse_count)
 BYTES = _Parsed("bytes", parse_bytes)
+COUNT_OR_AUTO = _Parsed("count", parse_count_or_auto)
 LAYERS = _Parsed("layers", parse_layers)
+NAMES = _Parsed("names", parse_names)
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
 
 
@@ -44,7 +52,9 @@ class _OneLineErrors(click.Group):
         try:
             return super().invoke(ctx)
         except MlsaeError as error:
-            raise click.ClickException(" ".join(str(error).split())) from None
+            failure = click.ClickException(" ".join(str(error).split()))
+            failure.exit_code = error.exit_status
+            raise failure from None
         except OSError as error:
             where = f": {error.filename}" if error.filename else ""
             raise click.ClickException(f"{error.strerror or error}{where}") from None
@@ -62,11 +72,26 @@ def main() -> None:
 
 @main.command()
 @click.option("--model", required=True, help="Hub id or local directory of a transformer.")
-@click.option("--dataset", required=True, help="Hub id, local directory, or .txt/.jsonl/.parquet.")
+@click.option(
+    "--dataset",
+    required=True,
+    multiple=True,
+    help="Hub id, directory or file of text; NAME:SHARE, given again, for a mixture.",
+)
 @click.option("--out", required=True, type=DIRECTORY, help="Directory of the activation store.")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
-@click.option("--split", default="train", help="Split of the data set.")
+@click.option(
+    "--init",
+    default="trained",
+    help="trained, rerandomized, rerandomized-keep-embeddings, random or control.",
+)
+@click.option("--init-seed", type=int, default=0, help="Seed of what --init draws.")
+@click.option("--blocks", help="Path of the module list of the blocks, such as transformer.h.")
+@click.option("--split", default="train", help="Split of a hub data set.")
+@click.option("--subset", help="Subset (configuration) of a hub data set.")
+@click.option("--shuffle-seed", type=int, help="Shuffle documents as they are read.")
 @click.option("--text-column", default="text", help="Column that holds the text.")
+@click.option("--tokens-column", help="Column of token ids, instead of text.")
 @click.option("--max-tokens", type=COUNT, help="Most tokens, such as 10M; all if not given.")
 @click.option("--max-disk", type=BYTES, help="Most bytes the store may take, such as 200GB.")
 @click.option(
@@ -75,15 +100,39 @@ def main() -> None:
     help="Tokens a sequence; the model's, at most 1,024, if not given.",
 )
 @click.option(
+    "--packing", default="concatenate", help="concatenate, or document: one a sequence, padded."
+)
+@click.option("--bos", default="auto", help="auto, always or never: whether BOS opens a context.")
+@click.option(
+    "--isolate-documents", is_flag=True, help="Attention and positions stay inside documents."
+)
+@click.option(
     "--layers", type=LAYERS, help="Blocks from 0, such as 0-5 or 0,2,4; all if not given."
 )
+@click.option(
+    "--sites",
+    type=NAMES,
+    default="resid_post",
+    help="Of resid_pre,resid_mid,resid_post,attn_out,mlp_out.",
+)
+@click.option(
+    "--keep-positions", type=COUNT, help="Positions a sequence that are stored, chosen at random."
+)
+@click.option("--keep-seed", type=int, default=0, help="Seed of that choice.")
 @click.option("--encoding", default="auto", help="auto, float16, bfloat16 or float32.")
 @click.option("--model-dtype", default="auto", help="Precision the transformer runs in.")
-@click.option("--batch-size", type=COUNT, default=16, help="Sequences a forward pass.")
+@click.option("--attn-implementation", "attention_implementation", help="eager, sdpa, …")
+@click.option(
+    "--batch-size", type=COUNT_OR_AUTO, default="auto", help="Sequences a forward pass, or auto."
+)
 @click.option(
     "--shard-size", type=BYTES, help="Bytes of one file of one layer; 128MiB if not given."
 )
 @click.option("--device", default="auto", help="cpu, cuda, cuda:N, or auto.")
+@click.option("--device-map", help="auto: spread a large model over GPUs, memory and disk.")
+@click.option(
+    "--allow-mixed-hardware", is_flag=True, help="Continue what other hardware has begun."
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be harvested; write nothing.")
 def harvest(**settings: Any) -> None:
     """Run a transformer over text once and store the activations of its layers."""

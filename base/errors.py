@@ -3,14 +3,18 @@
 MlsaeError
 ├── InputError (ValueError)         what was asked for cannot be: a bad value, path, plan, pairing
 │   └── mlsae.store.errors.*        one class for each way a store can be wrong
-└── ResourceError (RuntimeError)    the machine is too small: memory, disk, a missing device
+├── ResourceError (RuntimeError)    the machine is too small: memory, disk, a missing device
+└── InterruptedWorkError            the user stopped the work (base/interruption.py)
 
 A message is one line: what was wrong, expected, got, where, what to do.
 """
 
 
 class MlsaeError(Exception):
-    """Base class of every error meant for the user; the command line prints it and exits 1."""
+    """Base class of every error meant for the user; the command line prints it."""
+
+    exit_status = 1
+    """What the command line exits with."""
 
 
 class InputError(MlsaeError, ValueError):

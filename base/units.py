@@ -66,3 +66,20 @@ def parse_layers(text: str) -> tuple[int, ...]:
     if len(set(layers)) != len(layers):
         raise InputError(f"expected each layer once, got {text!r}")
     return tuple(sorted(layers))
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """`resid_mid,attn_out` → names, in the order given.
+
+    Raises:
+        InputError: an empty name.
+    """
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise InputError(f"expected names such as resid_mid,attn_out, got {text!r}")
+    return names
+
+
+def parse_count_or_auto(text: str) -> int | None:
+    """A count as `parse_count` reads it, or None for `auto`."""
+    return None if text.strip().lower() == "auto" else parse_count(text)

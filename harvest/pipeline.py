@@ -7,28 +7,38 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from mlsae.base.devices import resolve_device
-from mlsae.base.units import format_bytes, format_count
+from mlsae.base.interruption import (
+    InterruptedWorkError,
+    Interruption,
+    StopNow,
+    interruptible,
+)
+from mlsae.harvest.batch_size import choose_batch_size
+from mlsae.harvest.batches import Batches
 from mlsae.harvest.config import HarvestConfig
-from mlsae.harvest.forward import choose_encoding, preflight, stored_activations
+from mlsae.harvest.forward import choose_encoding, preflight
 from mlsae.harvest.packing import PackedText, pack
 from mlsae.harvest.plan import (
-    SITE,
+    Request,
     check_vocabulary,
-    choose_context_length,
-    choose_layers,
     layouts,
+    producer_of,
     provenance_of,
     require_room,
+    resolve,
     source_of,
 )
 from mlsae.harvest.ranks import Ranks, wait_until
-from mlsae.harvest.report import dry_run_lines, layer_table
-from mlsae.harvest.text import TextConfig, open_sources
+from mlsae.harvest.report import dry_run_lines, last_line, layer_tables
+from mlsae.harvest.shards import harvest_shards
+from mlsae.harvest.text import open_sources
 from mlsae.harvest.text_report import text_lines
 from mlsae.models import Transformer, load, outline
+from mlsae.models.sites import check_sites
 from mlsae.store import PlanMismatchError, Writer, create, open_store, resume
-from mlsae.store.plan import find_plan
-from mlsae.store.schema import SETUP
+from mlsae.store.commit import complete, num_shards_of, pending_shards
+from mlsae.store.plan import find_plan, read_plan
+from mlsae.store.schema import COMPLETE, SETUP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +50,7 @@ class HarvestResult:
     store_id: str
     """Hex identity of the store's content."""
     num_tokens: int
-    """Tokens, which are rows of each layer."""
+    """Tokens of the text; rows of each layer too, unless only some positions are kept."""
     layers: tuple[int, ...]
     """Stored layers."""
     bytes_written: int
@@ -62,39 +72,51 @@ def run(config: HarvestConfig) -> HarvestResult | None:
         InputError: model, text or settings are not usable or do not fit together; a store of
             another plan is at `out`; activations are not finite.
         ResourceError: too little disk or memory, or the device is absent.
+        InterruptedWorkError: SIGINT or SIGTERM came; what is committed stays.
     """
+    with interruptible() as interruption:
+        try:
+            return _run(config, interruption)
+        except StopNow:
+            raise _stopped(config, interruption) from None
+
+
+def _run(config: HarvestConfig, interruption: Interruption) -> HarvestResult | None:
     began = time.monotonic()
     ranks = Ranks.from_environment()
     device = resolve_device(config.device)
     find_plan(config.out)
-    model = outline(config.model, revision=config.revision)
-    context_length = choose_context_length(config.context_length, model)
-    layers = choose_layers(config.layers, model)
-    packed = _pack_and_check_room(config, model, context_length, layers, ranks)
+    model = outline(config.model, revision=config.revision, blocks=config.blocks)
+    request = resolve(config, model, device.type)
+    packed = _pack_and_check_room(request, model, ranks)
     if config.dry_run:
         return None
-    model = load(model.name, revision=model.revision, dtype=config.model_dtype, device=device)
+    model = load(
+        model.name,
+        revision=model.revision,
+        dtype=config.model_dtype,
+        device=device,
+        attention_implementation=config.attention_implementation,
+        init=config.init,
+        init_seed=config.init_seed,
+        blocks=config.blocks,
+        device_map=config.device_map,
+    )
     if packed is None:
         writer = _join(config, model, ranks)
     else:
-        writer = _begin(config, model, packed, layers, ranks)
+        writer = _begin(request, model, packed, ranks)
+        del packed
     with writer:
-        _harvest_shards(model, writer, ranks)
-        if others := writer.pending():
-            ranks.say(
-                f"waiting for {len(others)} shards of other ranks; if one of them has died, stop "
-                "this and run the same command again"
-            )
-            wait_until(lambda: not writer.pending())
+        harvest_shards(model, writer, ranks, interruption)
+    if interruption.requested:
+        raise _stopped(config, interruption)
+    _await_others(writer, ranks)
     store = open_store(config.out)
     seconds = time.monotonic() - began
-    for line in layer_table(store):
+    for line in layer_tables(store) if ranks.is_first else ():
         ranks.say(line)
-    ranks.say(
-        f"harvested {format_count(store.num_tokens)} tokens from {len(layers)} layers in "
-        f"{seconds:.1f} s to {config.out}: {format_bytes(_bytes_in(config.out))}, "
-        f"store_id {store.store_id[:12]}"
-    )
+    ranks.say(last_line(store, _bytes_in(config.out), seconds))
     return HarvestResult(
         path=config.out,
         store_id=store.store_id,
@@ -105,34 +127,29 @@ def run(config: HarvestConfig) -> HarvestResult | None:
     )
 
 
-def _pack_and_check_room(
-    config: HarvestConfig,
-    model: Transformer,
-    context_length: int,
-    layers: tuple[int, ...],
-    ranks: Ranks,
-) -> PackedText | None:
+def _pack_and_check_room(request: Request, model: Transformer, ranks: Ranks) -> PackedText | None:
     """The text as tokens, in rank 0; None in the others, which read it from the store."""
     if not ranks.is_first:
         return None
-    sources = open_sources(
-        TextConfig(datasets=(config.dataset,), split=config.split, text_column=config.text_column)
-    )
+    config = request.config
     with tqdm(
         desc="pack", total=config.max_tokens, unit="tok", unit_scale=True, disable=None
     ) as bar:
         packed = pack(
-            sources,
+            open_sources(config.text),
             model.tokenizer,
-            context_length=context_length,
+            context_length=request.context_length,
             max_tokens=config.max_tokens,
+            packing=config.packing,
+            bos=config.bos,
+            isolate_documents=config.isolate_documents,
             spool=config.out,
             report=bar.update,
         )
     check_vocabulary(packed, model)
     for line in text_lines(packed):
         ranks.say(line)
-    sizes = layouts(config, packed, layers, model.d_model)
+    sizes = layouts(request, packed, model.d_model)
     if config.dry_run:
         for line in dry_run_lines(config, packed, sizes, model.tokenizer):
             ranks.say(line)
@@ -142,37 +159,55 @@ def _pack_and_check_room(
     return packed
 
 
-def _begin(
-    config: HarvestConfig,
-    model: Transformer,
-    packed: PackedText,
-    layers: tuple[int, ...],
-    ranks: Ranks,
-) -> Writer:
+def _begin(request: Request, model: Transformer, packed: PackedText, ranks: Ranks) -> Writer:
     """Try one batch, then fix the plan and write the tokens; what is there already is kept."""
-    sequences = packed.tokens.reshape(-1, packed.context_length)
-    largest = preflight(model, sequences[: config.batch_size], layers, config.batch_size)
+    config, length = request.config, request.context_length
+    sites = check_sites(model, request.sites)
+    batch_sequences = request.batch_sequences
+    if request.batch_is_free:
+        batch_sequences = choose_batch_size(
+            model, config, context_length=length, layers=request.layers, sites=sites
+        )
+        ranks.say(f"sequences a forward pass: {batch_sequences}")
+    first = Batches(
+        tokens=lambda start, stop: packed.tokens[start:stop],
+        documents=(lambda start, stop: packed.documents[start:stop])
+        if config.isolate_documents
+        else None,
+        token_flags=(lambda start, stop: packed.token_flags[start:stop])
+        if config.packing == "document"
+        else None,
+        context_length=length,
+        batch_sequences=batch_sequences,
+    ).batch(0, min(batch_sequences, len(packed.tokens) // length))
+    largest = preflight(model, first, request.layers, sites)
     return create(
         config.out,
         tokens=packed.tokens,
         documents=packed.documents,
         token_flags=packed.token_flags,
-        context_length=packed.context_length,
-        layers=layers,
+        context_length=length,
+        layers=request.layers,
         d_model=model.d_model,
-        sites=(SITE,),
+        sites=sites,
         encoding=choose_encoding(config.encoding, model.dtype, largest),
-        batch_sequences=config.batch_size,
+        batch_sequences=batch_sequences,
+        keep_positions=config.keep_positions,
+        keep_seed=config.keep_seed,
         shard_bytes=config.shard_bytes,
-        source=source_of(model, packed.joints),
+        source=source_of(model, packed),
         provenance=provenance_of(config, packed, model, ranks),
+        producer=producer_of(model),
+        allow_mixed=config.allow_mixed_hardware,
     )
 
 
 def _join(config: HarvestConfig, model: Transformer, ranks: Ranks) -> Writer:
     """Wait for rank 0's plan and tokens, and take part if they are of this very model."""
     wait_until((config.out / SETUP).exists)
-    writer = resume(config.out)
+    writer = resume(
+        config.out, producer=producer_of(model), allow_mixed=config.allow_mixed_hardware
+    )
     planned = writer.plan["source"].get("model")
     if planned != model.describe():
         raise PlanMismatchError(
@@ -182,35 +217,33 @@ def _join(config: HarvestConfig, model: Transformer, ranks: Ranks) -> Writer:
     return writer
 
 
-def _harvest_shards(model: Transformer, writer: Writer, ranks: Ranks) -> None:
-    """Compute this rank's shards, in order; each is committed when it is full."""
-    plan = writer.plan
-    context_length, batch = plan["context_length"], plan["batch_sequences"]
-    pending = writer.pending()
-    if len(pending) < writer.num_shards:
+def _await_others(writer: Writer, ranks: Ranks) -> None:
+    """Until every shard is there; whoever sees it completes the store."""
+    if (writer.path / COMPLETE).exists():
+        return
+    if others := writer.pending():
         ranks.say(
-            f"going on: {writer.num_shards - len(pending)} of {writer.num_shards} shards are there"
+            f"waiting for {len(others)} shards of other ranks; if one of them has died, stop "
+            "this and run the same command again"
         )
-    shards = ranks.own(pending)
-    tokens = open_store(writer.path, incomplete=True).tokens
-    total = sum(len(writer.shard_range(shard)) for shard in shards)
-    hidden = None if ranks.is_first else True
-    with tqdm(desc="harvest", total=total, unit="tok", unit_scale=True, disable=hidden) as bar:
-        for shard in shards:
-            writer.seek(shard)
-            rows = writer.shard_range(shard)
-            for start in range(rows.start, rows.stop, batch * context_length):
-                stop = min(start + batch * context_length, rows.stop)
-                stored = stored_activations(
-                    model,
-                    tokens(start, stop).reshape(-1, context_length),
-                    plan["layers"],
-                    plan["encoding"],
-                    batch,
-                )
-                writer.append({(SITE, layer): values for layer, values in stored.items()})
-                bar.update(stop - start)
-            bar.set_postfix_str(f"{format_bytes(writer.bytes_written)} written")
+        wait_until(lambda: not writer.pending())
+    complete(writer.path, writer.plan)
+
+
+def _stopped(config: HarvestConfig, interruption: Interruption) -> InterruptedWorkError:
+    """What is kept and how to go on, in one line."""
+    assert interruption.signal_number is not None
+    if not (config.out / SETUP).exists():
+        line = "stopped before anything was harvested; run the same command to begin again"
+    else:
+        plan = read_plan(config.out)
+        total = num_shards_of(plan)
+        done = total - len(pending_shards(config.out, plan))
+        line = (
+            f"stopped: {done} of {total} shards are safe in {config.out}; run the same command to "
+            "go on"
+        )
+    return InterruptedWorkError(line, interruption.signal_number)
 
 
 def _bytes_in(directory: Path) -> int:

@@ -1,7 +1,7 @@
 """What a harvest will be, fixed before its first forward pass: sizes, limits, identity."""
 
 import platform
-from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -13,22 +13,88 @@ import mlsae
 from mlsae.base.errors import InputError, ResourceError
 from mlsae.base.resources import require_disk
 from mlsae.base.units import format_bytes
+from mlsae.harvest.batch_size import useful_batch_size
 from mlsae.harvest.config import DEFAULT_CONTEXT_LENGTH, HarvestConfig
-from mlsae.harvest.packing import Joints, PackedText, tokenizer_sha256
+from mlsae.harvest.packing import PackedText, tokenizer_sha256
 from mlsae.harvest.ranks import Ranks
 from mlsae.models import Transformer
+from mlsae.models.sites import check_sites
+from mlsae.store import PlanMismatchError
 from mlsae.store.encoding import STORED_DTYPE, check_encoding
 from mlsae.store.layout import Layout, plan_layout
+from mlsae.store.plan import find_plan
+from mlsae.store.schema import describe_difference
 
-SITE = "resid_post"
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked for, against a model's config; known before any text is read."""
+
+    config: HarvestConfig
+    context_length: int
+    """Tokens of a sequence."""
+    layers: tuple[int, ...]
+    """Blocks, ascending."""
+    sites: tuple[str, ...]
+    """In the order of the sites in a block."""
+    batch_sequences: int
+    """Sequences of a forward pass; the most that is useful, as long as `batch_is_free`."""
+    batch_is_free: bool
+    """Whether memory still has to decide it: neither the user nor a plan at `out` does."""
 
 
-def choose_context_length(asked: int | None, model: Transformer) -> int:
-    """Tokens of a sequence: what was asked for, or the model's maximum but at most 1,024.
+def resolve(config: HarvestConfig, model: Transformer, device_kind: str) -> Request:
+    """Resolve a configuration against a model, and against the plan at `out` if there is one.
 
     Raises:
-        InputError: longer than the model has positions for.
+        InputError: the model has no such layers, sites or positions.
+        PlanMismatchError: a store of another plan is at `out`.
     """
+    context_length = _context_length(config.context_length, model)
+    layers = model.check_layers(range(model.num_layers) if config.layers is None else config.layers)
+    sites = check_sites(model, config.sites)
+    if config.keep_positions is not None and config.keep_positions > context_length:
+        raise InputError(
+            f"--keep-positions {config.keep_positions} is more than the {context_length} positions "
+            "of a sequence; use fewer, or leave it out to keep all"
+        )
+    asked: dict[str, Any] = {
+        "context_length": context_length,
+        "layers": list(layers),
+        "sites": list(sites),
+        "d_model": model.d_model,
+        "keep_positions": None
+        if config.keep_positions is None
+        else {"num": config.keep_positions, "seed": config.keep_seed},
+    }
+    if config.encoding != "auto":
+        asked["encoding"] = config.encoding
+    if config.batch_size is not None:
+        asked["batch_sequences"] = config.batch_size
+    present = find_plan(config.out)
+    if present is not None:
+        _refuse_difference(config.out, asked, {key: present.get(key) for key in asked})
+    return Request(
+        config=config,
+        context_length=context_length,
+        layers=layers,
+        sites=sites,
+        batch_sequences=config.batch_size
+        or (present["batch_sequences"] if present else None)
+        or useful_batch_size(device_kind, context_length, model.d_model, config),
+        batch_is_free=config.batch_size is None and present is None,
+    )
+
+
+def _refuse_difference(out: Path, asked: dict[str, Any], present: dict[str, Any]) -> None:
+    if lines := describe_difference(asked, present):
+        raise PlanMismatchError(
+            f"{out} holds a store of another plan ({'; '.join(lines[:3])}); give the settings it "
+            "was made with, or another directory"
+        )
+
+
+def _context_length(asked: int | None, model: Transformer) -> int:
     most = model.max_context_length
     if asked is None:
         return DEFAULT_CONTEXT_LENGTH if most is None else min(most, DEFAULT_CONTEXT_LENGTH)
@@ -40,17 +106,8 @@ def choose_context_length(asked: int | None, model: Transformer) -> int:
     return asked
 
 
-def choose_layers(asked: Sequence[int] | None, model: Transformer) -> tuple[int, ...]:
-    """The layers to store: those asked for, or all.
-
-    Raises:
-        InputError: a layer that the model does not have.
-    """
-    return model.check_layers(range(model.num_layers) if asked is None else asked)
-
-
 def check_vocabulary(packed: PackedText, model: Transformer) -> None:
-    """Refuse a tokenizer that knows more tokens than the model.
+    """Refuse text with tokens that the model does not know.
 
     Raises:
         InputError: a token of the text has no row in the model's embedding.
@@ -58,25 +115,25 @@ def check_vocabulary(packed: PackedText, model: Transformer) -> None:
     largest = int(packed.tokens.max())
     if largest >= model.vocab_size:
         raise InputError(
-            f"the tokenizer of {model.name} gives token {largest}, but the model's embedding has "
-            f"{model.vocab_size} rows; model and tokenizer do not belong together"
+            f"the text holds token {largest}, but the embedding of {model.name} has "
+            f"{model.vocab_size} rows; model and tokenizer (or --tokens-column) do not belong "
+            "together"
         )
 
 
-def layouts(
-    config: HarvestConfig, packed: PackedText, layers: Sequence[int], d_model: int
-) -> dict[str, Layout]:
+def layouts(request: Request, packed: PackedText, d_model: int) -> dict[str, Layout]:
     """Rows, shards and bytes of the store in each encoding."""
     return {
         encoding: plan_layout(
             num_tokens=len(packed.tokens),
             context_length=packed.context_length,
-            layers=layers,
-            sites=(SITE,),
+            layers=request.layers,
+            sites=request.sites,
             d_model=d_model,
             encoding=check_encoding(encoding),
-            batch_sequences=config.batch_size,
-            shard_bytes=config.shard_bytes,
+            batch_sequences=request.batch_sequences,
+            keep_positions=request.config.keep_positions,
+            shard_bytes=request.config.shard_bytes,
         )
         for encoding in STORED_DTYPE
     }
@@ -95,42 +152,65 @@ def require_room(config: HarvestConfig, layout: Layout, num_tokens: int) -> None
         fits = num_tokens * config.max_disk // total
         raise ResourceError(
             f"the store would take {format_bytes(total)}, over --max-disk "
-            f"{format_bytes(config.max_disk)}; use --max-tokens {fits} or fewer --layers"
+            f"{format_bytes(config.max_disk)}; use --max-tokens {fits}, fewer --layers or "
+            "--keep-positions"
         )
     present = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
     require_disk(
-        config.out, total - present, "the store", "use a smaller --max-tokens or fewer --layers"
+        config.out,
+        total - present,
+        "the store",
+        "use a smaller --max-tokens, fewer --layers or --keep-positions",
     )
 
 
-def source_of(model: Transformer, packing: Joints) -> dict[str, Any]:
+def source_of(model: Transformer, packed: PackedText) -> dict[str, Any]:
     """What made the values: the harvest's part of the store's plan."""
     return {
         "model": model.describe(),
         "tokenizer_sha256": tokenizer_sha256(model.tokenizer),
-        "packing": packing.describe(),
+        "packing": packed.joints.describe(),
     }
+
+
+def producer_of(model: Transformer) -> dict[str, str]:
+    """What decides bits beside the plan: the kind of device and the version of torch."""
+    if model.device.type == "cuda":
+        device = torch.cuda.get_device_name(model.device)
+    else:
+        device = f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    return {"device": device, "torch": torch.__version__}
 
 
 def provenance_of(
     config: HarvestConfig, packed: PackedText, model: Transformer, ranks: Ranks
 ) -> dict[str, Any]:
     """Under which circumstances: recorded beside the plan, without a part in any identity."""
-    dataset = Path(config.dataset).expanduser()
     return {
         "kind": "harvest",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": model.place(),
-        "dataset": str(dataset.resolve()) if dataset.exists() else config.dataset,
-        "split": config.split,
-        "text_column": config.text_column,
-        "max_tokens": config.max_tokens,
+        "datasets": [
+            {
+                "name": _resolved(taken.name),
+                "share": taken.share,
+                "num_documents": taken.num_documents,
+                "num_tokens": taken.num_tokens,
+            }
+            for taken in packed.taken
+        ],
+        **{
+            name: getattr(config, name)
+            for name in (
+                "split", "subset", "shuffle_seed", "text_column", "tokens_column", "bos",
+                "max_tokens",
+            )
+        },
         "num_documents": packed.num_documents,
         "num_left_over": packed.num_left_over,
+        "num_cut": packed.num_cut,
         "world_size": ranks.world_size,
-        "device": torch.cuda.get_device_name(model.device)
-        if model.device.type == "cuda"
-        else "cpu",
+        **producer_of(model),
         "torch_threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "versions": {
@@ -138,4 +218,9 @@ def provenance_of(
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
         },
-    }
+    }  # fmt: skip
+
+
+def _resolved(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name

@@ -8,28 +8,12 @@ import numpy as np
 from mlsae.base.resources import free_disk
 from mlsae.base.units import format_bytes, format_count
 from mlsae.harvest.config import HarvestConfig
+from mlsae.harvest.outliers import outlier_lines
 from mlsae.harvest.packing import PackedText
-from mlsae.harvest.plan import SITE
 from mlsae.store import Store
 from mlsae.store.layout import Layout
 
 DECODED_TOKENS = 40
-
-
-def text_lines(packed: PackedText) -> Iterator[str]:
-    """How much text there is, and what was left out."""
-    num_tokens = len(packed.tokens)
-    yield (
-        f"packed {format_count(num_tokens)} tokens: "
-        f"{format_count(num_tokens // packed.context_length)} sequences of "
-        f"{packed.context_length} from {format_count(packed.num_documents)} documents"
-    )
-    if packed.num_left_over:
-        yield (
-            f"left out: the final incomplete sequence, {format_count(packed.num_left_over)} tokens"
-        )
-    if packed.num_empty:
-        yield f"passed over: {format_count(packed.num_empty)} empty documents"
 
 
 def dry_run_lines(
@@ -50,18 +34,38 @@ def dry_run_lines(
     yield "dry run: nothing was written"
 
 
-def layer_table(store: Store) -> Iterator[str]:
-    """Mean norm, largest magnitude and cosine to the next layer, from the store's moments."""
-    moments = store.moments(SITE, skip_positions=1)
-    cosines = [f"{value:.4f}" for value in moments.adjacent_cosine()] + [""]
-    yield f"{'layer':>5}  {'mean norm':>10}  {'largest |x|':>11}  {'cosine to next':>14}"
-    for layer, norm, largest, cosine in zip(
-        moments.layers, moments.norm_mean, moments.max_abs, cosines, strict=True
-    ):
-        yield f"{layer:>5}  {_figure(norm):>10}  {_figure(largest):>11}  {cosine:>14}"
+def layer_tables(store: Store) -> Iterator[str]:
+    """For each site mean norm, largest magnitude and cosine to the next layer, from the moments,
+    and what a reader should know before training."""
+    for site in store.sites:
+        moments = store.moments(site, skip_positions=1)
+        cosines = [f"{value:.4f}" for value in moments.adjacent_cosine()] + [""]
+        if len(store.sites) > 1:
+            yield f"{site}:"
+        yield f"{'layer':>5}  {'mean norm':>10}  {'largest |x|':>11}  {'cosine to next':>14}"
+        for layer, norm, largest, cosine in zip(
+            moments.layers, moments.norm_mean, moments.max_abs, cosines, strict=True
+        ):
+            yield f"{layer:>5}  {_figure(norm):>10}  {_figure(largest):>11}  {cosine:>14}"
+        yield from outlier_lines(store, site)
     yield (
         f"over {format_count(moments.count)} rows of each layer: position 0 and special tokens "
         "are out; the cosine is pooled over rows, about each layer's mean"
+    )
+
+
+def last_line(store: Store, num_bytes: int, seconds: float) -> str:
+    """What was made, where, in how long."""
+    rows = (
+        ""
+        if store.num_rows == store.num_tokens
+        else f" ({format_count(store.num_rows)} rows of each layer)"
+    )
+    sites = f" at {len(store.sites)} sites" if len(store.sites) > 1 else ""
+    return (
+        f"harvested {format_count(store.num_tokens)} tokens{rows} from {len(store.layers)} "
+        f"layers{sites} in {seconds:.1f} s to {store.path}: {format_bytes(num_bytes)}, store_id "
+        f"{store.store_id[:12]}"
     )
 
 

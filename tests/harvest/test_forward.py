@@ -1,5 +1,6 @@
 """One batch: padded to full shape, cast on the device, refused where it cannot be stored."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,22 +8,43 @@ import pytest
 import torch
 
 from mlsae.base.errors import InputError, ResourceError
-from mlsae.harvest.forward import (
-    _batch_size_explained,
-    choose_encoding,
-    preflight,
-    stored_activations,
-)
+from mlsae.harvest.batches import Batch, Batches
+from mlsae.harvest.forward import Forward, choose_encoding, memory_explained, preflight
 from mlsae.models import Transformer, load
-from mlsae.store import ActivationError
+from mlsae.store import PADDING, SPECIAL, ActivationError
 from mlsae.store.encoding import decode
+from mlsae.store.rows import kept_positions
 
 TOKENS = np.random.default_rng(0).integers(0, 52, (4, 16), dtype=np.uint32)
+DOCUMENTS = np.sort(np.random.default_rng(1).integers(0, 9, 64)).astype(np.uint32)
+FLAGS = np.where(np.arange(64) % 16 > 11, PADDING, SPECIAL).astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
 def transformer(model: Path) -> Transformer:
     return load(model)
+
+
+def batch(num_sequences: int = 4, batch_sequences: int = 4, first: int = 0) -> Batch:
+    cut = Batches(
+        tokens=lambda start, stop: TOKENS.reshape(-1)[start:stop],
+        documents=None,
+        token_flags=None,
+        context_length=16,
+        batch_sequences=batch_sequences,
+    )
+    return cut.batch(first, num_sequences)
+
+
+def stored(
+    transformer: Transformer,
+    some: Batch,
+    layers: Sequence[int],
+    encoding: str,
+    sites: Sequence[str] = ("resid_post",),
+) -> dict[tuple[str, int], np.ndarray]:
+    forward = Forward(transformer, layers=layers, sites=sites, encoding=encoding, batch_rows=64)
+    return forward(some).activations()
 
 
 def hidden_states(transformer: Transformer, tokens: np.ndarray) -> dict[int, torch.Tensor]:
@@ -35,7 +57,7 @@ def hidden_states(transformer: Transformer, tokens: np.ndarray) -> dict[int, tor
 
 
 @pytest.mark.parametrize(
-    ("encoding", "dtype", "stored"),
+    ("encoding", "dtype", "kept"),
     [
         ("float16", torch.float16, np.float16),
         ("bfloat16", torch.bfloat16, np.uint16),
@@ -43,15 +65,22 @@ def hidden_states(transformer: Transformer, tokens: np.ndarray) -> dict[int, tor
     ],
 )
 def test_values_are_the_hidden_states_rounded_once(
-    transformer: Transformer, encoding: str, dtype: torch.dtype, stored: type
+    transformer: Transformer, encoding: str, dtype: torch.dtype, kept: type
 ) -> None:
-    result = stored_activations(transformer, TOKENS, (0, 2), encoding, 4)
+    result = stored(transformer, batch(), (0, 2), encoding)
     expected = hidden_states(transformer, TOKENS)
-    assert list(result) == [0, 2]
-    for layer, values in result.items():
-        assert values.dtype == stored
+    assert sorted(result) == [("resid_post", 0), ("resid_post", 2)]
+    for (_, layer), values in result.items():
+        assert values.dtype == kept
         rounded = expected[layer].reshape(-1, 32).to(dtype).float().numpy()
         np.testing.assert_array_equal(decode(values, encoding), rounded)  # type: ignore[arg-type]
+
+
+def test_several_sites_come_from_one_pass(transformer: Transformer) -> None:
+    result = stored(transformer, batch(), (1,), "float32", ("resid_pre", "resid_post"))
+    expected = hidden_states(transformer, TOKENS)
+    for site, layer in (("resid_pre", 0), ("resid_post", 1)):
+        np.testing.assert_array_equal(result[site, 1], expected[layer].reshape(-1, 32).numpy())
 
 
 def test_short_batch_runs_in_full_shape_and_its_filling_is_dropped(
@@ -61,18 +90,70 @@ def test_short_batch_runs_in_full_shape_and_its_filling_is_dropped(
     handle = transformer.blocks[0].register_forward_pre_hook(
         lambda _, args: seen.append(args[0].shape)
     )
-    short = stored_activations(transformer, TOKENS[:1], (1,), "float32", 4)[1]
+    short = stored(transformer, batch(num_sequences=1), (1,), "float32")["resid_post", 1]
     handle.remove()
     assert seen == [(4, 16, 32)]
     assert short.shape == (16, 32)
-    full = stored_activations(transformer, TOKENS, (1,), "float32", 4)[1]
+    full = stored(transformer, batch(), (1,), "float32")["resid_post", 1]
     np.testing.assert_array_equal(short, full[:16])
+
+
+def test_earlier_batch_is_untouched_by_the_next(transformer: Transformer) -> None:
+    """What the writer still holds is not written into."""
+    forward = Forward(
+        transformer, layers=(1,), sites=("resid_post",), encoding="float32", batch_rows=64
+    )
+    first = forward(batch(1, 4, 0)).activations()["resid_post", 1]
+    copy = first.copy()
+    for start in (1, 2):
+        forward(batch(1, 4, start))
+        np.testing.assert_array_equal(first, copy)
+
+
+def test_batches_carry_what_the_pass_needs() -> None:
+    cut = Batches(
+        tokens=lambda start, stop: TOKENS.reshape(-1)[start:stop],
+        documents=lambda start, stop: DOCUMENTS[start:stop],
+        token_flags=lambda start, stop: FLAGS[start:stop],
+        context_length=16,
+        batch_sequences=3,
+        keep=(5, 7),
+    )
+    some = cut.batch(2, 2)
+    inputs = some.inputs
+    assert inputs.first_token == 32
+    assert inputs.documents is not None
+    assert inputs.padding is not None
+    np.testing.assert_array_equal(inputs.tokens[:2].numpy(), TOKENS[2:])
+    np.testing.assert_array_equal(inputs.documents[:2].numpy(), DOCUMENTS.reshape(4, 16)[2:])
+    np.testing.assert_array_equal(
+        inputs.padding[:2].numpy(), (FLAGS.reshape(4, 16)[2:] & PADDING) > 0
+    )
+    assert not inputs.padding[2].any()
+    expected = kept_positions(7, 2, 2, 16, 5)
+    np.testing.assert_array_equal(some.rows.reshape(2, 5) - [[0], [16]], expected)
+
+
+def test_kept_positions_are_those_rows_of_the_whole(transformer: Transformer) -> None:
+    whole = stored(transformer, batch(), (0,), "float32")["resid_post", 0]
+    cut = Batches(
+        tokens=lambda start, stop: TOKENS.reshape(-1)[start:stop],
+        documents=None,
+        token_flags=None,
+        context_length=16,
+        batch_sequences=4,
+        keep=(3, 0),
+    )
+    some = cut.batch(0, 4)
+    kept = stored(transformer, some, (0,), "float32")["resid_post", 0]
+    assert kept.shape == (12, 32)
+    np.testing.assert_array_equal(kept, whole[some.rows])
 
 
 def test_preflight_measures_the_largest_magnitudes(transformer: Transformer) -> None:
     expected = hidden_states(transformer, TOKENS[:3])
-    largest = preflight(transformer, TOKENS[:3], (0, 1, 2), 4)
-    assert largest == {layer: float(x.abs().max()) for layer, x in expected.items()}
+    largest = preflight(transformer, batch(num_sequences=3), (0, 1, 2), ("resid_post",))
+    assert largest == {("resid_post", layer): float(x.abs().max()) for layer, x in expected.items()}
 
 
 def test_values_that_are_not_finite_are_refused_with_layer_and_magnitude(
@@ -82,7 +163,7 @@ def test_values_that_are_not_finite_are_refused_with_layer_and_magnitude(
     with torch.no_grad():
         transformer.model.gpt_neox.layers[1].mlp.dense_4h_to_h.bias[3] = float("inf")
     with pytest.raises(ActivationError) as info:
-        preflight(transformer, TOKENS, (0, 1, 2), 4)
+        preflight(transformer, batch(), (0, 1, 2), ("resid_post",))
     x = hidden_states(transformer, TOKENS)[1].abs()
     largest = float(x[x.isfinite()].max())
     assert "layer 1 (resid_post) gives values that are not finite" in str(info.value)
@@ -90,32 +171,82 @@ def test_values_that_are_not_finite_are_refused_with_layer_and_magnitude(
 
 
 def test_encoding_is_chosen_by_precision_and_magnitude() -> None:
-    assert choose_encoding("auto", torch.bfloat16, {0: 1e6}) == "bfloat16"
-    assert choose_encoding("auto", torch.float32, {0: 16_000.0}) == "float16"
-    assert choose_encoding("auto", torch.float16, {0: 1.0}) == "float16"
-    assert choose_encoding("float16", torch.float32, {0: 20_000.0}) == "float16"
-    assert choose_encoding("float32", torch.bfloat16, {0: 1.0}) == "float32"
+    def choose(asked: str, dtype: torch.dtype, largest: float) -> str:
+        return choose_encoding(asked, dtype, {("resid_post", 0): largest})
+
+    assert choose("auto", torch.bfloat16, 1e6) == "bfloat16"
+    assert choose("auto", torch.float32, 16_000.0) == "float16"
+    assert choose("auto", torch.float16, 1.0) == "float16"
+    assert choose("float16", torch.float32, 20_000.0) == "float16"
+    assert choose("float32", torch.bfloat16, 1.0) == "float32"
 
 
 def test_large_magnitudes_are_not_put_into_float16_unasked() -> None:
+    largest = {("resid_post", 0): 12.0, ("mlp_out", 5): 16_001.0, ("resid_post", 6): 3.0}
     with pytest.raises(InputError) as info:
-        choose_encoding("auto", torch.float32, {0: 12.0, 5: 16_001.0, 6: 3.0})
+        choose_encoding("auto", torch.float32, largest)
     assert str(info.value) == (
-        "layer 5 reaches 16,001 in the first batch, over the 16,000 up to which float16 is chosen "
-        "by itself; use --encoding bfloat16 (as many bytes) or --encoding float32"
+        "layer 5 (mlp_out) reaches 16,001 in the first batch, over the 16,000 up to which float16 "
+        "is chosen by itself; use --encoding bfloat16 (as many bytes) or --encoding float32"
     )
 
 
-def test_out_of_memory_names_the_batch_size() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_names_the_batch_size(error: Exception) -> None:
     with (
-        pytest.raises(
-            ResourceError, match=r"forward pass of 64 sequences; use a smaller --batch-s"
-        ),
-        _batch_size_explained(64),
+        pytest.raises(ResourceError, match="forward pass of 7 sequences; use a smaller --batch-si"),
+        memory_explained(7),
     ):
-        torch.empty(2**60)
+        raise error
 
 
-def test_other_errors_pass_through() -> None:
-    with pytest.raises(RuntimeError, match="shapes"), _batch_size_explained(64):
-        torch.ones(2, 3) @ torch.ones(2, 3)
+@pytest.fixture
+def count_moments() -> Callable[[Transformer], Forward]:
+    """A forward that sums moments on its device, as on a GPU."""
+    from mlsae.harvest.device_moments import DeviceMoments
+
+    def make(transformer: Transformer) -> Forward:
+        forward = Forward(
+            transformer, layers=(0, 1), sites=("resid_post",), encoding="float16", batch_rows=64
+        )
+        forward.moments = DeviceMoments(("resid_post",), (0, 1), 32)
+        return forward
+
+    return make
+
+
+def test_moments_on_the_device_are_of_the_stored_values(
+    transformer: Transformer, count_moments: Callable[[Transformer], Forward]
+) -> None:
+    forward = count_moments(transformer)
+    values = decode(
+        forward(batch(), np.full(64, 19, np.int8)).activations()["resid_post", 1], "float16"
+    ).astype(float)
+    assert forward.moments is not None
+    moments = forward.moments.take()["resid_post"]
+    np.testing.assert_allclose(
+        moments.tensors()["mean"][1, 19], values.mean(0), rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        moments.tensors()["m2"][1, 19], ((values - values.mean(0)) ** 2).sum(0), rtol=1e-5
+    )
+
+
+def test_overflow_on_the_device_names_layer_and_magnitude(
+    model: Path, count_moments: Callable[[Transformer], Forward]
+) -> None:
+    transformer = load(model)
+    with torch.no_grad():
+        transformer.model.gpt_neox.layers[1].mlp.dense_4h_to_h.bias[3] = 1e5
+    computed = count_moments(transformer)(batch(), np.zeros(64, np.int8))
+    with pytest.raises(ActivationError) as info:
+        computed.activations()
+    assert "layer 1 (resid_post): a value is not finite in the stored data type" in str(info.value)
+    assert "use --encoding bfloat16 for values over 65,504" in str(info.value)

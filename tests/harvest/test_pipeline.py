@@ -278,7 +278,7 @@ def test_store_larger_than_the_disk_is_refused(
     settings = config()
     text = refused(settings, ResourceError)
     assert "not enough disk for the store" in text
-    assert "use a smaller --max-tokens or fewer --layers" in text
+    assert "use a smaller --max-tokens, fewer --layers or --keep-positions" in text
     assert not settings.out.exists()
 
 
@@ -301,7 +301,7 @@ def test_magnitudes_over_16000_need_a_flag(
     large = str(model_maker(scale=2_000.0))
     settings = config(model=large)
     text = refused(settings, InputError)
-    assert "layer 2 reaches 20,0" in text or "layer 3 reaches 20,0" in text
+    assert "layer 2 (resid_post) reaches 20,0" in text or "layer 3 (resid_post) reac" in text
     assert "use --encoding bfloat16" in text
     assert not settings.out.exists()
     run(config(model=large, encoding="bfloat16", max_tokens=100))
@@ -335,7 +335,8 @@ def test_tokenizer_of_another_model_is_refused(
     tokenizer["model"]["vocab"]["w49"] = 64
     path.write_text(json.dumps(tokenizer))
     text = refused(config(model=str(directory)), InputError)
-    assert "gives token 64, but the model's embedding has 64 rows" in text
+    assert "the text holds token 64, but the embedding of" in text
+    assert "has 64 rows; model and tokenizer" in text
 
 
 def test_missing_text_and_model_are_refused(config: MakeConfig) -> None:

@@ -12,8 +12,10 @@ from click.testing import CliRunner
 from mlsae.cli import main
 
 OPTIONS = {
-    "harvest": "model dataset out revision split text-column max-tokens max-disk context-length "
-    "layers encoding model-dtype batch-size shard-size device dry-run",
+    "harvest": "model dataset out revision init init-seed blocks split subset shuffle-seed "
+    "text-column tokens-column max-tokens max-disk context-length packing bos isolate-documents "
+    "layers sites keep-positions keep-seed encoding model-dtype attn-implementation batch-size "
+    "shard-size device device-map allow-mixed-hardware dry-run",
     "train": "cache out site layers expansion-factor num-latents k batch-size epochs max-rows lr "
     "lr-decay warmup validation-fraction skip-positions loss-space window seed device precision "
     "resume",

@@ -1,0 +1,231 @@
+"""The harvest against what bounds it: the bare backbone forward, and the disk.
+
+Each round runs, on the same batches, (1) the backbone alone, (2) the harvest's own loop from the
+first batch to the last committed shard, (3) the usual way, `AutoModelForCausalLM` with
+`output_hidden_states=True`; and writes the same bytes with `numpy.tofile` and `fsync`. Rounds
+alternate; figures are ratios of medians, the first round discarded. Buffers are reused, no output
+is deleted before the end, and system CPU time is printed, because on a virtual machine that hands
+freed memory back to its host the price of fresh pages can hide everything else. Packing, loading
+and the preflight batch are outside: they do not grow with the tokens, or are paid once.
+
+    python benchmarks/harvest.py [--rounds 5] [--threads 2] [--sizes 512x6,1024x8]
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from mlsae.base.interruption import interruptible
+from mlsae.harvest.ranks import Ranks
+from mlsae.harvest.shards import batches_of, harvest_shards
+from mlsae.models import Transformer, load
+from mlsae.store import Writer, create, open_store
+
+CONTEXT = 512
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Size:
+    """A GPT-NeoX model with random weights, and the tokens of a round."""
+
+    d_model: int
+    num_layers: int
+    tokens: int
+
+
+SIZES = {
+    "512x6": Size(512, 6, 8 * BATCH * CONTEXT),
+    "1024x8": Size(1024, 8, 3 * BATCH * CONTEXT),
+}
+"""The first is Pythia-70m's."""
+
+
+def make_model(size: Size, dtype: str, path: Path) -> Transformer:
+    """A random model saved and loaded as any other."""
+    config = transformers.GPTNeoXConfig(
+        vocab_size=50304,
+        hidden_size=size.d_model,
+        num_hidden_layers=size.num_layers,
+        num_attention_heads=8,
+        intermediate_size=4 * size.d_model,
+        max_position_embeddings=2048,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: Any = transformers.AutoModelForCausalLM.from_config(config)
+    model.to(getattr(torch, dtype)).save_pretrained(path)
+    return load(path)
+
+
+class Rounds:
+    """The four ways over the same tokens."""
+
+    def __init__(self, size: Size, dtype: str, encoding: str, work: Path) -> None:
+        self.model = make_model(size, dtype, work / "model")
+        self.size, self.encoding, self.work = size, encoding, work
+        self.tokens = np.random.default_rng(0).integers(0, 50_000, size.tokens, dtype=np.uint32)
+        self.turn = 0
+        self._writer(work / "plan")
+        batches = batches_of(open_store(work / "plan", incomplete=True))
+        self.inputs = [
+            batches.batch(start, BATCH) for start in range(0, size.tokens // CONTEXT, BATCH)
+        ]
+        itemsize = 4 if encoding == "float32" else 2
+        self.num_bytes = size.tokens * size.d_model * itemsize * size.num_layers
+        rng = np.random.default_rng(1)
+        self.noise = rng.integers(0, 255, self.num_bytes // size.num_layers, dtype=np.uint8)
+
+    def _writer(self, path: Path) -> Writer:
+        return create(
+            path,
+            tokens=self.tokens,
+            context_length=CONTEXT,
+            layers=range(self.size.num_layers),
+            d_model=self.size.d_model,
+            encoding=self.encoding,
+            batch_sequences=BATCH,
+            source={"packing": {"packing": "concatenate", "isolate_documents": False}},
+        )
+
+    def _directory(self, name: str) -> Path:
+        self.turn += 1
+        path = self.work / f"{name}{self.turn}"
+        path.mkdir()
+        return path
+
+    @torch.inference_mode()
+    def backbone(self) -> None:
+        """The forward pass alone."""
+        for batch in self.inputs:
+            self.model.backbone(
+                input_ids=batch.inputs.tokens.to(self.model.device), use_cache=False
+            )
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    @torch.inference_mode()
+    def hidden_states(self) -> None:
+        """The usual way to the same tensors, which stores nothing."""
+        for batch in self.inputs:
+            self.model.model(
+                input_ids=batch.inputs.tokens.to(self.model.device), output_hidden_states=True
+            )
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def prepare(self) -> None:
+        """A store whose tokens are written."""
+        self.writer = self._writer(self._directory("acts"))
+
+    def harvest(self) -> None:
+        """Every shard computed and committed."""
+        with interruptible() as interruption, self.writer as writer:
+            harvest_shards(self.model, writer, Ranks(0, 1), interruption)
+
+    def disk(self) -> None:
+        """The same bytes to the same disk, durably, with nothing else."""
+        path = self._directory("raw")
+        for layer in range(self.size.num_layers):
+            with (path / str(layer)).open("wb") as file:
+                self.noise.tofile(file)
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def timed(work: Callable[[], None]) -> tuple[float, float]:
+    """Seconds of the wall and of the system's CPU time."""
+    system = resource.getrusage(resource.RUSAGE_SELF).ru_stime
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_stime - system
+
+
+def measure(name: str, dtype: str, encoding: str, num_rounds: int) -> dict[str, Any]:
+    """All rounds of one model and precision."""
+    size = SIZES[name]
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as directory:
+        rounds = Rounds(size, dtype, encoding, Path(directory))
+        seconds: dict[str, list[float]] = {}
+        system: dict[str, list[float]] = {}
+        for _ in range(num_rounds + 1):
+            rounds.prepare()
+            for way in (rounds.backbone, rounds.harvest, rounds.hidden_states, rounds.disk):
+                wall, cpu = timed(way)
+                seconds.setdefault(way.__name__, []).append(wall)
+                system.setdefault(way.__name__, []).append(cpu)
+        device = rounds.model.device
+    median = {way: statistics.median(values[1:]) for way, values in seconds.items()}
+    bound = max(("backbone", "disk"), key=lambda way: median[way])
+    in_turn = zip(*(seconds[way][1:] for way in ("harvest", "backbone", "disk")), strict=True)
+    ratios = [harvest / max(backbone, disk) for harvest, backbone, disk in in_turn]
+    return {
+        "model": {"name": name, **asdict(size)},
+        "dtype": dtype,
+        "encoding": encoding,
+        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "seconds": {way: round(value, 3) for way, value in median.items()},
+        "system_cpu": {way: round(statistics.median(v[1:]), 3) for way, v in system.items()},
+        "tokens_per_second": round(size.tokens / median["harvest"]),
+        "megabytes_per_second": round(rounds.num_bytes / median["harvest"] / 1e6),
+        "bound": "forward" if bound == "backbone" else "disk",
+        "harvest_over_bound": round(median["harvest"] / median[bound], 3),
+        "harvest_over_bound_rounds": [round(ratio, 3) for ratio in ratios],
+        "speed_over_hidden_states": round(median["hidden_states"] / median["harvest"], 2),
+    }
+
+
+def cases(sizes: str) -> Iterator[tuple[str, str, str]]:
+    """Model, precision of the model, encoding."""
+    for name in sizes.split(","):
+        yield name, "float32", "float16"
+        yield name, "bfloat16", "bfloat16"
+
+
+def main() -> None:
+    """Print a line a case, and last one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--sizes", default=",".join(SIZES))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    found = []
+    for case in cases(arguments.sizes):
+        result = measure(*case, arguments.rounds)
+        found.append(result)
+        print(
+            f"{result['model']['name']} {result['dtype']} → {result['encoding']}: "
+            f"{result['tokens_per_second']:,} tokens/s, {result['harvest_over_bound']} × the "
+            f"{result['bound']} bound, {result['speed_over_hidden_states']} × the speed of "
+            f"output_hidden_states; seconds {result['seconds']}; system CPU {result['system_cpu']}"
+        )
+    print(
+        json.dumps(
+            {
+                "benchmark": "harvest",
+                "threads": arguments.threads,
+                "torch": torch.__version__,
+                "cpu": platform.processor() or platform.machine(),
+                "capability": torch.backends.cpu.get_cpu_capability(),
+                "results": found,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

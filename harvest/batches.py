@@ -1,0 +1,74 @@
+"""Whole sequences of packed text as what a forward pass is given, always in the same shape.
+
+B = sequences, T = positions of a sequence.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mlsae.models.inputs import Inputs
+from mlsae.store import PADDING
+from mlsae.store.rows import kept_positions
+
+Slice = Callable[[int, int], npt.NDArray[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Some sequences, ready for a forward pass."""
+
+    inputs: Inputs
+    """Always `batch_sequences` sequences, because the shape of a pass decides bits; a short batch
+    is filled up with token 0."""
+    rows: npt.NDArray[np.int64]
+    """(num_rows,) index into the B · T positions of those whose activations are stored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """Cuts batches from packed text."""
+
+    tokens: Slice
+    """start, stop → (stop − start,) token ids."""
+    documents: Slice | None
+    """The same for document indices where attention does not cross documents."""
+    token_flags: Slice | None
+    """The same for token flags where sequences are padded."""
+    context_length: int
+    """Tokens of a sequence."""
+    batch_sequences: int
+    """Sequences of a forward pass."""
+    keep: tuple[int, int] | None = None
+    """Positions of each sequence whose activations are stored, and the seed of their choice."""
+
+    def batch(self, first_sequence: int, num_sequences: int) -> Batch:
+        """The batch that begins at a sequence."""
+        length = self.context_length
+        start, stop = first_sequence * length, (first_sequence + num_sequences) * length
+        if self.keep is None:
+            rows = np.arange(stop - start)
+        else:
+            num, seed = self.keep
+            positions = kept_positions(seed, first_sequence, num_sequences, length, num)
+            rows = (positions + np.arange(num_sequences)[:, None] * length).reshape(-1)
+        return Batch(
+            inputs=Inputs(
+                tokens=self._tensor(self.tokens(start, stop).astype(np.int64)),
+                documents=self.documents
+                and self._tensor(self.documents(start, stop).astype(np.int64)),
+                padding=self.token_flags
+                and self._tensor(self.token_flags(start, stop) & PADDING != 0),
+                first_token=start,
+            ),
+            rows=rows,
+        )
+
+    def _tensor(self, values: npt.NDArray[Any]) -> torch.Tensor:
+        filled = np.zeros(self.batch_sequences * self.context_length, values.dtype)
+        filled[: len(values)] = values
+        return torch.from_numpy(filled).reshape(-1, self.context_length)

@@ -1,0 +1,110 @@
+"""Shard after shard through the transformer, each committed when it is full."""
+
+import time
+
+from tqdm.auto import tqdm
+
+from mlsae.base.interruption import Interruption
+from mlsae.base.units import format_bytes
+from mlsae.harvest.batches import Batches
+from mlsae.harvest.forward import Computed, Forward
+from mlsae.harvest.ranks import Ranks
+from mlsae.models import Transformer
+from mlsae.store import Store, Writer, open_store
+from mlsae.store.moments import group_of_rows
+
+STOPPING = "finishing the shard in hand, then stopping; press Ctrl-C again to stop at once"
+
+
+def batches_of(store: Store) -> Batches:
+    """The batches of a store whose tokens are written."""
+    packing = store.source["packing"]
+    keep = store.plan["keep_positions"]
+    return Batches(
+        tokens=store.tokens,
+        documents=store.documents if packing["isolate_documents"] else None,
+        token_flags=store.token_flags if packing["packing"] == "document" else None,
+        context_length=store.context_length,
+        batch_sequences=store.plan["batch_sequences"],
+        keep=None if keep is None else (keep["num"], keep["seed"]),
+    )
+
+
+def harvest_shards(
+    model: Transformer, writer: Writer, ranks: Ranks, interruption: Interruption
+) -> None:
+    """Compute this rank's pending shards, in order, until all are done or a signal asks to stop."""
+    pending = writer.pending()
+    if len(pending) < writer.num_shards:
+        ranks.say(
+            f"going on: {writer.num_shards - len(pending)} of {writer.num_shards} shards are there"
+        )
+    shards = ranks.own(pending)
+    if not shards:
+        return
+    store = open_store(writer.path, incomplete=True)
+    per_sequence = store.rows_per_sequence
+    batch_rows = store.plan["batch_sequences"] * per_sequence
+    forward = Forward(
+        model,
+        layers=store.layers,
+        sites=store.sites,
+        encoding=store.encoding,
+        batch_rows=batch_rows,
+    )
+    work = _Work(store, writer, forward)
+    row_bytes = store.d_model * store.itemsize * len(store.layers) * len(store.sites)
+    num_rows = sum(len(writer.shard_range(shard)) for shard in shards)
+    with (
+        tqdm(
+            desc="harvest",
+            total=num_rows // per_sequence * store.context_length,
+            unit="tok",
+            unit_scale=True,
+            disable=None if ranks.is_first else True,
+        ) as bar,
+        interruption.deferred(STOPPING),
+    ):
+        began = time.monotonic()
+        done_rows = 0
+        for shard in shards:
+            writer.seek(shard)
+            rows = writer.shard_range(shard)
+            for start in range(rows.start, rows.stop, batch_rows):
+                stop = min(start + batch_rows, rows.stop)
+                work.begin(start, stop, is_last=stop == rows.stop)
+                done_rows += stop - start
+                rate = done_rows * row_bytes / (time.monotonic() - began)
+                left = (num_rows - done_rows) * row_bytes
+                bar.set_postfix_str(
+                    f"{format_bytes(rate)}/s, {format_bytes(left)} left", refresh=False
+                )
+                bar.update((stop - start) // per_sequence * store.context_length)
+            if interruption.requested:
+                break
+
+
+class _Work:
+    """Hands each batch to the writer; on a GPU one late, so that the next is being computed."""
+
+    def __init__(self, store: Store, writer: Writer, forward: Forward) -> None:
+        self._store, self._writer, self._forward = store, writer, forward
+        self._batches = batches_of(store)
+        self._underway: Computed | None = None
+
+    def begin(self, start: int, stop: int, *, is_last: bool) -> None:
+        """Compute the rows from `start` to `stop`; the shard's last go to the writer at once."""
+        per_sequence = self._store.rows_per_sequence
+        batch = self._batches.batch(start // per_sequence, (stop - start) // per_sequence)
+        if self._forward.moments is None:
+            self._writer.append(self._forward(batch).activations())
+            return
+        group_N = group_of_rows(
+            self._store.row_flags(start, stop), self._store.positions(start, stop)
+        )
+        before, self._underway = self._underway, self._forward(batch, group_N)
+        if before is not None:
+            self._writer.append(before.activations(), moments={})
+        if is_last:
+            underway, self._underway = self._underway, None
+            self._writer.append(underway.activations(), moments=self._forward.moments.take())
