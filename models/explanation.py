@@ -29,21 +29,10 @@ def explained(place: Place, what: str) -> Iterator[None]:
     except MlsaeError:
         raise
     except Exception as error:
-        # A damaged file and a broken connection come as bare exceptions of the libraries below.
-        origin = type(error).__module__.partition(".")[0]
-        if origin in ("safetensors", "safetensors_rust"):
-            raise InputError(
-                f"the weights of model {place.name} are damaged ({first_line(error)}); fetch the "
-                "model again"
-            ) from error
-        if origin in ("httpx", "httpx2", "requests"):
-            raise InputError(
-                f"the connection to {hub.ENDPOINT} broke off while {what} {place.name} was fetched "
-                f"({first_line(error)}); run the same command again: what has arrived is kept"
-            ) from error
-        if not isinstance(error, _UNUSABLE):
+        explanation = _explanation(place, what, error)
+        if explanation is None:
             raise
-        raise InputError(_explanation(place, what, error)) from error
+        raise InputError(explanation) from error
 
 
 @contextmanager
@@ -76,7 +65,8 @@ def first_line(error: BaseException) -> str:
     return lines[0]
 
 
-def _explanation(place: Place, what: str, error: BaseException) -> str:
+def _explanation(place: Place, what: str, error: BaseException) -> str | None:
+    """One line; None for what is not about the model but a defect of a program."""
     reasons = [error]
     while (cause := reasons[-1].__cause__ or reasons[-1].__context__) is not None:
         reasons.append(cause)
@@ -85,6 +75,14 @@ def _explanation(place: Place, what: str, error: BaseException) -> str:
         return any(isinstance(reason, classes) for reason in reasons)
 
     name = place.name
+    # A damaged file comes as a bare exception of the library below.
+    if _origin(error) in ("safetensors", "safetensors_rust"):
+        return (
+            f"the weights of model {name} are damaged ({first_line(error)}); fetch the model again"
+        )
+    broken = next((reason for reason in reasons if _is_broken_connection(reason)), None)
+    if broken is None and not isinstance(error, _UNUSABLE):
+        return None
     if "trust_remote_code" in str(error):
         return f"{what} {name} needs code from its own repository, which this package never runs"
     if place.is_directory:
@@ -107,4 +105,19 @@ def _explanation(place: Place, what: str, error: BaseException) -> str:
             f"{hub.HF_HUB_CACHE}, and {hub.ENDPOINT} cannot be reached; give a local directory, "
             f"or run `hf download {name}` where there is a network and copy the cache"
         )
+    if broken is not None:
+        return (
+            f"the connection to {hub.ENDPOINT} broke off while {what} {name} was fetched "
+            f"({first_line(broken)}); run the same command again: what has arrived is kept"
+        )
     return f"{what} {name} cannot be loaded: {first_line(error)}"
+
+
+def _origin(error: BaseException) -> str:
+    return type(error).__module__.partition(".")[0]
+
+
+def _is_broken_connection(error: BaseException) -> bool:
+    """Whether the hub's HTTP client raised it, and not for an answer that it did get."""
+    answered = type(error).__name__ in ("HTTPError", "HTTPStatusError")
+    return _origin(error) in ("httpx", "httpx2", "requests") and not answered
