@@ -137,16 +137,27 @@ def _text_of(value: Any, where: str, number: int) -> Document:
 
 
 def _tokens_of(value: Any, where: str, number: int) -> Document:
-    ids = np.asarray(value) if isinstance(value, list | np.ndarray) else None
-    if ids is None or ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
-        got = type(value).__name__ if ids is None else "a list that holds other things"
+    ids = _integers(value)
+    if ids is None:
+        got = "a list that holds other things" if isinstance(value, list) else type(value).__name__
         raise InputError(
             f"{where} must hold lists of token ids, got {got} in row {number}; name another with "
             "--tokens-column, or with --text-column if it holds text"
         )
-    if len(ids) and not (ids.min() >= 0 and ids.max() <= MOST_TOKEN):
-        wrong = ids.min() if ids.min() < 0 else ids.max()
+    wrong = ids[(ids < 0) | (ids > MOST_TOKEN)]
+    if len(wrong):
         raise InputError(
-            f"{where} must hold token ids from 0 to {MOST_TOKEN}, got {wrong} in row {number}"
+            f"{where} must hold token ids from 0 to {MOST_TOKEN}, got {wrong[0]} in row {number}"
         )
     return ids.astype(np.uint32)
+
+
+def _integers(value: Any) -> npt.NDArray[Any] | None:
+    """A list of whole numbers as an array; None for anything else."""
+    if not isinstance(value, list):
+        return None
+    try:
+        ids = np.asarray(value) if value else np.empty(0, np.uint32)
+    except ValueError:  # Lists of different lengths.
+        return None
+    return ids if ids.ndim == 1 and ids.dtype.kind in "iu" else None

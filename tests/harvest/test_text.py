@@ -1,14 +1,19 @@
 """Text comes from files and hub data sets alike, and what is no text is refused in one line."""
 
+import gzip
 import json
+import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlsae.base.errors import InputError
+from mlsae.base.errors import MlsaeError
+from mlsae.harvest.hub import is_hub_layout
 from mlsae.harvest.text import TextConfig, open_sources
 
 TEXTS = ["one", "", "two\nlines", "três"]
@@ -19,8 +24,14 @@ def read(dataset: Path | str, **settings: Any) -> list[Any]:
     return list(source.documents)
 
 
+def write(path: Path, text: str = "x") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
 def refused(dataset: Path | str, **settings: Any) -> str:
-    with pytest.raises(InputError) as info:
+    with pytest.raises(MlsaeError) as info:
         read(dataset, **settings)
     assert "\n" not in str(info.value)
     return str(info.value)
@@ -84,6 +95,152 @@ def test_absent_column_is_refused_naming_those_there(
     columns = "text" if name == hub_directory.name else "id, text"
     assert f"has no column 'content': row 0 has {columns}; name the one" in text
     assert "--text-column" in text
+
+
+def test_compressed_files_hold_the_same_documents(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+    for data, kind, expected in ((lines, "jsonl", TEXTS), (b"a\nb", "txt", ["a\nb"])):
+        gz, zst = tmp_path / f"a.{kind}.gz", tmp_path / f"a.{kind}.zst"
+        gz.write_bytes(gzip.compress(data[:3]) + gzip.compress(data[3:]))
+        zst.write_bytes(pa.compress(data, codec="zstd", asbytes=True))
+        assert read(gz) == read(zst) == expected
+
+
+@pytest.mark.parametrize("kind", ["txt.gz", "txt.zst", "jsonl.gz", "jsonl.zst"])
+def test_damaged_compressed_files_are_refused(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{kind}"
+    lines = "".join(f'{{"text": "{i * i}"}}\n' for i in range(1000)).encode()
+    codec = "gzip" if kind.endswith("gz") else "zstd"
+    whole = pa.compress(lines, codec=codec, asbytes=True)
+    for data, reason in (
+        (whole[:-9], "Truncated compressed stream"),
+        (lines, "decompress|inflate"),
+    ):
+        path.write_bytes(data)
+        text = refused(path)
+        assert text.startswith(f"{path} cannot be decompressed: ")
+        assert re.search(reason, text)
+        assert text.endswith("the file is damaged or was not copied whole")
+
+
+def test_directory_of_files_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.txt", "a/b/c.txt", "c.txt.gz", ".hidden.csv", ".git/x.py"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(name.encode()) if name.endswith("gz") else name.encode())
+    assert read(tmp_path) == ["a/b/c.txt", "a/z.txt", "b.txt", "c.txt.gz"]
+
+
+def test_directory_that_cannot_be_read_whole_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"{}"))
+    assert "holds files of several kinds, such as a.txt and b.jsonl.gz; give" in refused(tmp_path)
+    (tmp_path / "notes.csv").write_text("x")
+    assert f"{tmp_path} holds notes.csv, which is not one of .txt, .jsonl" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["README.md", "train/b.jsonl", "deep/test.jsonl"])
+def test_directory_named_by_splits_is_in_hub_layout(name: str, tmp_path: Path) -> None:
+    """There the hub's library reads, which knows splits."""
+    assert not is_hub_layout(tmp_path)
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('{"text": "x"}\n')
+    assert is_hub_layout(tmp_path)
+    for other in ("trainer.txt", "my_test.txt", "testament.jsonl"):
+        assert not is_hub_layout(write(tmp_path / "other" / other).parent)
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag"),
+    [({"split": "test"}, "--split test"), ({"subset": "en"}, "--subset en")],
+)
+def test_plain_files_have_no_splits(settings: dict[str, str], flag: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt")
+    assert refused(path, **settings) == (
+        f"{flag} is for hub data sets and directories in hub layout; {path} is plain files, so "
+        "leave it out"
+    )
+
+
+def test_subsets_of_a_data_set(hub_directory: Path) -> None:
+    (hub_directory / "README.md").write_text(
+        "---\nconfigs:\n- config_name: all\n  data_files: data/train-*\n"
+        "- config_name: held\n  data_files: data/test-*\n---\n"
+    )
+    assert read(hub_directory, subset="all") == TEXTS
+    assert read(hub_directory, subset="held") == ["held out"]
+    text = refused(hub_directory, subset="other")
+    assert f"data set {hub_directory}, subset 'other', split 'train', cannot be read" in text
+
+
+def test_shuffling_is_seeded_and_loses_nothing(hub_directory: Path, tmp_path: Path) -> None:
+    """Hub layout and plain files alike; the buffer of 10,000 is filled and drawn from."""
+    files = tmp_path / "files"
+    for part in range(3):
+        texts = [f"{part}-{i}" for i in range(5000)]
+        pq.write_table(pa.table({"text": texts}), write(files / f"{part}.parquet"))
+        pq.write_table(
+            pa.table({"text": texts}), hub_directory / f"data/train-0000{part + 2}-of-00005.parquet"
+        )
+    for directory in (files, hub_directory):
+        in_order = read(directory)
+        first, again, other = (read(directory, shuffle_seed=seed) for seed in (1, 1, 2))
+        assert first == again
+        assert len({tuple(in_order), tuple(first), tuple(other)}) == 3
+        assert sorted(in_order) == sorted(first) == sorted(other)
+        place = {text: index for index, text in enumerate(in_order)}
+        neighbours = sum(abs(place[a] - place[b]) == 1 for a, b in pairwise(first))
+        assert neighbours < len(in_order) / 100
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "hub"])
+def test_token_ids_are_taken_as_they_are(name: str, tmp_path: Path) -> None:
+    rows = [[1, 2, 2**32 - 1], [], None, [0]]
+    path = tmp_path / name
+    if name == "a.jsonl":
+        path.write_text("".join(json.dumps({"ids": row, "text": "no"}) + "\n" for row in rows))
+    else:
+        table = write(path / "train.parquet") if name == "hub" else path
+        pq.write_table(pa.table({"ids": rows}), table)
+    found = read(path, tokens_column="ids")
+    assert [list(ids) for ids in found] == [row or [] for row in rows]
+    assert found[0].dtype == np.uint32
+    assert "has no column 'tokens': row 0 has ids" in refused(path, tokens_column="tokens")
+    assert "--text-column" in refused(path, text_column="ids")
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("a text", "must hold lists of token ids, got str in row 1"),
+        ([1.5, 2], "must hold lists of token ids, got a list that holds other things in row 1"),
+        (["1"], "must hold lists of token ids, got a list that holds other things in row 1"),
+        ([[1]], "must hold lists of token ids, got a list that holds other things in row 1"),
+        ([[1], [1, 2]], "must hold lists of token ids, got a list that holds other things"),
+        ([1, -1], "must hold token ids from 0 to 4294967295, got -1 in row 1"),
+        ([2**32], "must hold token ids from 0 to 4294967295, got 4294967296 in row 1"),
+        ([2**70], "must hold lists of token ids, got a list that holds other things in row 1"),
+    ],
+)
+def test_what_is_no_token_id_is_refused(value: Any, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"ids": [1]}\n' + json.dumps({"ids": value}))
+    assert reason in refused(path, tokens_column="ids")
+
+
+def test_plain_text_has_no_token_ids(tmp_path: Path) -> None:
+    text = refused(write(tmp_path / "a.txt"), tokens_column="ids")
+    assert text.startswith("--tokens-column ids: ")
+    assert "is plain text and has no columns" in text
+
+
+def test_text_file_too_large_for_the_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.txt", "x" * 1000)
+    monkeypatch.setattr("mlsae.base.resources.available_memory", lambda: 1500)
+    assert f"reading {path}, which is one document: needs 2 kB, 1.5 kB available" in refused(path)
 
 
 def test_column_that_holds_no_text_is_refused(tmp_path: Path) -> None:
