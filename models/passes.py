@@ -43,7 +43,7 @@ def passes(inputs: Inputs) -> list[Pass]:
 
     One, of the inputs as they are, where there are no documents. Otherwise each run of a document
     (and of padding) is a sequence, and the runs are dealt by length, the longest first, into passes
-    of at most B · T places, over half of which hold tokens.
+    of at most B · T places, where a run is shorter than the longest by a quarter or 8 at most.
     """
     if inputs.documents is None:
         return [Pass(inputs=inputs)]
@@ -53,7 +53,8 @@ def passes(inputs: Inputs) -> list[Pass]:
     made, first = [], 0
     while first < len(lengths):
         longest = int(lengths[first])
-        last = min(int((lengths > longest // 2).sum()), first + inputs.tokens.numel() // longest)
+        alike = int((lengths >= longest - max(longest // 4, 8)).sum())
+        last = min(alike, first + inputs.tokens.numel() // longest)
         made.append(_pass(inputs, starts[first:last], lengths[first:last]))
         first = last
     return made

@@ -139,9 +139,9 @@ def test_half_precision_is_no_leak(make_family: Callable[[str], Transformer]) ->
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_passes_hold_every_token_once_and_are_half_full(seed: int) -> None:
+def test_passes_hold_every_token_once_and_little_else(seed: int) -> None:
     generator = np.random.default_rng(seed)
-    shape = tuple(generator.integers(1, 9, 2) * (1, 8))
+    shape = tuple(generator.integers(1, 9, 2) * (1, 16))
     documents = torch.from_numpy(generator.integers(0, 1 + seed % 4, shape).cumsum(1))
     padding = torch.from_numpy(generator.integers(1, shape[1] + 1, shape[0]))[:, None]
     padding = torch.arange(shape[1]) >= padding
@@ -152,7 +152,9 @@ def test_passes_hold_every_token_once_and_are_half_full(seed: int) -> None:
     for each in passes(inputs):
         assert each.places is not None
         there = each.places >= 0
-        assert there.sum() * 2 > there.numel() <= 2 * tokens.numel()
+        longest = there.shape[1]
+        assert there.sum(1).min() >= longest - max(longest // 4, 8)
+        assert there.sum(1).max() == longest
         assert there.numel() <= tokens.numel()
         filled = each.inputs.padding
         assert torch.equal(there, torch.ones_like(there) if filled is None else ~filled)
