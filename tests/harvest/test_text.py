@@ -174,16 +174,16 @@ def test_subsets_of_a_data_set(hub_directory: Path) -> None:
     assert f"data set {hub_directory}, subset 'other', split 'train', cannot be read" in text
 
 
-def test_shuffling_is_seeded_and_loses_nothing(hub_directory: Path, tmp_path: Path) -> None:
+def test_shuffling_is_seeded_and_loses_nothing(tmp_path: Path) -> None:
     """Hub layout and plain files alike; the buffer of 10,000 is filled and drawn from."""
-    files = tmp_path / "files"
+    files, hub = tmp_path / "files", tmp_path / "hub"
+    texts = [[f"{part}-{i}" for i in range(5000)] for part in range(3)]
     for part in range(3):
-        texts = [f"{part}-{i}" for i in range(5000)]
-        pq.write_table(pa.table({"text": texts}), write(files / f"{part}.parquet"))
-        pq.write_table(
-            pa.table({"text": texts}), hub_directory / f"data/train-0000{part + 2}-of-00005.parquet"
-        )
-    for directory in (files, hub_directory):
+        pq.write_table(pa.table({"text": texts[part]}), write(files / f"{part}.parquet"))
+    write(
+        hub / "train.jsonl", "".join(f'{{"text": "{text}"}}\n' for part in texts for text in part)
+    )
+    for directory in (files, hub):
         in_order = read(directory)
         first, again, other = (read(directory, shuffle_seed=seed) for seed in (1, 1, 2))
         assert first == again
