@@ -1,5 +1,6 @@
 """A small transformer, its store, SAEs that fit it, and an independent dense SAE in float64."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 import torch
 import transformers
 
+from mlsae.harvest import HarvestConfig
+from mlsae.harvest import run as run_harvest
 from mlsae.models import load
 from mlsae.models.capture import capture
 from mlsae.models.inputs import Inputs
@@ -89,6 +92,37 @@ def write_store(
         for batch in torch.from_numpy(tokens.reshape(-1, LENGTH)).split(4):
             hidden = capture(transformer, Inputs(tokens=batch), LAYERS)
             writer.append({key: x.reshape(-1, 16).numpy() for key, x in hidden.items()})
+
+
+@pytest.fixture(scope="session")
+def harvested(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A float32 store of 20 sequences of 24 tokens of short documents, layers 0 and 2.
+
+    `harvested(init="control")`: any setting of a harvest may be another.
+    """
+    text = tmp_path_factory.mktemp("text") / "text.jsonl"
+    words = ["for", "value", "in", "range(10)", ":", "return", "self", "class", "import", "not"]
+    generator = np.random.default_rng(0)
+    documents = [" ".join(generator.choice(words, generator.integers(1, 20))) for _ in range(80)]
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+
+    def make(**changes: Any) -> Path:
+        settings: dict[str, Any] = {
+            "model": str(demo_model),
+            "dataset": str(text),
+            "out": tmp_path_factory.mktemp("harvested") / "acts",
+            "max_tokens": 20 * LENGTH,
+            "context_length": LENGTH,
+            "layers": (0, 2),
+            "encoding": "float32",
+            "batch_size": 3,
+            "shard_size": 20_000,
+            "device": "cpu",
+        }
+        run_harvest(HarvestConfig(**settings | changes))
+        return Path(settings["out"])
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,178 @@
+"""A store that keeps some positions of each sequence, beside the store of all of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from mlsae.analyze import Analysis, AnalyzeConfig, run
+from mlsae.analyze.cross_entropy import measure
+from mlsae.analyze.pairing import pair
+from mlsae.analyze.selection import read_rows
+from mlsae.base.errors import InputError
+from mlsae.models import load
+from mlsae.sae import load as load_sae
+from mlsae.store import SPECIAL, create, open_store
+from mlsae.store.rows import kept_positions
+from mlsae.store.split import validation_sequences
+
+LENGTH, KEPT, SEED, NUM_SEQUENCES = 24, 7, 5, 20
+CE_COLUMNS = ("num_ce_tokens", "ce", "ce_sae", "delta_ce", "kl")
+
+
+@dataclass(frozen=True)
+class Both:
+    """The same text in two stores, and one SAE's analysis of each, on the validation rows."""
+
+    full: Path
+    kept: Path
+    kept_tokens: npt.NDArray[np.int64]
+    """Token of each row of `kept`."""
+    sae: Path
+    of_full: Analysis
+    of_kept: Analysis
+
+
+@pytest.fixture(scope="module")
+def both(
+    harvested: Callable[..., Path],
+    sae_maker: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Both:
+    full, kept = harvested(), harvested(keep_positions=KEPT, keep_seed=SEED)
+    positions = kept_positions(SEED, 0, NUM_SEQUENCES, LENGTH, KEPT)
+    of_full, of_kept = (
+        run(
+            AnalyzeConfig(
+                cache=store,
+                sae=sae_maker(store),
+                out=tmp_path_factory.mktemp("out") / "out",
+                batch_size=30,
+                events_max_tokens=3 * LENGTH,
+                device="cpu",
+            )
+        )
+        for store in (full, kept)
+    )
+    return Both(
+        full=full,
+        kept=kept,
+        kept_tokens=(positions + LENGTH * np.arange(NUM_SEQUENCES)[:, None]).ravel(),
+        sae=sae_maker(full),
+        of_full=of_full,
+        of_kept=of_kept,
+    )
+
+
+def test_rows_and_their_tokens_are_the_kept_ones_of_the_full_store(both: Both) -> None:
+    kept, full = open_store(both.kept), open_store(both.full)
+    assert kept.num_rows == NUM_SEQUENCES * KEPT
+    sequences = np.array([0, 3, 4, 19])
+    parts = zip(*read_rows(kept, "resid_post", 2, sequences, 10), strict=True)
+    rows, tokens, x = (np.concatenate(part) for part in parts)
+    unflagged = full.token_flags()[both.kept_tokens] == 0
+    expected = np.isin(both.kept_tokens // LENGTH, sequences) & unflagged
+    np.testing.assert_array_equal(rows, np.flatnonzero(expected))
+    np.testing.assert_array_equal(tokens, both.kept_tokens[expected])
+    np.testing.assert_allclose(x, full.read("resid_post", 2)[tokens], rtol=1e-6, atol=1e-6)
+
+
+def test_events_are_those_of_the_kept_tokens(both: Both) -> None:
+    """Of the same tokens as in the full store, and each with its token."""
+    full, kept = (
+        analysis.activations.to_table().to_pydict() for analysis in (both.of_full, both.of_kept)
+    )
+    assert full["row"] == full["token"]
+    np.testing.assert_array_equal(both.kept_tokens[kept["row"]], kept["token"])
+    wanted = np.isin(full["token"], both.kept_tokens)
+    assert 0 < wanted.sum() < len(wanted)
+    for name in ("token", "layer", "latent"):
+        np.testing.assert_array_equal(kept[name], np.array(full[name])[wanted])
+    np.testing.assert_allclose(kept["value"], np.array(full["value"])[wanted], rtol=1e-4)
+    held_out = validation_sequences(
+        open_store(both.full).plan["tokens_sha256"], NUM_SEQUENCES, 0.2, 3
+    )
+    assert set(np.array(kept["token"]) // LENGTH) == set(held_out[:3].tolist())
+
+
+def test_figures_of_rows_are_over_the_kept_ones(both: Both, dense: Any) -> None:
+    """FVU and counts, with position 0 in and out, in float64."""
+    store, sae = open_store(both.full), dense(load_sae(both.sae))
+    held_out = validation_sequences(store.plan["tokens_sha256"], NUM_SEQUENCES, 0.2, 3)
+    tokens = both.kept_tokens[np.isin(both.kept_tokens // LENGTH, held_out)]
+    tokens = tokens[store.token_flags()[tokens] == 0]
+    assert (tokens % LENGTH == 0).any()
+    for row in both.of_kept.layers.to_pylist():
+        for suffix, first in (("", 1), ("_position_0_in", 0), ("_position_0_out", 1)):
+            chosen = tokens[tokens % LENGTH >= first]
+            x = store.read("resid_post", row["layer"])[chosen].astype(np.float64)
+            error = ((x - sae.reconstruction(x)) ** 2).sum()
+            assert row[f"num_rows{suffix}"] == len(chosen)
+            fvu = error / ((x - x.mean(axis=0)) ** 2).sum()
+            assert row[f"fvu{suffix}"] == pytest.approx(fvu, rel=1e-4)
+
+
+def test_cross_entropy_is_that_of_the_full_store_but_for_the_stored_activations(
+    both: Both,
+) -> None:
+    for of_full, of_kept in zip(
+        both.of_full.layers.to_pylist(), both.of_kept.layers.to_pylist(), strict=True
+    ):
+        for name in CE_COLUMNS:
+            assert of_kept[name] == pytest.approx(of_full[name], abs=1e-6), name
+        assert abs(of_kept["delta_ce"]) > 1e-3
+        assert of_full["ce_store"] is not None
+        assert of_kept["ce_store"] is None
+    kept, unmeasured = both.of_kept.summary["notes"]
+    assert kept.startswith("the store keeps 7 of the 24 positions of each sequence: ")
+    assert unmeasured.startswith("ce_store was not measured: ")
+    assert both.of_kept.summary["rows_per_sequence"] == KEPT
+    assert both.of_full.summary["notes"] == []
+
+
+def test_splicing_the_exact_activation_costs_exactly_nothing(
+    both: Both, demo_model: Path, sae_maker: Callable[..., Path]
+) -> None:
+    pairing = pair(both.kept, sae_maker(both.kept), torch.device("cpu"))
+    found = measure(
+        load(demo_model),
+        replace(pairing, sae=torch.nn.Identity()),  # type: ignore[arg-type]
+        np.array([1, 5, 6]),
+        batch_rows=2 * LENGTH,
+        progress=lambda _n: None,
+    )
+    assert found is not None
+    assert found.delta_ce.tolist() == found.kl.tolist() == [0.0, 0.0]
+    assert found.ce_store is None
+
+
+def test_rows_of_which_none_is_eligible_are_counted_as_rows(
+    sae_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Flags and positions are those of the rows' tokens."""
+    positions = kept_positions(0, 0, 5, 8, 3)
+    assert (positions == 0).any()
+    # Free of flags is every token that is no row, and position 0.
+    flags = np.zeros((5, 8), np.uint8)
+    np.put_along_axis(flags, positions, SPECIAL, axis=1)
+    flags[:, 0] = 0
+    with create(
+        tmp_path / "acts",
+        tokens=np.arange(40),
+        context_length=8,
+        layers=(0,),
+        d_model=4,
+        keep_positions=3,
+        token_flags=flags.ravel(),
+    ) as writer:
+        writer.append({("resid_post", 0): np.ones((15, 4), np.float32)})
+    config = AnalyzeConfig(
+        cache=tmp_path / "acts", sae=sae_maker(tmp_path / "acts"), out=tmp_path / "out", rows="all"
+    )
+    with pytest.raises(InputError, match="none of the 15 rows chosen is eligible"):
+        run(config)
