@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import socket
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -46,6 +47,30 @@ def fsync_directory(directory: Path) -> None:
         os.close(fd)
 
 
+def partial_path(path: Path) -> Path:
+    """A temporary name beside `path` that says whose it is: `….<host>-<pid>-<hex>.partial`."""
+    owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    return path.with_name(f"{path.name}.{owner}.partial")
+
+
+def remove_stale_partials(directory: Path) -> None:
+    """Remove the temporary files that dead processes of this machine left in `directory`."""
+    for path in directory.glob(f"*.{socket.gethostname()}-*.partial"):
+        pid = path.name.removesuffix(".partial").rsplit("-", 2)[-2]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def write_durably(path: Path, data: bytes) -> None:
     """Write `data` to `path` through a temporary file, fsync and rename.
 
@@ -54,7 +79,7 @@ def write_durably(path: Path, data: bytes) -> None:
     Raises:
         ResourceError: the disk is full; `path` is as it was.
     """
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    partial = partial_path(path)
     try:
         with full_disk_explained(path), partial.open("wb") as file:
             file.write(data)

@@ -5,12 +5,13 @@ from mlsae.store.errors import (
     ActivationError,
     DamagedStoreError,
     IncompleteStoreError,
+    MixedProducersError,
     NotAStoreError,
     PlanMismatchError,
     SchemaVersionError,
     StoreError,
 )
-from mlsae.store.moments import Moments
+from mlsae.store.moments import GroupMoments, Moments
 from mlsae.store.reader import Store, open_store
 from mlsae.store.schema import MASKED, PADDING, SCHEMA_VERSION, SPECIAL
 from mlsae.store.writer import Writer, create, resume
@@ -23,7 +24,9 @@ __all__ = [
     "ActivationError",
     "DamagedStoreError",
     "Encoding",
+    "GroupMoments",
     "IncompleteStoreError",
+    "MixedProducersError",
     "Moments",
     "NotAStoreError",
     "PlanMismatchError",

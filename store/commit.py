@@ -9,13 +9,14 @@ from mlsae.base.files import canonical_json, read_sealed, seal, write_durably
 from mlsae.store.errors import DamagedStoreError
 from mlsae.store.moments import GroupMoments, from_bytes, to_bytes
 from mlsae.store.plan import plan_id_of
+from mlsae.store.rows import num_rows_of
 from mlsae.store.schema import COMPLETE, MOMENTS, commit_record, shard_moments
 from mlsae.store.setup import read_setup
 
 
 def num_shards_of(plan: Mapping[str, Any]) -> int:
     """Shards of every activation array."""
-    return -(-int(plan["num_tokens"]) // int(plan["shard_rows"]))
+    return -(-num_rows_of(plan) // int(plan["shard_rows"]))
 
 
 def pending_shards(path: Path, plan: Mapping[str, Any]) -> list[int]:
@@ -29,6 +30,7 @@ def commit_shard(
     shard: int,
     objects: Mapping[str, str],
     moments: Mapping[str, GroupMoments],
+    producer: Mapping[str, Any] | None,
 ) -> None:
     """Record a shard whose objects (path → SHA-256) are durable; its moments go first."""
     data = to_bytes(moments)
@@ -38,6 +40,7 @@ def commit_shard(
         "shard": shard,
         "objects": dict(objects),
         "moments_sha256": hashlib.sha256(data).hexdigest(),
+        "producer": None if producer is None else dict(producer),
     }
     write_durably(path / commit_record(shard), seal(record))
 

@@ -59,6 +59,19 @@ def encode(values: Array, encoding: Encoding) -> Array:
         return single.astype(stored, copy=False)
 
 
+def decode_into(stored: Array, encoding: Encoding, out: Array) -> None:
+    """Stored values → floats in `out`, float32 or float64 of the same shape; exact.
+
+    A table of float32 is filled without another array.
+    """
+    if encoding == "bfloat16" and out.dtype == np.float32:
+        np.left_shift(stored, 16, out=out.view("<u4"), dtype="<u4")
+    elif encoding == "bfloat16":
+        out[...] = decode(stored, encoding)
+    else:
+        out[...] = stored
+
+
 def decode(stored: Array, encoding: Encoding) -> npt.NDArray[np.float32]:
     """Stored values → float32 of the same shape; exact for every encoding."""
     if encoding == "bfloat16":

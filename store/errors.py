@@ -29,3 +29,7 @@ class PlanMismatchError(StoreError):
 
 class ActivationError(StoreError):
     """Values that a store cannot hold: not finite, too large for the encoding, a wrong shape."""
+
+
+class MixedProducersError(StoreError):
+    """Shards of a store come from different devices or versions, which nobody allowed."""

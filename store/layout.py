@@ -8,6 +8,7 @@ from mlsae.base.errors import InputError
 from mlsae.base.units import format_bytes
 from mlsae.store.encoding import STORED_DTYPE, Encoding
 from mlsae.store.moments import moments_bytes
+from mlsae.store.rows import check_num_positions
 
 CHUNK_BYTES = 2**20
 SHARD_BYTES = 2**27
@@ -76,6 +77,7 @@ def plan_layout(
     encoding: Encoding,
     batch_sequences: int,
     shard_bytes: int = SHARD_BYTES,
+    keep_positions: int | None = None,
 ) -> Layout:
     """Choose chunk and shard rows and add up the store's bytes.
 
@@ -83,11 +85,15 @@ def plan_layout(
     over 1,000 objects.
 
     Raises:
-        InputError: no shard size keeps every object under 5 GB and every folder under 1,000.
+        InputError: no shard size keeps every object under 5 GB and every folder under 1,000, or
+            keep_positions is not in 1 … context_length.
     """
+    if keep_positions is not None:
+        check_num_positions(keep_positions, context_length)
+    rows_per_sequence = context_length if keep_positions is None else keep_positions
     row_bytes = d_model * STORED_DTYPE[encoding].itemsize
-    batch_rows = batch_sequences * context_length
-    num_rows = num_tokens
+    batch_rows = batch_sequences * rows_per_sequence
+    num_rows = num_tokens // context_length * rows_per_sequence
     chunk_rows = chunk_rows_for(num_rows, batch_rows, row_bytes, shard_bytes)
     unit = max(batch_rows, chunk_rows)
     units = max(1, shard_bytes // (unit * row_bytes), -(-num_rows // (MAX_OBJECTS * unit)))
@@ -103,6 +109,8 @@ def plan_layout(
     activations = num_arrays * array_bytes(num_rows, row_bytes, chunk_rows, shard_rows)
     token_rows = token_rows_for(num_tokens)
     tokens = sum(array_bytes(num_tokens, itemsize, *token_rows) for itemsize in (4, 4, 1))
+    if keep_positions is not None:
+        tokens += array_bytes(num_rows, 8, *token_rows)
     moments = (num_shards + 1) * moments_bytes(len(layers), len(sites), d_model)
     records = 4096 * (num_shards + num_arrays + 8)
     return Layout(

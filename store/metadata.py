@@ -9,7 +9,8 @@ import zarr.storage
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from mlsae.store.encoding import STORED_DTYPE
-from mlsae.store.schema import ARRAY_METADATA, SCHEMA_VERSION, TOKEN_ARRAYS, activation_array
+from mlsae.store.rows import num_rows_of, setup_arrays
+from mlsae.store.schema import ARRAY_METADATA, ROW_TOKEN, SCHEMA_VERSION, activation_array
 
 
 def zarr_metadata(plan: Mapping[str, Any], plan_id: str) -> dict[str, bytes]:
@@ -19,16 +20,15 @@ def zarr_metadata(plan: Mapping[str, Any], plan_id: str) -> dict[str, bytes]:
         zarr.storage.MemoryStore(memory),
         attributes={"mlsae": {"schema_version": SCHEMA_VERSION, "plan_id": plan_id}},
     )
-    num_tokens = plan["num_tokens"]
-    for name, dtype in TOKEN_ARRAYS.items():
+    for name, (dtype, length) in setup_arrays(plan).items():
         _create_array(
             root,
             name,
-            shape=(num_tokens,),
+            shape=(length,),
             dtype=dtype,
             chunk=plan["token_chunk"],
             shard=plan["token_shard"],
-            dimension_names=["token"],
+            dimension_names=["row" if name == ROW_TOKEN else "token"],
             attributes={},
         )
     for site in plan["sites"]:
@@ -36,7 +36,7 @@ def zarr_metadata(plan: Mapping[str, Any], plan_id: str) -> dict[str, bytes]:
             _create_array(
                 root,
                 activation_array(site, layer),
-                shape=(num_tokens, plan["d_model"]),
+                shape=(num_rows_of(plan), plan["d_model"]),
                 dtype=STORED_DTYPE[plan["encoding"]].str,
                 chunk=plan["chunk_rows"],
                 shard=plan["shard_rows"],

@@ -10,6 +10,7 @@ Shape suffixes: L layers, G groups, D channels, N rows.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,9 +32,6 @@ GROUPS = (
 )
 """Disjoint groups of rows; the first that matches a row has it."""
 STANDARDIZE_EPS = 1e-5
-
-_PER_CHANNEL = ("mean", "m2", "u_mean", "u_m2")
-_PER_LAYER = ("norm_sum", "max_abs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,134 +89,139 @@ def eligible_groups(skip_positions: int) -> tuple[int, ...]:
     return tuple(range(3 + skip_positions, len(GROUPS)))
 
 
-def standardize(x_ND: Float64) -> Float64:
-    """u = (x − m) / (s + 1e-5), m and s the mean and unbiased standard deviation of each row."""
-    centred: Float64 = x_ND - x_ND.mean(axis=1, keepdims=True)
-    num_channels = x_ND.shape[1]
-    variance = np.einsum("nd,nd->n", centred, centred) / max(num_channels - 1, 1)
-    centred /= (np.sqrt(variance) + STANDARDIZE_EPS)[:, None]
-    return centred
-
-
 def moments_bytes(num_layers: int, num_sites: int, d_model: int) -> int:
     """Bytes of one moments object, its header aside."""
-    per_layer = len(_PER_CHANNEL) * d_model + len(_PER_LAYER) + 1
+    per_layer = 4 * d_model + 3  # mean, m2, u_mean, u_m2; norm_sum, max_abs, adjacent_cross
     return 8 * num_sites * len(GROUPS) * (num_layers * per_layer + 1)
 
 
 class GroupMoments:
-    """Moments of one site by layer and group, filled row block by row block."""
+    """Moments of one site by layer and group. `Accumulator` fills them from rows."""
 
     def __init__(self, layers: tuple[int, ...], d_model: int) -> None:
         num_layers, num_groups = len(layers), len(GROUPS)
         self.layers = layers
         self.d_model = d_model
         self.count_G = np.zeros(num_groups, np.int64)
-        self.per_channel = {
-            name: np.zeros((num_layers, num_groups, d_model)) for name in _PER_CHANNEL
-        }
-        self.per_layer = {name: np.zeros((num_layers, num_groups)) for name in _PER_LAYER}
-        self.cross = np.zeros((max(num_layers - 1, 0), num_groups))
+        # Leading axis: x, u.
+        self.mean_2LGD = np.zeros((2, num_layers, num_groups, d_model))
+        self.m2_2LGD = np.zeros((2, num_layers, num_groups, d_model))
+        self.norm_sum_LG = np.zeros((num_layers, num_groups))
+        self.max_abs_LG = np.zeros((num_layers, num_groups))
+        self.cross_LG = np.zeros((max(num_layers - 1, 0), num_groups))
 
-    def block(self, group_N: npt.NDArray[np.int8]) -> "Block":
-        """Begin a block of rows; its layers may be added in any order, by several threads."""
-        return Block(self.layers, self.d_model, group_N)
+    @classmethod
+    def from_arrays(
+        cls, layers: tuple[int, ...], d_model: int, arrays: Mapping[str, npt.NDArray[Any]]
+    ) -> "GroupMoments":
+        """Moments that were computed elsewhere, on a device for instance.
+
+        Args:
+            layers: layer indices, ascending as in the store.
+            d_model: channels.
+            arrays: the names and shapes of storage_schema.md, section 8, any real data type;
+                float64 is kept.
+
+        Raises:
+            InputError: a name is missing or unknown, or a shape differs.
+        """
+        moments = cls(layers, d_model)
+        targets = moments.tensors()
+        if arrays.keys() != targets.keys():
+            raise InputError(
+                f"moments must be {', '.join(targets)}, got {', '.join(sorted(arrays))}"
+            )
+        for name, target in targets.items():
+            if arrays[name].shape != target.shape:
+                raise InputError(
+                    f"moments: {name} must have shape {target.shape}, got {arrays[name].shape}"
+                )
+            target[...] = arrays[name]
+        return moments
 
     def merge(self, other: "GroupMoments") -> None:
-        """Add the rows of `other` (Chan et al. 1983, equation 2.1, for each group)."""
-        mine, theirs = self.count_G, other.count_G
-        total = np.maximum(mine + theirs, 1)
-        share = (theirs / total)[:, None]
-        weight = (mine * (theirs / total))[:, None]
-        delta = {
-            name: other.per_channel[name] - self.per_channel[name] for name in ("mean", "u_mean")
-        }
-        for mean, m2 in (("mean", "m2"), ("u_mean", "u_m2")):
-            self.per_channel[m2] += other.per_channel[m2] + delta[mean] ** 2 * weight
-            self.per_channel[mean] += delta[mean] * share
-        products = np.einsum("lgd,lgd->lg", delta["mean"][:-1], delta["mean"][1:])
-        self.cross += other.cross + products * weight[:, 0]
-        self.per_layer["norm_sum"] += other.per_layer["norm_sum"]
-        np.maximum(
-            self.per_layer["max_abs"], other.per_layer["max_abs"], out=self.per_layer["max_abs"]
-        )
-        self.count_G = mine + theirs
+        """Add the rows of `other`."""
+        for group in np.flatnonzero(other.count_G).tolist():
+            self.merge_group(
+                group,
+                int(other.count_G[group]),
+                mean_2LD=other.mean_2LGD[:, :, group],
+                m2_2LD=other.m2_2LGD[:, :, group],
+                norm_sum_L=other.norm_sum_LG[:, group],
+                max_abs_L=other.max_abs_LG[:, group],
+                cross_L=other.cross_LG[:, group],
+            )
+
+    def merge_group(
+        self,
+        group: int,
+        count: int,
+        *,
+        mean_2LD: Float64,
+        m2_2LD: Float64,
+        norm_sum_L: Float64,
+        max_abs_L: Float64,
+        cross_L: Float64,
+    ) -> None:
+        """Add `count` ≥ 1 rows to a group, given their own moments (Chan et al. 1983, eq. 2.1)."""
+        total = int(self.count_G[group]) + count
+        share = count / total
+        weight = int(self.count_G[group]) * share
+        delta_2LD = mean_2LD - self.mean_2LGD[:, :, group]
+        products_L = np.einsum("ld,ld->l", delta_2LD[0, :-1], delta_2LD[0, 1:])
+        self.cross_LG[:, group] += cross_L + products_L * weight
+        self.mean_2LGD[:, :, group] += delta_2LD * share
+        np.square(delta_2LD, out=delta_2LD)
+        delta_2LD *= weight
+        delta_2LD += m2_2LD
+        self.m2_2LGD[:, :, group] += delta_2LD
+        self.norm_sum_LG[:, group] += norm_sum_L
+        self.max_abs_LG[:, group] = np.maximum(self.max_abs_LG[:, group], max_abs_L)
+        self.count_G[group] = total
+
+    def is_finite(self) -> bool:
+        """Whether every number is; the moments of finite rows are."""
+        return all(bool(np.isfinite(values).all()) for values in self.tensors().values())
 
     def select(self, groups: Iterable[int]) -> Moments:
         """Merge the named groups into the moments of their union."""
         merged = GroupMoments(self.layers, self.d_model)
         for group in groups:
-            merged.merge(self._as_first_group(group))
+            if self.count_G[group]:
+                merged.merge_group(
+                    0,
+                    int(self.count_G[group]),
+                    mean_2LD=self.mean_2LGD[:, :, group],
+                    m2_2LD=self.m2_2LGD[:, :, group],
+                    norm_sum_L=self.norm_sum_LG[:, group],
+                    max_abs_L=self.max_abs_LG[:, group],
+                    cross_L=self.cross_LG[:, group],
+                )
         count = int(merged.count_G[0])
         return Moments(
             layers=self.layers,
             count=count,
-            **{name: values[:, 0].copy() for name, values in merged.per_channel.items()},
-            norm_mean=merged.per_layer["norm_sum"][:, 0] / max(count, 1),
-            max_abs=merged.per_layer["max_abs"][:, 0].copy(),
-            adjacent_cross=merged.cross[:, 0].copy(),
+            mean=merged.mean_2LGD[0, :, 0].copy(),
+            m2=merged.m2_2LGD[0, :, 0].copy(),
+            u_mean=merged.mean_2LGD[1, :, 0].copy(),
+            u_m2=merged.m2_2LGD[1, :, 0].copy(),
+            norm_mean=merged.norm_sum_LG[:, 0] / max(count, 1),
+            max_abs=merged.max_abs_LG[:, 0].copy(),
+            adjacent_cross=merged.cross_LG[:, 0].copy(),
         )
 
-    def _as_first_group(self, group: int) -> "GroupMoments":
-        alone = GroupMoments(self.layers, self.d_model)
-        alone.count_G[0] = self.count_G[group]
-        for name, values in self.per_channel.items():
-            alone.per_channel[name][:, 0] = values[:, group]
-        for name, scalars in self.per_layer.items():
-            alone.per_layer[name][:, 0] = scalars[:, group]
-        alone.cross[:, 0] = self.cross[:, group]
-        return alone
-
-    def tensors(self) -> dict[str, npt.NDArray[np.generic]]:
-        """Name → array, as they lie in a moments object."""
+    def tensors(self) -> dict[str, npt.NDArray[Any]]:
+        """Name → array, as they lie in a moments object; views."""
         return {
             "count": self.count_G,
-            **self.per_channel,
-            **self.per_layer,
-            "adjacent_cross": self.cross,
+            "mean": self.mean_2LGD[0],
+            "m2": self.m2_2LGD[0],
+            "u_mean": self.mean_2LGD[1],
+            "u_m2": self.m2_2LGD[1],
+            "norm_sum": self.norm_sum_LG,
+            "max_abs": self.max_abs_LG,
+            "adjacent_cross": self.cross_LG,
         }
-
-
-class Block(GroupMoments):
-    """Moments of a block of rows, computed in two exact passes."""
-
-    def __init__(
-        self, layers: tuple[int, ...], d_model: int, group_N: npt.NDArray[np.int8]
-    ) -> None:
-        super().__init__(layers, d_model)
-        self._members = [(g, np.flatnonzero(group_N == g)) for g in np.unique(group_N)]
-        for group, rows in self._members:
-            self.count_G[group] = len(rows)
-
-    def add_layer(
-        self, index: int, x_ND: npt.NDArray[np.float32], above_ND: npt.NDArray[np.float32] | None
-    ) -> None:
-        """Fill in the layer at `index` of `layers`.
-
-        Args:
-            index: place in `layers`.
-            x_ND: (N, D) decoded activations of that layer.
-            above_ND: those of the next layer of `layers`, None for the last.
-        """
-        x = x_ND.astype(np.float64)
-        above = None if above_ND is None else above_ND.astype(np.float64)
-        u = standardize(x)
-        norm = np.sqrt(np.einsum("nd,nd->n", x, x))
-        for group, rows in self._members:
-            x_group = x[rows]
-            for values, mean, m2 in ((x_group, "mean", "m2"), (u[rows], "u_mean", "u_m2")):
-                centre = values.mean(axis=0)
-                self.per_channel[mean][index, group] = centre
-                values -= centre
-                self.per_channel[m2][index, group] = np.einsum("nd,nd->d", values, values)
-            self.per_layer["norm_sum"][index, group] = norm[rows].sum()
-            self.per_layer["max_abs"][index, group] = np.abs(x_ND[rows]).max()
-            if above is not None:
-                above_group = above[rows]
-                # A value of the layer above that is not finite is reported by that layer.
-                with np.errstate(invalid="ignore"):
-                    above_group -= above_group.mean(axis=0)
-                    self.cross[index, group] = np.einsum("nd,nd->", x_group, above_group)
 
 
 def to_bytes(moments: Mapping[str, GroupMoments]) -> bytes:
@@ -247,7 +250,10 @@ def from_bytes(
         for name, expected in moments.tensors().items():
             found = tensors[f"{site}/{name}"]
             if found.shape != expected.shape or found.dtype != expected.dtype:
-                raise ValueError(f"{site}/{name} has shape {found.shape}, not {expected.shape}")
+                raise ValueError(
+                    f"{site}/{name} has shape {found.shape} of {found.dtype}, "
+                    f"not {expected.shape} of {expected.dtype}"
+                )
             expected[...] = found
         result[site] = moments
     return result

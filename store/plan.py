@@ -6,16 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from mlsae.base.errors import InputError
 from mlsae.base.files import DamagedFileError, canonical_json, read_sealed
 from mlsae.store.encoding import check_encoding
 from mlsae.store.errors import DamagedStoreError, NotAStoreError
 from mlsae.store.layout import plan_layout, token_rows_for
 from mlsae.store.schema import (
-    ALL_FLAGS,
     COMPLETE,
     IGNORED,
     PARTIAL,
@@ -25,48 +21,7 @@ from mlsae.store.schema import (
     TOKEN_ARRAYS,
     check_plan,
 )
-
-TokenArrays = dict[str, npt.NDArray[Any]]
-
-
-def token_arrays(
-    tokens: npt.NDArray[np.integer[Any]],
-    documents: npt.NDArray[np.integer[Any]] | None,
-    token_flags: npt.NDArray[np.uint8] | None,
-    context_length: int,
-) -> TokenArrays:
-    """Check the three token arrays and give them their stored data types.
-
-    Raises:
-        InputError: shapes differ, a value does not fit, or the last sequence is not whole.
-    """
-    num_tokens = len(tokens)
-    if context_length < 1 or num_tokens == 0 or num_tokens % context_length:
-        raise InputError(
-            f"tokens must be whole sequences of context_length {context_length}, "
-            f"got {num_tokens} tokens"
-        )
-    given: dict[str, npt.NDArray[Any]] = {
-        "tokens": tokens,
-        "documents": np.arange(num_tokens) // context_length if documents is None else documents,
-        "token_flags": np.zeros(num_tokens, np.uint8) if token_flags is None else token_flags,
-    }
-    arrays = {}
-    for name, values in given.items():
-        dtype = np.dtype(TOKEN_ARRAYS[name])
-        if values.shape != (num_tokens,) or values.dtype.kind not in "iu":
-            raise InputError(
-                f"{name} must be integers of shape ({num_tokens},), "
-                f"got {values.dtype.name} of shape {values.shape}"
-            )
-        if values.min() < 0 or values.max() > np.iinfo(dtype).max:
-            raise InputError(f"{name} must fit {dtype.name}, got {values.min()} to {values.max()}")
-        arrays[name] = np.ascontiguousarray(values, dtype)
-    if (largest := int(arrays["token_flags"].max())) > ALL_FLAGS:
-        raise InputError(
-            f"token_flags may hold bits 0 to 2 (special, padding, masked), got {largest}"
-        )
-    return arrays
+from mlsae.store.tokens import TokenArrays
 
 
 def make_plan(
@@ -80,6 +35,8 @@ def make_plan(
     batch_sequences: int,
     shard_bytes: int,
     source: Mapping[str, Any],
+    keep_positions: int | None = None,
+    keep_seed: int = 0,
 ) -> dict[str, Any]:
     """Every key of a plan, defaults resolved.
 
@@ -94,7 +51,7 @@ def make_plan(
     for name, value in {"d_model": d_model, "batch_sequences": batch_sequences}.items():
         if value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
-    num_tokens = len(arrays["tokens"])
+    num_tokens = arrays.num_tokens
     layout = plan_layout(
         num_tokens=num_tokens,
         context_length=context_length,
@@ -104,22 +61,22 @@ def make_plan(
         encoding=check_encoding(encoding),
         batch_sequences=batch_sequences,
         shard_bytes=shard_bytes,
+        keep_positions=keep_positions,
     )
+    keep = None if keep_positions is None else {"num": int(keep_positions), "seed": int(keep_seed)}
     token_chunk, token_shard = token_rows_for(num_tokens)
     plan = {
         "schema_version": SCHEMA_VERSION,
         "num_tokens": num_tokens,
         "context_length": context_length,
-        **{
-            f"{name}_sha256": hashlib.sha256(values.data).hexdigest()
-            for name, values in arrays.items()
-        },
+        **{f"{name}_sha256": arrays.sha256(name) for name in TOKEN_ARRAYS},
         "sites": sites,
         "layers": layers,
         "d_model": d_model,
         "encoding": encoding,
         "compression": "none",
         "batch_sequences": batch_sequences,
+        "keep_positions": keep,
         "chunk_rows": layout.chunk_rows,
         "shard_rows": layout.shard_rows,
         "token_chunk": token_chunk,

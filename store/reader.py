@@ -17,8 +17,8 @@ from mlsae.store.encoding import STORED_DTYPE, check_encoding, decode
 from mlsae.store.errors import DamagedStoreError, IncompleteStoreError
 from mlsae.store.moments import GroupMoments, Moments, eligible_groups, from_bytes
 from mlsae.store.plan import plan_id_of, read_plan
+from mlsae.store.rowindex import RowIndex
 from mlsae.store.schema import COMPLETE, MOMENTS, PROVENANCE, SETUP, activation_array
-from mlsae.store.setup import token_readers
 
 Array = npt.NDArray[Any]
 
@@ -62,7 +62,6 @@ class Store:
         self.source: dict[str, Any] = self.plan["source"]
         """What made the values, as the producer gave it to `create`."""
         self.num_tokens: int = self.plan["num_tokens"]
-        self.num_rows: int = self.plan["num_tokens"]
         self.context_length: int = self.plan["context_length"]
         self.num_sequences = self.num_tokens // self.context_length
         self.sites: tuple[str, ...] = tuple(self.plan["sites"])
@@ -74,7 +73,10 @@ class Store:
         self.chunk_rows: int = self.plan["chunk_rows"]
         self.shard_rows: int = self.plan["shard_rows"]
         self._files = OpenFiles()
-        self._tokens = token_readers(path, self.plan, self._files)
+        self._index = RowIndex(path, self.plan, self._files)
+        self.num_rows = self._index.num_rows
+        self.rows_per_sequence = self._index.rows_per_sequence
+        """Row r belongs to sequence r // rows_per_sequence."""
         self._readers: dict[tuple[str, int], ArrayReader] = {}
         self._group_moments: dict[str, GroupMoments] | None = None
 
@@ -97,28 +99,38 @@ class Store:
         return sorted(records, key=lambda record: str(record.get("started", "")))
 
     def tokens(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint32]:
-        """(stop − start,) token ids."""
-        return self._tokens["tokens"].read(start, stop)
+        """(stop − start,) token ids, by token."""
+        return self._index.readers["tokens"].read(start, stop)
 
     def documents(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint32]:
-        """(stop − start,) index of each token's document."""
-        return self._tokens["documents"].read(start, stop)
+        """(stop − start,) index of each token's document, by token."""
+        return self._index.readers["documents"].read(start, stop)
 
     def token_flags(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
-        """(stop − start,) bits SPECIAL, PADDING, MASKED."""
-        return self._tokens["token_flags"].read(start, stop)
+        """(stop − start,) bits SPECIAL, PADDING, MASKED, by token."""
+        return self._index.readers["token_flags"].read(start, stop)
+
+    def row_tokens(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int64]:
+        """(stop − start,) index of the token that each row belongs to."""
+        return self._index.tokens(start, self.num_rows if stop is None else stop)
+
+    def row_flags(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
+        """(stop − start,) bits SPECIAL, PADDING, MASKED of each row's token."""
+        return self._index.flags(start, self.num_rows if stop is None else stop)
+
+    def row_groups(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int8]:
+        """(stop − start,) index into `mlsae.store.moments.GROUPS` of each row."""
+        return self._index.groups(start, self.num_rows if stop is None else stop)
 
     def positions(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int64]:
         """(stop − start,) position of each row within its sequence."""
-        stop = self.num_rows if stop is None else stop
-        return np.arange(start, stop, dtype=np.int64) % self.context_length
+        return self._index.positions(start, self.num_rows if stop is None else stop)
 
     def eligible(
         self, skip_positions: int = 1, start: int = 0, stop: int | None = None
     ) -> npt.NDArray[np.bool_]:
-        """(stop − start,) whether a row has no flag set and a position ≥ skip_positions."""
-        flags = self.token_flags(start, stop)
-        eligible: npt.NDArray[np.bool_] = flags == 0
+        """(stop − start,) whether each row has no flag set and a position ≥ skip_positions."""
+        eligible: npt.NDArray[np.bool_] = self.row_flags(start, stop) == 0
         eligible &= self.positions(start, stop) >= skip_positions
         return eligible
 

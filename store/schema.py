@@ -6,7 +6,7 @@ from typing import Any
 from mlsae.base.errors import InputError
 from mlsae.store.errors import SchemaVersionError
 
-SCHEMA_VERSION = "0.1"
+SCHEMA_VERSION = "0.2"
 
 SPECIAL = 1
 """token_flags bit 0: a special or separator token."""
@@ -29,6 +29,8 @@ PROVENANCE = "provenance"
 ARRAY_METADATA = "zarr.json"
 PARTIAL = ".partial"
 TOKEN_ARRAYS = {"tokens": "<u4", "documents": "<u4", "token_flags": "<u1"}
+ROW_TOKEN = "row_token"
+ROW_TOKEN_DTYPE = "<u8"
 IGNORED = frozenset({"README.md", ".gitattributes", ".gitignore"})
 """Files beside the store's own that a reader takes no notice of: hubs put them there."""
 
@@ -46,6 +48,7 @@ PLAN_KEYS = frozenset(
         "encoding",
         "compression",
         "batch_sequences",
+        "keep_positions",
         "chunk_rows",
         "shard_rows",
         "token_chunk",

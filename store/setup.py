@@ -9,9 +9,11 @@ import numpy as np
 from mlsae.base.files import read_sealed, seal, sha256_file, write_durably
 from mlsae.store.arrays import ArrayReader, OpenFiles
 from mlsae.store.metadata import zarr_metadata
-from mlsae.store.plan import TokenArrays, plan_id_of
-from mlsae.store.schema import COMMITS, PROVENANCE, SETUP, SHARD_MOMENTS, TOKEN_ARRAYS, chunk_key
+from mlsae.store.plan import plan_id_of
+from mlsae.store.rows import planned_row_tokens, setup_arrays
+from mlsae.store.schema import COMMITS, PROVENANCE, ROW_TOKEN, SETUP, SHARD_MOMENTS, chunk_key
 from mlsae.store.shardfile import ShardFile
+from mlsae.store.tokens import BLOCK_TOKENS, TokenArrays
 
 
 def write_setup(path: Path, plan: Mapping[str, Any], arrays: TokenArrays) -> None:
@@ -25,17 +27,23 @@ def write_setup(path: Path, plan: Mapping[str, Any], arrays: TokenArrays) -> Non
         metadata[name] = sha256_file(file)
     objects = {}
     shard_rows = plan["token_shard"]
-    for name, values in arrays.items():
-        for shard, start in enumerate(range(0, len(values), shard_rows)):
+    for name, (dtype, length) in setup_arrays(plan).items():
+        for shard, start in enumerate(range(0, length, shard_rows)):
             key = f"{name}/{chunk_key(shard, 1)}"
             writer = ShardFile(
                 path / key,
-                row_bytes=values.itemsize,
+                row_bytes=np.dtype(dtype).itemsize,
                 chunk_rows=plan["token_chunk"],
                 shard_rows=shard_rows,
             )
+            stop = min(start + shard_rows, length)
             try:
-                writer.write(values[start : start + shard_rows])
+                for first in range(start, stop, BLOCK_TOKENS):
+                    end = min(first + BLOCK_TOKENS, stop)
+                    if name == ROW_TOKEN:
+                        writer.write(planned_row_tokens(plan, first, end).astype(dtype))
+                    else:
+                        writer.write(arrays.block(name, first, end))
                 objects[key] = writer.commit()
             finally:
                 writer.abandon()
@@ -51,19 +59,19 @@ def read_setup(path: Path) -> dict[str, Any]:
     return read_sealed(path / SETUP)
 
 
-def token_readers(
+def setup_readers(
     path: Path, plan: Mapping[str, Any], files: OpenFiles | None = None
 ) -> dict[str, ArrayReader]:
-    """Readers of tokens, documents and token_flags."""
+    """Readers of tokens, documents and token_flags, and of row_token where there is one."""
     return {
         name: ArrayReader(
             path / name,
-            num_rows=plan["num_tokens"],
+            num_rows=length,
             row_shape=(),
             dtype=np.dtype(dtype),
             chunk_rows=plan["token_chunk"],
             shard_rows=plan["token_shard"],
             files=files,
         )
-        for name, dtype in TOKEN_ARRAYS.items()
+        for name, (dtype, length) in setup_arrays(plan).items()
     }

@@ -8,17 +8,14 @@ and gives the same bytes on every run.
 
 import hashlib
 import os
-import socket
-import uuid
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from mlsae.base.files import fsync_directory, full_disk_explained
+from mlsae.base.files import fsync_directory, full_disk_explained, partial_path
 from mlsae.store.layout import CRC_BYTES, INDEX_ENTRY_BYTES
-from mlsae.store.schema import PARTIAL
 
 Bytes = npt.NDArray[np.uint8]
 ABSENT = 2**64 - 1
@@ -56,8 +53,7 @@ class ShardFile:
         self._in_chunk = 0
         self._used = 0
         self.num_bytes = 0
-        owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._partial = path.with_name(f"{path.name}.{owner}{PARTIAL}")
+        self._partial = partial_path(path)
         self._fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
 
     def write(self, rows: npt.NDArray[np.generic]) -> None:
@@ -115,22 +111,3 @@ class ShardFile:
             while view:
                 view = view[os.write(self._fd, view) :]
         self.num_bytes += len(data)
-
-
-def remove_stale_partials(directory: Path) -> None:
-    """Remove temporary shards that dead processes of this machine left in `directory`."""
-    host = socket.gethostname()
-    for path in directory.glob(f"*.{host}-*{PARTIAL}"):
-        pid = path.name.removesuffix(PARTIAL).rsplit("-", 2)[-2]
-        if pid.isdigit() and not _is_alive(int(pid)):
-            path.unlink(missing_ok=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

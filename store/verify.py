@@ -5,17 +5,20 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from mlsae.base.files import DamagedFileError, read_sealed, sha256_file
+from mlsae.store.accumulate import Accumulator, blocks_of
 from mlsae.store.commit import num_shards_of, store_id_of
-from mlsae.store.encoding import decode
 from mlsae.store.errors import DamagedStoreError
 from mlsae.store.metadata import zarr_metadata
-from mlsae.store.moments import GroupMoments, from_bytes, group_of_rows
+from mlsae.store.moments import GroupMoments, from_bytes
 from mlsae.store.reader import open_store
+from mlsae.store.rows import planned_row_tokens, rows_per_sequence_of, setup_arrays
 from mlsae.store.schema import (
     ALL_FLAGS,
     COMPLETE,
@@ -24,17 +27,18 @@ from mlsae.store.schema import (
     PARTIAL,
     PLAN,
     PROVENANCE,
+    ROW_TOKEN,
     SETUP,
-    TOKEN_ARRAYS,
     activation_array,
     chunk_key,
     commit_record,
     shard_moments,
 )
-from mlsae.store.setup import read_setup, token_readers
+from mlsae.store.setup import read_setup, setup_readers
 
 MOMENTS_TOLERANCE = 1e-5
-Moments = dict[str, GroupMoments]
+Moments = Mapping[str, GroupMoments]
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +108,7 @@ class _Verification:
         plan = self.plan
         if plan["num_tokens"] % plan["context_length"]:
             self.report("R-TOKEN-2", PLAN, "num_tokens is not a multiple of context_length")
-        batch_rows = plan["batch_sequences"] * plan["context_length"]
+        batch_rows = plan["batch_sequences"] * rows_per_sequence_of(plan)
         if plan["shard_rows"] % plan["chunk_rows"] or plan["shard_rows"] % batch_rows:
             self.report("R-PLAN-5", PLAN, "shard_rows is no multiple of chunk_rows and of a batch")
         expected = zarr_metadata(self.plan, self.store.plan_id)
@@ -116,25 +120,29 @@ class _Verification:
                 self.report("R-META-2", name, "differs from what the plan asks for")
 
     def tokens(self) -> None:
-        num_shards = -(-self.plan["num_tokens"] // self.plan["token_shard"])
-        keys = {n: [f"{n}/{chunk_key(s, 1)}" for s in range(num_shards)] for n in TOKEN_ARRAYS}
-        if not self._objects(
-            SETUP, self.setup["objects"], [key for of_array in keys.values() for key in of_array]
-        ):
+        keys = []
+        for name, (_, length) in setup_arrays(self.plan).items():
+            num_shards = -(-length // self.plan["token_shard"])
+            keys += [f"{name}/{chunk_key(shard, 1)}" for shard in range(num_shards)]
+        if not self._objects(SETUP, self.setup["objects"], keys):
             return
-        for name, reader in token_readers(self.path, self.plan).items():
+        for name, reader in setup_readers(self.path, self.plan).items():
             digest = hashlib.sha256()
             try:
-                for start in range(0, self.plan["num_tokens"], self.plan["token_chunk"]):
-                    stop = min(start + self.plan["token_chunk"], self.plan["num_tokens"])
+                for start in range(0, reader.num_rows, self.plan["token_chunk"]):
+                    stop = min(start + self.plan["token_chunk"], reader.num_rows)
                     values = reader.read(start, stop)
                     digest.update(values.data)
                     if name == "token_flags" and values.max() > ALL_FLAGS:
                         self.report("R-TOKEN-3", name, f"tokens {start} to {stop}: unknown bits")
+                    if name == ROW_TOKEN and not np.array_equal(
+                        values, planned_row_tokens(self.plan, start, stop)
+                    ):
+                        self.report("R-ROW-3", name, f"rows {start} to {stop} are not the plan's")
             except DamagedStoreError as error:
                 self.report("R-SHARD-3", name, str(error))
                 continue
-            if digest.hexdigest() != self.plan[f"{name}_sha256"]:
+            if name != ROW_TOKEN and digest.hexdigest() != self.plan[f"{name}_sha256"]:
                 self.report("R-TOKEN-4", name, "the values differ from the hash in the plan")
 
     def shard(self, shard: int) -> None:
@@ -227,48 +235,73 @@ class _Verification:
 
     def _recompute(self, shard: int) -> Moments | None:
         """The moments of a shard's decoded values; None (and a report) where a chunk is damaged."""
-        store, moments = self.store, self._no_moments()
+        store = self.store
+        moments = {
+            site: Accumulator(store.layers, store.d_model, store.encoding) for site in store.sites
+        }
         stop = min((shard + 1) * store.shard_rows, store.num_rows)
         for start in range(shard * store.shard_rows, stop, store.chunk_rows):
             end = min(start + store.chunk_rows, stop)
-            group = group_of_rows(store.token_flags(start, end), store.positions(start, end))
+            blocks = blocks_of(store.row_groups(start, end), store.d_model)
             for site in store.sites:
-                block, above = moments[site].block(group), None
-                for index in reversed(range(len(store.layers))):
-                    reader = store.reader(site, store.layers[index])
-                    try:
-                        stored = reader.check_chunk(start // store.chunk_rows)
-                    except DamagedStoreError as error:
-                        self.report("R-SHARD-3", activation_array(site, index), str(error))
-                        return None
-                    values = decode(stored[: end - start].copy(), store.encoding)
-                    if stored[end - start :].any():
-                        self.report("R-SHARD-4", activation_array(site, index), "padding is not 0")
-                    if not np.isfinite(values).all():
-                        self.report(
-                            "R-ACT-3",
-                            activation_array(site, store.layers[index]),
-                            f"rows {start} to {end} hold a value that is not finite",
-                        )
-                        return None
-                    block.add_layer(index, values, above)
-                    above = values
-                    self.bar.update(values.size * store.itemsize)
-                moments[site].merge(block)
-        return moments
+                stored = self._chunks(site, start, end)
+                if stored is None:
+                    return None
+                if not moments[site].add(blocks, stored):
+                    self._report_not_finite(site, start, end, stored)
+                    return None
+        return {**moments}
+
+    def _chunks(self, site: str, start: int, end: int) -> list[Array] | None:
+        """Rows start … end − 1 of every layer, a whole chunk; None (and a report) where damaged."""
+        store, stored = self.store, []
+        for layer in store.layers:
+            try:
+                chunk = store.reader(site, layer).check_chunk(start // store.chunk_rows)
+            except DamagedStoreError as error:
+                self.report("R-SHARD-3", activation_array(site, layer), str(error))
+                return None
+            if chunk[end - start :].any():
+                self.report("R-SHARD-4", activation_array(site, layer), "padding is not 0")
+            stored.append(chunk[: end - start].copy())
+            self.bar.update(stored[-1].nbytes)
+        return stored
+
+    def _report_not_finite(self, site: str, start: int, end: int, stored: list[Array]) -> None:
+        for layer, values in zip(self.store.layers, stored, strict=True):
+            if not np.isfinite(self.store.decode(values)).all():
+                self.report(
+                    "R-ACT-3",
+                    activation_array(site, layer),
+                    f"rows {start} to {end} hold a value that is not finite",
+                )
 
     def _compare(self, computed: Moments, found: Moments, name: str) -> None:
+        """Hold moments against recomputed ones, as R-MOMENT-3 says."""
         for site, mine in computed.items():
-            theirs = found[site].tensors()
+            theirs, scales = found[site].tensors(), _scales(mine)
             for key, expected in mine.tensors().items():
-                scale = np.abs(expected).max(initial=0.0)
-                if key.endswith("mean"):
-                    scale += np.sqrt(np.abs(mine.per_channel["m2"]).max(initial=0.0))
-                elif key == "adjacent_cross":
-                    scale += mine.per_channel["m2"].sum(axis=-1).max(initial=0.0)
-                if not np.allclose(
-                    theirs[key], expected, rtol=MOMENTS_TOLERANCE, atol=1e-9 * scale
-                ):
+                if (np.abs(theirs[key] - expected) > MOMENTS_TOLERANCE * scales[key]).any():
                     self.report(
                         "R-MOMENT-3", name, f"{site}/{key} is not that of the decoded values"
                     )
+
+
+def _scales(moments: GroupMoments) -> dict[str, Array]:
+    """Tensor → what its errors are relative to: see R-MOMENT-3."""
+    count_G1 = np.maximum(moments.count_G, 1)[:, None]
+    square_2LGD = moments.mean_2LGD**2 + moments.m2_2LGD / count_G1
+    square_2LGD += square_2LGD.mean(axis=-1, keepdims=True)
+    sum_2LGD = count_G1 * square_2LGD
+    m2_2LGD = moments.m2_2LGD + 0.1 * np.sqrt(moments.m2_2LGD * sum_2LGD) + 1e-7 * sum_2LGD
+    total_LG = m2_2LGD[0].sum(axis=-1)
+    return {
+        "count": np.zeros(len(count_G1)),
+        "mean": np.sqrt(square_2LGD[0]),
+        "u_mean": np.sqrt(square_2LGD[1]),
+        "m2": m2_2LGD[0],
+        "u_m2": m2_2LGD[1],
+        "norm_sum": moments.norm_sum_LG,
+        "max_abs": moments.max_abs_LG,
+        "adjacent_cross": np.sqrt(total_LG[:-1] * total_LG[1:]),
+    }

@@ -8,38 +8,42 @@ record that vouches for it.
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.errors import InputError
-from mlsae.base.files import seal, write_durably
+from mlsae.base.files import remove_stale_partials, seal, write_durably
 from mlsae.base.resources import require_disk
-from mlsae.store.commit import commit_shard, complete, num_shards_of, pending_shards
-from mlsae.store.encoding import STORED_DTYPE, check_encoding, decode, encode
+from mlsae.store.commit import complete, num_shards_of, pending_shards
+from mlsae.store.encoding import check_encoding, decode, encode
 from mlsae.store.errors import ActivationError, NotAStoreError, PlanMismatchError
 from mlsae.store.layout import SHARD_BYTES, plan_layout
-from mlsae.store.moments import Block, GroupMoments, group_of_rows
-from mlsae.store.plan import find_plan, make_plan, plan_id_of, read_plan, token_arrays
+from mlsae.store.moments import GROUPS, GroupMoments
+from mlsae.store.openshard import Key, NotFiniteError, OpenShard
+from mlsae.store.plan import find_plan, make_plan, plan_id_of, read_plan
+from mlsae.store.producers import Producer, Producers
+from mlsae.store.rowindex import RowIndex
 from mlsae.store.schema import (
+    COMMITS,
     COMPLETE,
     PLAN,
     PROVENANCE,
     SETUP,
+    SHARD_MOMENTS,
     activation_array,
-    chunk_key,
     describe_difference,
 )
-from mlsae.store.setup import token_readers, write_setup
-from mlsae.store.shardfile import ShardFile, remove_stale_partials
+from mlsae.store.setup import write_setup
+from mlsae.store.tokens import TokenArrays
 
 WRITER_THREADS = 3
 Array = npt.NDArray[Any]
-Key = tuple[str, int]
 
 
 def create(
@@ -54,15 +58,20 @@ def create(
     token_flags: npt.NDArray[np.uint8] | None = None,
     encoding: str = "float16",
     batch_sequences: int = 1,
+    keep_positions: int | None = None,
+    keep_seed: int = 0,
     source: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    producer: Producer | None = None,
+    allow_mixed: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> "Writer":
     """Begin a store, or continue one of the same plan.
 
     Args:
         path: directory of the store; absent, empty, or holding a store of the same plan.
-        tokens: (num_tokens,) token ids, whole sequences of `context_length` one after another.
+        tokens: (num_tokens,) token ids, whole sequences of `context_length` one after another. Of
+            this and the next two, memory maps are read block by block and never held whole.
         context_length: tokens of a sequence.
         layers: 0-based block indices, ascending.
         d_model: channels of an activation.
@@ -71,8 +80,14 @@ def create(
         token_flags: (num_tokens,) bits SPECIAL, PADDING, MASKED; 0 if not given.
         encoding: float16, bfloat16 or float32.
         batch_sequences: sequences that the producer computes at once; shards hold whole batches.
+        keep_positions: store only so many positions of each sequence, chosen by `keep_seed`; all
+            if not given. `Writer.row_tokens` says which tokens the rows belong to.
+        keep_seed: of that choice.
         source: JSON that says what made the values; it belongs to the plan and so to `plan_id`.
         provenance: JSON that says how this run was made; recorded outside `plan_id`.
+        producer: JSON object that names the device and the versions that decide the last bits of
+            the values; recorded by shard, outside `plan_id`.
+        allow_mixed: add to shards of another producer.
         shard_bytes: bytes of one shard object, about.
 
     Returns:
@@ -83,10 +98,11 @@ def create(
         PlanMismatchError: the directory holds a store of another plan.
         NotAStoreError: the directory holds something else.
         DamagedStoreError: the directory holds a store whose plan is damaged.
+        MixedProducersError: another producer made some of its shards.
         ResourceError: the disk has no room for the store.
     """
     path = Path(path)
-    arrays = token_arrays(tokens, documents, token_flags, context_length)
+    arrays = TokenArrays(tokens, documents, token_flags, context_length)
     shape: dict[str, Any] = {
         "context_length": context_length,
         "layers": layers,
@@ -95,8 +111,9 @@ def create(
         "encoding": check_encoding(encoding),
         "batch_sequences": batch_sequences,
         "shard_bytes": shard_bytes,
+        "keep_positions": keep_positions,
     }
-    plan = make_plan(arrays, source=source or {}, **shape)
+    plan = make_plan(arrays, source=source or {}, keep_seed=keep_seed, **shape)
     present = find_plan(path)
     if present is None:
         total_bytes = plan_layout(num_tokens=len(tokens), **shape).total_bytes
@@ -113,49 +130,70 @@ def create(
         write_setup(path, plan, arrays)
     if provenance is not None:
         write_durably(path / PROVENANCE / f"{uuid.uuid4().hex}.json", seal(provenance))
-    return Writer(path)
+    return Writer(path, producer=producer, allow_mixed=allow_mixed)
 
 
-def resume(path: str | os.PathLike[str]) -> "Writer":
+def resume(
+    path: str | os.PathLike[str], *, producer: Producer | None = None, allow_mixed: bool = False
+) -> "Writer":
     """Continue a store whose tokens are written, by whatever process.
+
+    Args:
+        path: the store's directory.
+        producer: as for `create`.
+        allow_mixed: as for `create`.
 
     Raises:
         NotAStoreError: there is no store, or its tokens are not all written yet.
+        MixedProducersError: another producer made some of its shards.
         StoreError: the store is damaged or of another version.
     """
-    return Writer(Path(path))
+    return Writer(Path(path), producer=producer, allow_mixed=allow_mixed)
 
 
 class Writer:
     """Adds activations to a store, shard by shard; each full shard is committed durably.
 
+    Rows are written by threads while the caller computes the next, and a full shard is made durable
+    while the next one fills. In memory lie the arrays of the last two calls of `append` and, for
+    each of at most two shards, four times the bytes of its moments.
+
     Use as a context manager: leaving it completes the store if every shard is committed, and an
     exception drops the unfinished shard only.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, *, producer: Producer | None = None, allow_mixed: bool = False
+    ) -> None:
         plan = read_plan(path)
         if not (path / SETUP).exists():
             raise NotAStoreError(f"{path}: the tokens are not all written; create the store first")
         self.path = path
         self.plan = plan
         self.plan_id = plan_id_of(plan)
-        self.num_rows: int = plan["num_tokens"]
+        self._index = RowIndex(path, plan)
+        self.num_rows = self._index.num_rows
+        self.rows_per_sequence = self._index.rows_per_sequence
+        """Row r belongs to sequence r // rows_per_sequence."""
         self.shard_rows: int = plan["shard_rows"]
         self.num_shards = num_shards_of(plan)
         self.bytes_written = 0
         """Bytes of activation objects this writer has committed."""
+        self._producer = producer
+        self._producers = None if allow_mixed else Producers(path, plan)
+        self._require_one_producer()
         self._encoding = check_encoding(plan["encoding"])
-        self._layers = tuple(plan["layers"])
-        self._keys: list[Key] = [(s, layer) for s in plan["sites"] for layer in self._layers]
-        self._flags = token_readers(path, plan)["token_flags"]
-        for key in self._keys:
-            remove_stale_partials(path / activation_array(*key))
-        self._pool = ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="store-writer")
-        self._futures: list[Future[None]] = []
-        self._blocks: dict[str, Block] = {}
-        self._moments: dict[str, GroupMoments] = {}
-        self._files: dict[Key, ShardFile] = {}
+        self._keys: list[Key] = [(s, layer) for s in plan["sites"] for layer in plan["layers"]]
+        arrays = [activation_array(*key) for key in self._keys]
+        for directory in (*arrays, COMMITS, SHARD_MOMENTS, PROVENANCE, ""):
+            remove_stale_partials(path / directory)
+        self._pool = ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="store-write")
+        # Of their own, so that waiting for the disk never holds up the next shard's rows.
+        self._flushers = ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="store-flush")
+        self._committer = ThreadPoolExecutor(1, thread_name_prefix="store-commit")
+        self._batch: _Batch | None = None
+        self._open: OpenShard | None = None
+        self._committing: tuple[int, Future[None]] | None = None
         self._closed = False
         self._shard: int | None = None
         self._row = 0
@@ -166,12 +204,28 @@ class Writer:
         """The row that the next `append` begins with; None when nothing is pending."""
         return None if self._shard is None else self._row
 
+    def row_tokens(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """(stop − start,) index of the token that each row belongs to."""
+        return self._index.tokens(start, stop)
+
+    def row_groups(self, start: int, stop: int) -> npt.NDArray[np.int8]:
+        """(stop − start,) index into `mlsae.store.moments.GROUPS` of each row."""
+        return self._index.groups(start, stop)
+
     def shard_range(self, shard: int) -> range:
         """Rows of a shard."""
         return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.num_rows))
 
     def pending(self) -> list[int]:
-        """Shards that no process has committed yet, as the disk says now."""
+        """Shards that no process has committed yet, as the disk says now.
+
+        Raises:
+            MixedProducersError: another producer has committed one.
+            ActivationError, ResourceError: as for `append`, of a shard that was being committed.
+        """
+        self._finish_batch()
+        self._finish_commit()
+        self._require_one_producer()
         return pending_shards(self.path, self.plan)
 
     def seek(self, shard: int) -> None:
@@ -185,20 +239,29 @@ class Writer:
         self._drop()
         self._shard, self._row = shard, self.shard_range(shard).start
 
-    def append(self, activations: Mapping[Key, Array]) -> None:
+    def append(
+        self,
+        activations: Mapping[Key, Array],
+        moments: Mapping[str, GroupMoments] | None = None,
+    ) -> None:
         """Add rows of every (site, layer) at `position`.
 
-        The arrays belong to the writer from now on: threads check and write them while the caller
-        computes the next batch.
+        Threads check and write the arrays while the caller computes the next batch: they belong to
+        the writer until the next call has returned (or the writer is closed), so a caller with two
+        sets of buffers may use them in turn.
 
         Args:
             activations: (site, layer) → (num_rows, d_model) floats, or values of the stored data
                 type. Any number of rows; a shard that becomes full is committed.
+            moments: site → moments of the decoded stored values of exactly these rows, where the
+                caller has them; computed here otherwise.
 
         Raises:
             ActivationError: values that are not finite or too large for the encoding (they may be
                 those of the call before), a wrong shape, a missing or unknown (site, layer).
-            InputError: more rows than the store has.
+            InputError: more rows than the store has; moments of other rows, or of rows that do not
+                lie in one shard.
+            MixedProducersError: another producer has committed a shard meanwhile.
             ResourceError: the disk is full.
         """
         num_rows = self._check_shapes(activations)
@@ -209,17 +272,28 @@ class Writer:
                     f"{self.path}: all {self.num_rows} rows are there, {num_rows - start} too many"
                 )
             take = min(num_rows - start, self.shard_range(self._shard).stop - self._row)
-            self._append_within_shard(activations, slice(start, start + take), self._shard)
+            if moments is not None and take < num_rows:
+                raise InputError(
+                    f"{self.path}: moments were given for {num_rows} rows from {self._row} on, but "
+                    f"shard {self._shard} ends after {take}; append the rows of one shard at a time"
+                )
+            rows = slice(start, start + take)
+            stored = {key: encode(activations[key][rows], self._encoding) for key in self._keys}
+            self._append_within_shard(_Batch(stored, self._row, moments), self._shard, take)
             start += take
 
     def close(self) -> None:
-        """Stop writing; complete the store if every shard is committed by now."""
+        """Stop writing; complete the store if every shard is committed by now.
+
+        Raises:
+            StoreError, ResourceError: as for `append`, of what was still being written.
+        """
         if not self._closed:
-            self._closed = True
-            self._drop()
-            self._pool.shutdown()
-            if not self.pending() and not (self.path / COMPLETE).exists():
-                complete(self.path, self.plan)
+            try:
+                if not self.pending() and not (self.path / COMPLETE).exists():
+                    complete(self.path, self.plan)
+            finally:
+                self._stop()
 
     def __enter__(self) -> Self:
         return self
@@ -232,10 +306,8 @@ class Writer:
     ) -> None:
         if error is None:
             self.close()
-        elif not self._closed:
-            self._closed = True
-            self._drop()
-            self._pool.shutdown()
+        else:
+            self._stop()
 
     def _check_shapes(self, activations: Mapping[Key, Array]) -> int:
         if activations.keys() != set(self._keys):
@@ -251,42 +323,48 @@ class Writer:
                 )
         return num_rows
 
-    def _append_within_shard(
-        self, activations: Mapping[Key, Array], rows: slice, shard: int
-    ) -> None:
-        stored = [encode(activations[key][rows], self._encoding) for key in self._keys]
+    def _append_within_shard(self, batch: "_Batch", shard: int, num_rows: int) -> None:
+        groups = self._index.groups(self._row, self._row + num_rows)
+        if batch.moments is not None:
+            self._check_moments(batch, batch.moments, groups)
         # Waiting here, and not after submitting, overlaps writing with the caller's next batch.
-        self._finish_block()
-        if not self._files:
-            self._begin(shard)
-        first, num_rows = self._row, rows.stop - rows.start
-        positions = np.arange(first, first + num_rows) % self.plan["context_length"]
-        group = group_of_rows(self._flags.read(first, first + num_rows), positions)
-        self._blocks = {site: moments.block(group) for site, moments in self._moments.items()}
-        self._futures = [
-            self._pool.submit(self._consume, place, stored, first)
-            for place in range(len(self._keys))
-        ]
+        self._finish_batch()
+        if self._open is None:
+            self._open = OpenShard(self.path, self.plan, shard, self._keys)
+        jobs = self._open.jobs(batch.stored, groups, batch.moments)
+        batch.futures = [self._pool.submit(job) for job in jobs]
+        self._batch = batch
         self._row += num_rows
         if self._row == self.shard_range(shard).stop:
-            self._commit(shard)
+            self._hand_over(self._open, batch.futures)
+            self._open = None
+            self._go_to_next_pending()
 
-    def _consume(self, place: int, stored: list[Array], first_row: int) -> None:
-        site, layer = self._keys[place]
-        index = place % len(self._layers)
-        values = self._decode_finite(stored[place], site, layer, first_row)
-        is_last = index + 1 == len(self._layers)
-        above = None if is_last else decode(stored[place + 1], self._encoding)
-        self._blocks[site].add_layer(index, values, above)
-        self._files[site, layer].write(np.ascontiguousarray(stored[place]))
+    def _check_moments(
+        self, batch: "_Batch", moments: Mapping[str, GroupMoments], groups: npt.NDArray[np.int8]
+    ) -> None:
+        if moments.keys() != set(self.plan["sites"]):
+            raise InputError(
+                f"{self.path}: expected moments of {self.plan['sites']}, got {sorted(moments)}"
+            )
+        counts = np.bincount(groups, minlength=len(GROUPS))
+        for site, of_site in moments.items():
+            if not np.array_equal(of_site.count_G, counts):
+                raise InputError(
+                    f"{self.path}: the moments of {site} count {int(of_site.count_G.sum())} rows, "
+                    f"but not those from {batch.first_row} on, group by group; give the moments "
+                    f"of the rows that are appended"
+                )
+            if not of_site.is_finite():
+                self._explain_not_finite(batch)
 
-    def _decode_finite(
-        self, stored: Array, site: str, layer: int, first_row: int
-    ) -> npt.NDArray[np.float32]:
-        values = decode(stored, self._encoding)
-        finite = np.isfinite(values)
-        if not finite.all():
-            row = first_row + int(np.flatnonzero(~finite.all(axis=1))[0])
+    def _explain_not_finite(self, batch: "_Batch") -> NoReturn:
+        for site, layer in self._keys:
+            values = decode(batch.stored[site, layer], self._encoding)
+            finite = np.isfinite(values)
+            if finite.all():
+                continue
+            row = batch.first_row + int(np.flatnonzero(~finite.all(axis=1))[0])
             largest = float(np.abs(values[finite]).max(initial=0.0))
             too_large = self._encoding == "float16" and bool(np.isinf(values).any())
             raise ActivationError(
@@ -294,54 +372,81 @@ class Writer:
                 f"the largest finite magnitude of that batch is {largest:.5g}"
                 + ("; use --encoding bfloat16 for values over 65,504" if too_large else "")
             )
-        return values
+        raise ActivationError(
+            f"{self.path}: the moments of the rows from {batch.first_row} on are not finite, but "
+            f"their values are; they overflowed where they were computed"
+        )
 
-    def _begin(self, shard: int) -> None:
-        row_bytes = self.plan["d_model"] * STORED_DTYPE[self._encoding].itemsize
-        for key in self._keys:
-            self._files[key] = ShardFile(
-                self.path / activation_array(*key) / chunk_key(shard, 2),
-                row_bytes=row_bytes,
-                chunk_rows=self.plan["chunk_rows"],
-                shard_rows=self.shard_rows,
-            )
-        self._moments = {
-            site: GroupMoments(self._layers, self.plan["d_model"]) for site in self.plan["sites"]
-        }
+    def _finish_batch(self) -> None:
+        """Wait until the batch of the last call is written; raise what went wrong with it."""
+        if (batch := self._batch) is None:
+            return
+        wait(batch.futures)
+        self._batch = None
+        try:
+            for future in batch.futures:
+                future.result()
+        except NotFiniteError:
+            self._explain_not_finite(batch)
 
-    def _finish_block(self) -> None:
-        futures, self._futures = self._futures, []
-        for future in futures:
+    def _hand_over(self, full: OpenShard, futures: list[Future[None]]) -> None:
+        """Commit a full shard in another thread, one shard at a time."""
+        self._finish_commit()
+
+        def commit() -> None:
+            try:
+                for future in futures:
+                    future.result()
+                num_bytes = full.commit(self._flushers, self._producer)
+            finally:
+                full.abandon()
+            self.bytes_written += num_bytes
+
+        self._committing = (full.shard, self._committer.submit(commit))
+
+    def _finish_commit(self) -> None:
+        if self._committing is not None:
+            future = self._committing[1]
+            wait([future])
+            self._committing = None
             future.result()
-        for site, block in self._blocks.items():
-            self._moments[site].merge(block)
-        self._blocks = {}
+            self._require_one_producer()
 
-    def _commit(self, shard: int) -> None:
-        self._finish_block()
-        digests = self._pool.map(lambda key: self._files[key].commit(), self._keys)
-        objects = {
-            f"{activation_array(*key)}/{chunk_key(shard, 2)}": digest
-            for key, digest in zip(self._keys, digests, strict=True)
-        }
-        commit_shard(self.path, self.plan, shard, objects, self._moments)
-        self.bytes_written += sum(file.num_bytes for file in self._files.values())
-        self._files = {}
-        self._go_to_next_pending()
+    def _require_one_producer(self) -> None:
+        if self._producers is not None:
+            self._producers.require_one(self._producer)
 
     def _go_to_next_pending(self) -> None:
-        pending = self.pending()
+        own = None if self._committing is None else self._committing[0]
+        pending = [shard for shard in pending_shards(self.path, self.plan) if shard != own]
         later = [shard for shard in pending if self._shard is None or shard > self._shard]
         self._shard = next(iter(later or pending), None)
         self._row = 0 if self._shard is None else self.shard_range(self._shard).start
 
+    def _stop(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._drop()
+            # The committer waits for the others, so it goes first.
+            for pool in (self._committer, self._flushers, self._pool):
+                pool.shutdown()
+
     def _drop(self) -> None:
-        for future in self._futures:
-            future.cancel()
-        for future in self._futures:
-            if not future.cancelled():
-                future.exception()
-        self._futures, self._blocks = [], {}
-        for file in self._files.values():
-            file.abandon()
-        self._files = {}
+        """Let go of the unfinished shard; one that is full is still committed."""
+        batch, self._batch = self._batch, None
+        if batch is not None:
+            unfinished = [f for f in batch.futures if self._open is None or not f.cancel()]
+            wait(unfinished)
+        if self._open is not None:
+            self._open.abandon()
+            self._open = None
+
+
+@dataclass
+class _Batch:
+    """The rows of one call within one shard, and the work that is under way for them."""
+
+    stored: dict[Key, Array]
+    first_row: int
+    moments: Mapping[str, GroupMoments] | None
+    futures: list[Future[None]] = field(default_factory=list)

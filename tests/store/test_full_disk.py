@@ -23,7 +23,7 @@ shape = dict(tokens=np.arange(4096) % 50, context_length=64, layers=(0, 1), d_mo
 def produce(room):
     # Fill the disk but for `room` bytes after three shards.
     with create(disk / "acts", **shape, batch_sequences=1, shard_bytes=2**16) as writer:
-        while writer.position is not None:
+        while writer.pending():  # Waits until what was appended is durable.
             if room and writer.position == 3 * writer.shard_rows:
                 ballast.write_bytes(bytes(shutil.disk_usage(disk).free - room))
             rows = np.random.default_rng(writer.position).normal(size=(2, 64, 64))

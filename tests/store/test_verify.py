@@ -18,8 +18,9 @@ from mlsae.store import (
     open_store,
     resume,
 )
-from mlsae.store.plan import make_plan, token_arrays
+from mlsae.store.plan import make_plan
 from mlsae.store.setup import write_setup
+from mlsae.store.tokens import TokenArrays
 from mlsae.store.verify import Problem, verify
 
 SPECIFICATION = Path(__file__).parents[2] / "storage_schema.md"
@@ -114,7 +115,7 @@ def test_moments_that_are_not_those_of_the_values_are_found(sample):
     store = open_store(sample.path)
     name = sample.path / "moments/00002.safetensors"
     parsed = m.from_bytes(name.read_bytes(), store.sites, store.layers, store.d_model)
-    parsed["resid_post"].per_channel["m2"][1] *= 1.001
+    parsed["resid_post"].m2_2LGD[0, 1] *= 1.001
     name.write_bytes(m.to_bytes(parsed))
     record = read_sealed(sample.path / "commits/00002.json")
     import hashlib
@@ -129,10 +130,10 @@ def test_moments_that_are_not_those_of_the_values_are_found(sample):
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        ("1.0", "follows schema 1.0, this mlsae reads 0.1; upgrade mlsae"),
-        ("0.2", "follows schema 0.2, this mlsae reads 0.1; upgrade mlsae"),
-        ("0.0", "read it with the mlsae that wrote it"),
-        ("one", "schema_version must be MAJOR.MINOR such as 0.1, got 'one'"),
+        ("1.0", "follows schema 1.0, this mlsae reads 0.2; upgrade mlsae"),
+        ("0.3", "follows schema 0.3, this mlsae reads 0.2; upgrade mlsae"),
+        ("0.1", "read it with the mlsae that wrote it"),
+        ("one", "schema_version must be MAJOR.MINOR such as 0.2, got 'one'"),
     ],
 )
 def test_stores_of_other_versions_are_refused(sample, version, message):
@@ -174,10 +175,32 @@ def test_the_specification_states_every_rule_that_verify_reports():
     assert str(Problem(rule="R-X-1", path="a", message="b")) == "R-X-1 a: b"
 
 
-def test_rules_of_plan_and_flags_are_checked_whatever_wrote_the_store(tmp_path: Path):
+class UncheckedArrays(TokenArrays):
+    """Arrays of a producer that looks at nothing: one flag has an unknown bit."""
+
+    def block(self, name, start, stop):
+        values = super().block(name, start, stop)
+        if name == "token_flags":
+            values[5 - start : 6 - start] = 8
+        return values
+
+
+@pytest.mark.parametrize(
+    ("changes", "broken"),
+    [
+        (
+            {"batch_sequences": 5},
+            [("R-PLAN-5", "plan.json"), ("R-TOKEN-3", "token_flags")],
+        ),
+        (
+            {"context_length": 5, "chunk_rows": 50, "shard_rows": 50},
+            [("R-TOKEN-2", "plan.json"), ("R-TOKEN-3", "token_flags")],
+        ),
+    ],
+)
+def test_rules_of_plan_and_flags_are_checked_whatever_wrote_the_store(tmp_path, changes, broken):
     """A producer that passed over the writer's own checks."""
-    arrays = token_arrays(np.arange(48), None, None, 8)
-    arrays["token_flags"][5] = 8
+    arrays = UncheckedArrays(np.arange(48), None, None, 8)
     plan = make_plan(
         arrays,
         context_length=8,
@@ -189,12 +212,9 @@ def test_rules_of_plan_and_flags_are_checked_whatever_wrote_the_store(tmp_path: 
         shard_bytes=2**20,
         source={},
     )
-    plan["batch_sequences"] = 5
+    plan.update(changes)
     (tmp_path / "plan.json").write_bytes(seal(plan))
     write_setup(tmp_path, plan, arrays)
     with resume(tmp_path) as writer:
-        writer.append({("resid_post", 0): np.ones((48, 4), np.float32)})
-    assert [(p.rule, p.path) for p in verify(tmp_path)] == [
-        ("R-PLAN-5", "plan.json"),
-        ("R-TOKEN-3", "token_flags"),
-    ]
+        writer.append({("resid_post", 0): np.ones((writer.num_rows, 4), np.float32)})
+    assert [(p.rule, p.path) for p in verify(tmp_path)] == broken
