@@ -39,6 +39,7 @@ def test_standard_normal_and_independent() -> None:
         assert abs((x**power).mean() - moment) < 5 * np.sqrt(variance / n)
     assert abs(np.corrcoef(x[:-1].ravel(), x[1:].ravel())[0, 1]) < 5 / np.sqrt(n)
     assert abs(np.corrcoef(x[:-64].ravel(), x[64:].ravel())[0, 1]) < 5 / np.sqrt(n)
+    assert len(np.unique(x, axis=0)) == len(x)
     other = rows(0, 4000, seed=1).astype(np.float64)
     assert abs(np.corrcoef(x.ravel(), other.ravel())[0, 1]) < 5 / np.sqrt(n)
 
