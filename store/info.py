@@ -5,6 +5,7 @@ from typing import Any
 
 from mlsae.base.units import format_bytes, format_count
 from mlsae.store.commit import num_shards_of, pending_shards
+from mlsae.store.producers import Producers, describe
 from mlsae.store.reader import open_store
 
 
@@ -28,6 +29,10 @@ def store_info(path: str | os.PathLike[str]) -> dict[str, Any]:
         "num_committed": num_shards - len(pending_shards(store.path, store.plan)),
         "num_bytes": sum(file.stat().st_size for file in files),
         "plan": store.plan,
+        "producers": [
+            {"producer": producer, "num_shards": len(shards)}
+            for producer, shards in Producers(store.path, store.plan).by_shard()
+        ],
         "provenance": store.provenance(),
     }
     if store.is_complete:
@@ -56,10 +61,15 @@ def format_info(info: dict[str, Any]) -> str:
         f"  model       {model}",
         f"  tokens      {format_count(plan['num_tokens'])} in {format_count(info['num_sequences'])}"
         f" sequences of {plan['context_length']}",
+        *_rows_line(info),
         f"  activations {', '.join(plan['sites'])}; layers {_ranges(plan['layers'])}; "
         f"d_model {plan['d_model']}; {plan['encoding']}",
         f"  shards      {info['num_committed']} of {info['num_shards']} committed, "
         f"{format_count(plan['shard_rows'])} rows each",
+        *(
+            f"  made by     {describe(made['producer'])}: {format_count(made['num_shards'])} shards"
+            for made in info["producers"]
+        ),
         f"  on disk     {format_bytes(info['num_bytes'])}",
         f"  plan_id     {info['plan_id']}",
         f"  store_id    {info['store_id'] or '(when complete)'}",
@@ -83,6 +93,16 @@ def format_moments(site: str, moments: dict[str, Any]) -> str:
         last = "" if cosine is None else f"{cosine:.3f}"
         rows.append(f"  {layer:>5} {norm:>10.4g} {largest:>10.4g} {last:>15}")
     return "\n".join(rows)
+
+
+def _rows_line(info: dict[str, Any]) -> list[str]:
+    keep = info["plan"]["keep_positions"]
+    if keep is None:
+        return []
+    return [
+        f"  rows        {format_count(info['num_rows'])}: {keep['num']} positions of a sequence, "
+        f"seed {keep['seed']}"
+    ]
 
 
 def _ranges(layers: list[int]) -> str:

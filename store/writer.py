@@ -397,6 +397,7 @@ class Writer:
             try:
                 for future in futures:
                     future.result()
+                self._require_one_producer()
                 num_bytes = full.commit(self._flushers, self._producer)
             finally:
                 full.abandon()
@@ -410,7 +411,6 @@ class Writer:
             wait([future])
             self._committing = None
             future.result()
-            self._require_one_producer()
 
     def _require_one_producer(self) -> None:
         if self._producers is not None:
