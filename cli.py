@@ -14,6 +14,7 @@ import click
 
 from mlsae import __version__
 from mlsae.base.errors import InputError, MlsaeError
+from mlsae.base.interruption import InterruptedWorkError
 from mlsae.base.units import (
     parse_bytes,
     parse_count,
@@ -51,10 +52,12 @@ class _OneLineErrors(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except InterruptedWorkError as stop:
+            # What the user asked for is no error.
+            click.echo(str(stop), err=True)
+            ctx.exit(stop.exit_status)
         except MlsaeError as error:
-            failure = click.ClickException(" ".join(str(error).split()))
-            failure.exit_code = error.exit_status
-            raise failure from None
+            raise click.ClickException(" ".join(str(error).split())) from None
         except OSError as error:
             where = f": {error.filename}" if error.filename else ""
             raise click.ClickException(f"{error.strerror or error}{where}") from None

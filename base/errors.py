@@ -11,10 +11,7 @@ A message is one line: what was wrong, expected, got, where, what to do.
 
 
 class MlsaeError(Exception):
-    """Base class of every error meant for the user; the command line prints it."""
-
-    exit_status = 1
-    """What the command line exits with."""
+    """Base class of every error meant for the user; the command line prints it and exits 1."""
 
 
 class InputError(MlsaeError, ValueError):

@@ -21,6 +21,7 @@ class InterruptedWorkError(MlsaeError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_status = 128 + signal_number
+        """What the command line exits with, as shells have it."""
 
 
 class StopNow(KeyboardInterrupt):

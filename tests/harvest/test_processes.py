@@ -79,19 +79,88 @@ def test_killed_harvest_continues_to_the_same_store(
     assert 0 < resumed.bytes_written < unbroken.bytes_written
 
 
-def test_two_ranks_make_the_store_that_one_makes(
-    small_shards: Callable[[Path], HarvestConfig], start: Start, tmp_path: Path
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_make_the_store_that_one_makes(
+    world_size: int,
+    small_shards: Callable[[Path], HarvestConfig],
+    start: Start,
+    tmp_path: Path,
 ) -> None:
     """They meet in the directory alone; only rank 0 packs and prints."""
     alone = run(small_shards(tmp_path / "alone"))
     assert alone is not None
     settings = small_shards(tmp_path / "shared")
-    ranks = [start(settings, RANK=rank, WORLD_SIZE="2") for rank in ("1", "0")]
+    ranks = [
+        start(settings, RANK=str(rank), WORLD_SIZE=str(world_size))
+        for rank in reversed(range(world_size))
+    ]
     outputs = [process.communicate(timeout=PATIENCE_SECONDS) for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], outputs
-    assert outputs[0][0] == b""
-    assert b"packed" in outputs[1][0]
-    assert open_store(settings.out).store_id == alone.store_id
+    assert [process.returncode for process in ranks] == [0] * world_size, outputs
+    assert [output for output, _ in outputs[:-1]] == [b""] * (world_size - 1)
+    assert b"packed" in outputs[-1][0]
+    store = open_store(settings.out)
+    assert store.store_id == alone.store_id
+    assert store.provenance()[0]["world_size"] == world_size
+
+
+def test_what_a_lost_rank_leaves_is_made_by_the_rerun(
+    small_shards: Callable[[Path], HarvestConfig], start: Start, tmp_path: Path
+) -> None:
+    """Rank 1 never comes: rank 0 makes its own shards, waits, is stopped; one process finishes."""
+    alone = run(small_shards(tmp_path / "alone"))
+    assert alone is not None
+    settings = small_shards(tmp_path / "lost")
+    process = start(settings, RANK="0", WORLD_SIZE="2")
+    assert process.stdout is not None
+    seen = b""
+    for line in process.stdout:
+        seen += line
+        if b"waiting for 20 shards of other ranks" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=PATIENCE_SECONDS)
+    assert b"stopped: 20 of 40 shards are safe in" in errors, (seen, errors)
+    finished = run(settings)
+    assert finished is not None
+    assert finished.store_id == alone.store_id
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_harvest_finishes_its_shard_and_goes_on(
+    number: signal.Signals,
+    small_shards: Callable[[Path], HarvestConfig],
+    tmp_path: Path,
+) -> None:
+    """The real command, stopped as a person or a scheduler does it."""
+    settings = small_shards(tmp_path / "stopped")
+    command = [
+        sys.executable, "-m", "mlsae", "harvest", "--model", settings.model,
+        "--dataset", str(settings.dataset), "--out", str(settings.out), "--context-length", "16",
+        "--batch-size", "1", "--device", "cpu", "--shard-size", "1000", "--max-tokens", "640",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        first_commit = settings.out / commit_record(0)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not first_commit.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 128 + number, errors
+    assert "finishing the shard in hand, then stopping; press Ctrl-C again" in errors
+    done = len(list((settings.out / "commits").glob("0*.json")))
+    last = errors.splitlines()[-1]
+    assert last == (
+        f"stopped: {done} of 40 shards are safe in {settings.out}; run the same command to go on"
+    )
+    assert 0 < done < 40
+    alone = run(small_shards(tmp_path / "alone"))
+    finished = run(settings)
+    assert alone is not None
+    assert finished is not None
+    assert finished.store_id == alone.store_id
 
 
 def test_rank_with_another_model_is_refused(
