@@ -4,7 +4,9 @@ The variants are those of Heap et al., arXiv 2501.17727, section 3.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ are replaced by noise at run time (see `control.py`)."""
 _REDRAWN = ("rerandomized", "rerandomized-keep-embeddings")
 # Elements handled at a time, so that float64 copies stay small beside the model.
 _BLOCK = 1 << 20
+_MAX_THREADS = 16
 
 
 def check_init(init: str, seed: int) -> None:
@@ -46,9 +49,8 @@ def philox(*key: str | int) -> np.random.Philox:
     return np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8"))
 
 
-@torch.no_grad()
 def redraw(model: nn.Module, init: str, seed: int) -> None:
-    """Draw a model's parameters anew, in place, one tensor at a time.
+    """Draw a model's parameters anew, in place, block by block.
 
     Each becomes N(m, v) with m the mean and v the population variance of its own elements, vectors
     and scalars included. Buffers stay. A tensor shared by several modules is drawn once, under the
@@ -64,15 +66,16 @@ def redraw(model: nn.Module, init: str, seed: int) -> None:
         InputError: a parameter is not of a floating-point type, as in a quantised model.
     """
     kept = _embeddings(model) if init == "rerandomized-keep-embeddings" else set()
-    for name, parameter in _unique_parameters(model):
-        if id(parameter) in kept:
-            continue
+    drawn = {name: p for name, p in _unique_parameters(model) if p.numel() and id(p) not in kept}
+    for name, parameter in drawn.items():
         if not parameter.is_floating_point():
             raise InputError(
                 f"--init {init} draws floating-point weights, but {name} is {parameter.dtype}: "
                 "give a model that is not quantised"
             )
-        _redraw_tensor(parameter, np.random.Generator(philox("parameter", name, seed)))
+    generators = [np.random.Generator(philox("parameter", name, seed)) for name in drawn]
+    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
+        list(pool.map(_redraw_tensor, drawn.values(), generators))
 
 
 def _unique_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -91,6 +94,7 @@ def _embeddings(model: nn.Module) -> set[int]:
     return {id(p) for module in modules if module is not None for p in module.parameters()}
 
 
+@torch.no_grad()  # holds for one thread
 def _redraw_tensor(parameter: torch.Tensor, generator: np.random.Generator) -> None:
     values = parameter.detach().reshape(-1)
     blocks = torch.split(values, _BLOCK)
@@ -98,10 +102,9 @@ def _redraw_tensor(parameter: torch.Tensor, generator: np.random.Generator) -> N
     square = sum(float(np.square(_float64(block) - mean).sum()) for block in blocks)
     # The last bits of a sum depend on the processor: rounded to float32, they no longer matter.
     centre, scale = float(np.float32(mean)), float(np.float32(np.sqrt(square / len(values))))
-    drawn = torch.empty_like(values)
-    for block in torch.split(drawn, _BLOCK):
+    for block in blocks:
         block.copy_(torch.from_numpy(generator.standard_normal(len(block)) * scale + centre))
-    parameter.copy_(drawn.reshape(parameter.shape))
+    parameter.copy_(values.reshape(parameter.shape))  # where it is not contiguous, a copy was drawn
 
 
 def _float64(values: torch.Tensor) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":

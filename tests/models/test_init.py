@@ -99,6 +99,18 @@ def test_a_tensor_larger_than_a_block_is_one_stream() -> None:
     assert not torch.equal(flat[: n - (1 << 20)], flat[1 << 20 :])
 
 
+def test_a_tensor_that_is_not_contiguous_gets_the_same_draws() -> None:
+    value = torch.arange(600.0).reshape(20, 30)
+    drawn = []
+    for parameter in (value.clone(), value.t().contiguous().t()):
+        module = nn.Module()
+        module.a = nn.Parameter(parameter, requires_grad=False)
+        redraw(module, "rerandomized", 0)
+        drawn.append(module.a)
+    assert not drawn[1].is_contiguous()
+    assert torch.equal(drawn[0], drawn[1])
+
+
 def test_names_and_seed_decide_not_the_order() -> None:
     def make(names: list[str]) -> nn.Module:
         module = nn.Module()
