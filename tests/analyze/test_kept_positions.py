@@ -151,28 +151,42 @@ def test_splicing_the_exact_activation_costs_exactly_nothing(
     assert found.ce_store is None
 
 
-def test_rows_of_which_none_is_eligible_are_counted_as_rows(
+def test_rows_are_counted_by_the_flags_and_positions_of_their_tokens(
     sae_maker: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Flags and positions are those of the rows' tokens."""
+    """Only the first row of each sequence has no flag: it is eligible unless at position 0."""
     positions = kept_positions(0, 0, 5, 8, 3)
-    assert (positions == 0).any()
-    # Free of flags is every token that is no row, and position 0.
-    flags = np.zeros((5, 8), np.uint8)
-    np.put_along_axis(flags, positions, SPECIAL, axis=1)
-    flags[:, 0] = 0
-    with create(
-        tmp_path / "acts",
-        tokens=np.arange(40),
-        context_length=8,
-        layers=(0,),
-        d_model=4,
-        keep_positions=3,
-        token_flags=flags.ravel(),
-    ) as writer:
-        writer.append({("resid_post", 0): np.ones((15, 4), np.float32)})
-    config = AnalyzeConfig(
-        cache=tmp_path / "acts", sae=sae_maker(tmp_path / "acts"), out=tmp_path / "out", rows="all"
-    )
+    at_0 = positions[:, 0] == 0
+    assert 0 < at_0.sum() < 5
+    flags = np.full((5, 8), SPECIAL, np.uint8)
+    flags[np.arange(5), positions[:, 0]] = 0
+    free = np.zeros((5, 8), np.uint8)
+    np.put_along_axis(free, positions, SPECIAL, axis=1)
+    free[:, 0] = 0
+    values = np.random.default_rng(0).normal(size=(15, 4)).astype(np.float32)
+    configs = []
+    for name, token_flags in (("first", flags), ("none", free)):
+        with create(
+            tmp_path / name,
+            tokens=np.arange(40),
+            context_length=8,
+            layers=(0,),
+            d_model=4,
+            keep_positions=3,
+            token_flags=token_flags.ravel(),
+        ) as writer:
+            writer.append({("resid_post", 0): values})
+        configs.append(
+            AnalyzeConfig(
+                cache=tmp_path / name,
+                sae=sae_maker(tmp_path / name),
+                out=tmp_path / f"{name}-out",
+                rows="all",
+                device="cpu",
+            )
+        )
+    (row,) = run(configs[0]).layers.to_pylist()
+    assert row["num_rows"] == (~at_0).sum()
+    assert row["num_rows_position_0_in"] == 5
     with pytest.raises(InputError, match="none of the 15 rows chosen is eligible"):
-        run(config)
+        run(configs[1])

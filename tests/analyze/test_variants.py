@@ -17,6 +17,7 @@ from mlsae.analyze import AnalyzeConfig, run
 from mlsae.analyze.cross_entropy import CrossEntropy, measure
 from mlsae.analyze.pairing import pair
 from mlsae.analyze.selection import choose_sequences
+from mlsae.analyze.sequences import read_sequences
 from mlsae.analyze.transformer import find_transformer
 from mlsae.base.errors import InputError
 from mlsae.models import load
@@ -80,6 +81,13 @@ def test_documents_are_kept_apart_and_padding_is_unseen_as_in_the_harvest(
     found = scored(path, sae_maker(path), "all")
     store = open_store(path)
     assert bool((store.token_flags() & PADDING).any()) == (packing == "document")
+    (whole,) = read_sequences(store, np.arange(20), 1, 20, torch.device("cpu"))
+    assert (whole.inputs.documents is not None) == isolate
+    if packing == "document":
+        # Causal attention hides the padding behind a text anyway.
+        padded = torch.from_numpy(store.token_flags() & PADDING != 0).reshape(20, LENGTH)
+        assert whole.inputs.padding is not None
+        assert torch.equal(whole.inputs.padding, padded)
     num_tokens, total = _alone(demo_model, store)
     assert found.num_tokens == num_tokens
     assert found.ce == pytest.approx(total / num_tokens, rel=1e-5)
