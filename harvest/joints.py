@@ -16,7 +16,8 @@ class Joints:
     """How a tokenizer's documents are joined; decides, with the documents, every token."""
 
     eos: int | None
-    """Token that closes every document; the separator where the tokenizer has no EOS (BERT)."""
+    """Token that closes every document that does not end with it already; the tokenizer's
+    separator where it has no EOS (BERT)."""
     bos: int | None
     """Token that opens every document but the first; only where there is no `eos`."""
     opening: int | None

@@ -87,7 +87,7 @@ class Sequences:
             return 0
         joints = self._joints
         before = [] if joints.bos is None or not self._has_text else [joints.bos]
-        after = [] if joints.eos is None else [joints.eos]
+        after = [] if joints.eos is None or ids[-1] == joints.eos else [joints.eos]
         self._has_text = True
         if before or after:
             ids = np.concatenate([np.asarray(before, np.uint32), ids, np.asarray(after, np.uint32)])

@@ -290,6 +290,16 @@ def test_special_token_in_the_text_is_flagged(tokenizer_maker: Callable[..., Any
     assert packed.token_flags.tolist() == [0, SPECIAL, 0, SPECIAL]
 
 
+def test_document_that_is_closed_already_is_not_closed_twice(
+    tokenizer_maker: Callable[..., Any],
+) -> None:
+    """As token ids from elsewhere often are."""
+    ids = [np.array(values, np.uint32) for values in ([5, 6, 0], [7, 8], [9, 0])]
+    packed = packed_of(ids, tokenizer_maker(), context_length=4)
+    assert packed.tokens.tolist() == [5, 6, 0, 7, 8, 0, 9, 0]
+    assert packed.documents.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+
+
 def test_text_longer_than_the_context_warns_of_nothing(
     tokenizer_maker: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
