@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from mlsae.store import create, open_store
 from mlsae.train.sampler import Order, slice_rows
 
 Int64 = npt.NDArray[np.int64]
@@ -23,6 +25,37 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def thinned() -> Callable[..., Path]:
+    """The same text and values as a sample's, in a store beside it that keeps some positions.
+
+    `thinned(sample, num=7)`: 7 of the positions of each sequence.
+    """
+
+    def make(sample: Any, *, num: int, seed: int = 5) -> Path:
+        full = open_store(sample.path)
+        path = Path(sample.path.with_name(f"{sample.path.name}-{num}"))
+        with create(
+            path,
+            tokens=sample.tokens,
+            context_length=full.context_length,
+            layers=full.layers,
+            d_model=full.d_model,
+            documents=sample.documents,
+            token_flags=sample.token_flags,
+            encoding=full.encoding,
+            batch_sequences=full.plan["batch_sequences"],
+            keep_positions=num,
+            keep_seed=seed,
+            shard_bytes=3000,
+        ) as writer:
+            tokens = writer.row_tokens(0, writer.num_rows)
+            writer.append({("resid_post", i): x[tokens] for i, x in sample.activations.items()})
+        return path
+
+    return make
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 
 from mlsae.sae import SAE, SAEConfig
 from mlsae.store import open_store
+from mlsae.store.rows import kept_positions
 from mlsae.train import evaluate as module
 from mlsae.train.evaluate import evaluate
 
@@ -24,20 +25,26 @@ def measure(sae: SAE, store: Any, **options: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("encoding", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("skip_positions", [0, 1, 3])
+@pytest.mark.parametrize(("skip_positions", "kept"), [(0, 24), (1, 24), (3, 24), (1, 7)])
 def test_figures_equal_a_plain_computation(
-    encoding: str, skip_positions: int, sample_maker: Any, monkeypatch: pytest.MonkeyPatch
+    encoding: str,
+    skip_positions: int,
+    kept: int,
+    sample_maker: Any,
+    thinned: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """FVU in both spaces, L0, rows and dead latents, with position 0 in and out."""
     monkeypatch.setattr(module, "_BLOCK_ROWS", 50)
     sample = sample_maker(encoding=encoding)
-    store = open_store(sample.path)
+    store = open_store(sample.path if kept == 24 else thinned(sample, num=kept))
     sae = make_sae(store.d_model)
     found = measure(sae, store, skip_positions=skip_positions)
-    row = np.arange(store.num_rows)
-    wanted = np.isin(row // 24, SEQUENCES) & (sample.token_flags == 0)
+    positions = kept_positions(5, 0, 37, 24, kept)
+    token = (positions + 24 * np.arange(37)[:, None]).ravel()
+    wanted = np.isin(token // 24, SEQUENCES) & (sample.token_flags[token] == 0)
     for name, first in (("position_0_in", 0), ("position_0_out", max(1, skip_positions))):
-        mask, used = wanted & (row % 24 >= first), set()
+        mask, used = wanted & (token % 24 >= first), set()
         for entry, layer in zip(found[name]["layers"], (0, 3), strict=True):
             x = store.decode(store.read("resid_post", layer))[mask]
             latents = sae.encode(torch.from_numpy(x))

@@ -7,6 +7,7 @@ import pytest
 
 from mlsae.base.errors import InputError
 from mlsae.store import open_store
+from mlsae.store.rows import kept_positions
 from mlsae.train import rows as module
 from mlsae.train.rows import Mixture, TrainingRows
 from mlsae.train.sampler import owned_slots
@@ -36,6 +37,32 @@ def test_rows_are_those_without_flag_beyond_the_first_and_not_held_out(
         expected[i : i + slice_rows].sum() for i in range(0, 888, slice_rows)
     ]
     assert counts.itemsize == np.min_scalar_type(slice_rows).itemsize
+
+
+@pytest.mark.parametrize("skip_positions", [0, 1, 3])
+def test_rows_of_kept_positions_are_those_of_the_full_store_that_were_kept(
+    skip_positions: int,
+    sample_maker: Callable,
+    thinned: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same tokens and values are trained on, in any range and by slice."""
+    monkeypatch.setattr(module, "_BLOCK_ROWS", 50)
+    sample = sample_maker(batch_sequences=5)
+    full, kept = open_store(sample.path), open_store(thinned(sample, num=7))
+    held_out = np.array([0, 4, 5, 36])
+    whole = TrainingRows(full, skip_positions, held_out).mask(0, full.num_rows)
+    rows = TrainingRows(kept, skip_positions, held_out)
+    tokens = (kept_positions(5, 0, 37, 24, 7) + 24 * np.arange(37)[:, None]).ravel()
+    expected = whole[tokens]
+    assert 0 < expected.sum() < len(expected) == kept.num_rows == 37 * 7
+    for start, stop in [(0, 259), (0, 1), (26, 50), (34, 36), (258, 259)]:
+        assert np.array_equal(rows.mask(start, stop), expected[start:stop])
+    assert rows.count() == expected.sum()
+    assert rows.slice_counts(5).tolist() == [expected[i : i + 5].sum() for i in range(0, 259, 5)]
+    for layer in full.layers:
+        ours, theirs = (store.read("resid_post", layer) for store in (kept, full))
+        assert np.array_equal(ours[rows.mask(0, 259)], theirs[tokens[expected]])
 
 
 def test_a_window_sets_the_slices(sample_maker: Callable) -> None:

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +333,31 @@ def test_two_ranks_train_as_one_does(
     ):
         assert a["num_rows"] == b["num_rows"]
         np.testing.assert_allclose(a["fvu"], b["fvu"], rtol=1e-3)
+
+
+def test_a_store_of_kept_positions_trains_resumes_and_is_shared_by_ranks(
+    sample: Any, thinned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As any other; the sequences held out are those of the full store."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    store = thinned(sample, num=9)
+    settings = {"cache": store, "checkpoint_seconds": 0}
+    whole = run(replace(config(sample, tmp_path / "whole"), **settings)).directory
+    broken = replace(config(sample, tmp_path / "broken"), **settings)
+    run_until(7, monkeypatch, broken)
+    run(replace(broken, resume=True))
+    assert_equal_runs(whole, tmp_path / "broken")
+    record = load(whole).training_record
+    held_out = validation_sequences(open_store(sample.path).plan["tokens_sha256"], 37, 0.1, 0)
+    eligible = open_store(store).eligible(1)
+    sequence = np.arange(37 * 9) // 9
+    num_held_out = 3 * int(eligible[np.isin(sequence, held_out)].sum())
+    assert record["metrics"]["position_0_out"]["num_rows"] == num_held_out > 0
+    assert record["position"]["epoch_rows"] == 3 * int(eligible.sum()) - num_held_out
+    launch(*command(sample, tmp_path / "two", f"--cache={store}"))
+    two = load(tmp_path / "two")
+    for name, tensor in load(whole).state_dict().items():
+        torch.testing.assert_close(two.state_dict()[name], tensor, rtol=1e-2, atol=1e-3)
 
 
 def test_training_never_imports_transformers(sample: Any, tmp_path: Path) -> None:
