@@ -19,8 +19,6 @@ def forward(transformer: Transformer, module: Any, inputs: Inputs) -> Any:
     if transformer.kind == DECODER:
         arguments["use_cache"] = False
     if inputs.padding is not None:
-        attended_BT = ~inputs.padding
-        attended_BT[:, 0] = True  # A softmax over nothing would not be finite.
-        arguments["attention_mask"] = attended_BT.to(transformer.device, torch.long)
+        arguments["attention_mask"] = (~inputs.padding).to(transformer.device, torch.long)
     with control_embeddings(transformer, inputs):
         return module(**arguments)

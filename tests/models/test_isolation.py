@@ -62,10 +62,11 @@ def test_each_document_gives_what_it_gives_alone(
 
 
 def test_padding_changes_no_token(any_family: Transformer, tokens: torch.Tensor) -> None:
-    lengths = (20, 4, 13)
+    """And a sequence of nothing else is finite."""
+    lengths = (20, 4, 0)
     padding = torch.arange(20) >= torch.tensor(lengths)[:, None]
     x = capture(any_family, Inputs(tokens=tokens, padding=padding), range(3))
-    for row, length in enumerate(lengths):
+    for row, length in enumerate(lengths[:2]):
         for layer, expected in enumerate(alone(any_family, tokens[row, :length])):
             assert error(x["resid_post", layer][row, :length], expected) < 1e-5
     assert all(bool(values.isfinite().all()) for values in x.values())

@@ -215,6 +215,41 @@ def test_what_is_added_is_refused_where_no_sum_comes_out(tmp_path: Path) -> None
         )
 
 
+def test_a_parallel_block_that_adds_attention_first_is_no_sequential_one(tmp_path: Path) -> None:
+    """Cohere's sum is in a sequential block's order, but nothing reads what would be resid_mid."""
+    cohere = _saved(transformers.CohereConfig(**SMALL), tmp_path)
+    for anatomy in anatomies(cohere):
+        assert anatomy.form == "parallel"
+        assert (anatomy.taps["attn_out"].module, anatomy.taps["mlp_out"].module) == (
+            "self_attn",
+            "mlp",
+        )
+
+
+class _MlpFirst(nn.Module):
+    """A block of Llama's parts whose MLP comes before its attention."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.parts = block
+
+    def forward(self, hidden_states: torch.Tensor, **given: Any) -> torch.Tensor:
+        parts: Any = self.parts
+        x = hidden_states + parts.mlp(parts.post_attention_layernorm(hidden_states))
+        added, _ = parts.self_attn(hidden_states=parts.input_layernorm(x), **given)
+        return x + added
+
+
+def test_roles_are_not_swapped_where_the_mlp_comes_first(tmp_path: Path) -> None:
+    model = _saved(transformers.LlamaConfig(**SMALL), tmp_path).model
+    model.model.layers[1] = _MlpFirst(model.model.layers[1])
+    blocks = list(model.model.layers)
+    mixed = Transformer(model=model, blocks=blocks, blocks_path="layers", name="mixed")
+    assert [anatomy.form for anatomy in anatomies(mixed)] == ["sequential", None]
+    with pytest.raises(InputError, match=r"mixed has no attn_out: in block 1 \(_MlpFirst\) no sum"):
+        check_sites(mixed, ["attn_out"])
+
+
 def test_a_model_without_attention_has_the_ends_of_its_blocks(tmp_path: Path) -> None:
     mamba = _saved(
         transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4),

@@ -1,12 +1,13 @@
 """Splicing changes exactly what it is given to change."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from mlsae.base.errors import InputError
-from mlsae.models import Transformer
+from mlsae.models import Transformer, load
 from mlsae.models.capture import capture
 from mlsae.models.inputs import Inputs
 from mlsae.models.sites import anatomies
@@ -102,6 +103,20 @@ def test_at_every_site_of_every_family_what_follows_is_computed_from_the_replace
         if expected is not None:
             same = spliced(any_family, inputs, 1, lambda _, post=expected: post)
             torch.testing.assert_close(logits, same, rtol=1e-4, atol=1e-4)
+
+
+def test_resid_mid_is_replaced_once_where_several_modules_read_it(
+    make_family: Callable[[str], Transformer], inputs: Inputs
+) -> None:
+    """A norm inside another module is given the same tensor as that module."""
+    plain, nested = (load(make_family("Llama").name) for _ in range(2))
+    for block in nested.blocks:
+        block.post_attention_layernorm = torch.nn.Sequential(block.post_attention_layernorm)
+    assert [len(anatomy.mid_readers) for anatomy in anatomies(nested)] == [2, 2, 2]
+    expected, logits = (
+        spliced(model, inputs, 1, lambda live: 2 * live, "resid_mid") for model in (plain, nested)
+    )
+    assert torch.equal(logits, expected)
 
 
 def _post_with(
