@@ -46,7 +46,7 @@ def kind_of(config: Any, name: str) -> str:
     is_masked = family in _auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if is_masked and not getattr(config, "is_decoder", False):
         return ENCODER
-    if family in _auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or hasattr(config, "auto_map"):
+    if family in _auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return DECODER
     raise InputError(
         f"model {name} ({family}) is no text model that transformers knows: expected a causal "

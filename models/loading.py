@@ -167,20 +167,21 @@ def _pretrained(
     place: Place, config: Any, kind: str, dtype: str, attention: str | None, device_map: str | None
 ) -> Any:
     """The model with its trained weights, on the CPU or as `device_map` has it."""
-    model, info = auto_class(kind).from_pretrained(
-        place.name,
-        config=config,
-        revision=place.revision,
-        dtype=DTYPES.get(dtype, dtype),
-        attn_implementation=attention,
-        device_map=device_map,
-        trust_remote_code=False,
-        local_files_only=place.is_offline,
-        # Said below, in one line.
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **construction(config, kind),
-    )
+    with placement.full_memory_explained(place.name, "of the GPUs", "fewer processes"):
+        model, info = auto_class(kind).from_pretrained(
+            place.name,
+            config=config,
+            revision=place.revision,
+            dtype=DTYPES.get(dtype, dtype),
+            attn_implementation=attention,
+            device_map=device_map,
+            trust_remote_code=False,
+            local_files_only=place.is_offline,
+            # Said below, in one line.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **construction(config, kind),
+        )
     # A mismatched key is a name, or a name with both shapes, by version.
     mismatched = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
     lacking = sorted({*info["missing_keys"], *mismatched})

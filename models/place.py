@@ -12,7 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from mlsae.base.errors import InputError
 
-_PATIENCE = 5.0  # seconds
+_PATIENCE = 3.0  # seconds for each of the server's addresses
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Place:
             return cls(str(path.resolve()), None, True)
         if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
             raise InputError(f"there is no model directory {text}; give another path or a hub id")
-        return cls(text, revision, False, not is_reachable(hub.ENDPOINT))
+        return cls(text, revision, False, hub.HF_HUB_OFFLINE or not is_reachable(hub.ENDPOINT))
 
     def pinned(self) -> "Place":
         """This place at the commit that its config, just read, is of.

@@ -1,5 +1,7 @@
 """Where a model's weights lie: on one device, or spread by accelerate over several and the CPU."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,19 +41,30 @@ def require_memory_for(outline: Any, dtype: torch.dtype | None, name: str) -> No
     )
 
 
+@contextmanager
+def full_memory_explained(name: str, where: str, remedy: str) -> Iterator[None]:
+    """Turn a device that is full, met while weights are put there, into one line.
+
+    Raises:
+        ResourceError: the device has too little memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"not enough memory {where} for the weights of {name}; use {remedy} or a smaller "
+            "--model-dtype"
+        ) from error
+
+
 def move(model: Any, device: str | torch.device, name: str) -> None:
     """Put a whole model on one device.
 
     Raises:
         ResourceError: the device has too little memory.
     """
-    try:
+    with full_memory_explained(name, f"on {device}", "--device-map auto, another --device"):
         model.to(device)
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"not enough memory on {device} for the weights of {name}; use --device-map auto, a "
-            "smaller --model-dtype or another --device"
-        ) from error
 
 
 def dispatch(model: Any, name: str) -> None:
@@ -70,13 +83,8 @@ def dispatch(model: Any, name: str) -> None:
     blocks = model._no_split_modules
     balanced = get_balanced_memory(model, memory, no_split_module_classes=blocks)
     device_map = infer_auto_device_map(model, balanced, no_split_module_classes=blocks)
-    try:
+    with full_memory_explained(name, "of the GPUs", "fewer processes"):
         dispatch_model(model, device_map, skip_keys=model._skip_keys_device_placement)
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"not enough memory for the weights of {name} spread by --device-map auto; use a "
-            "smaller --model-dtype"
-        ) from error
 
 
 def input_device(model: Any) -> torch.device:

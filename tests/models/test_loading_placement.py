@@ -13,6 +13,7 @@ from accelerate import cpu_offload, disk_offload
 from mlsae.base.errors import InputError, ResourceError
 from mlsae.models import INITS, Inputs, Transformer, load, load_for
 from mlsae.models.capture import capture
+from mlsae.models.placement import full_memory_explained
 
 INPUTS = Inputs(tokens=torch.randint(0, 61, (2, 12), generator=torch.Generator().manual_seed(2)))
 
@@ -119,3 +120,25 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_read(
     assert text.startswith(f"not enough memory for the weights of {tmp_path}: needs ")
     assert " TB, " in text
     assert text.endswith("use a smaller --model-dtype, --device-map auto or a smaller model")
+
+
+def test_a_full_device_is_one_line() -> None:
+    """What a GPU raises when it is full is this very error; which GPU and how much is torch's."""
+    with (
+        pytest.raises(ResourceError) as info,
+        full_memory_explained("some/model", "on cuda:0", "--device-map auto, another --device"),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    assert str(info.value) == (
+        "not enough memory on cuda:0 for the weights of some/model; use --device-map auto, another "
+        "--device or a smaller --model-dtype"
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_that_is_full_is_refused(directory: Path) -> None:
+    free, _ = torch.cuda.mem_get_info()
+    hog = torch.empty(free - 1_000_000, dtype=torch.uint8, device="cuda")
+    with pytest.raises(ResourceError, match="not enough memory on cuda for the weights of"):
+        load(directory, device="cuda")
+    del hog
