@@ -187,6 +187,21 @@ def test_long_documents_and_full_blocks_have_no_seam(tokenizer_maker: Callable[.
     assert (packed.tokens.reshape(-1, 97)[:, 0] == 1).all()
 
 
+def test_padding_of_full_blocks_has_no_seam(tokenizer_maker: Callable[..., Any]) -> None:
+    """More padded sequences than are held in memory; every document is of one token."""
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(1, 90, 7000)
+    documents = [np.full(length, 2 + i % 50, np.uint32) for i, length in enumerate(lengths)]
+    packed = packed_of(documents, tokenizer_maker(), context_length=60, packing="document")
+    position, length = np.arange(60), lengths[:, None]
+    is_text = position < length
+    tokens = np.where(is_text, 2 + np.arange(7000)[:, None] % 50, 0)
+    flags = np.where(is_text, 0, np.where(position == length, SPECIAL, PADDING))
+    np.testing.assert_array_equal(packed.tokens.reshape(-1, 60), tokens)
+    np.testing.assert_array_equal(packed.token_flags.reshape(-1, 60), flags)
+    assert packed.num_cut == np.maximum(lengths + 1 - 60, 0).sum()
+
+
 def test_texts_are_tokenised_in_order_whatever_their_length(
     tokenizer_maker: Callable[..., Any],
 ) -> None:
