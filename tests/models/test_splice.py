@@ -113,10 +113,18 @@ def test_resid_mid_is_replaced_once_where_several_modules_read_it(
     for block in nested.blocks:
         block.post_attention_layernorm = torch.nn.Sequential(block.post_attention_layernorm)
     assert [len(anatomy.mid_readers) for anatomy in anatomies(nested)] == [2, 2, 2]
+    given: list[torch.Tensor] = []
+
+    def doubled(live: torch.Tensor) -> torch.Tensor:
+        given.append(live)
+        return 2 * live
+
     expected, logits = (
-        spliced(model, inputs, 1, lambda live: 2 * live, "resid_mid") for model in (plain, nested)
+        spliced(model, inputs, 1, doubled, "resid_mid") for model in (plain, nested)
     )
     assert torch.equal(logits, expected)
+    assert len(given) == 2
+    assert torch.equal(*given)
 
 
 def _post_with(
