@@ -16,6 +16,8 @@ FILE_KINDS = (
 )  # fmt: skip
 SHUFFLE_BUFFER = 10_000
 """Documents of which the next one is drawn, where they are shuffled."""
+ROWS_AT_ONCE = 256
+"""Of a Parquet file; each may be a whole book, or a Python number for each of its tokens."""
 Row = Mapping[str, Any]
 
 
@@ -170,7 +172,7 @@ def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
         with pyarrow.parquet.ParquetFile(path) as file:
             # Without the column, whole rows are read for the message that names what is there.
             wanted = [column] if column in file.schema_arrow.names else None
-            for batch in file.iter_batches(columns=wanted):
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=wanted):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path} cannot be read as Parquet: {_first_line(error)}") from error
