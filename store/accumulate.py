@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlsae.store.encoding import STORED_DTYPE, Encoding, decode_into
+from mlsae.store.encoding import STORED_DTYPE, Encoding, decode_finite_into
 from mlsae.store.moments import STANDARDIZE_EPS, GroupMoments
 
 BLOCK_ELEMENTS = 1 << 15
@@ -22,6 +22,7 @@ BLOCK_ELEMENTS = 1 << 15
 SAFE_MAGNITUDE = 1e15
 """Beyond it a block is summed in float64, because squares would leave the range of float32."""
 
+LARGEST_FLOAT16 = 65504.0
 MAX_MEAN_TO_STD = 16.0
 """A row whose mean is larger, in standard deviations, has its mean taken off twice."""
 
@@ -107,11 +108,13 @@ class _Sums:
         self._max_abs = 0.0
 
     def load(self, stored_ND: Array, encoding: Encoding) -> float:
-        """Decode a layer's rows; their largest magnitude, NaN or infinity where there is one."""
+        """Decode a layer's rows; their largest magnitude, not finite if a value is not."""
         self._num_rows = len(stored_ND)
         x_ND = self._x_ND[: self._num_rows]
-        decode_into(stored_ND, encoding, x_ND)
+        decode_finite_into(stored_ND, encoding, x_ND)
         self._max_abs = max(float(x_ND.max()), -float(x_ND.min()))
+        if encoding == "float16" and self._max_abs > LARGEST_FLOAT16:
+            self._max_abs = np.inf
         return self._max_abs
 
     def add_layer(self, index: int) -> None:

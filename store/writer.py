@@ -29,6 +29,7 @@ from mlsae.store.openshard import Key, NotFiniteError, OpenShard
 from mlsae.store.plan import find_plan, make_plan, plan_id_of, read_plan
 from mlsae.store.producers import Producer, Producers
 from mlsae.store.rowindex import RowIndex
+from mlsae.store.rows import setup_arrays
 from mlsae.store.schema import (
     COMMITS,
     COMPLETE,
@@ -185,7 +186,7 @@ class Writer:
         self._encoding = check_encoding(plan["encoding"])
         self._keys: list[Key] = [(s, layer) for s in plan["sites"] for layer in plan["layers"]]
         arrays = [activation_array(*key) for key in self._keys]
-        for directory in (*arrays, COMMITS, SHARD_MOMENTS, PROVENANCE, ""):
+        for directory in (*arrays, *setup_arrays(plan), COMMITS, SHARD_MOMENTS, PROVENANCE, ""):
             remove_stale_partials(path / directory)
         self._pool = ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="store-write")
         # Of their own, so that waiting for the disk never holds up the next shard's rows.

@@ -12,7 +12,7 @@ import zarr
 
 from mlsae.base.errors import InputError
 from mlsae.store import open_store
-from mlsae.store.encoding import decode, encode
+from mlsae.store.encoding import decode, decode_finite_into, encode
 
 TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -74,6 +74,22 @@ def test_bfloat16_rounds_as_torch_does_on_every_kind_of_float():
     ours = decode(encode(values, "bfloat16"), "bfloat16")
     theirs = torch.from_numpy(values).to(torch.bfloat16).float().numpy()
     assert np.array_equal(ours, theirs, equal_nan=True)
+
+
+@pytest.mark.parametrize("encoding", ["float16", "bfloat16"])
+@pytest.mark.parametrize("wide", [np.float32, np.float64])
+def test_the_fast_decoding_is_exact_for_every_finite_value(encoding, wide):
+    """All 65,536 bit patterns; what is not finite must not pass for a float16."""
+    bits = np.arange(2**16, dtype=np.uint16)
+    stored = bits.view(np.float16) if encoding == "float16" else bits
+    slow = decode(stored, encoding)
+    fast = np.empty(2**16, wide)
+    decode_finite_into(stored, encoding, fast)
+    finite = np.isfinite(slow)
+    assert np.array_equal(fast[finite], slow[finite])
+    assert np.array_equal(np.signbit(fast[finite]), np.signbit(slow[finite]))
+    limit = 65504 if encoding == "float16" else np.finfo(np.float32).max
+    assert not (np.abs(fast[~finite]) <= limit).any()
 
 
 def test_rows_are_read_across_chunks_and_shards(sample):

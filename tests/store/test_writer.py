@@ -1,7 +1,9 @@
 """Stores are complete or visibly incomplete; producers may die at any moment."""
 
+import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,8 @@ from mlsae.store import (
     open_store,
     resume,
 )
+from mlsae.store.accumulate import Accumulator, blocks_of
+from mlsae.store.moments import GroupMoments
 from mlsae.store.verify import verify
 
 PRODUCER = Path(__file__).with_name("producer.py")
@@ -196,3 +200,85 @@ def test_shapes_and_names_of_a_batch_are_checked(tmp_path: Path):
             writer.append({**rows(8), ("resid_post", 1): np.zeros((8, 5), np.float32)})
         with pytest.raises(ActivationError, match="must be floats or float16, got int64"):
             writer.append({**rows(8), ("resid_post", 1): np.zeros((8, 4), np.int64)})
+
+
+def moments_of(rows_of: dict[tuple[str, int], np.ndarray], groups: np.ndarray) -> GroupMoments:
+    """What a device would compute of float16 rows."""
+    moments = Accumulator((0, 1), 4, "float16")
+    stored = [rows_of["resid_post", layer].astype(np.float16) for layer in (0, 1)]
+    assert moments.add(blocks_of(groups, 4), stored)
+    arrays = {name: values.copy() for name, values in moments.tensors().items()}
+    return GroupMoments.from_arrays((0, 1), 4, arrays)
+
+
+def test_moments_may_be_given(tmp_path: Path):
+    """The store is as if they had been computed here, whole and by its hashes."""
+    generator = np.random.default_rng(0)
+    batches = [
+        {("resid_post", layer): generator.normal(size=(8, 4)).astype("f4") for layer in (0, 1)}
+        for _ in range(8)
+    ]
+    for name in ("given", "here"):
+        with create(tmp_path / name, tokens=TOKENS, **SHAPE, shard_bytes=200) as writer:
+            for batch in batches:
+                groups = writer.row_groups(writer.position, writer.position + 8)
+                given = {"resid_post": moments_of(batch, groups)} if name == "given" else None
+                writer.append(batch, given)
+    given, here = open_store(tmp_path / "given"), open_store(tmp_path / "here")
+    assert given.store_id == here.store_id
+    np.testing.assert_allclose(given.moments().m2, here.moments().m2, rtol=1e-6)
+    assert verify(tmp_path / "given") == []
+
+
+def test_given_moments_are_held_against_the_rows(tmp_path: Path):
+    """Their counts, their sites, the shard's end, and whether they are finite."""
+    batch = rows(8)
+    writer = create(tmp_path / "a", tokens=TOKENS, **SHAPE, shard_bytes=200)
+    good = moments_of(batch, writer.row_groups(0, 8))
+    with pytest.raises(InputError, match=r"moments of \['resid_post'\], got \['mlp_out'\]"):
+        writer.append(batch, {"mlp_out": good})
+    with pytest.raises(InputError, match="count 7 rows, but not those from 0 on, group by group"):
+        writer.append(batch, {"resid_post": moments_of(rows(7), writer.row_groups(0, 7))})
+    with pytest.raises(InputError, match="for 64 rows from 0 on, but shard 0 ends after 24; app"):
+        writer.append(rows(64), {"resid_post": good})
+    good.mean_2LGD[1, 0, 3] = np.inf
+    with pytest.raises(ActivationError, match="not finite, but their values are; they overflowed"):
+        writer.append(batch, {"resid_post": good})
+    batch["resid_post", 1][5, 2] = np.nan
+    with pytest.raises(ActivationError, match=r"layer 1 \(resid_post\), row 5: a value is not fin"):
+        writer.append(batch, {"resid_post": good})
+
+
+def test_a_ring_of_two_sets_of_buffers_is_enough(tmp_path: Path):
+    """What was given to the call before last may be overwritten as soon as `append` returns."""
+    shape = {"context_length": 64, "layers": (0,), "d_model": 512, "batch_sequences": 4}
+    tokens = np.zeros(64 * 4 * 24, np.int64)
+    ring = [np.empty((256, 512), np.float16) for _ in range(2)]
+    with create(tmp_path / "a", tokens=tokens, **shape, shard_bytes=2**20) as writer:
+        while writer.position is not None:
+            buffer = ring[writer.position // 256 % 2]
+            buffer[...] = writer.position // 256
+            writer.append({("resid_post", 0): buffer})
+    assert np.array_equal(
+        open_store(tmp_path / "a").read("resid_post", 0)[:, 7], np.repeat(np.arange(24), 256)
+    )
+    assert verify(tmp_path / "a") == []
+
+
+def test_killed_setups_leave_nothing_behind(tmp_path: Path):
+    """Temporary files of a dead process are removed wherever they lie; a living one's are not."""
+    with create(tmp_path / "a", tokens=TOKENS, **SHAPE) as writer:
+        writer.append(rows(64))
+    (tmp_path / "a/complete.json").unlink()
+    host = socket.gethostname()
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        dead.wait()
+    stale = [
+        tmp_path / "a" / folder / f"x.{host}-{dead.pid}-0011.partial"
+        for folder in ("", "commits", "moments", "provenance", "activations/resid_post/1", "tokens")
+    ]
+    alive = tmp_path / "a" / f"x.{host}-{os.getpid()}-0011.partial"
+    for path in (*stale, alive):
+        path.touch()
+    resume(tmp_path / "a").close()
+    assert [path for path in (*stale, alive) if path.exists()] == [alive]
