@@ -433,12 +433,10 @@ class Writer:
                 pool.shutdown()
 
     def _drop(self) -> None:
-        """Let go of the unfinished shard; one that is full is still committed."""
-        batch, self._batch = self._batch, None
-        if batch is not None:
-            unfinished = [f for f in batch.futures if self._open is None or not f.cancel()]
-            wait(unfinished)
+        """Let go of the unfinished shard; one that is full is committed all the same."""
         if self._open is not None:
+            batch, self._batch = self._batch, None
+            wait([] if batch is None else [f for f in batch.futures if not f.cancel()])
             self._open.abandon()
             self._open = None
 
