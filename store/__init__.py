@@ -1,5 +1,6 @@
 """The activation store: one verifiable, resumable Zarr v3 group for all layers of a transformer."""
 
+from mlsae.store.begin import create, resume
 from mlsae.store.encoding import Encoding
 from mlsae.store.errors import (
     ActivationError,
@@ -14,7 +15,7 @@ from mlsae.store.errors import (
 from mlsae.store.moments import GroupMoments, Moments
 from mlsae.store.reader import Store, open_store
 from mlsae.store.schema import MASKED, PADDING, SCHEMA_VERSION, SPECIAL
-from mlsae.store.writer import Writer, create, resume
+from mlsae.store.writer import Writer
 
 __all__ = [
     "MASKED",

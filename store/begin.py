@@ -1,0 +1,127 @@
+"""Beginning a store, or continuing one: the plan is fixed and the tokens are written."""
+
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlsae.base.files import seal, write_durably
+from mlsae.base.resources import require_disk
+from mlsae.store.encoding import check_encoding
+from mlsae.store.errors import PlanMismatchError
+from mlsae.store.layout import SHARD_BYTES, plan_layout
+from mlsae.store.plan import find_plan, make_plan
+from mlsae.store.producers import Producer
+from mlsae.store.schema import PLAN, PROVENANCE, SETUP, describe_difference
+from mlsae.store.setup import write_setup
+from mlsae.store.tokens import TokenArrays
+from mlsae.store.writer import Writer
+
+
+def create(
+    path: str | os.PathLike[str],
+    *,
+    tokens: npt.NDArray[np.integer[Any]],
+    context_length: int,
+    layers: Sequence[int],
+    d_model: int,
+    sites: Sequence[str] = ("resid_post",),
+    documents: npt.NDArray[np.integer[Any]] | None = None,
+    token_flags: npt.NDArray[np.uint8] | None = None,
+    encoding: str = "float16",
+    batch_sequences: int = 1,
+    keep_positions: int | None = None,
+    keep_seed: int = 0,
+    source: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    producer: Producer | None = None,
+    allow_mixed: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> Writer:
+    """Begin a store, or continue one of the same plan.
+
+    Args:
+        path: directory of the store; absent, empty, or holding a store of the same plan.
+        tokens: (num_tokens,) token ids, whole sequences of `context_length` one after another. Of
+            this and the next two, memory maps are read block by block and never held whole.
+        context_length: tokens of a sequence.
+        layers: 0-based block indices, ascending.
+        d_model: channels of an activation.
+        sites: where in a block the activations are taken.
+        documents: (num_tokens,) index of each token's document; the sequence's index if not given.
+        token_flags: (num_tokens,) bits SPECIAL, PADDING, MASKED; 0 if not given.
+        encoding: float16, bfloat16 or float32.
+        batch_sequences: sequences that the producer computes at once; shards hold whole batches.
+        keep_positions: store only so many positions of each sequence, chosen by `keep_seed`; all
+            if not given. `Writer.row_tokens` says which tokens the rows belong to.
+        keep_seed: of that choice.
+        source: JSON that says what made the values; it belongs to the plan and so to `plan_id`.
+        provenance: JSON that says how this run was made; recorded outside `plan_id`.
+        producer: JSON object that names the device and the versions that decide the last bits of
+            the values; recorded by shard, outside `plan_id`.
+        allow_mixed: add to shards of another producer.
+        shard_bytes: bytes of one shard object, about.
+
+    Returns:
+        A writer at the first row that is not yet committed.
+
+    Raises:
+        InputError: an argument is out of range.
+        PlanMismatchError: the directory holds a store of another plan.
+        NotAStoreError: the directory holds something else.
+        DamagedStoreError: the directory holds a store whose plan is damaged.
+        MixedProducersError: another producer made some of its shards.
+        ResourceError: the disk has no room for the store.
+    """
+    path = Path(path)
+    arrays = TokenArrays(tokens, documents, token_flags, context_length)
+    shape: dict[str, Any] = {
+        "context_length": context_length,
+        "layers": layers,
+        "sites": sites,
+        "d_model": d_model,
+        "encoding": check_encoding(encoding),
+        "batch_sequences": batch_sequences,
+        "shard_bytes": shard_bytes,
+        "keep_positions": keep_positions,
+    }
+    plan = make_plan(arrays, source=source or {}, keep_seed=keep_seed, **shape)
+    present = find_plan(path)
+    if present is None:
+        total_bytes = plan_layout(num_tokens=len(tokens), **shape).total_bytes
+        require_disk(path, total_bytes, "the store", "harvest fewer tokens or layers")
+        path.mkdir(parents=True, exist_ok=True)
+        write_durably(path / PLAN, seal(plan))
+    elif present != plan:
+        lines = describe_difference(plan, present)
+        raise PlanMismatchError(
+            f"{path} holds a store of another plan ({'; '.join(lines[:3])}); "
+            f"give the settings it was made with, or another directory"
+        )
+    if not (path / SETUP).exists():
+        write_setup(path, plan, arrays)
+    if provenance is not None:
+        write_durably(path / PROVENANCE / f"{uuid.uuid4().hex}.json", seal(provenance))
+    return Writer(path, producer=producer, allow_mixed=allow_mixed)
+
+
+def resume(
+    path: str | os.PathLike[str], *, producer: Producer | None = None, allow_mixed: bool = False
+) -> Writer:
+    """Continue a store whose tokens are written, by whatever process.
+
+    Args:
+        path: the store's directory.
+        producer: as for `create`.
+        allow_mixed: as for `create`.
+
+    Raises:
+        NotAStoreError: there is no store, or its tokens are not all written yet.
+        MixedProducersError: another producer made some of its shards.
+        StoreError: the store is damaged or of another version.
+    """
+    return Writer(Path(path), producer=producer, allow_mixed=allow_mixed)
