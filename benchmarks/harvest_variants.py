@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib as mpl
 
 from benchmarks.made import commit, machine
-from benchmarks.results import RESULTS
+from benchmarks.markdown import RESULTS
 from mlsae.harvest import HarvestConfig, run
 from mlsae.models.initialization import INITS
 from mlsae.store import open_store

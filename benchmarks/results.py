@@ -5,12 +5,11 @@ python -m benchmarks.results
 
 import json
 import statistics
-import textwrap
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+from benchmarks.harvest_page import harvest_page
+from benchmarks.markdown import RESULTS, made, paragraph, table
 
 
 def stories260k(content: dict[str, Any]) -> str:
@@ -19,7 +18,7 @@ def stories260k(content: dict[str, Any]) -> str:
     num_layers = len(store["layers"])
     raw = [run for run in content["runs"] if run["loss_space"] == "raw"]
     seeds = len(raw)
-    about = _paragraph(
+    about = paragraph(
         f"A trained Llama of 260 thousand parameters ({num_layers} layers, d_model "
         f"{store['d_model']}) reads {store['num_tokens']:,} tokens of TinyStories in sequences of "
         f"{content['context_length']}. One SAE on all its layers: expansion factor "
@@ -76,21 +75,12 @@ tokens are out. Each number is the mean over the seeds.
 {command}
 ```
 
-{_made(content)}
+{made(content)}
 """
-
-
-def _paragraph(text: str) -> str:
-    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def _mean(runs: Sequence[dict[str, Any]], layer: int, column: str) -> float:
     return statistics.mean(run["layers"][layer][column] for run in runs)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---:"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _against_prototype(raw: Sequence[dict[str, Any]], prototype: Sequence[float]) -> str:
@@ -101,17 +91,17 @@ def _against_prototype(raw: Sequence[dict[str, Any]], prototype: Sequence[float]
         rows.append(
             [str(i), f"{ours:.4f}", ", ".join(each), f"{theirs:.3f}", f"{ours / theirs:.2f}"]
         )
-    return _table(["layer", "FVU, mean", "each seed", "prototype", "ratio"], rows)
+    return table(["layer", "FVU, mean", "each seed", "prototype", "ratio"], rows)
 
 
 def _position_0(store: dict[str, Any]) -> str:
     special, sequences = store["special_position_0"], store["num_sequences"]
     if special == sequences:
-        return _paragraph(
+        return paragraph(
             f"Each of the {sequences:,} sequences opens with the tokenizer's BOS, which is special "
             "and therefore out, so here position 0 in and position 0 out are the same rows."
         )
-    return _paragraph(
+    return paragraph(
         f"{special:,} of the {sequences:,} sequences have a special token at position 0, which "
         "stays out."
     )
@@ -129,7 +119,7 @@ def _both_spaces(runs: Sequence[dict[str, Any]], num_layers: int) -> str:
     for space in ("raw", "standardized"):
         of = [run for run in runs if run["loss_space"] == space]
         rows += [[space, str(i), *(text(of, i) for _, text in columns)] for i in range(num_layers)]
-    return _table(["loss space", "layer", *(name for name, _ in columns)], rows)
+    return table(["loss space", "layer", *(name for name, _ in columns)], rows)
 
 
 def _loss_spaces_sentence(runs: Sequence[dict[str, Any]], num_layers: int) -> str:
@@ -152,7 +142,7 @@ def _loss_spaces_sentence(runs: Sequence[dict[str, Any]], num_layers: int) -> st
     pairs = list(zip(by_space["raw"], by_space["standardized"], strict=True))
     cheaper = sum(of_seed(standardized) < of_seed(raw) for raw, standardized in pairs)
 
-    return _paragraph(
+    return paragraph(
         "Averaged over layers and seeds, the loss space with the lower FVU is "
         f"{better('fvu_position_0_in')}; the one with the lower delta CE is {better('delta_ce')}. "
         f"Delta CE is lower with standardized in {cheaper} of {len(pairs)} seeds. "
@@ -166,7 +156,7 @@ def _dead(runs: Sequence[dict[str, Any]]) -> str:
         f"{space} {', '.join(str(run['num_dead']) for run in runs if run['loss_space'] == space)}"
         for space in ("raw", "standardized")
     )
-    return _paragraph(
+    return paragraph(
         f"Latents of {runs[0]['num_latents']:,} that no held-out row uses at any layer, by seed: "
         f"{by_space}."
     )
@@ -175,14 +165,14 @@ def _dead(runs: Sequence[dict[str, Any]]) -> str:
 def _comparison_sentence(raw: Sequence[dict[str, Any]], prototype: Sequence[float]) -> str:
     last = len(prototype) - 1
     ours = _mean(raw, last, "fvu_position_0_in")
-    return _paragraph(
+    return paragraph(
         f"Left: at layer {last} the raw line stands at {ours:.3f}, the prototype's at "
         f"{prototype[last]:.3f}. A dot is a seed, a line the mean of its loss space."
     )
 
 
 def _shown(run: dict[str, Any]) -> str:
-    return _paragraph(
+    return paragraph(
         f"The other figures are of the run in {run['loss_space']} loss space with seed "
         f"{run['seed']}."
     )
@@ -219,25 +209,17 @@ def _figures(readings: dict[str, float]) -> str:
         ),
     ]
     return "\n\n".join(
-        f"![{alt}](stories260k/{name})\n\n{_paragraph(text)}" for name, alt, text in shown
+        f"![{alt}](stories260k/{name})\n\n{paragraph(text)}" for name, alt, text in shown
     )
 
 
-def _made(content: dict[str, Any]) -> str:
-    machine = dict(content["machine"])
-    processor, cores = machine.pop("processor"), machine.pop("cores")
-    threads = machine.pop("threads")
-    versions = ", ".join(f"{name} {number}" for name, number in machine.items())
-    return _paragraph(
-        f"On {content['date']} at commit {content['commit']}; {processor}, {cores} cores, "
-        f"torch threads: {threads}; {versions}. Store {content['store']['store_id'][:12]}, "
-        f"{content['store']['encoding']}."
-    )
+PAGES = {"stories260k": stories260k, "harvest": harvest_page}
 
 
 def main() -> None:
-    content = json.loads((RESULTS / "stories260k.json").read_text())
-    (RESULTS / "stories260k.md").write_text(stories260k(content))
+    for name, page in PAGES.items():
+        content = json.loads((RESULTS / f"{name}.json").read_text())
+        (RESULTS / f"{name}.md").write_text(page(content))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from mlsae.store import ActivationError
 Key = tuple[str, int]
 
 FLOAT16_AUTO_LIMIT = 16_000.0
-BUFFERS = 3
-"""Sets of host buffers: the batch on its way from the device, and two that the writer holds."""
+BUFFERS = {"cpu": 2, "cuda": 3}
+"""Sets of host buffers: two that the writer holds, and on a GPU a batch on its way."""
 _STORED = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -94,7 +94,7 @@ class Forward:
                 for site in self._sites
                 for layer in self._layers
             }
-            for _ in range(BUFFERS)
+            for _ in range(BUFFERS["cuda" if self.is_asynchronous else "cpu"])
         )
 
     def __call__(self, batch: Batch, group_N: npt.NDArray[np.int8] | None = None) -> Computed:

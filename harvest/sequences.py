@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from mlsae.harvest.joints import Joints
 from mlsae.harvest.spool import Spool
-from mlsae.store import PADDING, SPECIAL
+from mlsae.store import MASKED, PADDING, SPECIAL
 
 Tokens = npt.NDArray[np.uint32]
 TOKENS_IN_MEMORY = 1 << 18
@@ -43,6 +43,7 @@ class Sequences:
         self._tokens = np.empty(size, np.uint32)
         self._documents = np.empty(size, np.uint32)
         self._is_padding = np.zeros(size, bool)
+        self._is_sink = np.zeros(size, bool)
         self._end = 0
         self._num_flushed = 0
         self._has_text = False
@@ -94,6 +95,9 @@ class Sequences:
         if joints.packing == "document":
             return self._add_alone(ids, document)
         if joints.isolate_documents and self._end % self._length:
+            # The first token of a context takes up attention that has nowhere else to go, as
+            # position 0 of a sequence does; here no position tells it from others.
+            self._is_sink[self._end] = joints.opening is None
             self._open(document)
         return self._add_joined(ids, document)
 
@@ -148,11 +152,13 @@ class Sequences:
         whole = self._end - self._end % self._length
         padding = self._is_padding[:whole]
         flags = np.where(np.isin(self._tokens[:whole], self._special), SPECIAL, 0)
+        flags[self._is_sink[:whole]] |= MASKED
         flags[padding] = PADDING
         for spool, values in zip(
             self._spools, (self._tokens[:whole], self._documents[:whole], flags), strict=True
         ):
             spool.append(values)
         padding[:] = False
+        self._is_sink[:whole] = False
         self._num_flushed += whole
         self._end = 0

@@ -11,7 +11,6 @@ from mlsae.harvest.forward import Computed, Forward
 from mlsae.harvest.ranks import Ranks
 from mlsae.models import Transformer
 from mlsae.store import Store, Writer, open_store
-from mlsae.store.moments import group_of_rows
 
 STOPPING = "finishing the shard in hand, then stopping; press Ctrl-C again to stop at once"
 
@@ -99,9 +98,7 @@ class _Work:
         if self._forward.moments is None:
             self._writer.append(self._forward(batch).activations())
             return
-        group_N = group_of_rows(
-            self._store.row_flags(start, stop), self._store.positions(start, stop)
-        )
+        group_N = self._writer.row_groups(start, stop)
         before, self._underway = self._underway, self._forward(batch, group_N)
         if before is not None:
             self._writer.append(before.activations(), moments={})

@@ -105,9 +105,8 @@ def test_earlier_batch_is_untouched_by_the_next(transformer: Transformer) -> Non
     )
     first = forward(batch(1, 4, 0)).activations()["resid_post", 1]
     copy = first.copy()
-    for start in (1, 2):
-        forward(batch(1, 4, start))
-        np.testing.assert_array_equal(first, copy)
+    forward(batch(1, 4, 1))
+    np.testing.assert_array_equal(first, copy)
 
 
 def test_batches_carry_what_the_pass_needs() -> None:

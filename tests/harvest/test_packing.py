@@ -16,7 +16,7 @@ from mlsae.harvest.joints import BOS, PACKINGS, Joints, tokenizer_sha256
 from mlsae.harvest.packing import PackedText, pack
 from mlsae.harvest.text import Document, Source, TextConfig, open_sources
 from mlsae.models import load_tokenizer
-from mlsae.store import PADDING, SPECIAL
+from mlsae.store import MASKED, PADDING, SPECIAL
 
 HERE = Path(__file__).parent
 
@@ -74,10 +74,14 @@ def expected_rows(texts: list[str], tokenizer: Any, case: Case) -> list[list[tup
         ids = [tokenizer.convert_tokens_to_ids(word) for word in text.split()]
         if not ids:
             continue
+        sink = None
         if alone and not is_first:
             rows.append([])
-        elif opens and case.isolate_documents and 0 < len(rows[-1]) < case.context_length:
-            put(bos, index)
+        elif case.isolate_documents and 0 < len(rows[-1]) < case.context_length:
+            if opens:
+                put(bos, index)
+            else:
+                sink = (len(rows) - 1, len(rows[-1]))
         for token in [*([bos] if separator and not is_first else []), *ids]:
             put(token, index)
         if eos is not None:
@@ -85,6 +89,9 @@ def expected_rows(texts: list[str], tokenizer: Any, case: Case) -> list[list[tup
         if alone:
             padding = 0 if eos is None else eos
             rows[-1] += [(padding, index, PADDING)] * (case.context_length - len(rows[-1]))
+        if sink is not None:
+            token, document, flag = rows[sink[0]][sink[1]]
+            rows[sink[0]][sink[1]] = (token, document, flag | MASKED)
         is_first = False
     return rows
 
