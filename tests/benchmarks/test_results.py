@@ -85,3 +85,22 @@ def test_every_figure_is_there_and_a_number_follows_it(page: str):
     for name, sentence in figures:
         assert (RESULTS / name).is_file()
         assert re.search(r"\d", sentence)
+
+
+def test_harvest_page_is_made_from_its_json(results: ModuleType):
+    """`make results` would change nothing, and another norm would show."""
+    content = json.loads((RESULTS / "harvest.json").read_text())
+    assert results.harvest_page(content) == (RESULTS / "harvest.md").read_text()
+    content["texts"]["WikiText-2"][3]["mean_norm"][2] += 0.5
+    assert results.harvest_page(content) != (RESULTS / "harvest.md").read_text()
+
+
+def test_harvest_page_shows_every_variant_on_both_texts():
+    """Five initialisations a text, norms that differ by text but for the control's noise."""
+    texts = json.loads((RESULTS / "harvest.json").read_text())["texts"]
+    assert sorted(texts) == ["TinyStories", "WikiText-2"]
+    for variants in texts.values():
+        assert [variant["init"] for variant in variants] == [
+            "trained", "rerandomized", "rerandomized-keep-embeddings", "random", "control",
+        ]  # fmt: skip
+        assert (RESULTS / "harvest" / "norm_cosine.png").stat().st_size > 10_000
