@@ -17,8 +17,8 @@ import numpy.typing as npt
 from mlsae.store.encoding import STORED_DTYPE, Encoding, decode_finite_into
 from mlsae.store.moments import STANDARDIZE_EPS, GroupMoments
 
-BLOCK_ELEMENTS = 1 << 15
-"""Values of a block: four tables of so many float32 lie in 512 KiB."""
+BLOCK_ELEMENTS = 1 << 17
+"""Values of a block: four tables of so many float32 lie in 2 MiB."""
 SAFE_MAGNITUDE = 1e15
 """Beyond it a block is summed in float64, because squares would leave the range of float32."""
 

@@ -21,10 +21,6 @@ from mlsae.store.producers import Producer
 from mlsae.store.schema import activation_array, chunk_key
 from mlsae.store.shardfile import ShardFile
 
-NUM_PARTS = 3
-"""Parts into which a batch's rows are dealt, so that threads may share them. Fixed, because the
-last bits of the moments depend on it."""
-
 Array = npt.NDArray[Any]
 Key = tuple[str, int]
 
@@ -51,11 +47,7 @@ class OpenShard:
         self._layers = tuple(plan["layers"])
         encoding = check_encoding(plan["encoding"])
         self._moments = {
-            site: GroupMoments(self._layers, plan["d_model"]) for site in plan["sites"]
-        }
-        self._parts = {
-            site: [Accumulator(self._layers, plan["d_model"], encoding) for _ in range(NUM_PARTS)]
-            for site in plan["sites"]
+            site: Accumulator(self._layers, plan["d_model"], encoding) for site in plan["sites"]
         }
         self._files: dict[Key, ShardFile] = {}
         try:
@@ -83,18 +75,18 @@ class OpenShard:
             groups: (n,) group of each row.
             moments: site → moments of these rows; None to compute them.
         """
-        jobs: list[Callable[[], None]] = [
-            partial(self._files[key].write, np.ascontiguousarray(stored[key])) for key in self._keys
-        ]
+        jobs: list[Callable[[], None]] = []
         if moments is not None:
-            return jobs + [partial(self._moments[site].merge, moments[site]) for site in moments]
-        blocks = blocks_of(groups, self._plan["d_model"])
-        for site, parts in self._parts.items():
-            of_site = [stored[site, layer] for layer in self._layers]
-            jobs += [
-                partial(_accumulate, part, blocks[i::NUM_PARTS], of_site)
-                for i, part in enumerate(parts)
-            ]
+            jobs += [partial(self._moments[site].merge, moments[site]) for site in moments]
+        else:
+            # One thread a site, and first: two would spend on each other what they save, because
+            # each step is so short.
+            blocks = blocks_of(groups, self._plan["d_model"])
+            for site, of_site in self._moments.items():
+                stored_L = [stored[site, layer] for layer in self._layers]
+                jobs.append(partial(_accumulate, of_site, blocks, stored_L))
+        for key in self._keys:
+            jobs.append(partial(self._files[key].write, np.ascontiguousarray(stored[key])))
         return jobs
 
     def commit(self, pool: Executor, producer: Producer | None) -> int:
@@ -109,9 +101,6 @@ class OpenShard:
             f"{activation_array(*key)}/{chunk_key(self.shard, 2)}": future.result()
             for key, future in flushed.items()
         }
-        for site, parts in self._parts.items():
-            for part in parts:
-                self._moments[site].merge(part)
         commit_shard(self._path, self._plan, self.shard, objects, self._moments, producer)
         return sum(file.num_bytes for file in self._files.values())
 
@@ -121,6 +110,6 @@ class OpenShard:
             file.abandon()
 
 
-def _accumulate(part: Accumulator, blocks: Blocks, stored_L: Sequence[Array]) -> None:
-    if not part.add(blocks, stored_L):
+def _accumulate(moments: Accumulator, blocks: Blocks, stored_L: Sequence[Array]) -> None:
+    if not moments.add(blocks, stored_L):
         raise NotFiniteError

@@ -44,7 +44,7 @@ class Writer:
 
     Rows are written by threads while the caller computes the next, and a full shard is made durable
     while the next one fills. In memory lie the arrays of the last two calls of `append` and, for
-    each of at most two shards, four times the bytes of its moments.
+    each of at most two shards, its moments.
 
     Use as a context manager: leaving it completes the store if every shard is committed, and an
     exception drops the unfinished shard only.
