@@ -181,4 +181,5 @@ def _sum_pairwise(x_ND: Array) -> Array:
         half = (num_rows + 1) // 2
         x_ND[: num_rows - half] += x_ND[half:num_rows]
         num_rows = half
-    return x_ND[0]
+    total_D: Array = x_ND[0]
+    return total_D
