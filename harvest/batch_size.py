@@ -6,7 +6,7 @@ import torch
 
 from mlsae.base.resources import available_memory
 from mlsae.harvest.config import HarvestConfig
-from mlsae.harvest.forward import BUFFERS, memory_explained
+from mlsae.harvest.forward import PINNED, memory_explained
 from mlsae.models import Transformer
 from mlsae.models.capture import capture
 from mlsae.models.inputs import Inputs
@@ -52,7 +52,7 @@ def choose_batch_size(
     kind, width = transformer.device.type, transformer.d_model
     itemsize = STORED_DTYPE["float32" if config.encoding == "float32" else "float16"].itemsize
     captured = len(layers) * len(sites) * context_length * width
-    buffered = captured * itemsize * BUFFERS.get(kind, BUFFERS["cpu"])
+    buffered = captured * itemsize * PINNED
     if kind == "cuda":
         one, two = (_peak_bytes(transformer, num, context_length, layers, sites) for num in (1, 2))
         free, _ = torch.cuda.mem_get_info(transformer.device)

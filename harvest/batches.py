@@ -27,6 +27,8 @@ class Batch:
     is filled up with token 0."""
     rows: npt.NDArray[np.int64]
     """(num_rows,) index into the B · T positions of those whose activations are stored."""
+    first_row: int
+    """Index of the first of them in the store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,7 @@ class Batches:
                 first_token=start,
             ),
             rows=rows,
+            first_row=first_sequence * (length if self.keep is None else self.keep[0]),
         )
 
     def _tensor(self, values: npt.NDArray[Any]) -> torch.Tensor:

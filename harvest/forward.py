@@ -23,8 +23,8 @@ from mlsae.store import ActivationError
 Key = tuple[str, int]
 
 FLOAT16_AUTO_LIMIT = 16_000.0
-BUFFERS = {"cpu": 2, "cuda": 3}
-"""Sets of host buffers: two that the writer holds, and on a GPU a batch on its way."""
+PINNED = 3
+"""Sets of pinned buffers: two that the writer holds, and a batch on its way."""
 _STORED = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -32,37 +32,44 @@ _STORED = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Computed:
     """A batch whose values may still be on their way to the host."""
 
-    _values: dict[Key, torch.Tensor]
-    _largest: dict[Key, torch.Tensor]
-    _arrived: Sequence[torch.cuda.Event]
+    values: dict[Key, torch.Tensor]
+    largest: dict[Key, torch.Tensor]
+    """The largest magnitude of each; not finite where a value is not."""
+    first_row: int
+    arrived: Sequence[torch.cuda.Event]
 
     def activations(self) -> dict[Key, npt.NDArray[Any]]:
         """(site, layer) → (N, d) float16, float32, or uint16 bit patterns of bfloat16.
 
         Raises:
-            ActivationError: a value is not finite, where moments were summed on the device.
+            ActivationError: a value is not finite.
         """
-        for event in self._arrived:
+        for event in self.arrived:
             event.synchronize()
-        for (site, layer), largest in self._largest.items():
+        for key, largest in self.largest.items():
             if not torch.isfinite(largest):
-                values = self._values[site, layer].float().abs()
-                finite = values[values.isfinite()]
-                raise ActivationError(
-                    f"layer {layer} ({site}): a value is not finite in the stored data type; the "
-                    f"largest finite magnitude of that batch is "
-                    f"{float(finite.max()) if finite.numel() else 0.0:.5g}; use --encoding "
-                    "bfloat16 for values over 65,504, or another --model-dtype"
-                )
-        return {key: _as_numpy(values) for key, values in self._values.items()}
+                raise ActivationError(self._explanation(key))
+        return {key: _as_numpy(values) for key, values in self.values.items()}
+
+    def _explanation(self, key: Key) -> str:
+        values = self.values[key]
+        finite = values.isfinite()
+        row = self.first_row + int((~finite.all(dim=1)).nonzero()[0])
+        largest = float(values[finite].abs().max()) if bool(finite.any()) else 0.0
+        return (
+            f"layer {key[1]} ({key[0]}), row {row}: a value is not finite as "
+            f"{str(values.dtype).removeprefix('torch.')}; the largest finite magnitude of that "
+            f"batch is {largest:.5g}; use --encoding bfloat16 for values over 65,504, or another "
+            "--model-dtype"
+        )
 
 
 class Forward:
-    """Runs batches; cast, moments and encoding happen where the activations are.
+    """Runs batches; cast and moments are computed where the activations are.
 
     On CUDA the values go to pinned host memory while the next batch is computed.
     """
@@ -76,57 +83,55 @@ class Forward:
         encoding: str,
         batch_rows: int,
     ) -> None:
-        """Set up the buffers of batches of up to `batch_rows` stored rows."""
+        """Get ready for batches of up to `batch_rows` stored rows."""
         self._transformer = transformer
         self._layers, self._sites = tuple(layers), tuple(sites)
         self._stored = _STORED[encoding]
         self.is_asynchronous = transformer.device.type == "cuda"
-        self.moments = (
-            DeviceMoments(sites, layers, transformer.d_model) if self.is_asynchronous else None
-        )
-        """Sums on the device; None on the CPU, where the writer's threads make them."""
-        shape = (batch_rows, transformer.d_model)
-        self._buffers: Iterator[dict[Key, torch.Tensor]] = cycle(
+        """Whether a call returns before its values are there."""
+        self.moments = DeviceMoments(sites, layers, transformer.d_model)
+        """Of all rows since they were last taken."""
+        self._pinned = cycle(
             {
                 (site, layer): torch.empty(
-                    shape, dtype=self._stored, pin_memory=self.is_asynchronous
+                    (batch_rows, transformer.d_model), dtype=self._stored, pin_memory=True
                 )
                 for site in self._sites
                 for layer in self._layers
             }
-            for _ in range(BUFFERS["cuda" if self.is_asynchronous else "cpu"])
+            for _ in range(PINNED if self.is_asynchronous else 0)
         )
 
-    def __call__(self, batch: Batch, group_N: npt.NDArray[np.int8] | None = None) -> Computed:
+    def __call__(self, batch: Batch, group_N: npt.NDArray[np.int8]) -> Computed:
         """Compute a batch; on CUDA, without waiting for it.
 
         Args:
             batch: the sequences.
-            group_N: moments' group of each stored row; needed where `moments` is not None.
+            group_N: moments' group of each stored row.
 
         Raises:
             ResourceError: the device has too little memory for such a batch.
         """
-        num_rows = len(batch.rows)
-        buffers = {key: values[:num_rows] for key, values in next(self._buffers).items()}
         with memory_explained(batch.inputs.tokens.shape[0]), torch.inference_mode():
             captured = capture(self._transformer, batch.inputs, self._layers, self._sites)
-            kept = {key: _rows(x_BTd, batch.rows) for key, x_BTd in captured.items()}
-            largest: dict[Key, torch.Tensor] = {}
-            if self.moments is not None and group_N is not None:
-                kept = {key: x_Nd.to(self._stored) for key, x_Nd in kept.items()}
-                largest = self.moments.add(group_N, kept)
-                largest = {
-                    key: value.to("cpu", non_blocking=True) for key, value in largest.items()
-                }
-            for key, x_Nd in kept.items():
-                buffers[key].copy_(x_Nd, non_blocking=self.is_asynchronous)
+            values = {
+                key: _rows(x_BTd, batch.rows).to(self._stored) for key, x_BTd in captured.items()
+            }
+            largest = self.moments.add(group_N, values)
+            if not self.is_asynchronous:
+                return Computed(
+                    values=values, largest=largest, first_row=batch.first_row, arrived=()
+                )
+            pinned = {key: buffer[: len(batch.rows)] for key, buffer in next(self._pinned).items()}
+            for key, x_Nd in values.items():
+                pinned[key].copy_(x_Nd, non_blocking=True)
+            largest = {key: value.to("cpu", non_blocking=True) for key, value in largest.items()}
             arrived = [
                 torch.cuda.current_stream(device).record_event()
-                for device in {x_Nd.device for x_Nd in kept.values()}
+                for device in {x_Nd.device for x_Nd in values.values()}
                 if device.type == "cuda"
             ]
-        return Computed(buffers, largest, arrived)
+        return Computed(values=pinned, largest=largest, first_row=batch.first_row, arrived=arrived)
 
 
 def preflight(

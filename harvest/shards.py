@@ -95,13 +95,13 @@ class _Work:
         """Compute the rows from `start` to `stop`; the shard's last go to the writer at once."""
         per_sequence = self._store.rows_per_sequence
         batch = self._batches.batch(start // per_sequence, (stop - start) // per_sequence)
-        if self._forward.moments is None:
-            self._writer.append(self._forward(batch).activations())
-            return
-        group_N = self._writer.row_groups(start, stop)
-        before, self._underway = self._underway, self._forward(batch, group_N)
+        before, self._underway = self._underway, None
+        computed = self._forward(batch, self._writer.row_groups(start, stop))
         if before is not None:
             self._writer.append(before.activations(), moments={})
         if is_last:
-            underway, self._underway = self._underway, None
-            self._writer.append(underway.activations(), moments=self._forward.moments.take())
+            self._writer.append(computed.activations(), moments=self._forward.moments.take())
+        elif self._forward.is_asynchronous:
+            self._underway = computed
+        else:
+            self._writer.append(computed.activations(), moments={})

@@ -80,6 +80,8 @@ class Writer:
         self._flushers = ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="store-flush")
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="store-commit")
         self._batch: _Batch | None = None
+        # Rows of the open shard, by group, whose moments are still to be given.
+        self._owed_G = np.zeros(len(GROUPS), np.int64)
         self._open: OpenShard | None = None
         self._committing: tuple[int, Future[None]] | None = None
         self._closed = False
@@ -142,7 +144,8 @@ class Writer:
             activations: (site, layer) → (num_rows, d_model) floats, or values of the stored data
                 type. Any number of rows; a shard that becomes full is committed.
             moments: site → moments of the decoded stored values of exactly these rows, where the
-                caller has them; computed here otherwise.
+                caller has them; computed here otherwise. An empty mapping says that they come with
+                a later call, for these rows too, by the end of the shard at the latest.
 
         Raises:
             ActivationError: values that are not finite or too large for the encoding (they may be
@@ -214,7 +217,7 @@ class Writer:
     def _append_within_shard(self, batch: "_Batch", shard: int, num_rows: int) -> None:
         groups = self._index.groups(self._row, self._row + num_rows)
         if batch.moments is not None:
-            self._check_moments(batch, batch.moments, groups)
+            self._check_moments(batch, batch.moments, groups, shard)
         # Waiting here, and not after submitting, overlaps writing with the caller's next batch.
         self._finish_batch()
         if self._open is None:
@@ -229,22 +232,31 @@ class Writer:
             self._go_to_next_pending()
 
     def _check_moments(
-        self, batch: "_Batch", moments: Mapping[str, GroupMoments], groups: npt.NDArray[np.int8]
+        self,
+        batch: "_Batch",
+        moments: Mapping[str, GroupMoments],
+        groups: npt.NDArray[np.int8],
+        shard: int,
     ) -> None:
+        owed_G = self._owed_G + np.bincount(groups, minlength=len(GROUPS))
+        if not moments and self._row + len(groups) < self.shard_range(shard).stop:
+            self._owed_G = owed_G
+            return
         if moments.keys() != set(self.plan["sites"]):
             raise InputError(
                 f"{self.path}: expected moments of {self.plan['sites']}, got {sorted(moments)}"
             )
-        counts = np.bincount(groups, minlength=len(GROUPS))
+        first_row = self._row + len(groups) - int(owed_G.sum())
         for site, of_site in moments.items():
-            if not np.array_equal(of_site.count_G, counts):
+            if not np.array_equal(of_site.count_G, owed_G):
                 raise InputError(
                     f"{self.path}: the moments of {site} count {int(of_site.count_G.sum())} rows, "
-                    f"but not those from {batch.first_row} on, group by group; give the moments "
+                    f"but not those from {first_row} on, group by group; give the moments "
                     f"of the rows that are appended"
                 )
             if not of_site.is_finite():
                 self._explain_not_finite(batch)
+        self._owed_G = np.zeros(len(GROUPS), np.int64)
 
     def _explain_not_finite(self, batch: "_Batch") -> NoReturn:
         for site, layer in self._keys:

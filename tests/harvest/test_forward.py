@@ -1,6 +1,6 @@
 """One batch: padded to full shape, cast on the device, refused where it cannot be stored."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,7 @@ def stored(
     sites: Sequence[str] = ("resid_post",),
 ) -> dict[tuple[str, int], np.ndarray]:
     forward = Forward(transformer, layers=layers, sites=sites, encoding=encoding, batch_rows=64)
-    return forward(some).activations()
+    return forward(some, np.zeros(len(some.rows), np.int8)).activations()
 
 
 def hidden_states(transformer: Transformer, tokens: np.ndarray) -> dict[int, torch.Tensor]:
@@ -103,10 +103,12 @@ def test_earlier_batch_is_untouched_by_the_next(transformer: Transformer) -> Non
     forward = Forward(
         transformer, layers=(1,), sites=("resid_post",), encoding="float32", batch_rows=64
     )
-    first = forward(batch(1, 4, 0)).activations()["resid_post", 1]
+    group = np.zeros(16, np.int8)
+    first = forward(batch(1, 4, 0), group).activations()["resid_post", 1]
     copy = first.copy()
-    forward(batch(1, 4, 1))
-    np.testing.assert_array_equal(first, copy)
+    for start in (1, 2):
+        forward(batch(1, 4, start), group)
+        np.testing.assert_array_equal(first, copy)
 
 
 def test_batches_carry_what_the_pass_needs() -> None:
@@ -206,46 +208,27 @@ def test_out_of_memory_names_the_batch_size(error: Exception) -> None:
         raise error
 
 
-@pytest.fixture
-def count_moments() -> Callable[[Transformer], Forward]:
-    """A forward that sums moments on its device, as on a GPU."""
-    from mlsae.harvest.device_moments import DeviceMoments
-
-    def make(transformer: Transformer) -> Forward:
-        forward = Forward(
-            transformer, layers=(0, 1), sites=("resid_post",), encoding="float16", batch_rows=64
-        )
-        forward.moments = DeviceMoments(("resid_post",), (0, 1), 32)
-        return forward
-
-    return make
-
-
-def test_moments_on_the_device_are_of_the_stored_values(
-    transformer: Transformer, count_moments: Callable[[Transformer], Forward]
-) -> None:
-    forward = count_moments(transformer)
-    values = decode(
-        forward(batch(), np.full(64, 19, np.int8)).activations()["resid_post", 1], "float16"
-    ).astype(float)
-    assert forward.moments is not None
-    moments = forward.moments.take()["resid_post"]
-    np.testing.assert_allclose(
-        moments.tensors()["mean"][1, 19], values.mean(0), rtol=1e-5, atol=1e-6
+def test_moments_are_of_the_stored_values(transformer: Transformer) -> None:
+    forward = Forward(
+        transformer, layers=(0, 1), sites=("resid_post",), encoding="float16", batch_rows=64
     )
+    computed = forward(batch(), np.full(64, 19, np.int8))
+    values = decode(computed.activations()["resid_post", 1], "float16").astype(float)
+    tensors = forward.moments.take()["resid_post"].tensors()
+    np.testing.assert_allclose(tensors["mean"][1, 19], values.mean(0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
-        moments.tensors()["m2"][1, 19], ((values - values.mean(0)) ** 2).sum(0), rtol=1e-5
+        tensors["m2"][1, 19], ((values - values.mean(0)) ** 2).sum(0), rtol=1e-5
     )
 
 
-def test_overflow_on_the_device_names_layer_and_magnitude(
-    model: Path, count_moments: Callable[[Transformer], Forward]
-) -> None:
+def test_overflow_names_layer_row_and_magnitude(model: Path) -> None:
     transformer = load(model)
     with torch.no_grad():
         transformer.model.gpt_neox.layers[1].mlp.dense_4h_to_h.bias[3] = 1e5
-    computed = count_moments(transformer)(batch(), np.zeros(64, np.int8))
+    forward = Forward(
+        transformer, layers=(0, 1), sites=("resid_post",), encoding="float16", batch_rows=64
+    )
     with pytest.raises(ActivationError) as info:
-        computed.activations()
-    assert "layer 1 (resid_post): a value is not finite in the stored data type" in str(info.value)
+        forward(batch(2, 4, 1), np.zeros(32, np.int8)).activations()
+    assert "layer 1 (resid_post), row 16: a value is not finite as float16" in str(info.value)
     assert "use --encoding bfloat16 for values over 65,504" in str(info.value)

@@ -95,7 +95,7 @@ def test_an_out_that_holds_another_plan(demo_model: Path, walked: Path):
     sizes = ["--context-length", 64, "--max-tokens", 640, "--device", "cpu"]
     refused(
         command(*harvest, *sizes, "--out", walked / "acts"),
-        "holds a store of another plan (batch_sequences: 4 there, 16 here; ",
+        "holds a store of another plan (context_length: 32 there, 64 here); ",
     )
     assert open_store(walked / "acts").store_id == before
 

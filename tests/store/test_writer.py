@@ -230,6 +230,37 @@ def test_moments_may_be_given(tmp_path: Path):
     assert verify(tmp_path / "given") == []
 
 
+def test_moments_may_come_with_a_later_call(tmp_path: Path):
+    """Of all rows since the last, once a shard at least; rows without them are refused."""
+    generator = np.random.default_rng(0)
+    batches = [
+        {("resid_post", layer): generator.normal(size=(8, 4)).astype("f4") for layer in (0, 1)}
+        for _ in range(8)
+    ]
+    with create(tmp_path / "later", tokens=TOKENS, **SHAPE, shard_bytes=200) as writer:
+        underway = Accumulator((0, 1), 4, "float16")
+        for batch in batches:
+            start = writer.position
+            stored = [batch["resid_post", layer].astype(np.float16) for layer in (0, 1)]
+            assert underway.add(blocks_of(writer.row_groups(start, start + 8), 4), stored)
+            shard = writer.shard_range(start // writer.shard_rows)
+            if start + 8 < shard.stop:
+                writer.append(batch, {})
+                continue
+            arrays = {name: values.copy() for name, values in underway.tensors().items()}
+            writer.append(batch, {"resid_post": GroupMoments.from_arrays((0, 1), 4, arrays)})
+            underway = Accumulator((0, 1), 4, "float16")
+    assert verify(tmp_path / "later") == []
+    writer = create(tmp_path / "never", tokens=TOKENS, **SHAPE, shard_bytes=200)
+    writer.append(batches[0], {})
+    alone = moments_of(batches[1], writer.row_groups(8, 16))
+    with pytest.raises(InputError, match="count 8 rows, but not those from 0 on, group by group"):
+        writer.append(batches[1], {"resid_post": alone})
+    writer.append(batches[1], {})
+    with pytest.raises(InputError, match=r"expected moments of \['resid_post'\], got \[\]"):
+        writer.append(batches[2], {})
+
+
 def test_given_moments_are_held_against_the_rows(tmp_path: Path):
     """Their counts, their sites, the shard's end, and whether they are finite."""
     batch = rows(8)

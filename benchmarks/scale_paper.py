@@ -1,0 +1,119 @@
+"""The tables of docs/scale.md: what large harvests weigh and take, from the store's own layout.
+
+Bytes, shards and objects are what `mlsae harvest` would plan. Hours are the largest of three
+bounds, times the overhead of the harvest over its bound: forward passes at 2 floating-point
+operations a parameter and token on a share of an H200's peak, bytes to the disk at a share of its
+rate, and bytes through the hash.
+
+    python -m benchmarks.scale_paper
+"""
+
+from dataclasses import dataclass
+
+from benchmarks.markdown import table
+from mlsae.base.units import format_bytes, format_count
+from mlsae.store.encoding import check_encoding
+from mlsae.store.layout import plan_layout
+
+H200_PEAK = 989e12
+"""Dense bfloat16 FLOP/s, NVIDIA's data sheet."""
+FORWARD_SHARE = 0.4
+"""Of that peak, what a plain forward pass of transformers is taken to reach."""
+WRITER_SHARE = 0.6
+"""Of the disk's own rate, what the writer is held to; see docs/benchmarks.md."""
+HASH_RATE = 3 * 1.4e9
+"""Bytes a second that one process hashes (SHA-256) and writes with its three threads."""
+OVERHEAD = 1.1
+"""Of the larger bound, what the harvest is held to."""
+DISKS = {"shared file system, 2 GB/s": 2e9, "NVMe array, 10 GB/s": 10e9}
+CONTEXT = 1024
+INT8_BYTES = 1 + 1 / 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """A harvest on paper."""
+
+    name: str
+    parameters: float
+    """Of the backbone without embeddings, which cost no products."""
+    num_layers: int
+    d_model: int
+    num_tokens: int
+
+
+CASES = (
+    Case("Llama-3-8B, 100 M tokens", 7.0e9, 32, 4096, 100_000_000),
+    Case("Pythia-410m, 1 B tokens", 302e6, 24, 1024, 1_000_000_000),
+)
+KEPT = (None, 128)
+
+
+def size_rows(case: Case) -> list[list[str]]:
+    """By encoding and by kept positions: bytes, shards of a layer, largest object, objects."""
+    rows = []
+    for keep in KEPT:
+        for encoding in ("bfloat16", "float32"):
+            layout = plan_layout(
+                num_tokens=case.num_tokens // CONTEXT * CONTEXT,
+                context_length=CONTEXT,
+                layers=range(case.num_layers),
+                sites=("resid_post",),
+                d_model=case.d_model,
+                encoding=check_encoding(encoding),
+                batch_sequences=16,
+                keep_positions=keep,
+            )
+            object_bytes = layout.activation_bytes / (layout.num_shards * case.num_layers)
+            rows.append(
+                [
+                    "all" if keep is None else str(keep),
+                    "float16, bfloat16" if encoding == "bfloat16" else encoding,
+                    format_bytes(layout.total_bytes),
+                    format_count(layout.num_shards),
+                    format_bytes(object_bytes),
+                    format_count(layout.num_shards * case.num_layers),
+                ]
+            )
+    return rows
+
+
+def hours(case: Case, keep: int | None, disk: float, num_gpus: int) -> tuple[float, str]:
+    """Hours in 16 bits, and which bound holds."""
+    share = 1.0 if keep is None else keep / CONTEXT
+    num_bytes = 2 * case.num_tokens * share * case.num_layers * case.d_model
+    forward = 2 * case.parameters * case.num_tokens / (H200_PEAK * FORWARD_SHARE * num_gpus)
+    to_disk = num_bytes / (disk * WRITER_SHARE)
+    hashing = num_bytes / (HASH_RATE * num_gpus)
+    bounds = {"forward": forward, "disk": to_disk, "hash": hashing}
+    bound = max(bounds, key=lambda name: bounds[name])
+    return OVERHEAD * bounds[bound] / 3600, bound
+
+
+def time_rows(case: Case) -> list[list[str]]:
+    """By disk, kept positions and GPUs."""
+    rows = []
+    for name, disk in DISKS.items():
+        for keep in KEPT:
+            cells = []
+            for num_gpus in (1, 8):
+                time, bound = hours(case, keep, disk, num_gpus)
+                cells.append(f"{time:.2g} h ({bound})")
+            rows.append([name, "all" if keep is None else str(keep), *cells])
+    return rows
+
+
+def tables() -> str:
+    """Markdown of all of them."""
+    parts = []
+    for case in CASES:
+        sizes = table(
+            ["positions kept", "encoding", "store", "shards", "object", "objects"], size_rows(case)
+        )
+        times = table(["disk", "positions kept", "1 H200", "8 H200"], time_rows(case))
+        parts.append(f"### {case.name}\n\n{sizes}\n\n{times}")
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(tables())
