@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check test-slow demo-model results
+.PHONY: demo test check test-slow demo-model results scale
 
 demo: .venv/installed
 	$(BIN)/mlsae demo --out demo-run
@@ -23,6 +23,9 @@ demo-model: .venv/installed
 
 results: .venv/installed
 	$(BIN)/python -m benchmarks.results
+
+scale: .venv/installed
+	$(BIN)/python benchmarks/scale.py
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "mlsae needs Python >= 3.11, this is " + sys.version.split()[0] + ": run make PYTHON=python3.11 (or newer)")'

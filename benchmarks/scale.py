@@ -4,7 +4,8 @@ A GPT-NeoX of Pythia-70m's shape with random weights in bfloat16 reads random to
 go to the disk. The harvest is a process of its own, watched from here ten times a second: its
 anonymous and shared memory (file pages are the system's cache, not its own), and how far its shards
 have grown. A stall is a stretch of over five seconds in which the store did not grow. Two sizes are
-run, so that memory can be seen not to depend on the number of tokens.
+run, so that memory can be seen not to depend on the number of tokens: its median while shards grow,
+because the peak of many looks is higher than that of few.
 
     python benchmarks/scale.py [--sizes 2GB,31GB] [--work DIR]
 """
@@ -15,6 +16,7 @@ import os
 import re
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -101,14 +103,15 @@ def harvest(size: int, model: Path, work: Path) -> dict[str, Any]:
         "--max-tokens", str(num_tokens), "--context-length", str(CONTEXT),
         "--batch-size", str(BATCH), "--device", "cpu",
     ]  # fmt: skip
-    peak = stalled = 0.0
+    stalled, memory = 0.0, []
     began = first = time.monotonic()
     last_growth, grown = began, 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
             time.sleep(0.1)
             now, size_now = time.monotonic(), stored_bytes(out)
-            peak = max(peak, own_memory(process.pid))
+            if grown:
+                memory.append(own_memory(process.pid))
             if size_now > grown:
                 if grown == 0:
                     first = now
@@ -128,7 +131,8 @@ def harvest(size: int, model: Path, work: Path) -> dict[str, Any]:
         "seconds_in_all": round(time.monotonic() - began, 1),
         "gigabytes_per_second": round(grown / seconds / 1e9, 4),
         "tokens_per_second": round(num_tokens / seconds),
-        "anonymous_and_shared_bytes": int(peak),
+        "anonymous_and_shared_median": int(statistics.median(memory)),
+        "anonymous_and_shared_peak": max(memory),
         "stalled_seconds": round(stalled, 1),
         "user_cpu_seconds": round(system.ru_utime, 1),
         "system_cpu_seconds": round(system.ru_stime, 1),
@@ -154,12 +158,12 @@ def main() -> None:
             print(
                 f"{format_bytes(result['bytes'])} in {result['seconds']} s: "
                 f"{result['gigabytes_per_second']} GB/s, {result['tokens_per_second']:,} tokens/s; "
-                f"anonymous and shared memory "
-                f"{format_bytes(result['anonymous_and_shared_bytes'])}; stalls of over "
+                f"anonymous and shared memory {format_bytes(result['anonymous_and_shared_median'])}"
+                f" (peak {format_bytes(result['anonymous_and_shared_peak'])}); stalls of over "
                 f"{STALL_SECONDS:.0f} s: {result['stalled_seconds']} s in all",
                 flush=True,
             )
-    memory = [result["anonymous_and_shared_bytes"] for result in found]
+    memory = [result["anonymous_and_shared_median"] for result in found]
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     print(
         json.dumps(

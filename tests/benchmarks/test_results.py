@@ -104,3 +104,14 @@ def test_harvest_page_shows_every_variant_on_both_texts():
             "trained", "rerandomized", "rerandomized-keep-embeddings", "random", "control",
         ]  # fmt: skip
         assert (RESULTS / "harvest" / "norm_cosine.png").stat().st_size > 10_000
+
+
+def test_tables_of_the_scale_page_are_computed():
+    """docs/scale.md shows what the layout and the stated rates give."""
+    from benchmarks.scale_paper import CASES, hours, tables
+
+    page = (ROOT / "docs" / "scale.md").read_text()
+    assert tables() in page
+    llama = CASES[0]
+    # 2 bytes · 10⁸ tokens · 32 layers · 4,096 channels at 0.6 · 2 GB/s, a tenth more.
+    assert hours(llama, None, 2e9, 1)[0] == pytest.approx(26.2144e12 / 1.2e9 * 1.1 / 3600)
