@@ -91,6 +91,7 @@ class Forward:
         """Whether a call returns before its values are there."""
         self.moments = DeviceMoments(sites, layers, transformer.d_model)
         """Of all rows since they were last taken."""
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._pinned = cycle(
             {
                 (site, layer): torch.empty(
@@ -123,15 +124,34 @@ class Forward:
                     values=values, largest=largest, first_row=batch.first_row, arrived=()
                 )
             pinned = {key: buffer[: len(batch.rows)] for key, buffer in next(self._pinned).items()}
-            for key, x_Nd in values.items():
-                pinned[key].copy_(x_Nd, non_blocking=True)
             largest = {key: value.to("cpu", non_blocking=True) for key, value in largest.items()}
-            arrived = [
-                torch.cuda.current_stream(device).record_event()
-                for device in {x_Nd.device for x_Nd in values.values()}
-                if device.type == "cuda"
-            ]
+            arrived = self._send(values, pinned)
         return Computed(values=pinned, largest=largest, first_row=batch.first_row, arrived=arrived)
+
+    def _send(
+        self, values: Mapping[Key, torch.Tensor], pinned: Mapping[Key, torch.Tensor]
+    ) -> list[torch.cuda.Event]:
+        """Begin the copies, on streams beside those of the next forward pass."""
+        events = []
+        for device in {x_Nd.device for x_Nd in values.values()}:
+            here = {key: x_Nd for key, x_Nd in values.items() if x_Nd.device == device}
+            if device.type != "cuda":
+                for key, x_Nd in here.items():
+                    pinned[key].copy_(x_Nd)
+                continue
+            computing = torch.cuda.current_stream(device)
+            events.append(computing.record_event())
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            copying = self._streams[device]
+            copying.wait_stream(computing)
+            with torch.cuda.stream(copying):
+                for key, x_Nd in here.items():
+                    pinned[key].copy_(x_Nd, non_blocking=True)
+                    # The allocator must not hand its memory out again before it is copied.
+                    x_Nd.record_stream(copying)
+                events.append(copying.record_event())
+        return events
 
 
 def preflight(

@@ -79,7 +79,7 @@ def test_killed_harvest_continues_to_the_same_store(
     assert 0 < resumed.bytes_written < unbroken.bytes_written
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_ranks_make_the_store_that_one_makes(
     world_size: int,
     small_shards: Callable[[Path], HarvestConfig],
