@@ -56,16 +56,11 @@ def layer_tables(store: Store) -> Iterator[str]:
 
 def last_line(store: Store, num_bytes: int, seconds: float) -> str:
     """What was made, where, in how long."""
-    rows = (
-        ""
-        if store.num_rows == store.num_tokens
-        else f" ({format_count(store.num_rows)} rows of each layer)"
-    )
     sites = f" at {len(store.sites)} sites" if len(store.sites) > 1 else ""
     return (
-        f"harvested {format_count(store.num_tokens)} tokens{rows} from {len(store.layers)} "
-        f"layers{sites} in {seconds:.1f} s to {store.path}: {format_bytes(num_bytes)}, store_id "
-        f"{store.store_id[:12]}"
+        f"harvested {format_count(store.num_tokens)} tokens, {format_count(store.num_rows)} rows "
+        f"of each of {len(store.layers)} layers{sites}, in {seconds:.1f} s to {store.path}: "
+        f"{format_bytes(num_bytes)}, store_id {store.store_id[:12]}"
     )
 
 

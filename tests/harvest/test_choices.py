@@ -75,11 +75,13 @@ def test_site_that_a_model_has_not_is_refused_before_anything_is_made(config: Ma
 
 
 def test_kept_positions_are_those_rows_of_the_full_store(
-    config: MakeConfig, tmp_path: Path
+    config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     full = harvested(config(out=tmp_path / "full"))
     kept = harvested(config(out=tmp_path / "kept", keep_positions=5, keep_seed=3))
     assert kept.num_tokens == full.num_tokens
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert f"{kept.num_tokens:,} tokens, {kept.num_rows:,} rows of each of 4 layers, in " in last
     assert kept.num_rows == full.num_sequences * 5
     positions = kept_positions(3, 0, full.num_sequences, 16, 5)
     tokens = (positions + np.arange(full.num_sequences)[:, None] * 16).reshape(-1)
