@@ -143,7 +143,8 @@ class Store:
         if site is None and len(self.sites) > 1:
             raise InputError(f"{self.path} holds several sites, {', '.join(self.sites)}: name one")
         if site is not None and site not in self.sites:
-            raise InputError(f"{self.path} does not hold site {site}; it has {self.sites}")
+            held = ", ".join(self.sites)
+            raise InputError(f"{self.path} does not hold site {site}; it has {held}")
         return site or self.sites[0]
 
     def check_layers(self, layers: Iterable[int] | None) -> tuple[int, ...]:
