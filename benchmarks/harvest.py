@@ -107,23 +107,18 @@ class Rounds:
         path.mkdir()
         return path
 
-    @torch.inference_mode()
     def backbone(self) -> None:
         """The forward pass alone."""
-        for batch in self.inputs:
-            self.model.backbone(
-                input_ids=batch.inputs.tokens.to(self.model.device), use_cache=False
-            )
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize()
+        self._forward(self.model.backbone, use_cache=False)
 
-    @torch.inference_mode()
     def hidden_states(self) -> None:
         """The usual way to the same tensors, which stores nothing."""
+        self._forward(self.model.model, output_hidden_states=True)
+
+    @torch.inference_mode()
+    def _forward(self, module: Any, **how: bool) -> None:
         for batch in self.inputs:
-            self.model.model(
-                input_ids=batch.inputs.tokens.to(self.model.device), output_hidden_states=True
-            )
+            module(input_ids=batch.inputs.tokens.to(self.model.device), **how)
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
 

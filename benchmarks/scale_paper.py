@@ -21,13 +21,12 @@ FORWARD_SHARE = 0.4
 """Of that peak, what a plain forward pass of transformers is taken to reach."""
 WRITER_SHARE = 0.6
 """Of the disk's own rate, what the writer is held to; see docs/benchmarks.md."""
-HASH_RATE = 3 * 1.4e9
+HASH_RATE = 3 * 1.1e9
 """Bytes a second that one process hashes (SHA-256) and writes with its three threads."""
 OVERHEAD = 1.1
 """Of the larger bound, what the harvest is held to."""
 DISKS = {"shared file system, 2 GB/s": 2e9, "NVMe array, 10 GB/s": 10e9}
 CONTEXT = 1024
-INT8_BYTES = 1 + 1 / 64
 
 
 @dataclass(frozen=True)

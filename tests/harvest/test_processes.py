@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +58,14 @@ def start() -> Iterator[Start]:
         yield begin
 
 
+def await_commit(settings: HarvestConfig, shard: int, process: "subprocess.Popen[Any]") -> None:
+    """Until a shard is committed, or the process has ended before."""
+    record = settings.out / commit_record(shard)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not record.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
 def test_killed_harvest_continues_to_the_same_store(
     small_shards: Callable[[Path], HarvestConfig], start: Start, tmp_path: Path
 ) -> None:
@@ -64,10 +73,7 @@ def test_killed_harvest_continues_to_the_same_store(
     assert unbroken is not None
     settings = small_shards(tmp_path / "killed")
     process = start(settings)
-    second_commit = settings.out / commit_record(1)
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not second_commit.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.001)
+    await_commit(settings, 1, process)
     process.send_signal(signal.SIGKILL)
     _, errors = process.communicate()
     assert process.returncode == -signal.SIGKILL, errors.decode()
@@ -142,10 +148,7 @@ def test_stopped_harvest_finishes_its_shard_and_goes_on(
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        first_commit = settings.out / commit_record(0)
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not first_commit.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.001)
+        await_commit(settings, 0, process)
         process.send_signal(number)
         _, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 128 + number, errors
