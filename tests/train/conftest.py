@@ -97,6 +97,12 @@ class Batch:
 
 
 @pytest.fixture
+def make_played() -> type[Played]:
+    """An order whose eligible rows are given."""
+    return Played
+
+
+@pytest.fixture
 def play() -> Callable[..., Played]:
     """Make an order over `num_rows` rows of which some are not eligible."""
 

@@ -1,5 +1,6 @@
 """The order of an epoch, each promise of the sampler in turn."""
 
+import hashlib
 import math
 import tracemalloc
 from collections.abc import Callable
@@ -102,6 +103,28 @@ def test_a_rank_resumes_too(rank: int, play: Callable) -> None:
     whole = list(played.steps(rank=rank, world_size=2))
     for a, b in zip(whole[17:], played.steps(17, rank, 2), strict=True):
         assert np.array_equal(a.row, b.row)
+
+
+GOLDEN = {
+    (0, 0, 1): "a9138bc0d0f73e6b6a9307f59d010ed423a58bf88af2dad1194abad6bcd14383",
+    (40, 3, 4): "cdae14975aa4d723b3ac2c280f72272f40f1205618f9a3eb61c8407032758109",
+}
+"""(step, rank, world size) → SHA-256; runs that were begun must be able to go on."""
+
+
+@pytest.mark.parametrize("part", GOLDEN)
+def test_the_order_is_what_it_always_was(part: tuple[int, int, int], make_played: Callable) -> None:
+    """Every (layer, row) of every batch, in order, of three shapes of store."""
+    digest = hashlib.sha256()
+    shapes = [(6000, 3, 96, 8), (9000, 6, 100, 50), (999, 1, 7, 1)]
+    for num_rows, num_layers, batch_rows, size in shapes:
+        row = np.arange(num_rows)
+        eligible = (row % 64 > 0) & (row * 40_503 % 65_536 > 3_000) & (row // 64 % 10 != 3)
+        counts = np.add.reduceat(eligible, np.arange(0, num_rows, size), dtype=np.uint8)
+        order = Order(counts, num_layers=num_layers, batch_rows=batch_rows, seed=11, epoch=2)
+        for batch in make_played(order, size, eligible).steps(*part):
+            digest.update(np.stack([batch.layer, batch.row]).astype("<i8").tobytes())
+    assert digest.hexdigest() == GOLDEN[part]
 
 
 def test_epochs_seeds_and_layers_have_orders_of_their_own(play: Callable) -> None:
