@@ -229,12 +229,11 @@ def verify(directory: Path) -> None:
     from mlsae.store import open_store
     from mlsae.store.verify import verify as find_problems
 
-    problems = find_problems(directory, progress=True)
-    for problem in problems:
-        click.echo(problem)
-    if problems:
+    report = find_problems(directory, progress=True)
+    for line in (*report.problems, *report.notes):
+        click.echo(line)
+    if problems := len(report.problems):
         raise click.ClickException(
-            f"{directory} breaks {len(problems)} rule{'s' if len(problems) > 1 else ''} of "
-            f"storage_schema.md"
+            f"{directory} breaks {problems} rule{'s' if problems > 1 else ''} of storage_schema.md"
         )
     click.echo(f"{directory} is sound: store_id {open_store(directory).store_id}")

@@ -146,6 +146,4 @@ def _stored(pairing: Pairing, layer: int, sequences: Int) -> Tensor:
     """What a store of every position holds of the sequences, decoded: (B, T, D)."""
     store, length = pairing.store, pairing.store.context_length
     spans = [(start, start + length) for start in (sequences * length).tolist()]
-    return torch.from_numpy(
-        np.stack([store.decode(store.read(pairing.site, layer, *span)) for span in spans])
-    )
+    return torch.from_numpy(np.stack([store.read(pairing.site, layer, *span) for span in spans]))

@@ -75,7 +75,7 @@ def read_rows(
     num_held = 0
     for start, rows, tokens in _chunks(store, sequences):
         stop = min(start + store.chunk_rows, store.num_rows)
-        x = store.decode(store.read(site, layer, start, stop))[rows - start]
+        x = store.read(site, layer, start, stop)[rows - start]
         held.append((rows, tokens, x))
         num_held += len(rows)
         if num_held < batch_rows:

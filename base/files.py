@@ -118,17 +118,26 @@ def read_sealed(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         DamagedFileError: any byte differs from what `seal` wrote.
     """
-    data = path.read_bytes()
+    return parse_sealed(path.read_bytes(), str(path))
+
+
+def parse_sealed(data: bytes, where: str) -> dict[str, Any]:
+    """The content of sealed JSON; `where` names it in the message.
+
+    Raises:
+        DamagedFileError: any byte differs from what `seal` wrote.
+    """
+    digest = None
     try:
         content = json.loads(data)
         digest = content.pop(SEAL)
         intact = seal(content) == data
-    except (ValueError, KeyError, AttributeError, TypeError):
+    # Brackets nested without end exhaust the parser's stack.
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         intact = False
-        digest = None
     if not intact:
         raise DamagedFileError(
-            f"{path} is damaged: its content does not match its checksum "
+            f"{where} is damaged: its content does not match its checksum "
             f"{str(digest)[:12]!r}; restore the file from a copy or make it again"
         )
     return dict(content)

@@ -139,7 +139,7 @@ def timed(work: Callable[[], None], steps: int) -> tuple[float, float]:
 
 def measure(shape: Shape, store: Store, rounds: int) -> dict[str, Any]:
     config = TrainConfig(
-        cache=store.path,
+        cache=Path(store.place),
         out=Path("unused"),
         num_latents=shape.num_latents,
         k=shape.k,

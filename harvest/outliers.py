@@ -58,7 +58,7 @@ def _squared_distances(
     found = []
     for start in np.unique(starts).tolist():
         stop = min(start + PIECE_ROWS, store.num_rows)
-        x = store.decode(store.read(site, layer, start, stop))[store.eligible(1, start, stop)]
+        x = store.read(site, layer, start, stop)[store.eligible(1, start, stop)]
         centred = x.astype(np.float64) - mean
         found.append(np.einsum("nd,nd->n", centred, centred))
     return np.concatenate(found)

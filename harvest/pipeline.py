@@ -37,6 +37,7 @@ from mlsae.models import Transformer, load, outline
 from mlsae.models.sites import check_sites
 from mlsae.store import PlanMismatchError, Writer, create, open_store, resume
 from mlsae.store.commit import complete, num_shards_of, pending_shards
+from mlsae.store.objects import LocalObjects
 from mlsae.store.plan import find_plan, read_plan
 from mlsae.store.schema import COMPLETE, SETUP
 
@@ -236,9 +237,10 @@ def _stopped(config: HarvestConfig, interruption: Interruption) -> InterruptedWo
     if not (config.out / SETUP).exists():
         line = "stopped before anything was harvested; run the same command to begin again"
     else:
-        plan = read_plan(config.out)
+        objects = LocalObjects(config.out)
+        plan = read_plan(objects)
         total = num_shards_of(plan)
-        done = total - len(pending_shards(config.out, plan))
+        done = total - len(pending_shards(objects, plan))
         line = (
             f"stopped: {done} of {total} shards are safe in {config.out}; run the same command to "
             "go on"

@@ -59,7 +59,7 @@ def last_line(store: Store, num_bytes: int, seconds: float) -> str:
     sites = f" at {len(store.sites)} sites" if len(store.sites) > 1 else ""
     return (
         f"harvested {format_count(store.num_tokens)} tokens, {format_count(store.num_rows)} rows "
-        f"of each of {len(store.layers)} layers{sites}, in {seconds:.1f} s to {store.path}: "
+        f"of each of {len(store.layers)} layers{sites}, in {seconds:.1f} s to {store.place}: "
         f"{format_bytes(num_bytes)}, store_id {store.store_id[:12]}"
     )
 

@@ -52,7 +52,7 @@ def harvest_shards(
         batch_rows=batch_rows,
     )
     work = _Work(store, writer, forward)
-    row_bytes = store.d_model * store.itemsize * len(store.layers) * len(store.sites)
+    row_bytes = store.row_bytes * len(store.layers) * len(store.sites)
     num_rows = sum(len(writer.shard_range(shard)) for shard in shards)
     with (
         tqdm(

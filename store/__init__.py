@@ -1,14 +1,17 @@
 """The activation store: one verifiable, resumable Zarr v3 group for all layers of a transformer."""
 
 from mlsae.store.begin import create, resume
+from mlsae.store.calibration import Calibration, Calibrator
 from mlsae.store.encoding import Encoding
 from mlsae.store.errors import (
     ActivationError,
     DamagedStoreError,
     IncompleteStoreError,
+    InvalidStoreError,
     MixedProducersError,
     NotAStoreError,
     PlanMismatchError,
+    RemoteError,
     SchemaVersionError,
     StoreError,
 )
@@ -23,14 +26,18 @@ __all__ = [
     "SCHEMA_VERSION",
     "SPECIAL",
     "ActivationError",
+    "Calibration",
+    "Calibrator",
     "DamagedStoreError",
     "Encoding",
     "GroupMoments",
     "IncompleteStoreError",
+    "InvalidStoreError",
     "MixedProducersError",
     "Moments",
     "NotAStoreError",
     "PlanMismatchError",
+    "RemoteError",
     "SchemaVersionError",
     "Store",
     "StoreError",

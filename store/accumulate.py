@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlsae.store.encoding import STORED_DTYPE, Encoding, decode_finite_into
+from mlsae.store.encoding import Parts, SiteCodec
 from mlsae.store.moments import STANDARDIZE_EPS, GroupMoments
 
 BLOCK_ELEMENTS = 1 << 17
@@ -48,18 +48,19 @@ def block_rows(d_model: int) -> int:
 class Accumulator(GroupMoments):
     """Moments of one site that grow by blocks of stored rows; for one thread at a time."""
 
-    def __init__(self, layers: tuple[int, ...], d_model: int, encoding: Encoding) -> None:
+    def __init__(self, layers: tuple[int, ...], d_model: int, codec: SiteCodec) -> None:
         super().__init__(layers, d_model)
-        self._encoding = encoding
-        self._picked = np.empty((block_rows(d_model), d_model), STORED_DTYPE[encoding])
+        self._codec = codec
+        size = block_rows(d_model)
+        self._picked = [np.empty((size, part.width), part.dtype) for part in codec.parts]
         self._sums: dict[type, _Sums] = {}
 
-    def add(self, blocks: Blocks, stored_L: Sequence[Array]) -> bool:
+    def add(self, blocks: Blocks, stored_L: Sequence[Parts]) -> bool:
         """Add some rows, all layers of them.
 
         Args:
             blocks: as `blocks_of` gives them.
-            stored_L: for each layer (any number of rows, D) values of the stored data type.
+            stored_L: for each layer any number of stored rows.
 
         Returns:
             False as soon as a value is not finite; the moments are of no use then.
@@ -70,16 +71,17 @@ class Accumulator(GroupMoments):
         self,
         group: int,
         rows: npt.NDArray[np.int64],
-        stored_L: Sequence[Array],
+        stored_L: Sequence[Parts],
         dtype: type[np.float32 | np.float64],
     ) -> bool:
         if dtype not in self._sums:
             self._sums[dtype] = _Sums(len(self.layers), self.d_model, dtype)
         sums = self._sums[dtype]
-        picked = self._picked[: len(rows)]
+        picked = tuple(buffer[: len(rows)] for buffer in self._picked)
         for index, stored in enumerate(stored_L):
-            np.take(stored, rows, axis=0, out=picked, mode="clip")
-            max_abs = sums.load(picked, self._encoding)
+            for part, out in zip(stored, picked, strict=True):
+                np.take(part, rows, axis=0, out=out, mode="clip")
+            max_abs = sums.load(picked, index, self._codec)
             if not np.isfinite(max_abs):
                 return False
             if max_abs > SAFE_MAGNITUDE and dtype is np.float32:
@@ -107,13 +109,13 @@ class _Sums:
         self._num_rows = 0
         self._max_abs = 0.0
 
-    def load(self, stored_ND: Array, encoding: Encoding) -> float:
+    def load(self, stored: Parts, index: int, codec: SiteCodec) -> float:
         """Decode a layer's rows; their largest magnitude, not finite if a value is not."""
-        self._num_rows = len(stored_ND)
+        self._num_rows = len(stored[0])
         x_ND = self._x_ND[: self._num_rows]
-        decode_finite_into(stored_ND, encoding, x_ND)
+        codec.decode_finite_into(stored, index, x_ND)
         self._max_abs = max(float(x_ND.max()), -float(x_ND.min()))
-        if encoding == "float16" and self._max_abs > LARGEST_FLOAT16:
+        if codec.encoding == "float16" and self._max_abs > LARGEST_FLOAT16:
             self._max_abs = np.inf
         return self._max_abs
 

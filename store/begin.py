@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 from mlsae.base.files import seal, write_durably
 from mlsae.base.resources import require_disk
+from mlsae.store.added_fvu import MAX_ADDED_FVU
+from mlsae.store.calibration import Calibration
 from mlsae.store.encoding import check_encoding
 from mlsae.store.errors import PlanMismatchError
 from mlsae.store.layout import SHARD_BYTES, plan_layout
@@ -33,10 +35,14 @@ def create(
     documents: npt.NDArray[np.integer[Any]] | None = None,
     token_flags: npt.NDArray[np.uint8] | None = None,
     encoding: str = "float16",
+    compression: str = "none",
+    calibration: Calibration | None = None,
+    max_added_fvu: float = MAX_ADDED_FVU,
     batch_sequences: int = 1,
     keep_positions: int | None = None,
     keep_seed: int = 0,
     source: Mapping[str, Any] | None = None,
+    derived_from: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
     producer: Producer | None = None,
     allow_mixed: bool = False,
@@ -54,12 +60,17 @@ def create(
         sites: where in a block the activations are taken.
         documents: (num_tokens,) index of each token's document; the sequence's index if not given.
         token_flags: (num_tokens,) bits SPECIAL, PADDING, MASKED; 0 if not given.
-        encoding: float16, bfloat16 or float32.
+        encoding: float16, bfloat16, float32 or int8.
+        compression: none or zstd, of the activations.
+        calibration: what a `Calibrator` made of the first eligible rows; for int8 alone.
+        max_added_fvu: the encoding may add so much FVU to a shard, in total and in each decile of
+            row norm; measured where floats are appended that the encoding changes.
         batch_sequences: sequences that the producer computes at once; shards hold whole batches.
         keep_positions: store only so many positions of each sequence, chosen by `keep_seed`; all
             if not given. `Writer.row_tokens` says which tokens the rows belong to.
         keep_seed: of that choice.
         source: JSON that says what made the values; it belongs to the plan and so to `plan_id`.
+        derived_from: for a store made from another, an object with its `store_id`.
         provenance: JSON that says how this run was made; recorded outside `plan_id`.
         producer: JSON object that names the device and the versions that decide the last bits of
             the values; recorded by shard, outside `plan_id`.
@@ -89,10 +100,19 @@ def create(
         "shard_bytes": shard_bytes,
         "keep_positions": keep_positions,
     }
-    plan = make_plan(arrays, source=source or {}, keep_seed=keep_seed, **shape)
+    plan = make_plan(
+        arrays,
+        source=source or {},
+        keep_seed=keep_seed,
+        compression=compression,
+        calibration=calibration,
+        derived_from=derived_from,
+        **shape,
+    )
     present = find_plan(path)
     if present is None:
-        total_bytes = plan_layout(num_tokens=len(tokens), **shape).total_bytes
+        layout = plan_layout(num_tokens=len(tokens), compressed=compression != "none", **shape)
+        total_bytes = layout.total_bytes
         require_disk(path, total_bytes, "the store", "harvest fewer tokens or layers")
         path.mkdir(parents=True, exist_ok=True)
         write_durably(path / PLAN, seal(plan))
@@ -103,14 +123,18 @@ def create(
             f"give the settings it was made with, or another directory"
         )
     if not (path / SETUP).exists():
-        write_setup(path, plan, arrays)
+        write_setup(path, plan, arrays, calibration)
     if provenance is not None:
         write_durably(path / PROVENANCE / f"{uuid.uuid4().hex}.json", seal(provenance))
-    return Writer(path, producer=producer, allow_mixed=allow_mixed)
+    return Writer(path, producer=producer, allow_mixed=allow_mixed, max_added_fvu=max_added_fvu)
 
 
 def resume(
-    path: str | os.PathLike[str], *, producer: Producer | None = None, allow_mixed: bool = False
+    path: str | os.PathLike[str],
+    *,
+    producer: Producer | None = None,
+    allow_mixed: bool = False,
+    max_added_fvu: float = MAX_ADDED_FVU,
 ) -> Writer:
     """Continue a store whose tokens are written, by whatever process.
 
@@ -118,10 +142,13 @@ def resume(
         path: the store's directory.
         producer: as for `create`.
         allow_mixed: as for `create`.
+        max_added_fvu: as for `create`.
 
     Raises:
         NotAStoreError: there is no store, or its tokens are not all written yet.
         MixedProducersError: another producer made some of its shards.
         StoreError: the store is damaged or of another version.
     """
-    return Writer(Path(path), producer=producer, allow_mixed=allow_mixed)
+    return Writer(
+        Path(path), producer=producer, allow_mixed=allow_mixed, max_added_fvu=max_added_fvu
+    )

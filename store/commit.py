@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlsae.base.files import canonical_json, read_sealed, seal, write_durably
+from mlsae.base.files import canonical_json, seal, write_durably
 from mlsae.store.errors import DamagedStoreError
 from mlsae.store.moments import GroupMoments, from_bytes, to_bytes
+from mlsae.store.objects import LocalObjects, Objects
 from mlsae.store.plan import plan_id_of
+from mlsae.store.records import read_commit, read_setup
 from mlsae.store.rows import num_rows_of
 from mlsae.store.schema import COMPLETE, MOMENTS, commit_record, shard_moments
-from mlsae.store.setup import read_setup
 
 
 def num_shards_of(plan: Mapping[str, Any]) -> int:
@@ -19,9 +20,9 @@ def num_shards_of(plan: Mapping[str, Any]) -> int:
     return -(-num_rows_of(plan) // int(plan["shard_rows"]))
 
 
-def pending_shards(path: Path, plan: Mapping[str, Any]) -> list[int]:
-    """Shards without a commit record, as the disk says now."""
-    return [s for s in range(num_shards_of(plan)) if not (path / commit_record(s)).exists()]
+def pending_shards(objects: Objects, plan: Mapping[str, Any]) -> list[int]:
+    """Shards without a commit record by now."""
+    return [s for s in range(num_shards_of(plan)) if not objects.exists(commit_record(s))]
 
 
 def commit_shard(
@@ -31,6 +32,7 @@ def commit_shard(
     objects: Mapping[str, str],
     moments: Mapping[str, GroupMoments],
     producer: Mapping[str, Any] | None,
+    added_fvu: Mapping[str, Any] | None,
 ) -> None:
     """Record a shard whose objects (path → SHA-256) are durable; its moments go first."""
     data = to_bytes(moments)
@@ -41,6 +43,7 @@ def commit_shard(
         "objects": dict(objects),
         "moments_sha256": hashlib.sha256(data).hexdigest(),
         "producer": None if producer is None else dict(producer),
+        "added_fvu": None if added_fvu is None else dict(added_fvu),
     }
     write_durably(path / commit_record(shard), seal(record))
 
@@ -59,11 +62,12 @@ def complete(path: Path, plan: Mapping[str, Any]) -> None:
         DamagedStoreError: a shard's moments are not those that its record names.
     """
     plan_id = plan_id_of(plan)
-    objects: dict[str, str] = dict(read_setup(path)["objects"])
+    present = LocalObjects(path)
+    objects: dict[str, str] = dict(read_setup(present, plan_id)["objects"])
     layers = tuple(plan["layers"])
     total = {site: GroupMoments(layers, plan["d_model"]) for site in plan["sites"]}
     for shard in range(num_shards_of(plan)):
-        record = read_sealed(path / commit_record(shard))
+        record = read_commit(present, plan_id, shard)
         objects.update(record["objects"])
         data = (path / shard_moments(shard)).read_bytes()
         if hashlib.sha256(data).hexdigest() != record["moments_sha256"]:

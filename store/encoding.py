@@ -1,26 +1,71 @@
-"""How an activation is held in bytes: float32, float16, or bfloat16 as uint16 bit patterns."""
+"""How an activation is held in bytes: float32, float16, bfloat16 bit patterns, or int8 with scales.
 
+Shape suffixes: L layers, N rows, D channels, B blocks of channels.
+"""
+
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.errors import InputError
-from mlsae.store.errors import ActivationError
+from mlsae.store.errors import ActivationError, NotFiniteError
+from mlsae.store.schema import ACTIVATIONS, BLOCK_EXPONENTS
 
-Encoding = Literal["float16", "bfloat16", "float32"]
+Encoding = Literal["float16", "bfloat16", "float32", "int8"]
 Array = npt.NDArray[Any]
+Parts = tuple[Array, ...]
+"""Stored values of some rows: one array for each of `parts_of`, (N, width)."""
 
 STORED_DTYPE: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
     "float32": np.dtype("<f4"),
+    "int8": np.dtype("i1"),
 }
-"""Encoding → data type of the Zarr array. Zarr v3 has no bfloat16, so its bits are uint16."""
+"""Encoding → data type of an activation. Zarr v3 has no bfloat16, so its bits are uint16."""
+BLOCK_CHANNELS = 64
+"""Channels of a row that share an exponent in int8; the last block may be short."""
+MAX_QUANTUM = 127
+MIN_EXPONENT, MAX_EXPONENT = -128, 127
+EIGHTHS = 8
+"""An exponent counts eighths of a power of two."""
+_POWERS = np.exp2(np.arange(MIN_EXPONENT, MAX_EXPONENT + 1) / EIGHTHS).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the Zarr arrays that hold the activations of a site and layer."""
+
+    folder: str
+    """Group of the array, above site and layer."""
+    dtype: np.dtype[Any]
+    width: int
+    """Values of a row."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.width * self.dtype.itemsize
+
+    def array(self, site: str, layer: int) -> str:
+        """Path of the array inside the store."""
+        return f"{self.folder}/{site}/{layer}"
+
+
+@dataclass(frozen=True, eq=False)
+class SiteCalibration:
+    """What int8 knows of the channels of a site, fixed before the first row is stored."""
+
+    mean: npt.NDArray[np.float32]
+    """(L, D)"""
+    scale: npt.NDArray[np.float32]
+    """(L, D), above 0."""
 
 
 def check_encoding(encoding: str) -> Encoding:
-    """Return `encoding` if it is one of the three.
+    """Return `encoding` if it is one of the four.
 
     Raises:
         InputError: naming those that exist.
@@ -30,16 +75,87 @@ def check_encoding(encoding: str) -> Encoding:
     return cast("Encoding", encoding)
 
 
-def encode(values: Array, encoding: Encoding) -> Array:
-    """Float activations → stored values, rounding to nearest, ties to even.
+def num_blocks(d_model: int) -> int:
+    """Blocks of the channels of a row."""
+    return -(-d_model // BLOCK_CHANNELS)
+
+
+def parts_of(encoding: Encoding, d_model: int) -> tuple[Part, ...]:
+    """The arrays of a site and layer, the activations first."""
+    values = Part(ACTIVATIONS, STORED_DTYPE[encoding], d_model)
+    if encoding != "int8":
+        return (values,)
+    return values, Part(BLOCK_EXPONENTS, np.dtype("i1"), num_blocks(d_model))
+
+
+class SiteCodec:
+    """From floats to stored values of one site and back. Threads may share it.
 
     Args:
-        values: any shape; float16, float32 or float64. An array that already has the stored data
-            type (uint16 bit patterns for bfloat16) is returned as it is.
-        encoding: the store's encoding.
+        encoding: of the store.
+        d_model: channels.
+        calibration: of the site; for int8 alone.
+    """
+
+    def __init__(
+        self, encoding: Encoding, d_model: int, calibration: SiteCalibration | None = None
+    ) -> None:
+        self.encoding = encoding
+        self.parts = parts_of(encoding, d_model)
+        self._calibration = calibration
+
+    def encode(self, values: Array, layer_index: int) -> Parts:
+        """Floats → stored values, rounding to nearest, ties to even.
+
+        Args:
+            values: (N, D) float16, float32 or float64. An array that already has the stored data
+                type of a float encoding (uint16 bit patterns for bfloat16) is taken as it is.
+            layer_index: place of the layer among the store's.
+
+        Raises:
+            ActivationError: the data type is no float.
+            NotFiniteError: int8 cannot hold a value that is not finite.
+        """
+        if self._calibration is None:
+            return (encode(values, self.encoding),)
+        if values.dtype.kind != "f":
+            raise ActivationError(
+                f"activations for encoding int8 must be floats, or pairs of int8 values and their "
+                f"exponents, got {values.dtype.name}"
+            )
+        mean_D = self._calibration.mean[layer_index]
+        scale_D = self._calibration.scale[layer_index]
+        return encode_int8(values, mean_D, scale_D)
+
+    def decode(self, parts: Parts, layer_index: int) -> npt.NDArray[np.float32]:
+        """Stored values → (N, D) float32; exact for every encoding but int8's last rounding."""
+        if self._calibration is None:
+            return decode(parts[0], self.encoding)
+        out = np.empty(parts[0].shape, np.float32)
+        self.decode_finite_into(parts, layer_index, out)
+        return out
+
+    def decode_finite_into(self, parts: Parts, layer_index: int, out: Array) -> None:
+        """Stored values → float32 or float64 in `out`, (N, D), without a copy.
+
+        Faster than `decode` by a factor, but of float16 infinity and NaN make finite values over
+        65,504, the largest float16.
+        """
+        if self._calibration is None:
+            _decode_finite_into(parts[0], self.encoding, out)
+            return
+        quanta_ND, exponents_NB = parts
+        factors_NB = _POWERS[exponents_NB.astype(np.int16) - MIN_EXPONENT]
+        np.multiply(quanta_ND, _by_channel(factors_NB, quanta_ND.shape[1]), out=out)
+        out *= self._calibration.scale[layer_index]
+        out += self._calibration.mean[layer_index]
+
+
+def encode(values: Array, encoding: Encoding) -> Array:
+    """Floats → values of a float encoding, rounding to nearest, ties to even; any shape.
 
     Raises:
-        ActivationError: the data type is no float, or a finite value has no finite image.
+        ActivationError: the data type is no float.
     """
     stored = STORED_DTYPE[encoding]
     if values.dtype == stored:
@@ -59,12 +175,42 @@ def encode(values: Array, encoding: Encoding) -> Array:
         return single.astype(stored, copy=False)
 
 
-def decode_finite_into(stored: Array, encoding: Encoding, out: Array) -> None:
-    """Stored values → float32 or float64 in `out`, of the same shape; exact, and without a copy.
+def encode_int8(values: Array, mean_D: Array, scale_D: Array) -> Parts:
+    """Floats → (N, D) int8 quanta and (N, B) int8 exponents.
 
-    Faster than `decode` by a factor, but of float16 infinity and NaN make finite values over
-    65,504, the largest float16.
+    x ≈ q · 2^(k/8) · scale + mean: k is the least exponent with which no quantum of its block
+    passes 127.
+
+    Raises:
+        NotFiniteError: a value is not finite.
     """
+    num_rows, d_model = values.shape
+    blocks = num_blocks(d_model)
+    y_ND = np.zeros((num_rows, blocks * BLOCK_CHANNELS), np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.subtract(values, mean_D, out=y_ND[:, :d_model], casting="same_kind")
+        y_ND[:, :d_model] /= scale_D
+    y_NBC = y_ND.reshape(num_rows, blocks, BLOCK_CHANNELS)
+    largest_NB = np.maximum(y_NBC.max(axis=2), -y_NBC.min(axis=2))
+    if not np.isfinite(largest_NB).all():
+        raise NotFiniteError
+    least = np.float32(2.0 ** (MIN_EXPONENT / EIGHTHS))
+    wanted_NB = np.ceil(EIGHTHS * np.log2(np.maximum(largest_NB / np.float32(MAX_QUANTUM), least)))
+    exponents_NB = np.clip(wanted_NB, MIN_EXPONENT, MAX_EXPONENT).astype(np.int8)
+    y_NBC /= _POWERS[exponents_NB.astype(np.int16) - MIN_EXPONENT][:, :, None]
+    np.rint(y_ND, out=y_ND)
+    np.clip(y_ND, -MAX_QUANTUM, MAX_QUANTUM, out=y_ND)
+    return y_ND[:, :d_model].astype(np.int8), exponents_NB
+
+
+def decode(stored: Array, encoding: Encoding) -> npt.NDArray[np.float32]:
+    """Values of a float encoding → float32 of the same shape; exact."""
+    if encoding == "bfloat16":
+        return (stored.astype("<u4") << 16).view("<f4")
+    return stored.astype("<f4", copy=False)
+
+
+def _decode_finite_into(stored: Array, encoding: Encoding, out: Array) -> None:
     if out.dtype != np.float32 or encoding == "float32":
         with np.errstate(invalid="ignore"):  # A signalling NaN is a NaN like any other here.
             out[...] = decode(stored, encoding)
@@ -79,8 +225,5 @@ def decode_finite_into(stored: Array, encoding: Encoding, out: Array) -> None:
         out *= np.float32(2.0**112)
 
 
-def decode(stored: Array, encoding: Encoding) -> npt.NDArray[np.float32]:
-    """Stored values → float32 of the same shape; exact for every encoding."""
-    if encoding == "bfloat16":
-        return (stored.astype("<u4") << 16).view("<f4")
-    return stored.astype("<f4", copy=False)
+def _by_channel(factors_NB: Array, d_model: int) -> Array:
+    return np.repeat(factors_NB, BLOCK_CHANNELS, axis=1)[:, :d_model]

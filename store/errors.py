@@ -4,7 +4,16 @@ from mlsae.base.errors import InputError
 
 
 class StoreError(InputError):
-    """Base class of everything that can be wrong with a store."""
+    """Base class of everything that can be wrong with a store.
+
+    Args:
+        message: what is wrong, in one line.
+        rule: number of the rule of storage_schema.md that the store breaks, where it is one.
+    """
+
+    def __init__(self, message: str, *, rule: str | None = None) -> None:
+        super().__init__(message)
+        self.rule = rule
 
 
 class NotAStoreError(StoreError):
@@ -33,3 +42,15 @@ class ActivationError(StoreError):
 
 class MixedProducersError(StoreError):
     """Shards of a store come from different devices or versions, which nobody allowed."""
+
+
+class InvalidStoreError(StoreError):
+    """The store's records are whole, but say what the specification does not allow."""
+
+
+class RemoteError(StoreError):
+    """A place elsewhere cannot be reached, or refuses what is asked of it."""
+
+
+class NotFiniteError(Exception):
+    """Some value of a batch is not finite; the writer finds out which and tells the user."""

@@ -5,8 +5,9 @@ from typing import Any
 
 from mlsae.base.units import format_bytes, format_count
 from mlsae.store.commit import num_shards_of, pending_shards
+from mlsae.store.errors import RemoteError
 from mlsae.store.producers import Producers, describe
-from mlsae.store.reader import open_store
+from mlsae.store.reader import Store, open_store
 
 
 def store_info(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -17,23 +18,22 @@ def store_info(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     store = open_store(path, incomplete=True)
     num_shards = num_shards_of(store.plan)
-    files = [file for file in store.path.rglob("*") if file.is_file()]
     info: dict[str, Any] = {
-        "path": str(store.path),
+        "path": store.place,
         "complete": store.is_complete,
         "store_id": store.store_id if store.is_complete else None,
         "plan_id": store.plan_id,
         "num_sequences": store.num_sequences,
         "num_rows": store.num_rows,
         "num_shards": num_shards,
-        "num_committed": num_shards - len(pending_shards(store.path, store.plan)),
-        "num_bytes": sum(file.stat().st_size for file in files),
+        "num_committed": num_shards - len(pending_shards(store.objects, store.plan)),
+        "num_bytes": _num_bytes(store),
         "plan": store.plan,
         "producers": [
             {"producer": producer, "num_shards": len(shards)}
-            for producer, shards in Producers(store.path, store.plan).by_shard()
+            for producer, shards in Producers(store.objects, store.plan).by_shard()
         ],
-        "provenance": store.provenance(),
+        "provenance": _provenance(store),
     }
     if store.is_complete:
         moments = {site: store.moments(site) for site in store.sites}
@@ -48,6 +48,20 @@ def store_info(path: str | os.PathLike[str]) -> dict[str, Any]:
             for site, of_site in moments.items()
         }
     return info
+
+
+def _num_bytes(store: Store) -> int | None:
+    try:
+        return sum(size for _, size in store.objects.walk())
+    except RemoteError:
+        return None
+
+
+def _provenance(store: Store) -> list[dict[str, Any]]:
+    try:
+        return store.provenance()
+    except RemoteError:
+        return []
 
 
 def format_info(info: dict[str, Any]) -> str:
@@ -70,7 +84,7 @@ def format_info(info: dict[str, Any]) -> str:
             f"  made by     {describe(made['producer'])}: {format_count(made['num_shards'])} shards"
             for made in info["producers"]
         ),
-        f"  on disk     {format_bytes(info['num_bytes'])}",
+        f"  on disk     {_size(info['num_bytes'])}",
         f"  plan_id     {info['plan_id']}",
         f"  store_id    {info['store_id'] or '(when complete)'}",
     ]
@@ -93,6 +107,10 @@ def format_moments(site: str, moments: dict[str, Any]) -> str:
         last = "" if cosine is None else f"{cosine:.3f}"
         rows.append(f"  {layer:>5} {norm:>10.4g} {largest:>10.4g} {last:>15}")
     return "\n".join(rows)
+
+
+def _size(num_bytes: int | None) -> str:
+    return "(the server does not list it)" if num_bytes is None else format_bytes(num_bytes)
 
 
 def _rows_line(info: dict[str, Any]) -> list[str]:

@@ -6,14 +6,17 @@ from dataclasses import dataclass
 
 from mlsae.base.errors import InputError
 from mlsae.base.units import format_bytes
-from mlsae.store.encoding import STORED_DTYPE, Encoding
+from mlsae.store.encoding import Encoding, parts_of
 from mlsae.store.moments import moments_bytes
 from mlsae.store.rows import check_num_positions
 
 CHUNK_BYTES = 2**20
+COMPRESSED_CHUNK_BYTES = 2**18
+"""Chunks that are read whole are smaller."""
 SHARD_BYTES = 2**27
 MAX_OBJECT_BYTES = 5 * 10**9
-MAX_OBJECTS = 1000
+MAX_SHARDS = 999
+"""With its metadata or its setup record a folder holds at most 1,000 objects."""
 CRC_BYTES = 4
 INDEX_ENTRY_BYTES = 16
 TOKEN_CHUNK = 2**18
@@ -33,14 +36,16 @@ class Layout:
     num_shards: int
     """Shards of every activation array."""
     activation_bytes: int
-    """Bytes of all activation objects, checksums and indexes included."""
+    """Bytes of all activation objects, checksums and indexes included; at most, if compressed."""
     total_bytes: int
-    """Bytes of the whole store: activations, tokens, moments, records."""
+    """Bytes of the whole store: activations, tokens, moments, records; at most, if compressed."""
 
 
-def chunk_rows_for(num_rows: int, batch_rows: int, row_bytes: int, shard_bytes: int) -> int:
-    """Rows of a chunk: near 1 MiB or a quarter of a small shard; divisor or multiple of a batch."""
-    want = max(1, min(CHUNK_BYTES, shard_bytes // 4) // row_bytes)
+def chunk_rows_for(
+    num_rows: int, batch_rows: int, row_bytes: int, shard_bytes: int, chunk_bytes: int
+) -> int:
+    """Rows of a chunk: by bytes or a quarter of a small shard; divisor or multiple of a batch."""
+    want = max(1, min(chunk_bytes, shard_bytes // 4) // row_bytes)
     if want >= batch_rows:
         return batch_rows * max(1, min(round(want / batch_rows), -(-num_rows // batch_rows)))
     divisors = [d for d in range(1, batch_rows + 1) if batch_rows % d == 0]
@@ -64,7 +69,8 @@ def array_bytes(num_rows: int, row_bytes: int, chunk_rows: int, shard_rows: int)
 def token_rows_for(num_tokens: int) -> tuple[int, int]:
     """Tokens of a chunk and of a shard of the token arrays: whole chunks, no more than needed."""
     chunk = min(TOKEN_CHUNK, num_tokens)
-    return chunk, min(TOKEN_SHARD // chunk, -(-num_tokens // chunk)) * chunk
+    chunks = max(TOKEN_SHARD // chunk, -(-num_tokens // (MAX_SHARDS * chunk)))
+    return chunk, min(chunks, -(-num_tokens // chunk)) * chunk
 
 
 def plan_layout(
@@ -78,6 +84,7 @@ def plan_layout(
     batch_sequences: int,
     shard_bytes: int = SHARD_BYTES,
     keep_positions: int | None = None,
+    compressed: bool = False,
 ) -> Layout:
     """Choose chunk and shard rows and add up the store's bytes.
 
@@ -91,26 +98,36 @@ def plan_layout(
     if keep_positions is not None:
         check_num_positions(keep_positions, context_length)
     rows_per_sequence = context_length if keep_positions is None else keep_positions
-    row_bytes = d_model * STORED_DTYPE[encoding].itemsize
+    parts = parts_of(encoding, d_model)
+    row_bytes = parts[0].row_bytes
     batch_rows = batch_sequences * rows_per_sequence
     num_rows = num_tokens // context_length * rows_per_sequence
-    chunk_rows = chunk_rows_for(num_rows, batch_rows, row_bytes, shard_bytes)
+    chunk_bytes = COMPRESSED_CHUNK_BYTES if compressed else CHUNK_BYTES
+    chunk_rows = chunk_rows_for(num_rows, batch_rows, row_bytes, shard_bytes, chunk_bytes)
     unit = max(batch_rows, chunk_rows)
-    units = max(1, shard_bytes // (unit * row_bytes), -(-num_rows // (MAX_OBJECTS * unit)))
+    units = max(1, shard_bytes // (unit * row_bytes), -(-num_rows // (MAX_SHARDS * unit)))
     shard_rows = unit * min(units, -(-num_rows // unit))
     size = object_bytes(shard_rows, row_bytes, chunk_rows, shard_rows)
     if size > MAX_OBJECT_BYTES:
         raise InputError(
             f"a shard would take {format_bytes(size)}, over the {format_bytes(MAX_OBJECT_BYTES)} "
-            f"that an object may: lower --batch-size, --shard-size or --max-tokens"
+            f"that an object may, and a folder holds {MAX_SHARDS} of them: lower --batch-size, "
+            f"--shard-size or --max-tokens"
         )
     num_shards = -(-num_rows // shard_rows)
     num_arrays = len(layers) * len(sites)
-    activations = num_arrays * array_bytes(num_rows, row_bytes, chunk_rows, shard_rows)
+    activations = num_arrays * sum(
+        array_bytes(num_rows, part.row_bytes, chunk_rows, shard_rows) for part in parts
+    )
     token_rows = token_rows_for(num_tokens)
+    token_size = object_bytes(token_rows[1], 8, *token_rows)
+    if token_size > MAX_OBJECT_BYTES:
+        raise InputError(f"{num_tokens} tokens are more than a store can hold; lower --max-tokens")
     tokens = sum(array_bytes(num_tokens, itemsize, *token_rows) for itemsize in (4, 4, 1))
     if keep_positions is not None:
         tokens += array_bytes(num_rows, 8, *token_rows)
+    if encoding == "int8":
+        tokens += 2 * num_arrays * (4 * d_model + CRC_BYTES + INDEX_ENTRY_BYTES)
     moments = (num_shards + 1) * moments_bytes(len(layers), len(sites), d_model)
     records = 4096 * (num_shards + num_arrays + 8)
     return Layout(

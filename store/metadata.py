@@ -8,9 +8,10 @@ import zarr
 import zarr.storage
 from zarr.codecs import BytesCodec, Crc32cCodec
 
-from mlsae.store.encoding import STORED_DTYPE
+from mlsae.store.compression import Compressor, compressor_of
+from mlsae.store.encoding import parts_of
 from mlsae.store.rows import num_rows_of, setup_arrays
-from mlsae.store.schema import ARRAY_METADATA, ROW_TOKEN, SCHEMA_VERSION, activation_array
+from mlsae.store.schema import ACTIVATIONS, ARRAY_METADATA, CHANNEL_MEAN, CHANNEL_SCALE, ROW_TOKEN
 
 
 def zarr_metadata(plan: Mapping[str, Any], plan_id: str) -> dict[str, bytes]:
@@ -18,7 +19,7 @@ def zarr_metadata(plan: Mapping[str, Any], plan_id: str) -> dict[str, bytes]:
     memory: dict[str, Any] = {}
     root = zarr.create_group(
         zarr.storage.MemoryStore(memory),
-        attributes={"mlsae": {"schema_version": SCHEMA_VERSION, "plan_id": plan_id}},
+        attributes={"mlsae": {"schema_version": plan["schema_version"], "plan_id": plan_id}},
     )
     for name, (dtype, length) in setup_arrays(plan).items():
         _create_array(
@@ -32,17 +33,33 @@ def zarr_metadata(plan: Mapping[str, Any], plan_id: str) -> dict[str, bytes]:
             attributes={},
         )
     for site in plan["sites"]:
+        if plan["calibration"] is not None:
+            shape = (len(plan["layers"]), plan["d_model"])
+            for name in (CHANNEL_MEAN, CHANNEL_SCALE):
+                _create_array(
+                    root,
+                    f"{name}/{site}",
+                    shape=shape,
+                    dtype="<f4",
+                    chunk=shape[0],
+                    shard=shape[0],
+                    dimension_names=["layer", "channel"],
+                    attributes={"mlsae": {"site": site, "layers": plan["layers"]}},
+                )
         for layer in plan["layers"]:
-            _create_array(
-                root,
-                activation_array(site, layer),
-                shape=(num_rows_of(plan), plan["d_model"]),
-                dtype=STORED_DTYPE[plan["encoding"]].str,
-                chunk=plan["chunk_rows"],
-                shard=plan["shard_rows"],
-                dimension_names=["row", "channel"],
-                attributes={"mlsae": {"site": site, "layer": layer, "encoding": plan["encoding"]}},
-            )
+            about = {"site": site, "layer": layer, "encoding": plan["encoding"]}
+            for part in parts_of(plan["encoding"], plan["d_model"]):
+                _create_array(
+                    root,
+                    part.array(site, layer),
+                    shape=(num_rows_of(plan), part.width),
+                    dtype=part.dtype.str,
+                    chunk=plan["chunk_rows"],
+                    shard=plan["shard_rows"],
+                    dimension_names=["row", "channel" if part.folder == ACTIVATIONS else "block"],
+                    attributes={"mlsae": about},
+                    compressor=compressor_of(plan["compression"], part.dtype),
+                )
     return {
         key: json.dumps(json.loads(value.to_bytes()), indent=2).encode() + b"\n"
         for key, value in memory.items()
@@ -60,7 +77,9 @@ def _create_array(
     shard: int,
     dimension_names: list[str],
     attributes: dict[str, Any],
+    compressor: Compressor | None = None,
 ) -> None:
+    checksum = Crc32cCodec()
     root.create_array(
         name,
         shape=shape,
@@ -69,7 +88,7 @@ def _create_array(
         shards=(shard, *shape[1:]),
         filters=None,
         serializer=BytesCodec(endian="little"),
-        compressors=[Crc32cCodec()],
+        compressors=[checksum] if compressor is None else [compressor.codec(), checksum],
         fill_value=0,
         chunk_key_encoding={"name": "default", "separator": "."},
         dimension_names=dimension_names,

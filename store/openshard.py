@@ -15,18 +15,15 @@ import numpy.typing as npt
 
 from mlsae.store.accumulate import Accumulator, Blocks, blocks_of
 from mlsae.store.commit import commit_shard
-from mlsae.store.encoding import STORED_DTYPE, check_encoding
+from mlsae.store.compression import compressor_of
+from mlsae.store.encoding import Part, Parts, SiteCodec, parts_of
+from mlsae.store.errors import NotFiniteError
 from mlsae.store.moments import GroupMoments
 from mlsae.store.producers import Producer
-from mlsae.store.schema import activation_array, chunk_key
+from mlsae.store.schema import chunk_key
 from mlsae.store.shardfile import ShardFile
 
-Array = npt.NDArray[Any]
 Key = tuple[str, int]
-
-
-class NotFiniteError(Exception):
-    """Some value of a batch is not finite; the writer finds out which."""
 
 
 class OpenShard:
@@ -36,42 +33,50 @@ class OpenShard:
         path: the store.
         plan: its plan.
         shard: index of the shard.
-        keys: (site, layer) of every array, in the plan's order.
+        keys: (site, layer) of all, in the plan's order.
+        codecs: site → how its rows are held.
     """
 
     def __init__(
-        self, path: Path, plan: Mapping[str, Any], shard: int, keys: Sequence[Key]
+        self,
+        path: Path,
+        plan: Mapping[str, Any],
+        shard: int,
+        keys: Sequence[Key],
+        codecs: Mapping[str, SiteCodec],
     ) -> None:
         self.shard = shard
         self._path, self._plan, self._keys = path, plan, keys
         self._layers = tuple(plan["layers"])
-        encoding = check_encoding(plan["encoding"])
+        self._parts = parts_of(plan["encoding"], plan["d_model"])
         self._moments = {
-            site: Accumulator(self._layers, plan["d_model"], encoding) for site in plan["sites"]
+            site: Accumulator(self._layers, plan["d_model"], codecs[site]) for site in plan["sites"]
         }
-        self._files: dict[Key, ShardFile] = {}
+        self._files: dict[tuple[Key, Part], ShardFile] = {}
         try:
             for key in keys:
-                self._files[key] = ShardFile(
-                    path / activation_array(*key) / chunk_key(shard, 2),
-                    row_bytes=plan["d_model"] * STORED_DTYPE[encoding].itemsize,
-                    chunk_rows=plan["chunk_rows"],
-                    shard_rows=plan["shard_rows"],
-                )
+                for part in self._parts:
+                    self._files[key, part] = ShardFile(
+                        path / part.array(*key) / chunk_key(shard, 2),
+                        row_bytes=part.row_bytes,
+                        chunk_rows=plan["chunk_rows"],
+                        shard_rows=plan["shard_rows"],
+                        compressor=compressor_of(plan["compression"], part.dtype),
+                    )
         except BaseException:
             self.abandon()
             raise
 
     def jobs(
         self,
-        stored: Mapping[Key, Array],
+        stored: Mapping[Key, Parts],
         groups: npt.NDArray[np.int8],
         moments: Mapping[str, GroupMoments] | None,
     ) -> list[Callable[[], None]]:
         """What there is to do for some rows; in any order, but before the next rows' jobs.
 
         Args:
-            stored: (site, layer) → (n, d_model) of the stored data type.
+            stored: (site, layer) → n stored rows.
             groups: (n,) group of each row.
             moments: site → moments of these rows; None to compute them.
         """
@@ -86,22 +91,27 @@ class OpenShard:
                 stored_L = [stored[site, layer] for layer in self._layers]
                 jobs.append(partial(_accumulate, of_site, blocks, stored_L))
         for key in self._keys:
-            jobs.append(partial(self._files[key].write, np.ascontiguousarray(stored[key])))
+            for part, values in zip(self._parts, stored[key], strict=True):
+                jobs.append(partial(self._files[key, part].write, np.ascontiguousarray(values)))
         return jobs
 
-    def commit(self, pool: Executor, producer: Producer | None) -> int:
+    def commit(
+        self, pool: Executor, producer: Producer | None, added_fvu: Mapping[str, Any] | None
+    ) -> int:
         """Make the files durable, several at a time, then the record of the shard.
 
         Returns:
             Bytes of the files.
         """
-        flushed = {key: pool.submit(self._files[key].commit) for key in self._keys}
+        flushed = {at: pool.submit(file.commit) for at, file in self._files.items()}
         wait(flushed.values())
         objects = {
-            f"{activation_array(*key)}/{chunk_key(self.shard, 2)}": future.result()
-            for key, future in flushed.items()
+            f"{part.array(*key)}/{chunk_key(self.shard, 2)}": future.result()
+            for (key, part), future in flushed.items()
         }
-        commit_shard(self._path, self._plan, self.shard, objects, self._moments, producer)
+        commit_shard(
+            self._path, self._plan, self.shard, objects, self._moments, producer, added_fvu
+        )
         return sum(file.num_bytes for file in self._files.values())
 
     def abandon(self) -> None:
@@ -110,6 +120,6 @@ class OpenShard:
             file.abandon()
 
 
-def _accumulate(moments: Accumulator, blocks: Blocks, stored_L: Sequence[Array]) -> None:
+def _accumulate(moments: Accumulator, blocks: Blocks, stored_L: Sequence[Parts]) -> None:
     if not moments.add(blocks, stored_L):
         raise NotFiniteError

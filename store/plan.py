@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from mlsae.base.errors import InputError
-from mlsae.base.files import DamagedFileError, canonical_json, read_sealed
+from mlsae.base.files import canonical_json
+from mlsae.store.calibration import Calibration, check_calibration
+from mlsae.store.compression import plan_compression
 from mlsae.store.encoding import check_encoding
 from mlsae.store.errors import DamagedStoreError, NotAStoreError
 from mlsae.store.layout import plan_layout, token_rows_for
+from mlsae.store.objects import LocalObjects, Objects
+from mlsae.store.plancheck import check_plan
+from mlsae.store.records import read_sealed_object
 from mlsae.store.schema import (
     COMPLETE,
     IGNORED,
@@ -19,7 +24,6 @@ from mlsae.store.schema import (
     SCHEMA_VERSION,
     SITES,
     TOKEN_ARRAYS,
-    check_plan,
 )
 from mlsae.store.tokens import TokenArrays
 
@@ -37,6 +41,9 @@ def make_plan(
     source: Mapping[str, Any],
     keep_positions: int | None = None,
     keep_seed: int = 0,
+    compression: str = "none",
+    calibration: Calibration | None = None,
+    derived_from: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Every key of a plan, defaults resolved.
 
@@ -62,7 +69,9 @@ def make_plan(
         batch_sequences=batch_sequences,
         shard_bytes=shard_bytes,
         keep_positions=keep_positions,
+        compressed=compression != "none",
     )
+    check_calibration(calibration, encoding, sites, (len(layers), d_model))
     keep = None if keep_positions is None else {"num": int(keep_positions), "seed": int(keep_seed)}
     token_chunk, token_shard = token_rows_for(num_tokens)
     plan = {
@@ -74,13 +83,17 @@ def make_plan(
         "layers": layers,
         "d_model": d_model,
         "encoding": encoding,
-        "compression": "none",
+        "calibration": None
+        if calibration is None
+        else {"num_rows": calibration.num_rows, "sha256": calibration.sha256()},
+        "compression": plan_compression(compression),
         "batch_sequences": batch_sequences,
         "keep_positions": keep,
         "chunk_rows": layout.chunk_rows,
         "shard_rows": layout.shard_rows,
         "token_chunk": token_chunk,
         "token_shard": token_shard,
+        "derived_from": None if derived_from is None else dict(derived_from),
         "source": dict(source),
     }
     # A plan must equal what is read back, so tuples and the like take their JSON form here.
@@ -92,28 +105,30 @@ def plan_id_of(plan: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical_json(plan)).hexdigest()
 
 
-def read_plan(path: Path) -> dict[str, Any]:
-    """The plan of the store at `path`.
+def read_plan(objects: Objects) -> dict[str, Any]:
+    """The plan of a store, held against the specification.
 
     Raises:
         NotAStoreError: there is no plan there.
         DamagedStoreError: the plan's bytes are not those that were written.
         SchemaVersionError: the plan is of a version that this package cannot read.
+        InvalidStoreError: the plan breaks a rule.
     """
+    place = objects.place
     try:
-        plan = read_sealed(path / PLAN)
+        plan = read_sealed_object(objects, PLAN)
     except (FileNotFoundError, NotADirectoryError):
-        if not path.exists():
-            raise NotAStoreError(f"{path} does not exist; expected an activation store") from None
-        if (path / COMPLETE).exists():
-            raise DamagedStoreError(f"{path}: {PLAN} is missing; restore it from a copy") from None
+        if objects.is_local and not Path(place).exists():
+            raise NotAStoreError(f"{place} does not exist; expected an activation store") from None
+        if objects.exists(COMPLETE):
+            raise DamagedStoreError(
+                f"{place}: {PLAN} is missing; restore it from a copy", rule="R-PLAN-3"
+            ) from None
         raise NotAStoreError(
-            f"{path} is not an activation store: it has no {PLAN}; "
+            f"{place} is not an activation store: it has no {PLAN}; "
             f"give a directory that `mlsae harvest` or `mlsae.store.create` made"
         ) from None
-    except DamagedFileError as error:
-        raise DamagedStoreError(str(error)) from None
-    check_plan(plan, str(path))
+    check_plan(plan, place)
     return plan
 
 
@@ -126,7 +141,7 @@ def find_plan(path: Path) -> dict[str, Any] | None:
     if path.exists() and not path.is_dir():
         raise NotAStoreError(f"{path} is a file; give a directory for the store")
     if (path / PLAN).exists():
-        return read_plan(path)
+        return read_plan(LocalObjects(path))
     if path.exists():
         others = [
             entry.name

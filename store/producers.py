@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from mlsae.base.files import DamagedFileError, canonical_json, read_sealed
+from mlsae.base.files import canonical_json
 from mlsae.store.commit import num_shards_of
-from mlsae.store.errors import DamagedStoreError, MixedProducersError
-from mlsae.store.schema import COMPLETE, commit_record
+from mlsae.store.errors import MixedProducersError
+from mlsae.store.objects import Objects
+from mlsae.store.plan import plan_id_of
+from mlsae.store.records import read_commit
+from mlsae.store.schema import COMPLETE
 
 Producer = Mapping[str, Any]
 
@@ -17,25 +19,23 @@ class Producers:
     """The producers that the commit records of a store name, each record read once.
 
     Args:
-        path: the store.
+        objects: of the store.
         plan: its plan.
     """
 
-    def __init__(self, path: Path, plan: Mapping[str, Any]) -> None:
-        self._path = path
+    def __init__(self, objects: Objects, plan: Mapping[str, Any]) -> None:
+        self._objects = objects
+        self._plan_id = plan_id_of(plan)
         self._unread = set(range(num_shards_of(plan)))
         self._found: dict[str, list[int]] = {}
 
     def by_shard(self) -> list[tuple[Producer | None, list[int]]]:
         """(producer, shards that it committed) for all that are committed by now."""
         for shard in sorted(self._unread):
-            path = self._path / commit_record(shard)
             try:
-                record = read_sealed(path)
+                record = read_commit(self._objects, self._plan_id, shard)
             except FileNotFoundError:
                 continue
-            except DamagedFileError as error:
-                raise DamagedStoreError(str(error)) from None
             self._unread.remove(shard)
             self._found.setdefault(_text(record.get("producer")), []).append(shard)
         return [(json.loads(text), sorted(shards)) for text, shards in self._found.items()]
@@ -46,14 +46,14 @@ class Producers:
         Raises:
             MixedProducersError: naming both, and the flag that allows it.
         """
-        if (self._path / COMPLETE).exists():
+        if self._objects.exists(COMPLETE):
             return
         for other, shards in self.by_shard():
             if _text(other) != _text(producer):
                 raise MixedProducersError(
-                    f"{self._path}: shard {shards[0]} was made by {describe(other)}, this process "
-                    f"is {describe(producer)}, and the last bits of their values may differ; go on "
-                    f"with the same device and versions, or allow it with --allow-mixed-hardware"
+                    f"{self._objects.place}: shard {shards[0]} was made by {describe(other)}, "
+                    f"this process is {describe(producer)}, and the last bits of their values may "
+                    f"differ; go on with the same device and versions, or allow it with --allow-mixed-hardware"
                 )
 
 

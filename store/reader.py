@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,52 +11,117 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.errors import InputError
-from mlsae.base.files import DamagedFileError, read_sealed, sha256_file
-from mlsae.store.arrays import ArrayReader, OpenFiles
+from mlsae.store.arrays import ArrayReader
+from mlsae.store.calibration import Calibration
 from mlsae.store.commit import num_shards_of, pending_shards
-from mlsae.store.encoding import STORED_DTYPE, check_encoding, decode
-from mlsae.store.errors import DamagedStoreError, IncompleteStoreError
-from mlsae.store.moments import GroupMoments, Moments, eligible_groups, from_bytes
+from mlsae.store.compression import compressor_of
+from mlsae.store.encoding import Part, Parts, check_encoding, parts_of
+from mlsae.store.errors import DamagedStoreError, IncompleteStoreError, InvalidStoreError
+from mlsae.store.metadata import zarr_metadata
+from mlsae.store.moments import (
+    GroupMoments,
+    Moments,
+    eligible_groups,
+    from_bytes,
+    moments_bytes,
+)
+from mlsae.store.objects import Objects
 from mlsae.store.plan import plan_id_of, read_plan
+from mlsae.store.records import read_complete, read_sealed_object, read_setup
+from mlsae.store.remote import open_objects
 from mlsae.store.rowindex import RowIndex
-from mlsae.store.schema import COMPLETE, MOMENTS, PROVENANCE, SETUP, activation_array
+from mlsae.store.schema import COMPLETE, MOMENTS, PROVENANCE, SETUP
+from mlsae.store.setup import read_calibration, setup_keys, site_codecs
 
 Array = npt.NDArray[Any]
+_HEADER_BYTES = 2**20
+"""Most bytes of the header of a moments object."""
+_METADATA_BYTES = 2**20
+_REQUESTS = 16
+"""Small objects asked for at once."""
 
 
-def open_store(path: str | os.PathLike[str], *, incomplete: bool = False) -> "Store":
+def open_store(
+    location: str | os.PathLike[str],
+    *,
+    incomplete: bool = False,
+    cache_dir: Path | None = None,
+    cache_bytes: int | None = None,
+) -> "Store":
     """Open an activation store for reading.
 
     Checks the plan, the records and the Zarr metadata; activations are checked as they are read.
 
     Args:
-        path: the store's directory.
+        location: a directory, or a URL: file://, https://, s3:// or hf://datasets/…
         incomplete: also open a store whose tokens are written but whose activations are not all
             there; its tokens can be read, its moments and `store_id` cannot.
+        cache_dir: where chunks of a remote store are kept; the user's cache if not given.
+        cache_bytes: most bytes kept there; 10 GiB if not given.
 
     Raises:
-        NotAStoreError: there is no store at `path`.
+        NotAStoreError: there is no store at `location`.
         IncompleteStoreError: the store's producer has not finished.
         SchemaVersionError: the store is of a version that this package cannot read.
         DamagedStoreError: a record or metadata file is missing or damaged.
+        InvalidStoreError: a record says what the specification does not allow.
+        RemoteError: the place cannot be reached.
     """
-    return Store(Path(path), incomplete=incomplete)
+    objects = open_objects(location, cache_dir=cache_dir, cache_bytes=cache_bytes)
+    return Store(objects, incomplete=incomplete)
+
+
+class RowReader:
+    """Rows of one site and layer as they are stored, in one or several parts.
+
+    Threads may share it.
+    """
+
+    def __init__(self, parts: tuple[Part, ...], readers: tuple[ArrayReader, ...]) -> None:
+        self.parts = parts
+        """Width and data type of each array: one, and for int8 a second with the exponents."""
+        self.arrays = readers
+
+    def read(self, start: int = 0, stop: int | None = None) -> Parts:
+        """Rows start … stop − 1: for each part an array (stop − start, width).
+
+        Raises:
+            InputError: the range is not within the array.
+            DamagedStoreError: a chunk's bytes are missing or differ from its checksum.
+        """
+        return tuple(reader.read(start, stop) for reader in self.arrays)
+
+    def read_into(self, out: Sequence[Array], start: int) -> None:
+        """Fill arrays with the rows from `start` on.
+
+        Args:
+            out: for each part (n, width) of its data type, C-contiguous.
+            start: first row; start + n may not pass the end.
+
+        Raises:
+            DamagedStoreError: a chunk's bytes are missing or differ from its checksum.
+        """
+        for reader, values in zip(self.arrays, out, strict=True):
+            reader.read_into(values, start)
 
 
 class Store:
     """An activation store, open for reading. Threads may share it."""
 
-    def __init__(self, path: Path, *, incomplete: bool = False) -> None:
-        self.path = path
-        self.plan: dict[str, Any] = read_plan(path)
+    def __init__(self, objects: Objects, *, incomplete: bool = False) -> None:
+        self.objects = objects
+        self.place = objects.place
+        """Directory or URL."""
+        self.plan: dict[str, Any] = read_plan(objects)
         self.plan_id = plan_id_of(self.plan)
-        self.is_complete = (path / COMPLETE).exists()
-        if not self.is_complete and not (incomplete and (path / SETUP).exists()):
+        self.is_complete = objects.exists(COMPLETE)
+        if not self.is_complete and not (incomplete and objects.exists(SETUP)):
             total = num_shards_of(self.plan)
-            done = total - len(pending_shards(path, self.plan))
+            done = total - len(pending_shards(objects, self.plan))
             raise IncompleteStoreError(
-                f"{path} is incomplete: {done} of {total} shards are committed; "
-                f"run the same harvest again to finish it"
+                f"{self.place} is incomplete: {done} of {total} shards are committed; "
+                f"run the same harvest again to finish it",
+                rule="R-COMPLETE-1",
             )
         self._check_records()
         self.schema_version: str = self.plan["schema_version"]
@@ -68,16 +134,21 @@ class Store:
         self.layers: tuple[int, ...] = tuple(self.plan["layers"])
         self.d_model: int = self.plan["d_model"]
         self.encoding = check_encoding(self.plan["encoding"])
-        self.dtype = STORED_DTYPE[self.encoding]
-        self.itemsize = self.dtype.itemsize
+        self.is_compressed = self.plan["compression"] is not None
+        self.parts = parts_of(self.encoding, self.d_model)
+        """The arrays that hold a site and layer: one, and for int8 a second."""
+        self.row_bytes = sum(part.row_bytes for part in self.parts)
+        """Bytes of a stored row of one site and layer, before compression."""
         self.chunk_rows: int = self.plan["chunk_rows"]
         self.shard_rows: int = self.plan["shard_rows"]
-        self._files = OpenFiles()
-        self._index = RowIndex(path, self.plan, self._files)
+        self._index = RowIndex(objects, self.plan)
         self.num_rows = self._index.num_rows
         self.rows_per_sequence = self._index.rows_per_sequence
         """Row r belongs to sequence r // rows_per_sequence."""
-        self._readers: dict[tuple[str, int], ArrayReader] = {}
+        self.calibration: Calibration | None = read_calibration(objects, self.plan)
+        """Channel means and scales by site, leading axis as `layers`; for int8 alone."""
+        self.codecs = site_codecs(self.plan, self.calibration)
+        self._readers: dict[tuple[str, int], RowReader] = {}
         self._group_moments: dict[str, GroupMoments] | None = None
 
     @property
@@ -91,11 +162,14 @@ class Store:
 
         Raises:
             DamagedStoreError: a record does not hold the bytes that were written.
+            RemoteError: the place cannot be reached, or does not list what it holds.
         """
-        try:
-            records = [read_sealed(file) for file in (self.path / PROVENANCE).glob("*.json")]
-        except DamagedFileError as error:
-            raise DamagedStoreError(str(error)) from None
+        names = sorted(
+            name
+            for name, _ in self.objects.walk()
+            if name.startswith(f"{PROVENANCE}/") and name.endswith(".json")
+        )
+        records = [read_sealed_object(self.objects, name) for name in names]
         return sorted(records, key=lambda record: str(record.get("started", "")))
 
     def tokens(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint32]:
@@ -141,10 +215,10 @@ class Store:
             InputError: the store does not hold it, or none was given and it holds several.
         """
         if site is None and len(self.sites) > 1:
-            raise InputError(f"{self.path} holds several sites, {', '.join(self.sites)}: name one")
+            raise InputError(f"{self.place} holds several sites, {', '.join(self.sites)}: name one")
         if site is not None and site not in self.sites:
             held = ", ".join(self.sites)
-            raise InputError(f"{self.path} does not hold site {site}; it has {held}")
+            raise InputError(f"{self.place} does not hold site {site}; it has {held}")
         return site or self.sites[0]
 
     def check_layers(self, layers: Iterable[int] | None) -> tuple[int, ...]:
@@ -157,13 +231,13 @@ class Store:
         missing = [layer for layer in wanted if layer not in self.layers]
         if missing or not wanted:
             raise InputError(
-                f"{self.path} does not hold layer {', '.join(map(str, missing)) or '(none given)'}"
+                f"{self.place} does not hold layer {', '.join(map(str, missing)) or '(none given)'}"
                 f"; it has {', '.join(map(str, self.layers))}"
             )
         return wanted
 
-    def reader(self, site: str, layer: int) -> ArrayReader:
-        """Rows of one activation array, (n, d_model) of the stored data type.
+    def reader(self, site: str, layer: int) -> RowReader:
+        """Rows of one site and layer as they are stored.
 
         Raises:
             InputError: the store has no such site or layer.
@@ -172,29 +246,38 @@ class Store:
         self._require_complete()
         key = (self.check_site(site), self.check_layers([layer])[0])
         if key not in self._readers:
-            self._readers[key] = ArrayReader(
-                self.path / activation_array(*key),
-                num_rows=self.num_rows,
-                row_shape=(self.d_model,),
-                dtype=self.dtype,
-                chunk_rows=self.chunk_rows,
-                shard_rows=self.shard_rows,
-                files=self._files,
+            self._readers[key] = RowReader(
+                self.parts,
+                tuple(
+                    ArrayReader(
+                        self.objects,
+                        part.array(*key),
+                        num_rows=self.num_rows,
+                        row_shape=(part.width,),
+                        dtype=part.dtype,
+                        chunk_rows=self.chunk_rows,
+                        shard_rows=self.shard_rows,
+                        compressor=compressor_of(self.plan["compression"], part.dtype),
+                    )
+                    for part in self.parts
+                ),
             )
         return self._readers[key]
 
-    def read(self, site: str, layer: int, start: int = 0, stop: int | None = None) -> Array:
-        """(stop − start, d_model) stored values; `decode` widens them.
+    def read(
+        self, site: str, layer: int, start: int = 0, stop: int | None = None
+    ) -> npt.NDArray[np.float32]:
+        """(stop − start, d_model) float32: stored values, decoded.
 
         Raises:
             InputError: no such site, layer or rows.
             DamagedStoreError: a chunk's bytes are missing or differ from its checksum.
         """
-        return self.reader(site, layer).read(start, stop)
+        return self.decode(self.reader(site, layer).read(start, stop), site, layer)
 
-    def decode(self, stored: Array) -> npt.NDArray[np.float32]:
-        """Stored values → float32 of the same shape; exact."""
-        return decode(stored, self.encoding)
+    def decode(self, parts: Parts, site: str, layer: int) -> npt.NDArray[np.float32]:
+        """Rows of a site and layer as stored → (n, d_model) float32."""
+        return self.codecs[site].decode(parts, self.layers.index(layer))
 
     def moments(self, site: str | None = None, skip_positions: int = 1) -> Moments:
         """Moments of the eligible rows of a site, every layer, merged exactly from the groups.
@@ -210,34 +293,55 @@ class Store:
 
     def _load_moments(self) -> dict[str, GroupMoments]:
         self._require_complete()
-        path = self.path / MOMENTS
-        data = path.read_bytes() if path.exists() else b""
+        limit = moments_bytes(len(self.layers), len(self.sites), self.d_model) + _HEADER_BYTES
+        try:
+            data = self.objects.read(MOMENTS, limit)
+        except FileNotFoundError:
+            data = b""
         if hashlib.sha256(data).hexdigest() != self._complete["moments_sha256"]:
-            raise DamagedStoreError(f"{path} is missing or damaged; restore it from a copy")
-        return from_bytes(data, self.sites, self.layers, self.d_model)
+            raise DamagedStoreError(
+                f"{self.place}/{MOMENTS} is missing or damaged; restore it from a copy",
+                rule="R-MOMENT-2",
+            )
+        try:
+            return from_bytes(data, self.sites, self.layers, self.d_model)
+        except (KeyError, ValueError) as error:
+            raise InvalidStoreError(
+                f"{self.place}/{MOMENTS} does not hold this store's moments: {error}",
+                rule="R-MOMENT-1",
+            ) from None
 
     def _require_complete(self) -> None:
         if not self.is_complete:
-            raise IncompleteStoreError(f"{self.path} is incomplete: only its tokens can be read")
+            raise IncompleteStoreError(f"{self.place} is incomplete: only its tokens can be read")
 
     def _check_records(self) -> None:
-        names = [SETUP, COMPLETE] if self.is_complete else [SETUP]
-        records: dict[str, Mapping[str, Any]] = {}
-        for name in names:
-            try:
-                records[name] = read_sealed(self.path / name)
-            except FileNotFoundError:
-                raise DamagedStoreError(
-                    f"{self.path}: {name} is missing; restore it from a copy"
-                ) from None
-            except DamagedFileError as error:
-                raise DamagedStoreError(str(error)) from None
-            if records[name].get("plan_id") != self.plan_id:
-                raise DamagedStoreError(
-                    f"{self.path}: {name} belongs to another plan; restore the store from a copy"
-                )
-        for name, digest in records[SETUP]["metadata"].items():
-            file = self.path / name
-            if not file.exists() or sha256_file(file) != digest:
-                raise DamagedStoreError(f"{file} is missing or damaged; restore it from a copy")
-        self._complete = records.get(COMPLETE, {})
+        setup = read_setup(self.objects, self.plan_id)
+        self._complete = read_complete(self.objects, self.plan_id) if self.is_complete else {}
+        expected = zarr_metadata(self.plan, self.plan_id)
+        # The plan says which names there are, so none that the record makes up becomes a path.
+        if setup["metadata"].keys() != expected.keys():
+            raise InvalidStoreError(
+                f"{self.place}/{SETUP}: metadata must name every zarr.json of the plan and no "
+                f"other",
+                rule="R-META-1",
+            )
+        if set(setup["objects"]) != set(setup_keys(self.plan)):
+            raise InvalidStoreError(
+                f"{self.place}/{SETUP}: objects must name every shard of the tokens and no other",
+                rule="R-SETUP-2",
+            )
+        with ThreadPoolExecutor(1 if self.objects.is_local else _REQUESTS) as pool:
+            digests = pool.map(self._metadata_digest, expected)
+            for name, digest in zip(expected, digests, strict=True):
+                if digest != setup["metadata"][name]:
+                    raise DamagedStoreError(
+                        f"{self.place}/{name} is missing or damaged; restore it from a copy",
+                        rule="R-META-1",
+                    )
+
+    def _metadata_digest(self, name: str) -> str | None:
+        try:
+            return hashlib.sha256(self.objects.read(name, _METADATA_BYTES)).hexdigest()
+        except FileNotFoundError:
+            return None

@@ -1,14 +1,14 @@
-"""From a row to its token: index, flags, position and group of the rows of a store on disk."""
+"""From a row to its token: index, flags, position and group of the rows of a store."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mlsae.store.arrays import ArrayReader, OpenFiles
+from mlsae.store.arrays import ArrayReader
 from mlsae.store.moments import group_of_rows
+from mlsae.store.objects import Objects
 from mlsae.store.rows import num_rows_of, rows_per_sequence_of
 from mlsae.store.schema import ROW_TOKEN
 from mlsae.store.setup import setup_readers
@@ -19,8 +19,8 @@ _BLOCK_TOKENS = 1 << 20
 class RowIndex:
     """Reads the token arrays of a store by token and by row. Threads may share it."""
 
-    def __init__(self, path: Path, plan: Mapping[str, Any], files: OpenFiles | None = None) -> None:
-        self.readers: dict[str, ArrayReader] = setup_readers(path, plan, files)
+    def __init__(self, objects: Objects, plan: Mapping[str, Any]) -> None:
+        self.readers: dict[str, ArrayReader] = setup_readers(objects, plan)
         self.rows_per_sequence = rows_per_sequence_of(plan)
         self.num_rows = num_rows_of(plan)
         self._context_length: int = plan["context_length"]

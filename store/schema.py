@@ -3,10 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mlsae.base.errors import InputError
-from mlsae.store.errors import SchemaVersionError
-
-SCHEMA_VERSION = "0.2"
+SCHEMA_VERSION = "1.0"
 
 SPECIAL = 1
 """token_flags bit 0: a special or separator token."""
@@ -28,10 +25,15 @@ MOMENTS = "moments.safetensors"
 PROVENANCE = "provenance"
 ARRAY_METADATA = "zarr.json"
 PARTIAL = ".partial"
+ACTIVATIONS = "activations"
+BLOCK_EXPONENTS = "block_exponents"
+CHANNEL_MEAN = "channel_mean"
+CHANNEL_SCALE = "channel_scale"
+CARD = "README.md"
 TOKEN_ARRAYS = {"tokens": "<u4", "documents": "<u4", "token_flags": "<u1"}
 ROW_TOKEN = "row_token"
 ROW_TOKEN_DTYPE = "<u8"
-IGNORED = frozenset({"README.md", ".gitattributes", ".gitignore"})
+IGNORED = frozenset({CARD, ".gitattributes", ".gitignore"})
 """Files beside the store's own that a reader takes no notice of: hubs put them there."""
 
 PLAN_KEYS = frozenset(
@@ -46,6 +48,7 @@ PLAN_KEYS = frozenset(
         "layers",
         "d_model",
         "encoding",
+        "calibration",
         "compression",
         "batch_sequences",
         "keep_positions",
@@ -53,6 +56,7 @@ PLAN_KEYS = frozenset(
         "shard_rows",
         "token_chunk",
         "token_shard",
+        "derived_from",
         "source",
     }
 )
@@ -60,7 +64,7 @@ PLAN_KEYS = frozenset(
 
 def activation_array(site: str, layer: int) -> str:
     """Path of an activation array inside the store's group."""
-    return f"activations/{site}/{layer}"
+    return f"{ACTIVATIONS}/{site}/{layer}"
 
 
 def commit_record(shard: int) -> str:
@@ -76,44 +80,6 @@ def shard_moments(shard: int) -> str:
 def chunk_key(shard: int, num_dimensions: int) -> str:
     """Zarr's key of a shard object: flat, one file name."""
     return ".".join(["c", str(shard)] + ["0"] * (num_dimensions - 1))
-
-
-def check_version(version: object, where: str) -> None:
-    """Refuse a store that this package may misread.
-
-    Raises:
-        SchemaVersionError: not MAJOR.MINOR, or another MAJOR, or (while 0.x) another MINOR.
-    """
-    ours = [int(part) for part in SCHEMA_VERSION.split(".")]
-    try:
-        theirs = [int(part) for part in str(version).split(".")]
-        if len(theirs) != 2:
-            raise ValueError
-    except ValueError:
-        raise SchemaVersionError(
-            f"{where}: schema_version must be MAJOR.MINOR such as {SCHEMA_VERSION}, got {version!r}"
-        ) from None
-    if theirs[0] == ours[0] and (ours[0] > 0 or theirs[1] == ours[1]):
-        return
-    newer = theirs > ours
-    raise SchemaVersionError(
-        f"{where}: the store follows schema {version}, this mlsae reads {SCHEMA_VERSION}; "
-        + ("upgrade mlsae" if newer else "read it with the mlsae that wrote it")
-    )
-
-
-def check_plan(plan: Mapping[str, Any], where: str) -> None:
-    """Check a plan that was read from a store.
-
-    Raises:
-        SchemaVersionError: of a version this package cannot read.
-        InputError: keys that this version does not know, or that it needs.
-    """
-    check_version(plan.get("schema_version"), where)
-    if unknown := sorted(plan.keys() - PLAN_KEYS):
-        raise InputError(f"{where}: the plan has unknown keys {', '.join(unknown)}")
-    if missing := sorted(PLAN_KEYS - plan.keys()):
-        raise InputError(f"{where}: the plan lacks {', '.join(missing)}")
 
 
 def describe_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

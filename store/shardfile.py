@@ -1,9 +1,9 @@
 """The bytes of one Zarr v3 shard: chunks in C order, each with its CRC-32C, then index and its CRC.
 
-The layout is that of Zarr's `sharding_indexed` codec with inner codecs `bytes` (little endian) and
-`crc32c`, index at the end with codecs `bytes` and `crc32c` (Zarr v3 core and codec specifications).
-Written here, and not by a Zarr library, because none of them is durable, hashes while it writes,
-and gives the same bytes on every run.
+The layout is that of Zarr's `sharding_indexed` codec with inner codecs `bytes` (little endian),
+`blosc` where chunks are compressed, and `crc32c`, index at the end with codecs `bytes` and `crc32c`
+(Zarr v3 core and codec specifications). Written here, and not by a Zarr library, because none of
+them is durable, hashes while it writes, and gives the same bytes on every run.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.files import fsync_directory, full_disk_explained, partial_path
+from mlsae.store.compression import Compressor
 from mlsae.store.layout import CRC_BYTES, INDEX_ENTRY_BYTES
 
 Bytes = npt.NDArray[np.uint8]
@@ -26,12 +27,21 @@ def crc32c_bytes(data: Bytes) -> bytes:
     return int(google_crc32c.value(data)).to_bytes(CRC_BYTES, "little")
 
 
-def shard_index(num_used: int, num_chunks: int, chunk_bytes: int) -> bytes:
-    """The index of a shard whose first `num_used` chunks follow one another, and its CRC."""
+def plain_index(num_used: int, num_chunks: int, chunk_bytes: int) -> bytes:
+    """The index of a shard of uncompressed chunks, and its CRC."""
+    return shard_index([chunk_bytes + CRC_BYTES] * num_used, num_chunks)
+
+
+def shard_index(sizes: list[int], num_chunks: int) -> bytes:
+    """The index of a shard whose first chunks follow one another, and its CRC.
+
+    Args:
+        sizes: bytes of each chunk that is there, its checksum included.
+        num_chunks: chunks that a full shard has.
+    """
     index = np.full((num_chunks, 2), ABSENT, "<u8")
-    size = chunk_bytes + CRC_BYTES
-    index[:num_used, 0] = np.arange(num_used, dtype=np.uint64) * np.uint64(size)
-    index[:num_used, 1] = size
+    index[: len(sizes), 1] = sizes
+    index[: len(sizes), 0] = np.cumsum([0, *sizes])[:-1]
     raw = index.reshape(-1).view(np.uint8)
     return raw.tobytes() + crc32c_bytes(raw)
 
@@ -42,16 +52,35 @@ def index_bytes(num_chunks: int) -> int:
 
 
 class ShardFile:
-    """One shard being written, piece by piece, under a temporary name until `commit`."""
+    """One shard being written, piece by piece, under a temporary name until `commit`.
 
-    def __init__(self, path: Path, *, row_bytes: int, chunk_rows: int, shard_rows: int) -> None:
+    Args:
+        path: of the file.
+        row_bytes: bytes of a row, uncompressed.
+        chunk_rows: rows of a chunk.
+        shard_rows: rows of a full shard.
+        compressor: of the chunks; None to write them as they are.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        row_bytes: int,
+        chunk_rows: int,
+        shard_rows: int,
+        compressor: Compressor | None = None,
+    ) -> None:
         self._path = path
         self._chunk_bytes = row_bytes * chunk_rows
         self._num_chunks = shard_rows // chunk_rows
+        self._compressor = compressor
+        # Only whole chunks can be compressed; others go to the file as they come.
+        self._whole = None if compressor is None else np.empty(self._chunk_bytes, np.uint8)
         self._hash = hashlib.sha256()
         self._crc = 0
         self._in_chunk = 0
-        self._used = 0
+        self._sizes: list[int] = []
         self.num_bytes = 0
         self._partial = partial_path(path)
         self._fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
@@ -62,13 +91,8 @@ class ShardFile:
         start = 0
         while start < len(data):
             take = min(len(data) - start, self._chunk_bytes - self._in_chunk)
-            piece = data[start : start + take]
-            self._crc = google_crc32c.extend(self._crc, piece)
-            self._put(piece)
-            self._in_chunk += take
+            self._add(data[start : start + take])
             start += take
-            if self._in_chunk == self._chunk_bytes:
-                self._end_chunk()
 
     def commit(self) -> str:
         """Pad the last chunk with zeros, write the index, make the shard durable under its name.
@@ -77,12 +101,8 @@ class ShardFile:
             Hex SHA-256 of the file.
         """
         if self._in_chunk:
-            padding = np.zeros(self._chunk_bytes - self._in_chunk, np.uint8)
-            self._crc = google_crc32c.extend(self._crc, padding)
-            self._put(padding)
-            self._end_chunk()
-        index = shard_index(self._used, self._num_chunks, self._chunk_bytes)
-        self._put(np.frombuffer(index, np.uint8))
+            self._add(np.zeros(self._chunk_bytes - self._in_chunk, np.uint8))
+        self._put(np.frombuffer(shard_index(self._sizes, self._num_chunks), np.uint8))
         with full_disk_explained(self._path):
             os.fsync(self._fd)
         os.close(self._fd)
@@ -98,11 +118,28 @@ class ShardFile:
             self._fd = -1
             self._partial.unlink(missing_ok=True)
 
+    def _add(self, piece: Bytes) -> None:
+        """Add bytes that do not pass the end of the chunk in hand."""
+        if self._whole is None:
+            self._crc = google_crc32c.extend(self._crc, piece)
+            self._put(piece)
+        else:
+            self._whole[self._in_chunk : self._in_chunk + len(piece)] = piece
+        self._in_chunk += len(piece)
+        if self._in_chunk == self._chunk_bytes:
+            self._end_chunk()
+
     def _end_chunk(self) -> None:
+        size = self._chunk_bytes
+        if self._compressor is not None and self._whole is not None:
+            packed = self._compressor.compress(self._whole)
+            self._crc = google_crc32c.extend(0, packed)
+            self._put(packed)
+            size = len(packed)
         self._put(np.frombuffer(int(self._crc).to_bytes(CRC_BYTES, "little"), np.uint8))
+        self._sizes.append(size + CRC_BYTES)
         self._crc = 0
         self._in_chunk = 0
-        self._used += 1
 
     def _put(self, data: Bytes) -> None:
         self._hash.update(data.data)

@@ -4,22 +4,26 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from mlsae.base.files import DamagedFileError, read_sealed, sha256_file
 from mlsae.store.accumulate import Accumulator, blocks_of
+from mlsae.store.arrays import ArrayReader
 from mlsae.store.commit import num_shards_of, store_id_of
-from mlsae.store.errors import DamagedStoreError
+from mlsae.store.encoding import MAX_QUANTUM, Parts
+from mlsae.store.errors import DamagedStoreError, RemoteError, StoreError
 from mlsae.store.metadata import zarr_metadata
-from mlsae.store.moments import GroupMoments, from_bytes
-from mlsae.store.reader import open_store
-from mlsae.store.rows import planned_row_tokens, rows_per_sequence_of, setup_arrays
+from mlsae.store.moments import GroupMoments, from_bytes, moments_bytes
+from mlsae.store.reader import Store, open_store
+from mlsae.store.records import read_commit, read_complete, read_sealed_object, read_setup
+from mlsae.store.rows import planned_row_tokens
 from mlsae.store.schema import (
+    ACTIVATIONS,
     ALL_FLAGS,
     COMPLETE,
     IGNORED,
@@ -29,12 +33,11 @@ from mlsae.store.schema import (
     PROVENANCE,
     ROW_TOKEN,
     SETUP,
-    activation_array,
     chunk_key,
     commit_record,
     shard_moments,
 )
-from mlsae.store.setup import read_setup, setup_readers
+from mlsae.store.setup import setup_readers
 
 MOMENTS_TOLERANCE = 1e-5
 Moments = Mapping[str, GroupMoments]
@@ -56,43 +59,68 @@ class Problem:
         return f"{self.rule} {self.path}: {self.message}"
 
 
-def verify(path: str | os.PathLike[str], *, progress: bool = False) -> list[Problem]:
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a verification found."""
+
+    problems: list[Problem] = field(default_factory=list)
+    """Broken rules; empty for a sound store."""
+    notes: list[str] = field(default_factory=list)
+    """What could not be looked at."""
+
+
+def verify(
+    location: str | os.PathLike[str],
+    *,
+    progress: bool = False,
+    cache_dir: Path | None = None,
+    cache_bytes: int | None = None,
+) -> Report:
     """Read every byte of a complete store and hold it against its records and the specification.
 
     Args:
-        path: the store's directory.
+        location: the store's directory or URL.
         progress: show a bar of the activation bytes read.
+        cache_dir: as for `open_store`.
+        cache_bytes: as for `open_store`.
 
     Returns:
-        What is wrong; empty for a sound store.
+        What is wrong. Where the plan, a record or the Zarr metadata is, that alone: nothing else
+        can be read then.
 
     Raises:
-        StoreError: the store cannot be opened at all: none there, incomplete, of another version,
-            or its plan, setup record, completion record or Zarr metadata is damaged.
+        NotAStoreError: there is no store.
+        RemoteError: the place cannot be reached.
     """
-    check = _Verification(path, progress)
+    try:
+        store = open_store(location, cache_dir=cache_dir, cache_bytes=cache_bytes)
+    except StoreError as error:
+        if error.rule is None:
+            raise
+        return Report(problems=[Problem(rule=error.rule, path="", message=str(error))])
+    check = _Verification(store, progress)
     with check.bar:
         check.metadata()
         check.tokens()
+        check.calibration()
         for shard in range(num_shards_of(check.plan)):
             check.shard(shard)
         check.whole()
-        check.provenance()
-        check.unexpected()
-    return check.problems
+        check.others()
+    return Report(problems=check.problems, notes=check.notes)
 
 
 class _Verification:
-    def __init__(self, path: str | os.PathLike[str], progress: bool) -> None:
-        self.store = store = open_store(path)
-        self.path = store.path
+    def __init__(self, store: Store, progress: bool) -> None:
+        self.store = store
         self.plan = store.plan
         self.problems: list[Problem] = []
-        self.setup = read_setup(store.path)
+        self.notes: list[str] = []
+        self.setup = read_setup(store.objects, store.plan_id)
         self.objects: dict[str, str] = {}
         self.total = self._no_moments()
         self.expected = {PLAN, SETUP, COMPLETE, MOMENTS, *self.setup["metadata"]}
-        row_bytes = store.d_model * store.itemsize * len(store.layers) * len(store.sites)
+        row_bytes = store.row_bytes * len(store.layers) * len(store.sites)
         self.bar = tqdm(
             total=store.num_rows * row_bytes,
             unit="B",
@@ -105,28 +133,19 @@ class _Verification:
         self.problems.append(Problem(rule=rule, path=path, message=message))
 
     def metadata(self) -> None:
-        plan = self.plan
-        if plan["num_tokens"] % plan["context_length"]:
-            self.report("R-TOKEN-2", PLAN, "num_tokens is not a multiple of context_length")
-        batch_rows = plan["batch_sequences"] * rows_per_sequence_of(plan)
-        if plan["shard_rows"] % plan["chunk_rows"] or plan["shard_rows"] % batch_rows:
-            self.report("R-PLAN-5", PLAN, "shard_rows is no multiple of chunk_rows and of a batch")
-        expected = zarr_metadata(self.plan, self.store.plan_id)
-        recorded = self.setup["metadata"]
-        for name in sorted(expected.keys() ^ recorded.keys()):
-            self.report("R-META-1", name, "the setup record must name exactly the plan's metadata")
-        for name in sorted(expected.keys() & recorded.keys()):
-            if json.loads((self.path / name).read_bytes()) != json.loads(expected[name]):
+        for name, expected in zarr_metadata(self.plan, self.store.plan_id).items():
+            found = self.store.objects.read(name, len(expected) * 4 + 2**16)
+            try:
+                is_equal = json.loads(found) == json.loads(expected)
+            except (ValueError, RecursionError):
+                is_equal = False
+            if not is_equal:
                 self.report("R-META-2", name, "differs from what the plan asks for")
 
     def tokens(self) -> None:
-        keys = []
-        for name, (_, length) in setup_arrays(self.plan).items():
-            num_shards = -(-length // self.plan["token_shard"])
-            keys += [f"{name}/{chunk_key(shard, 1)}" for shard in range(num_shards)]
-        if not self._objects(SETUP, self.setup["objects"], keys):
+        if not self._have_hashes(SETUP, self.setup["objects"]):
             return
-        for name, reader in setup_readers(self.path, self.plan).items():
+        for name, reader in setup_readers(self.store.objects, self.plan).items():
             digest = hashlib.sha256()
             try:
                 for start in range(0, reader.num_rows, self.plan["token_chunk"]):
@@ -140,86 +159,123 @@ class _Verification:
                     ):
                         self.report("R-ROW-3", name, f"rows {start} to {stop} are not the plan's")
             except DamagedStoreError as error:
-                self.report("R-SHARD-3", name, str(error))
+                self._report(error, name)
                 continue
             if name != ROW_TOKEN and digest.hexdigest() != self.plan[f"{name}_sha256"]:
                 self.report("R-TOKEN-4", name, "the values differ from the hash in the plan")
 
+    def calibration(self) -> None:
+        if (calibration := self.store.calibration) is None:
+            return
+        if calibration.sha256() != self.plan["calibration"]["sha256"]:
+            self.report("R-INT8-2", PLAN, "the calibration's hash is not that of its arrays")
+        for site, of_site in calibration.sites.items():
+            if not np.isfinite(of_site.mean).all():
+                self.report("R-INT8-3", f"channel_mean/{site}", "a mean is not finite")
+            if not (np.isfinite(of_site.scale) & (of_site.scale > 0)).all():
+                self.report(
+                    "R-INT8-3", f"channel_scale/{site}", "a scale is not above 0 and finite"
+                )
+
     def shard(self, shard: int) -> None:
         name = commit_record(shard)
-        keys = [
-            f"{activation_array(site, layer)}/{chunk_key(shard, 2)}"
-            for site in self.store.sites
-            for layer in self.store.layers
-        ]
+        keys = self._keys(shard)
         self.expected |= {name, shard_moments(shard), *keys}
         try:
-            record = read_sealed(self.path / name)
+            record = read_commit(self.store.objects, self.store.plan_id, shard)
         except FileNotFoundError:
             self.report("R-COMMIT-1", name, "is missing")
             return
-        except DamagedFileError as error:
-            self.report("R-SEAL-1", name, str(error))
-            return
-        if record.get("plan_id") != self.store.plan_id or record.get("shard") != shard:
-            self.report("R-COMMIT-2", name, "belongs to another plan or shard")
+        except StoreError as error:
+            self._report(error, name)
             return
         moments = self._moments_object(shard_moments(shard), record["moments_sha256"])
-        if not self._objects(name, record["objects"], keys):
+        if set(record["objects"]) != set(keys):
+            wrong = sorted(set(record["objects"]) ^ set(keys))
+            self.report("R-COMMIT-3", name, f"must name every object and no other: {wrong[:3]}")
             return
-        recomputed = self._recompute(shard)
-        if recomputed is not None and moments is not None:
+        self.objects.update(record["objects"])
+        num_problems = len(self.problems)
+        digests = {key: hashlib.sha256() for key in keys}
+        recomputed = self._recompute(shard, digests)
+        found = {key: digest.hexdigest() for key, digest in digests.items()}
+        if recomputed is None or found != record["objects"]:
+            # Some objects were not read to their ends; each is looked at by itself now.
+            self._have_hashes(name, record["objects"])
+        elif moments is not None and len(self.problems) == num_problems:
             self._compare(recomputed, moments, shard_moments(shard))
             for site, of_site in moments.items():
                 self.total[site].merge(of_site)
 
     def whole(self) -> None:
-        record = read_sealed(self.path / COMPLETE)
-        if record["store_id"] != store_id_of(self.store.plan_id, self.objects):
-            self.report("R-COMPLETE-2", COMPLETE, "store_id is not that of the recorded objects")
+        record = read_complete(self.store.objects, self.store.plan_id)
         if record["num_shards"] != num_shards_of(self.plan):
             self.report("R-COMPLETE-3", COMPLETE, f"num_shards must be {num_shards_of(self.plan)}")
         moments = self._moments_object(MOMENTS, record["moments_sha256"])
-        if moments is not None and not self.problems:
+        if self.problems:
+            return
+        if record["store_id"] != store_id_of(self.store.plan_id, self.objects):
+            self.report("R-COMPLETE-2", COMPLETE, "store_id is not that of the recorded objects")
+        if moments is not None:
             self._compare(self.total, moments, MOMENTS)
 
-    def provenance(self) -> None:
-        for file in sorted((self.path / PROVENANCE).glob("*.json")):
-            self.expected.add(str(file.relative_to(self.path)))
-            try:
-                read_sealed(file)
-            except DamagedFileError as error:
-                self.report("R-SEAL-1", str(file.relative_to(self.path)), str(error))
+    def others(self) -> None:
+        """Provenance, and what does not belong to a store."""
+        try:
+            names = sorted(name for name, _ in self.store.objects.walk())
+        except RemoteError as error:
+            self.notes.append(f"provenance and objects that do not belong were not seen: {error}")
+            return
+        for name in names:
+            if name.startswith(f"{PROVENANCE}/") and name.endswith(".json"):
+                try:
+                    read_sealed_object(self.store.objects, name)
+                except DamagedStoreError as error:
+                    self._report(error, name)
+            elif name.endswith(PARTIAL):
+                self.report("R-LAYOUT-3", name, "was left by a process that was killed; delete it")
+            elif name not in self.expected | IGNORED:
+                self.report("R-LAYOUT-3", name, "does not belong here")
 
-    def unexpected(self) -> None:
-        for file in sorted(self.path.rglob("*")):
-            name = str(file.relative_to(self.path))
-            if file.is_file() and name not in self.expected | IGNORED:
-                what = "was left by a harvest that was killed; delete it"
-                self.report(
-                    "R-LAYOUT-3", name, what if name.endswith(PARTIAL) else "does not belong here"
-                )
+    def _report(self, error: StoreError, name: str) -> None:
+        self.report(error.rule or "R-SHARD-3", name, str(error))
 
-    def _objects(self, record: str, objects: Mapping[str, str], keys: list[str]) -> bool:
-        """Whether a record names exactly these objects and each has its recorded hash."""
-        self.expected |= set(keys)
+    def _keys(self, shard: int) -> list[str]:
+        return [
+            f"{part.array(site, layer)}/{chunk_key(shard, 2)}"
+            for site in self.store.sites
+            for layer in self.store.layers
+            for part in self.store.parts
+        ]
+
+    def _have_hashes(self, record: str, objects: Mapping[str, str]) -> bool:
+        """Whether each object is there with the hash that a record names."""
+        self.expected |= set(objects)
         self.objects.update(objects)
-        if set(objects) != set(keys):
-            wrong = sorted(set(objects) ^ set(keys))
-            self.report("R-COMMIT-3", record, f"must name every object and no other: {wrong[:3]}")
-            return False
         num_problems = len(self.problems)
-        for key in keys:
-            file = self.path / key
-            if not file.exists():
-                self.report("R-COMMIT-4", key, "is missing")
-            elif sha256_file(file) != objects[key]:
-                self.report("R-COMMIT-4", key, f"its SHA-256 is not {objects[key][:16]}…")
+        for key, digest in objects.items():
+            try:
+                if self._sha256(key) != digest:
+                    self.report("R-COMMIT-4", key, f"its SHA-256 is not {digest[:16]}…")
+            except FileNotFoundError:
+                self.report("R-COMMIT-4", key, f"is missing; {record} names it")
         return len(self.problems) == num_problems
 
+    def _sha256(self, name: str) -> str:
+        digest, offset = hashlib.sha256(), 0
+        block = np.empty(2**20, np.uint8)
+        while count := self.store.objects.read_into(name, offset, block):
+            digest.update(block[:count].data)
+            offset += count
+        return digest.hexdigest()
+
     def _moments_object(self, name: str, digest: str) -> Moments | None:
-        file = self.path / name
-        data = file.read_bytes() if file.exists() else b""
+        store = self.store
+        limit = moments_bytes(len(store.layers), len(store.sites), store.d_model) + 2**20
+        try:
+            data = store.objects.read(name, limit)
+        except (FileNotFoundError, DamagedStoreError):
+            data = b""
         if hashlib.sha256(data).hexdigest() != digest:
             self.report("R-MOMENT-2", name, "is missing, or its SHA-256 is not the recorded one")
             return None
@@ -233,46 +289,69 @@ class _Verification:
         width = self.store.d_model
         return {site: GroupMoments(self.store.layers, width) for site in self.store.sites}
 
-    def _recompute(self, shard: int) -> Moments | None:
-        """The moments of a shard's decoded values; None (and a report) where a chunk is damaged."""
+    def _recompute(self, shard: int, digests: Mapping[str, "hashlib._Hash"]) -> Moments | None:
+        """The moments of a shard's decoded values; None (and a report) where a chunk is damaged.
+
+        Every byte of the shard's objects goes to their digests.
+        """
         store = self.store
+        codecs = store.codecs
         moments = {
-            site: Accumulator(store.layers, store.d_model, store.encoding) for site in store.sites
+            site: Accumulator(store.layers, store.d_model, codecs[site]) for site in store.sites
         }
         stop = min((shard + 1) * store.shard_rows, store.num_rows)
+        readers = {
+            site: [store.reader(site, layer) for layer in store.layers] for site in store.sites
+        }
         for start in range(shard * store.shard_rows, stop, store.chunk_rows):
             end = min(start + store.chunk_rows, stop)
             blocks = blocks_of(store.row_groups(start, end), store.d_model)
             for site in store.sites:
-                stored = self._chunks(site, start, end)
-                if stored is None:
-                    return None
+                stored = []
+                for layer, reader in zip(store.layers, readers[site], strict=True):
+                    parts = []
+                    for part, array in zip(store.parts, reader.arrays, strict=True):
+                        name = part.array(site, layer)
+                        digest = digests[f"{name}/{chunk_key(shard, 2)}"]
+                        chunk = self._chunk(array, name, start, end, digest)
+                        if chunk is None:
+                            return None
+                        parts.append(chunk)
+                    stored.append(tuple(parts))
                 if not moments[site].add(blocks, stored):
                     self._report_not_finite(site, start, end, stored)
                     return None
+        for site in store.sites:
+            for layer, reader in zip(store.layers, readers[site], strict=True):
+                for part, array in zip(store.parts, reader.arrays, strict=True):
+                    key = f"{part.array(site, layer)}/{chunk_key(shard, 2)}"
+                    array.check_index(shard, digests[key])
         return {**moments}
 
-    def _chunks(self, site: str, start: int, end: int) -> list[Array] | None:
-        """Rows start … end − 1 of every layer, a whole chunk; None (and a report) where damaged."""
-        store, stored = self.store, []
-        for layer in store.layers:
-            try:
-                chunk = store.reader(site, layer).check_chunk(start // store.chunk_rows)
-            except DamagedStoreError as error:
-                self.report("R-SHARD-3", activation_array(site, layer), str(error))
-                return None
-            if chunk[end - start :].any():
-                self.report("R-SHARD-4", activation_array(site, layer), "padding is not 0")
-            stored.append(chunk[: end - start].copy())
-            self.bar.update(stored[-1].nbytes)
-        return stored
+    def _chunk(
+        self, array: ArrayReader, name: str, start: int, end: int, digest: "hashlib._Hash"
+    ) -> Array | None:
+        """Rows start … end − 1 of a whole chunk; None (and a report) where it is damaged."""
+        try:
+            chunk = array.check_chunk(start // self.store.chunk_rows, digest)
+        except DamagedStoreError as error:
+            self._report(error, name)
+            return None
+        if chunk[end - start :].any():
+            self.report("R-SHARD-4", name, "padding is not 0")
+        rows = chunk[: end - start].copy()
+        is_quanta = self.store.encoding == "int8" and name.startswith(f"{ACTIVATIONS}/")
+        if is_quanta and (rows < -MAX_QUANTUM).any():
+            self.report("R-INT8-4", name, f"rows {start} to {end} hold a quantum of -128")
+        self.bar.update(rows.nbytes)
+        return rows
 
-    def _report_not_finite(self, site: str, start: int, end: int, stored: list[Array]) -> None:
-        for layer, values in zip(self.store.layers, stored, strict=True):
-            if not np.isfinite(self.store.decode(values)).all():
+    def _report_not_finite(self, site: str, start: int, end: int, stored: list[Parts]) -> None:
+        for layer, parts in zip(self.store.layers, stored, strict=True):
+            if not np.isfinite(self.store.decode(parts, site, layer)).all():
                 self.report(
                     "R-ACT-3",
-                    activation_array(site, layer),
+                    f"activations/{site}/{layer}",
                     f"rows {start} to {end} hold a value that is not finite",
                 )
 

@@ -17,11 +17,13 @@ import numpy.typing as npt
 
 from mlsae.base.errors import InputError
 from mlsae.base.files import remove_stale_partials
+from mlsae.store.added_fvu import MAX_ADDED_FVU, AddedFVU, check_added_fvu
 from mlsae.store.commit import complete, num_shards_of, pending_shards
-from mlsae.store.encoding import check_encoding, decode, encode
-from mlsae.store.errors import ActivationError, NotAStoreError
-from mlsae.store.moments import GROUPS, GroupMoments
-from mlsae.store.openshard import Key, NotFiniteError, OpenShard
+from mlsae.store.encoding import Parts
+from mlsae.store.errors import ActivationError, NotAStoreError, NotFiniteError
+from mlsae.store.moments import GROUPS, GroupMoments, eligible_groups
+from mlsae.store.objects import LocalObjects
+from mlsae.store.openshard import Key, OpenShard
 from mlsae.store.plan import plan_id_of, read_plan
 from mlsae.store.producers import Producer, Producers
 from mlsae.store.rowindex import RowIndex
@@ -32,11 +34,13 @@ from mlsae.store.schema import (
     PROVENANCE,
     SETUP,
     SHARD_MOMENTS,
-    activation_array,
 )
+from mlsae.store.setup import read_calibration, site_codecs
 
 WRITER_THREADS = 3
 Array = npt.NDArray[Any]
+Rows = Array | Parts
+"""Floats, or values as stored: of int8 the quanta and their exponents."""
 
 
 class Writer:
@@ -51,15 +55,21 @@ class Writer:
     """
 
     def __init__(
-        self, path: Path, *, producer: Producer | None = None, allow_mixed: bool = False
+        self,
+        path: Path,
+        *,
+        producer: Producer | None = None,
+        allow_mixed: bool = False,
+        max_added_fvu: float = MAX_ADDED_FVU,
     ) -> None:
-        plan = read_plan(path)
+        self._objects = LocalObjects(path)
+        plan = read_plan(self._objects)
         if not (path / SETUP).exists():
             raise NotAStoreError(f"{path}: the tokens are not all written; create the store first")
         self.path = path
         self.plan = plan
         self.plan_id = plan_id_of(plan)
-        self._index = RowIndex(path, plan)
+        self._index = RowIndex(self._objects, plan)
         self.num_rows = self._index.num_rows
         self.rows_per_sequence = self._index.rows_per_sequence
         """Row r belongs to sequence r // rows_per_sequence."""
@@ -68,11 +78,15 @@ class Writer:
         self.bytes_written = 0
         """Bytes of activation objects this writer has committed."""
         self._producer = producer
-        self._producers = None if allow_mixed else Producers(path, plan)
+        self._producers = None if allow_mixed else Producers(self._objects, plan)
         self._require_one_producer()
-        self._encoding = check_encoding(plan["encoding"])
+        self._encoding: str = plan["encoding"]
         self._keys: list[Key] = [(s, layer) for s in plan["sites"] for layer in plan["layers"]]
-        arrays = [activation_array(*key) for key in self._keys]
+        self._codecs = site_codecs(plan, read_calibration(self._objects, plan))
+        self._parts = self._codecs[plan["sites"][0]].parts
+        self._max_added_fvu = max_added_fvu
+        self._added: dict[Key, AddedFVU] = {}
+        arrays = [part.array(*key) for key in self._keys for part in self._parts]
         for directory in (*arrays, *setup_arrays(plan), COMMITS, SHARD_MOMENTS, PROVENANCE, ""):
             remove_stale_partials(path / directory)
         self._pool = ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="store-write")
@@ -116,7 +130,7 @@ class Writer:
         self._finish_batch()
         self._finish_commit()
         self._require_one_producer()
-        return pending_shards(self.path, self.plan)
+        return pending_shards(self._objects, self.plan)
 
     def seek(self, shard: int) -> None:
         """Go to the first row of a shard; an unfinished shard is dropped.
@@ -131,8 +145,9 @@ class Writer:
 
     def append(
         self,
-        activations: Mapping[Key, Array],
+        activations: Mapping[Key, Rows],
         moments: Mapping[str, GroupMoments] | None = None,
+        added_fvu: Mapping[str, Any] | None = None,
     ) -> None:
         """Add rows of every (site, layer) at `position`.
 
@@ -142,14 +157,20 @@ class Writer:
 
         Args:
             activations: (site, layer) → (num_rows, d_model) floats, or values of the stored data
-                type. Any number of rows; a shard that becomes full is committed.
+                type; for int8 a pair of (num_rows, d_model) and (num_rows, blocks) int8. Any number
+                of rows; a shard that becomes full is committed.
             moments: site → moments of the decoded stored values of exactly these rows, where the
                 caller has them; computed here otherwise. An empty mapping says that they come with
                 a later call, for these rows too, by the end of the shard at the latest.
+            added_fvu: site → layer (decimal) → what `AddedFVU.result` gives, of the shard that
+                these rows end, where the caller measured what the encoding costs; otherwise it is
+                measured here, of floats that the encoding changes (of int8 all, else the shard's
+                first call).
 
         Raises:
             ActivationError: values that are not finite or too large for the encoding (they may be
-                those of the call before), a wrong shape, a missing or unknown (site, layer).
+                those of the call before), a wrong shape, a missing or unknown (site, layer), or an
+                encoding that adds too much FVU.
             InputError: more rows than the store has; moments of other rows, or of rows that do not
                 lie in one shard.
             MixedProducersError: another producer has committed a shard meanwhile.
@@ -169,8 +190,9 @@ class Writer:
                     f"shard {self._shard} ends after {take}; append the rows of one shard at a time"
                 )
             rows = slice(start, start + take)
-            stored = {key: encode(activations[key][rows], self._encoding) for key in self._keys}
-            self._append_within_shard(_Batch(stored, self._row, moments), self._shard, take)
+            stored = {key: self._encode(key, activations[key], rows) for key in self._keys}
+            batch = _Batch(stored, self._row, moments)
+            self._append_within_shard(batch, self._shard, take, added_fvu)
             start += take
 
     def close(self) -> None:
@@ -200,34 +222,71 @@ class Writer:
         else:
             self._stop()
 
-    def _check_shapes(self, activations: Mapping[Key, Array]) -> int:
+    def _check_shapes(self, activations: Mapping[Key, Rows]) -> int:
         if activations.keys() != set(self._keys):
             raise ActivationError(
                 f"{self.path}: expected activations of {self._keys}, got {sorted(activations)}"
             )
-        num_rows = len(activations[self._keys[0]])
-        for (site, layer), values in activations.items():
-            if values.shape != (num_rows, self.plan["d_model"]):
+        first = activations[self._keys[0]]
+        num_rows = len(first[0] if isinstance(first, tuple) else first)
+        for (site, layer), rows in activations.items():
+            widths = [part.width for part in self._parts]
+            given = rows if isinstance(rows, tuple) else (rows,)
+            if not isinstance(rows, tuple):
+                widths = widths[:1]
+            elif any(a.dtype != part.dtype for a, part in zip(rows, self._parts, strict=False)):
+                raise ActivationError(
+                    f"stored values of {site} layer {layer} must be of "
+                    f"{', '.join(part.dtype.name for part in self._parts)}, got "
+                    f"{', '.join(values.dtype.name for values in rows)}"
+                )
+            if [values.shape for values in given] != [(num_rows, width) for width in widths]:
                 raise ActivationError(
                     f"activations of {site} layer {layer} must have shape "
-                    f"({num_rows}, {self.plan['d_model']}), got {values.shape}"
+                    f"{' and '.join(str((num_rows, width)) for width in widths)}, got "
+                    f"{' and '.join(str(values.shape) for values in given)}"
                 )
         return num_rows
 
-    def _append_within_shard(self, batch: "_Batch", shard: int, num_rows: int) -> None:
+    def _encode(self, key: Key, rows: Rows, some: slice) -> Parts:
+        """Stored values of some rows; what the encoding costs them is measured on the way."""
+        if isinstance(rows, tuple):
+            return tuple(values[some] for values in rows)
+        site, layer = key
+        values, codec = rows[some], self._codecs[site]
+        index = self.plan["layers"].index(layer)
+        try:
+            stored = codec.encode(values, index)
+        except NotFiniteError:
+            raise self._not_finite(key, values, self._row) from None
+        is_first = self._shard is not None and self._row == self.shard_range(self._shard).start
+        if values.dtype.kind == "f" and values.dtype != stored[0].dtype:
+            if is_first:
+                self._added[key] = AddedFVU()
+            if key in self._added and (is_first or self._encoding == "int8"):
+                groups = self._index.groups(self._row, self._row + len(values))
+                chosen = groups >= eligible_groups(1)[0]
+                with np.errstate(invalid="ignore", over="ignore"):
+                    decoded = codec.decode(stored, index)
+                    self._added[key].add(values[chosen], decoded[chosen])
+        return stored
+
+    def _append_within_shard(
+        self, batch: "_Batch", shard: int, num_rows: int, added_fvu: Mapping[str, Any] | None
+    ) -> None:
         groups = self._index.groups(self._row, self._row + num_rows)
         if batch.moments is not None:
             self._check_moments(batch, batch.moments, groups, shard)
         # Waiting here, and not after submitting, overlaps writing with the caller's next batch.
         self._finish_batch()
         if self._open is None:
-            self._open = OpenShard(self.path, self.plan, shard, self._keys)
+            self._open = OpenShard(self.path, self.plan, shard, self._keys, self._codecs)
         jobs = self._open.jobs(batch.stored, groups, batch.moments)
         batch.futures = [self._pool.submit(job) for job in jobs]
         self._batch = batch
         self._row += num_rows
         if self._row == self.shard_range(shard).stop:
-            self._hand_over(self._open, batch.futures)
+            self._hand_over(self._open, batch.futures, added_fvu or self._measured())
             self._open = None
             self._go_to_next_pending()
 
@@ -258,23 +317,36 @@ class Writer:
                 self._explain_not_finite(batch)
         self._owed_G = np.zeros(len(GROUPS), np.int64)
 
+    def _measured(self) -> dict[str, dict[str, Any]] | None:
+        """What the encoding costs the shard, where floats were appended."""
+        if not self._added:
+            return None
+        added: dict[str, dict[str, Any]] = {}
+        for (site, layer), measured in self._added.items():
+            added.setdefault(site, {})[str(layer)] = measured.result()
+        self._added = {}
+        return added
+
     def _explain_not_finite(self, batch: "_Batch") -> NoReturn:
-        for site, layer in self._keys:
-            values = decode(batch.stored[site, layer], self._encoding)
-            finite = np.isfinite(values)
-            if finite.all():
-                continue
-            row = batch.first_row + int(np.flatnonzero(~finite.all(axis=1))[0])
-            largest = float(np.abs(values[finite]).max(initial=0.0))
-            too_large = self._encoding == "float16" and bool(np.isinf(values).any())
-            raise ActivationError(
-                f"layer {layer} ({site}), row {row}: a value is not finite in {self._encoding}; "
-                f"the largest finite magnitude of that batch is {largest:.5g}"
-                + ("; use --encoding bfloat16 for values over 65,504" if too_large else "")
-            )
+        for key in self._keys:
+            index = self.plan["layers"].index(key[1])
+            values = self._codecs[key[0]].decode(batch.stored[key], index)
+            if not np.isfinite(values).all():
+                raise self._not_finite(key, values, batch.first_row)
         raise ActivationError(
             f"{self.path}: the moments of the rows from {batch.first_row} on are not finite, but "
             f"their values are; they overflowed where they were computed"
+        )
+
+    def _not_finite(self, key: Key, values: Array, first_row: int) -> ActivationError:
+        finite = np.isfinite(values)
+        row = first_row + int(np.flatnonzero(~finite.all(axis=1))[0])
+        largest = float(np.abs(values[finite]).max(initial=0.0))
+        too_large = self._encoding == "float16" and bool(np.isinf(values).any())
+        return ActivationError(
+            f"layer {key[1]} ({key[0]}), row {row}: a value is not finite in {self._encoding}; "
+            f"the largest finite magnitude of that batch is {largest:.5g}"
+            + ("; use --encoding bfloat16 for values over 65,504" if too_large else "")
         )
 
     def _finish_batch(self) -> None:
@@ -289,7 +361,12 @@ class Writer:
         except NotFiniteError:
             self._explain_not_finite(batch)
 
-    def _hand_over(self, full: OpenShard, futures: list[Future[None]]) -> None:
+    def _hand_over(
+        self,
+        full: OpenShard,
+        futures: list[Future[None]],
+        added_fvu: Mapping[str, Any] | None,
+    ) -> None:
         """Commit a full shard in another thread, one shard at a time."""
         self._finish_commit()
 
@@ -298,7 +375,9 @@ class Writer:
                 for future in futures:
                     future.result()
                 self._require_one_producer()
-                num_bytes = full.commit(self._flushers, self._producer)
+                if added_fvu is not None:
+                    check_added_fvu(added_fvu, full.shard, self._encoding, self._max_added_fvu)
+                num_bytes = full.commit(self._flushers, self._producer, added_fvu)
             finally:
                 full.abandon()
             self.bytes_written += num_bytes
@@ -318,7 +397,7 @@ class Writer:
 
     def _go_to_next_pending(self) -> None:
         own = None if self._committing is None else self._committing[0]
-        pending = [shard for shard in pending_shards(self.path, self.plan) if shard != own]
+        pending = [shard for shard in pending_shards(self._objects, self.plan) if shard != own]
         later = [shard for shard in pending if self._shard is None or shard > self._shard]
         self._shard = next(iter(later or pending), None)
         self._row = 0 if self._shard is None else self.shard_range(self._shard).start
@@ -338,13 +417,14 @@ class Writer:
             wait([] if batch is None else [f for f in batch.futures if not f.cancel()])
             self._open.abandon()
             self._open = None
+        self._added = {}
 
 
 @dataclass
 class _Batch:
     """The rows of one call within one shard, and the work that is under way for them."""
 
-    stored: dict[Key, Array]
+    stored: dict[Key, Parts]
     first_row: int
     moments: Mapping[str, GroupMoments] | None
     futures: list[Future[None]] = field(default_factory=list)

@@ -149,7 +149,7 @@ def _blocks(
         starts = sequences[first : first + together] * length
         positions = []
         for i, start in enumerate(starts.tolist()):
-            reader.read_into(out[i * length : (i + 1) * length], start)
+            reader.read_into([out[i * length : (i + 1) * length]], start)
             flagged = store.row_flags(start, start + length) != 0
             positions.append(np.where(flagged, -1, store.positions(start, start + length)))
         rows = len(starts) * length

@@ -76,7 +76,7 @@ class Loader:
         self._readers = [store.reader(mixture.site, layer) for layer in layers]
         mine = mixture.rank_slots(rank, world_size)
         self._window = Window(
-            num_buffers(mine), mixture.slice_rows, store.d_model, np.dtype(store.dtype)
+            num_buffers(mine), mixture.slice_rows, store.d_model, store.parts[0].dtype
         )
         dtype = TORCH_DTYPE[store.encoding]
         shape = (max(mine, 1), store.d_model)
@@ -162,7 +162,7 @@ class Loader:
                 last = first + count - 1
             turns[buffer, :count] = row - first
             out = self._window.buffers[buffer, : last + 1 - first]
-            self._readers[layer].read_into(out, start + first)
+            self._readers[layer].read_into([out], start + first)
 
     def _cut(self) -> Iterator[Batch]:
         numpy_ring: list[npt.NDArray[Any]] = [

@@ -19,7 +19,7 @@ def estimate(plan: Plan, rank: int, world_size: int) -> dict[str, int]:
     weights = 2 * num_latents * width * _FLOAT
     return {
         "window": plan.mixture.window_bytes(rank, world_size)
-        + 4 * rows * width * plan.store.itemsize,
+        + 4 * rows * width * plan.store.parts[0].dtype.itemsize,
         "weights": weights,
         "Adam and gradients": (3 if world_size == 1 else 4) * weights,
         # Standardised rows, reconstruction, residual and their gradients; a block of

@@ -111,8 +111,8 @@ def make_plan(config: TrainConfig, store: Store) -> Plan:
 def _site(config: TrainConfig, store: Store) -> str:
     if config.site is None and len(store.sites) > 1:
         raise InputError(
-            f"{store.path} holds the sites {', '.join(store.sites)}, and an SAE is trained on one: "
-            f"choose it with --site"
+            f"{store.place} holds the sites {', '.join(store.sites)}, and an SAE is trained on "
+            f"one: choose it with --site"
         )
     return store.check_site(config.site)
 

@@ -110,7 +110,7 @@ class Mixture:
         """
         rows = TrainingRows(store, skip_positions, validation)
         num_rows = rows.count()
-        row_bytes = store.d_model * store.itemsize
+        row_bytes = store.row_bytes
         max_rows = max(1, SLICE_BYTES // row_bytes)
         if window is not None:
             buffers = num_buffers(len(layers) * -(-batch_rows // len(layers)))
@@ -168,7 +168,7 @@ class Mixture:
     def window_bytes(self, rank: int, world_size: int) -> int:
         """Bytes of one rank's window."""
         rows = num_buffers(self.rank_slots(rank, world_size)) * self.slice_rows
-        return rows * self.store.d_model * self.store.itemsize
+        return rows * self.store.row_bytes
 
 
 def num_buffers(num_slots: int) -> int:

@@ -63,7 +63,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     flags[-5:] = PADDING
     write_store(root / "acts", root / "model", tokens, documents, flags)
     store = open_store(root / "acts")
-    activations = {n: store.decode(store.read("resid_post", n)) for n in LAYERS}
+    activations = {n: store.read("resid_post", n) for n in LAYERS}
     return World(root / "model", root / "acts", tokens, documents, flags, activations)
 
 

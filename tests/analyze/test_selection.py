@@ -62,7 +62,7 @@ def test_every_unflagged_row_of_the_sequences_is_read_once_in_order(
     expected = every[np.isin(every // 24, sequences) & (sample.token_flags == 0)]
     np.testing.assert_array_equal(np.concatenate(rows), expected)
     np.testing.assert_array_equal(np.concatenate(tokens), expected)
-    whole = store.decode(store.read("resid_post", 3))
+    whole = store.read("resid_post", 3)
     np.testing.assert_array_equal(np.concatenate(x), whole[expected])
 
 

@@ -24,12 +24,12 @@ MakeConfig = Callable[..., HarvestConfig]
 
 def harvested(config: HarvestConfig) -> Store:
     run(config)
-    assert verify(config.out) == []
+    assert verify(config.out).problems == []
     return open_store(config.out)
 
 
 def decoded(store: Store, site: str, layer: int) -> np.ndarray:
-    return store.decode(store.read(site, layer, 0, store.num_rows))
+    return store.read(site, layer, 0, store.num_rows)
 
 
 @pytest.fixture

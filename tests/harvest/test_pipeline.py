@@ -51,10 +51,10 @@ def test_store_holds_the_models_activations_on_the_packed_text(
     with torch.no_grad():
         states = model.model(input_ids=ids, output_hidden_states=True).hidden_states
     for layer in range(3):
-        stored = store.decode(store.read("resid_post", layer, 0, store.num_rows))
+        stored = store.read("resid_post", layer, 0, store.num_rows)
         expected = states[layer + 1].reshape(-1, 32).numpy()
         np.testing.assert_allclose(stored, expected, rtol=2**-10, atol=1e-6)
-    last = store.decode(store.read("resid_post", 3, 0, store.num_rows))
+    last = store.read("resid_post", 3, 0, store.num_rows)
     normed = model.backbone.final_layer_norm(torch.from_numpy(last))
     torch.testing.assert_close(normed, states[4].reshape(-1, 32), rtol=2e-3, atol=2e-3)
     assert (result.path, result.store_id, result.num_tokens, result.layers) == (
@@ -116,7 +116,7 @@ def test_encoding_follows_the_checkpoint_or_the_flag(
     ids = torch.from_numpy(store.tokens().astype(np.int64)).reshape(-1, 16)
     with torch.no_grad():
         states = model.model(input_ids=ids, output_hidden_states=True).hidden_states
-    stored = torch.from_numpy(store.decode(store.read("resid_post", 1, 0, store.num_rows)))
+    stored = torch.from_numpy(store.read("resid_post", 1, 0, store.num_rows))
     expected = states[2].reshape(-1, 32).to(getattr(torch, encoding)).float()
     tolerance = 0.05 if dtype != torch.float32 else 0.01
     torch.testing.assert_close(stored, expected, rtol=tolerance, atol=tolerance)
@@ -154,7 +154,7 @@ def test_end_of_a_harvest_shows_the_moments_by_layer(
     store = open_store(settings.out)
     rows = store.eligible(skip_positions=1)
     x = {
-        layer: store.decode(store.read("resid_post", layer, 0, store.num_rows))[rows].astype(float)
+        layer: store.read("resid_post", layer, 0, store.num_rows)[rows].astype(float)
         for layer in store.layers
     }
     centred = {layer: values - values.mean(axis=0) for layer, values in x.items()}

@@ -19,7 +19,7 @@ def cross_entropies(path: Path) -> tuple[float, float]:
     store = open_store(path)
     model = load(store.provenance()[-1]["model"]["name"])
     last = store.layers[-1]
-    x = torch.from_numpy(store.decode(store.read("resid_post", last, 0, store.num_rows)))
+    x = torch.from_numpy(store.read("resid_post", last, 0, store.num_rows))
     norms = ("final_layer_norm", "norm")
     norm = next(getattr(model.backbone, n) for n in norms if hasattr(model.backbone, n))
     tokens = torch.from_numpy(store.tokens().astype(np.int64))

@@ -37,7 +37,7 @@ for room in (40_000, 150_000):
     print("partial files:", len(list((disk / "acts").rglob("*.partial"))))
     ballast.unlink()
 produce(0)
-print("problems:", verify(disk / "acts"), open_store(disk / "acts").num_rows)
+print("problems:", verify(disk / "acts").problems, open_store(disk / "acts").num_rows)
 """
 
 

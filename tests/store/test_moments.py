@@ -9,7 +9,7 @@ import pytest
 from mlsae.base.errors import InputError
 from mlsae.store import MASKED, PADDING, SPECIAL, open_store
 from mlsae.store.accumulate import Accumulator, blocks_of
-from mlsae.store.encoding import decode, encode
+from mlsae.store.encoding import SiteCodec, decode, encode
 from mlsae.store.moments import GROUPS, GroupMoments, from_bytes, group_of_rows, to_bytes
 
 
@@ -21,9 +21,9 @@ def test_moments_of_eligible_rows_equal_brute_force(sample_maker, encoding, skip
     store = open_store(made.path)
     moments = store.moments("resid_post", skip)
     eligible = (made.token_flags == 0) & (np.arange(store.num_rows) % 24 >= skip)
-    x = np.stack(
-        [store.decode(store.read("resid_post", layer))[eligible] for layer in store.layers]
-    ).astype(np.float64)
+    x = np.stack([store.read("resid_post", layer)[eligible] for layer in store.layers]).astype(
+        np.float64
+    )
     u = (x - x.mean(-1, keepdims=True)) / (x.std(-1, ddof=1, keepdims=True) + 1e-5)
     assert moments.layers == store.layers
     assert moments.count == eligible.sum() > 100
@@ -112,9 +112,9 @@ def test_every_group_equals_brute_force(shape_of, encoding, d_model):
     x = np.stack([decode(layer, encoding) for layer in stored]).astype(np.float64)
     group = np.full(num_rows, len(GROUPS) - 1, np.int8)
     group[::50], group[3], group[100:200] = 0, 5, 7
-    moments = Accumulator((0, 1, 2), d_model, encoding)
+    moments = Accumulator((0, 1, 2), d_model, SiteCodec(encoding, d_model))
     for start, stop in ((0, 1), (1, 150), (150, 700)):
-        pieces = [layer[start:stop] for layer in stored]
+        pieces = [(layer[start:stop],) for layer in stored]
         assert moments.add(blocks_of(group[start:stop], d_model), pieces)
     assert moments.count_G[5] == 1
     for g in (0, 5, 7, len(GROUPS) - 1):
@@ -151,15 +151,14 @@ def test_values_that_are_not_finite_are_noticed(bad):
     rows = np.ones((2, 300, 8), np.float16)
     rows[1, 299, 3] = bad
     blocks = blocks_of(np.full(300, 19, np.int8), 8)
-    assert not Accumulator((0, 1), 8, "float16").add(blocks, list(rows))
+    assert not Accumulator((0, 1), 8, SiteCodec("float16", 8)).add(blocks, [(x,) for x in rows])
 
 
 def test_moments_made_elsewhere_are_taken_as_arrays():
     """Names and shapes are checked; any real type is widened."""
-    made = Accumulator((0, 2), 4, "float32")
-    made.add(
-        [(19, np.arange(6))], list(np.random.default_rng(0).normal(size=(2, 6, 4)).astype("f4"))
-    )
+    made = Accumulator((0, 2), 4, SiteCodec("float32", 4))
+    rows = np.random.default_rng(0).normal(size=(2, 6, 4)).astype("f4")
+    made.add([(19, np.arange(6))], [(x,) for x in rows])
     arrays = {name: values.astype(np.float32) for name, values in made.tensors().items()}
     taken = GroupMoments.from_arrays((0, 2), 4, arrays)
     assert taken.count_G[19] == 6

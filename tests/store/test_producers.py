@@ -50,7 +50,7 @@ def test_another_producer_is_refused_at_once(tmp_path: Path):
         writer.append(ROWS)
     # Nothing is left to be mixed.
     assert resume(tmp_path / "a", producer=GPU).position is None
-    assert verify(tmp_path / "a") == []
+    assert verify(tmp_path / "a").problems == []
 
 
 def test_another_producer_that_turns_up_meanwhile_stops_the_writer(tmp_path: Path):
@@ -79,7 +79,7 @@ def test_a_mixture_that_is_allowed_is_named_by_info(tmp_path: Path):
         for _ in range(3):
             writer.append(ROWS)
     assert open_store(tmp_path / "a").store_id == open_store(tmp_path / "b").store_id
-    assert verify(tmp_path / "a") == []
+    assert verify(tmp_path / "a").problems == []
     mixed, plain = (store_info(tmp_path / name) for name in "ab")
     assert mixed["producers"] == [
         {"producer": CPU, "num_shards": 1},

@@ -12,7 +12,7 @@ import zarr
 
 from mlsae.base.errors import InputError
 from mlsae.store import open_store
-from mlsae.store.encoding import decode, decode_finite_into, encode
+from mlsae.store.encoding import SiteCodec, decode, encode
 
 TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -35,7 +35,7 @@ def test_every_reader_reads_equal_values(sample_maker, encoding, num_sequences, 
     for layer, values in made.activations.items():
         expected = as_stored(values, encoding)
         key = f"activations/resid_post/{layer}"
-        assert np.array_equal(store.read("resid_post", layer), expected)
+        assert np.array_equal(store.reader("resid_post", layer).read()[0], expected)
         assert np.array_equal(group[key][:], expected)
         with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
             through_zarrs = zarr.open_array(str(made.path / key), mode="r")[:]
@@ -47,7 +47,7 @@ def test_every_reader_reads_equal_values(sample_maker, encoding, num_sequences, 
         opened = tensorstore.open(spec, read=True).result()
         assert np.array_equal(opened.read().result(), expected)
         widened = torch.from_numpy(values).to(TORCH[encoding]).float().numpy()
-        assert np.array_equal(store.decode(store.read("resid_post", layer)), widened)
+        assert np.array_equal(store.read("resid_post", layer), widened)
     for name, given in (
         ("tokens", made.tokens),
         ("documents", made.documents),
@@ -84,7 +84,7 @@ def test_the_fast_decoding_is_exact_for_every_finite_value(encoding, wide):
     stored = bits.view(np.float16) if encoding == "float16" else bits
     slow = decode(stored, encoding)
     fast = np.empty(2**16, wide)
-    decode_finite_into(stored, encoding, fast)
+    SiteCodec(encoding, 2**16).decode_finite_into((stored,), 0, fast)
     finite = np.isfinite(slow)
     assert np.array_equal(fast[finite], slow[finite])
     assert np.array_equal(np.signbit(fast[finite]), np.signbit(slow[finite]))
@@ -103,8 +103,8 @@ def test_rows_are_read_across_chunks_and_shards(sample):
         start, stop = np.sort(generator.integers(0, store.num_rows + 1, 2))
         fresh = open_store(sample.path) if start % 7 == 0 else store
         assert np.array_equal(fresh.read("resid_post", 1, start, stop), whole[start:stop])
-        buffer = np.zeros((stop - start, store.d_model), store.dtype)
-        store.reader("resid_post", 1).read_into(buffer, start)
+        buffer = np.zeros((stop - start, store.d_model), store.parts[0].dtype)
+        store.reader("resid_post", 1).read_into([buffer], start)
         assert np.array_equal(buffer, whole[start:stop])
 
 

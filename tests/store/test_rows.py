@@ -104,7 +104,7 @@ def test_rows_know_their_tokens_positions_and_flags(tmp_path: Path):
         assert np.array_equal(store.eligible(2, *span), eligible)
         assert np.array_equal(store.read("resid_post", 2, *span)[:, 0], -tokens[rows])
     assert np.array_equal(zarr.open_array(path / "row_token", mode="r")[:], tokens)
-    assert verify(path) == []
+    assert verify(path).problems == []
 
 
 def test_moments_follow_the_rows_flags_and_positions(tmp_path: Path):
@@ -130,12 +130,12 @@ def test_rows_that_are_not_the_plans_choice_are_found(tmp_path: Path):
     """Even where every hash around them is right."""
     path, _, _ = make(tmp_path / "acts")
     plan = read_sealed(path / "plan.json")
-    other = open_store(make(tmp_path / "other", keep_seed=9)[0]).path / "row_token/c.0"
+    other = make(tmp_path / "other", keep_seed=9)[0] / "row_token/c.0"
     (path / "row_token/c.0").write_bytes(other.read_bytes())
     setup = read_sealed(path / "commits/setup.json")
     setup["objects"]["row_token/c.0"] = hashlib.sha256(other.read_bytes()).hexdigest()
     (path / "commits/setup.json").write_bytes(seal(setup))
-    rules = {(p.rule, p.path) for p in verify(path)}
+    rules = {(p.rule, p.path) for p in verify(path).problems}
     assert ("R-ROW-3", "row_token") in rules
     assert plan["keep_positions"] == {"num": KEPT, "seed": 2}
 

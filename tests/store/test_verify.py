@@ -12,6 +12,7 @@ from mlsae.base.errors import MlsaeError
 from mlsae.base.files import read_sealed, seal
 from mlsae.store import (
     DamagedStoreError,
+    InvalidStoreError,
     NotAStoreError,
     SchemaVersionError,
     StoreError,
@@ -34,7 +35,7 @@ def files_of(path: Path) -> list[Path]:
 def judge(path: Path) -> list[str]:
     """Problems found, or the refusal to open."""
     try:
-        return [str(problem) for problem in verify(path)]
+        return [str(problem) for problem in verify(path).problems]
     except StoreError as error:
         return [str(error)]
 
@@ -43,7 +44,7 @@ def test_a_sound_store_has_no_problems(sample_maker):
     """For every encoding, with provenance beside it."""
     for encoding in ("float16", "bfloat16", "float32"):
         made = sample_maker(encoding, encoding=encoding, provenance={"host": "here"})
-        assert verify(made.path) == []
+        assert verify(made.path).problems == []
 
 
 def test_one_flipped_bit_in_any_file_is_found(sample_maker):
@@ -59,7 +60,7 @@ def test_one_flipped_bit_in_any_file_is_found(sample_maker):
             file.write_bytes(flipped)
             assert judge(made.path), f"bit {bit} of {file.relative_to(made.path)}"
         file.write_bytes(data)
-    assert verify(made.path) == []
+    assert verify(made.path).problems == []
 
 
 def test_reading_never_returns_flipped_activations(sample):
@@ -95,15 +96,15 @@ def test_missing_truncated_longer_or_swapped_files_are_found(sample, harm):
             shutil.copyfile(other, file)
         assert judge(sample.path), f"{harm}: {file.relative_to(sample.path)}"
         file.write_bytes(data)
-    assert verify(sample.path) == []
+    assert verify(sample.path).problems == []
 
 
 def test_foreign_files_are_named_and_hub_files_ignored(sample):
     """A README of a hub is no damage; anything else is."""
     (sample.path / "README.md").write_text("shared")
-    assert verify(sample.path) == []
+    assert verify(sample.path).problems == []
     (sample.path / "activations" / "notes.txt").write_text("?")
-    assert [str(p) for p in verify(sample.path)] == [
+    assert [str(p) for p in verify(sample.path).problems] == [
         "R-LAYOUT-3 activations/notes.txt: does not belong here"
     ]
 
@@ -122,7 +123,7 @@ def test_moments_that_are_not_those_of_the_values_are_found(sample):
 
     record["moments_sha256"] = hashlib.sha256(name.read_bytes()).hexdigest()
     (sample.path / "commits/00002.json").write_bytes(seal(record))
-    assert [(p.rule, p.path) for p in verify(sample.path)] == [
+    assert [(p.rule, p.path) for p in verify(sample.path).problems] == [
         ("R-MOMENT-3", "moments/00002.safetensors")
     ]
 
@@ -130,10 +131,9 @@ def test_moments_that_are_not_those_of_the_values_are_found(sample):
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        ("1.0", "follows schema 1.0, this mlsae reads 0.2; upgrade mlsae"),
-        ("0.3", "follows schema 0.3, this mlsae reads 0.2; upgrade mlsae"),
-        ("0.1", "read it with the mlsae that wrote it"),
-        ("one", "schema_version must be MAJOR.MINOR such as 0.2, got 'one'"),
+        ("2.0", "follows schema 2.0, this mlsae reads 1.0; upgrade mlsae"),
+        ("0.2", "read it with the mlsae that wrote it"),
+        ("one", "schema_version must be MAJOR.MINOR such as 1.0, got 'one'"),
     ],
 )
 def test_stores_of_other_versions_are_refused(sample, version, message):
@@ -148,7 +148,7 @@ def test_unknown_keys_of_a_plan_are_refused(sample):
     """A reader must not guess what a key means."""
     plan = read_sealed(sample.path / "plan.json")
     (sample.path / "plan.json").write_bytes(seal({**plan, "rotation": "hadamard"}))
-    with pytest.raises(MlsaeError, match="the plan has unknown keys rotation"):
+    with pytest.raises(MlsaeError, match=r"plan\.json has unknown keys rotation"):
         open_store(sample.path)
 
 
@@ -185,21 +185,8 @@ class UncheckedArrays(TokenArrays):
         return values
 
 
-@pytest.mark.parametrize(
-    ("changes", "broken"),
-    [
-        (
-            {"batch_sequences": 5},
-            [("R-PLAN-5", "plan.json"), ("R-TOKEN-3", "token_flags")],
-        ),
-        (
-            {"context_length": 5, "chunk_rows": 50, "shard_rows": 50},
-            [("R-TOKEN-2", "plan.json"), ("R-TOKEN-3", "token_flags")],
-        ),
-    ],
-)
-def test_rules_of_plan_and_flags_are_checked_whatever_wrote_the_store(tmp_path, changes, broken):
-    """A producer that passed over the writer's own checks."""
+def made_carelessly(path: Path, changes: dict[str, object]) -> None:
+    """The tokens of a store whose producer passes over the writer's own checks."""
     arrays = UncheckedArrays(np.arange(48), None, None, 8)
     plan = make_plan(
         arrays,
@@ -213,8 +200,29 @@ def test_rules_of_plan_and_flags_are_checked_whatever_wrote_the_store(tmp_path, 
         source={},
     )
     plan.update(changes)
-    (tmp_path / "plan.json").write_bytes(seal(plan))
-    write_setup(tmp_path, plan, arrays)
+    (path / "plan.json").write_bytes(seal(plan))
+    write_setup(path, plan, arrays, None)
+
+
+def test_flags_are_checked_whatever_wrote_the_store(tmp_path: Path):
+    """An unknown bit is found although every hash around it is right."""
+    made_carelessly(tmp_path, {})
     with resume(tmp_path) as writer:
         writer.append({("resid_post", 0): np.ones((writer.num_rows, 4), np.float32)})
-    assert [(p.rule, p.path) for p in verify(tmp_path)] == broken
+    problems = verify(tmp_path).problems
+    assert [(p.rule, p.path) for p in problems] == [("R-TOKEN-3", "token_flags")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule", "message"),
+    [
+        ({"batch_sequences": 5}, "R-PLAN-5", "shard_rows must be whole chunks and whole batches"),
+        ({"context_length": 5}, "R-TOKEN-2", "num_tokens must be whole sequences of context_len"),
+    ],
+)
+def test_rules_of_the_plan_are_checked_before_anything_is_read(tmp_path, changes, rule, message):
+    """By whoever opens the store; verify names the rule."""
+    made_carelessly(tmp_path, changes)
+    with pytest.raises(InvalidStoreError, match=message):
+        open_store(tmp_path, incomplete=True)
+    assert [p.rule for p in verify(tmp_path).problems] == [rule]

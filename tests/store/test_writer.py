@@ -22,6 +22,7 @@ from mlsae.store import (
     resume,
 )
 from mlsae.store.accumulate import Accumulator, blocks_of
+from mlsae.store.encoding import SiteCodec
 from mlsae.store.moments import GroupMoments
 from mlsae.store.verify import verify
 
@@ -68,7 +69,7 @@ def test_killed_producers_continue_after_their_last_committed_shard(tmp_path: Pa
     assert done > 0
     assert run_producer(broken) == num_batches - 2 * done
     assert open_store(broken).store_id == unbroken
-    assert verify(broken) == []
+    assert verify(broken).problems == []
     assert not list(broken.rglob("*.partial"))
 
 
@@ -94,7 +95,7 @@ def test_two_writers_may_share_a_plan_and_split_the_shards(tmp_path: Path):
             writer.append(rows(8))
     first.close()
     second.close()
-    assert verify(tmp_path / "a") == []
+    assert verify(tmp_path / "a").problems == []
     with create(tmp_path / "a", tokens=TOKENS, **SHAPE, shard_bytes=64) as again:
         assert again.position is None
         with pytest.raises(InputError, match="all 64 rows are there, 1 too many"):
@@ -165,7 +166,10 @@ def test_a_failing_producer_leaves_no_partial_files(tmp_path: Path):
         ({"token_flags": np.full(64, 8, np.uint8)}, r"token_flags may hold bits 0 to 2 .*, got 8"),
         ({"layers": (1, 0)}, r"layers must be ascending block indices from 0, got \[1, 0\]"),
         ({"sites": ("resid",)}, "sites must be different ones of resid_pre"),
-        ({"encoding": "float8"}, "encoding 'float8' is not one of float16, bfloat16, float32"),
+        (
+            {"encoding": "float8"},
+            "encoding 'float8' is not one of float16, bfloat16, float32, int8",
+        ),
         ({"d_model": 0}, "d_model must be at least 1, got 0"),
     ],
 )
@@ -204,8 +208,8 @@ def test_shapes_and_names_of_a_batch_are_checked(tmp_path: Path):
 
 def moments_of(rows_of: dict[tuple[str, int], np.ndarray], groups: np.ndarray) -> GroupMoments:
     """What a device would compute of float16 rows."""
-    moments = Accumulator((0, 1), 4, "float16")
-    stored = [rows_of["resid_post", layer].astype(np.float16) for layer in (0, 1)]
+    moments = Accumulator((0, 1), 4, SiteCodec("float16", 4))
+    stored = [(rows_of["resid_post", layer].astype(np.float16),) for layer in (0, 1)]
     assert moments.add(blocks_of(groups, 4), stored)
     arrays = {name: values.copy() for name, values in moments.tensors().items()}
     return GroupMoments.from_arrays((0, 1), 4, arrays)
@@ -227,7 +231,7 @@ def test_moments_may_be_given(tmp_path: Path):
     given, here = open_store(tmp_path / "given"), open_store(tmp_path / "here")
     assert given.store_id == here.store_id
     np.testing.assert_allclose(given.moments().m2, here.moments().m2, rtol=1e-6)
-    assert verify(tmp_path / "given") == []
+    assert verify(tmp_path / "given").problems == []
 
 
 def test_moments_may_come_with_a_later_call(tmp_path: Path):
@@ -238,10 +242,10 @@ def test_moments_may_come_with_a_later_call(tmp_path: Path):
         for _ in range(8)
     ]
     with create(tmp_path / "later", tokens=TOKENS, **SHAPE, shard_bytes=200) as writer:
-        underway = Accumulator((0, 1), 4, "float16")
+        underway = Accumulator((0, 1), 4, SiteCodec("float16", 4))
         for batch in batches:
             start = writer.position
-            stored = [batch["resid_post", layer].astype(np.float16) for layer in (0, 1)]
+            stored = [(batch["resid_post", layer].astype(np.float16),) for layer in (0, 1)]
             assert underway.add(blocks_of(writer.row_groups(start, start + 8), 4), stored)
             shard = writer.shard_range(start // writer.shard_rows)
             if start + 8 < shard.stop:
@@ -249,8 +253,8 @@ def test_moments_may_come_with_a_later_call(tmp_path: Path):
                 continue
             arrays = {name: values.copy() for name, values in underway.tensors().items()}
             writer.append(batch, {"resid_post": GroupMoments.from_arrays((0, 1), 4, arrays)})
-            underway = Accumulator((0, 1), 4, "float16")
-    assert verify(tmp_path / "later") == []
+            underway = Accumulator((0, 1), 4, SiteCodec("float16", 4))
+    assert verify(tmp_path / "later").problems == []
     writer = create(tmp_path / "never", tokens=TOKENS, **SHAPE, shard_bytes=200)
     writer.append(batches[0], {})
     alone = moments_of(batches[1], writer.row_groups(8, 16))
@@ -293,7 +297,7 @@ def test_a_ring_of_two_sets_of_buffers_is_enough(tmp_path: Path):
     assert np.array_equal(
         open_store(tmp_path / "a").read("resid_post", 0)[:, 7], np.repeat(np.arange(24), 256)
     )
-    assert verify(tmp_path / "a") == []
+    assert verify(tmp_path / "a").problems == []
 
 
 def test_killed_setups_leave_nothing_behind(tmp_path: Path):

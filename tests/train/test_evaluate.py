@@ -46,7 +46,7 @@ def test_figures_equal_a_plain_computation(
     for name, first in (("position_0_in", 0), ("position_0_out", max(1, skip_positions))):
         mask, used = wanted & (token % 24 >= first), set()
         for entry, layer in zip(found[name]["layers"], (0, 3), strict=True):
-            x = store.decode(store.read("resid_post", layer))[mask]
+            x = store.read("resid_post", layer)[mask]
             latents = sae.encode(torch.from_numpy(x))
             x_hat = sae.decode(latents).detach().numpy().astype(np.float64)
             x = x.astype(np.float64)

@@ -177,7 +177,7 @@ def test_layer_variances_are_those_of_the_eligible_rows(loss_space: str, sample)
     got = layer_variances(store.moments("resid_post", 2), (1, 3), loss_space)
     eligible = store.eligible(2)
     for variance, layer in zip(got, (1, 3), strict=True):
-        x = store.decode(store.read("resid_post", layer))[eligible].astype(np.float64)
+        x = store.read("resid_post", layer)[eligible].astype(np.float64)
         if loss_space == "standardized":
             spread = x.std(1, ddof=1, keepdims=True)
             x = (x - x.mean(1, keepdims=True)) / (spread + 1e-5)

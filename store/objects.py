@@ -1,0 +1,172 @@
+"""Where the bytes of a store are: objects by name, in a directory of this machine or elsewhere.
+
+A name is a path inside the store, such as `commits/setup.json`. Everything that reads a store goes
+through `Objects`, so that one reader serves every place.
+"""
+
+import os
+import resource
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mlsae.store.errors import DamagedStoreError
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class Objects(Protocol):
+    """The objects of one store. Threads may share it."""
+
+    place: str
+    """Directory or URL, as messages name it."""
+    is_local: bool
+    """Whether a part of an object is as cheap to read as its bytes are few."""
+
+    def read(self, name: str, limit: int) -> bytes:
+        """All bytes of an object.
+
+        Args:
+            name: of the object.
+            limit: most bytes that it may have.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+            DamagedStoreError: it is larger than `limit`; nothing was read then.
+            RemoteError: the place cannot be reached.
+        """
+        ...
+
+    def read_into(self, name: str, offset: int, out: npt.NDArray[Any]) -> int:
+        """Fill a C-contiguous array with the bytes of an object from `offset` on.
+
+        Returns:
+            Bytes read: fewer than `out` holds only where the object ends.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+            RemoteError: the place cannot be reached.
+        """
+        ...
+
+    def forget(self, name: str, offset: int, num_bytes: int) -> bool:
+        """Drop a copy that was kept of these bytes, because they are not what they should be.
+
+        Returns:
+            Whether there was one, so that reading again may help.
+        """
+        ...
+
+    def size(self, name: str) -> int:
+        """Bytes of an object.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+            RemoteError: the place cannot be reached.
+        """
+        ...
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such an object.
+
+        Raises:
+            RemoteError: the place cannot be reached.
+        """
+        ...
+
+    def walk(self) -> Iterator[tuple[str, int]]:
+        """(name, bytes) of every object, in no order.
+
+        Raises:
+            RemoteError: the place cannot be reached, or does not list what it holds.
+        """
+        ...
+
+
+class LocalObjects:
+    """A store in a directory of this machine."""
+
+    is_local = True
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.place = str(directory)
+        self._prefix = f"{directory}/"
+        self._limit = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        self._open: OrderedDict[str, _Descriptor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, name: str, limit: int) -> bytes:
+        """See `Objects`."""
+        with (self.directory / name).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise too_large(self.place, name, size, limit)
+            return file.read()
+
+    def read_into(self, name: str, offset: int, out: npt.NDArray[Any]) -> int:
+        """See `Objects`."""
+        descriptor = self._get(name)
+        done, num_bytes = 0, out.nbytes
+        # One call reads at most 2 GiB, and may be interrupted.
+        while done < num_bytes:
+            view = out.reshape(-1).view(np.uint8)[done:].data if done else out.data
+            count = os.preadv(descriptor.number, [view], offset + done)
+            if count == 0:
+                break
+            done += count
+        return done
+
+    def forget(self, name: str, offset: int, num_bytes: int) -> bool:  # noqa: ARG002
+        """Nothing is kept of what lies on this machine."""
+        return False
+
+    def size(self, name: str) -> int:
+        """See `Objects`."""
+        return os.fstat(self._get(name).number).st_size
+
+    def exists(self, name: str) -> bool:
+        """See `Objects`."""
+        return (self.directory / name).exists()
+
+    def walk(self) -> Iterator[tuple[str, int]]:
+        """See `Objects`."""
+        for path in self.directory.rglob("*"):
+            if not path.is_dir():
+                yield str(path).removeprefix(self._prefix), path.lstat().st_size
+
+    def _get(self, name: str) -> "_Descriptor":
+        with self._lock:
+            if (found := self._open.get(name)) is not None:
+                self._open.move_to_end(name)
+                return found
+            opened = self._open[name] = _Descriptor(self._prefix + name)
+            # Well under the process's limit, which others need too.
+            if len(self._open) > self._limit:
+                self._open.popitem(last=False)
+            return opened
+
+
+class _Descriptor:
+    """A file descriptor that closes when its last user lets go of it."""
+
+    def __init__(self, path: str) -> None:
+        self.number = -1
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
+
+
+def too_large(place: str, name: str, size: int, limit: int) -> DamagedStoreError:
+    """The error of an object that has more bytes than it may."""
+    return DamagedStoreError(
+        f"{place}: {name} has {size} bytes, over the {limit} that it may have here; restore it "
+        f"from a copy"
+    )

@@ -1,0 +1,226 @@
+"""A plan that was read is held against the specification before anything in it is believed.
+
+A store may come from anybody, so sizes are checked before memory is taken by them and names before
+they become paths.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from mlsae.store.compression import COMPRESSIONS
+from mlsae.store.encoding import STORED_DTYPE, parts_of
+from mlsae.store.errors import InvalidStoreError, SchemaVersionError
+from mlsae.store.layout import MAX_OBJECT_BYTES, MAX_SHARDS, object_bytes
+from mlsae.store.rows import num_rows_of, rows_per_sequence_of
+from mlsae.store.schema import PLAN, PLAN_KEYS, SCHEMA_VERSION, SITES
+
+MAX_COUNT = 2**62
+MAX_WIDTH = 2**24
+MAX_LAYERS = 100_000
+MAX_LEVEL = 9
+MAX_CHUNK_BYTES = 2**28
+MAX_CHUNKS = 2**22
+"""Most chunks of a shard: their index takes 64 MiB then."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def check_version(version: object, place: str) -> None:
+    """Refuse a store that this package may misread.
+
+    Raises:
+        SchemaVersionError: not MAJOR.MINOR, or another MAJOR.
+    """
+    match = re.fullmatch(r"(\d{1,9})\.(\d{1,9})", version) if isinstance(version, str) else None
+    if match is None:
+        raise SchemaVersionError(
+            f"{place}: schema_version must be MAJOR.MINOR such as {SCHEMA_VERSION}, "
+            f"got {version!r}",
+            rule="R-VERSION-1",
+        )
+    ours = int(SCHEMA_VERSION.split(".")[0])
+    if int(match[1]) == ours:
+        return
+    raise SchemaVersionError(
+        f"{place}: the store follows schema {version}, this mlsae reads {SCHEMA_VERSION}; "
+        + ("upgrade mlsae" if int(match[1]) > ours else "read it with the mlsae that wrote it"),
+        rule="R-VERSION-2",
+    )
+
+
+def is_ignorable(value: object) -> bool:
+    """Whether a value says that a reader who does not know it may pass it by."""
+    return isinstance(value, Mapping) and value.get("must_understand") is False
+
+
+def check_keys(record: Mapping[str, Any], known: frozenset[str], where: str, rule: str) -> None:
+    """Refuse keys that are missing, or unknown and not marked as ignorable.
+
+    Raises:
+        InvalidStoreError: naming them.
+    """
+    unknown = sorted(key for key in record.keys() - known if not is_ignorable(record[key]))
+    if unknown:
+        raise InvalidStoreError(
+            f"{where} has unknown keys {', '.join(unknown[:5])}; a newer mlsae may know them",
+            rule=rule,
+        )
+    if missing := sorted(known - record.keys()):
+        raise InvalidStoreError(f"{where} lacks {', '.join(missing)}", rule=rule)
+
+
+def is_sha256(value: object) -> bool:
+    """Whether a value is a hexadecimal SHA-256 in lower case."""
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
+
+
+def check_plan(plan: Mapping[str, Any], place: str) -> None:
+    """Check a plan that was read from a store.
+
+    Args:
+        plan: its keys.
+        place: of the store, for messages.
+
+    Raises:
+        SchemaVersionError: of a version this package cannot read.
+        InvalidStoreError: it breaks a rule of the specification, which the error names.
+    """
+    check_version(plan.get("schema_version"), place)
+    check_keys(plan, PLAN_KEYS, f"{place}: {PLAN}", "R-PLAN-1")
+    check = _PlanCheck(plan, place)
+    check.numbers()
+    check.lists()
+    check.hashes()
+    check.encoding()
+    check.objects()
+    check.sizes()
+
+
+class _PlanCheck:
+    def __init__(self, plan: Mapping[str, Any], place: str) -> None:
+        self._plan = plan
+        self._place = place
+
+    def numbers(self) -> None:
+        self._integer("context_length", 1, MAX_COUNT)
+        self._integer("num_tokens", 1, MAX_COUNT)
+        self._integer("d_model", 1, MAX_WIDTH)
+        for key in ("batch_sequences", "chunk_rows", "shard_rows", "token_chunk", "token_shard"):
+            self._integer(key, 1, MAX_COUNT)
+        if self._plan["num_tokens"] % self._plan["context_length"]:
+            raise self._wrong("num_tokens", "whole sequences of context_length", "R-TOKEN-2")
+
+    def lists(self) -> None:
+        layers, sites = self._plan["layers"], self._plan["sites"]
+        if (
+            not isinstance(layers, list)
+            or not 1 <= len(layers) <= MAX_LAYERS
+            or not all(type(layer) is int and 0 <= layer < MAX_COUNT for layer in layers)
+            or layers != sorted(set(layers))
+        ):
+            raise self._wrong("layers", "block indices, ascending", "R-PLAN-4")
+        if (
+            not isinstance(sites, list)
+            or not sites
+            or not all(isinstance(site, str) and site in SITES for site in sites)
+            or len(set(sites)) < len(sites)
+        ):
+            raise self._wrong("sites", f"different ones of {', '.join(SITES)}", "R-PLAN-4")
+
+    def hashes(self) -> None:
+        for key in ("tokens_sha256", "documents_sha256", "token_flags_sha256"):
+            if not is_sha256(self._plan[key]):
+                raise self._wrong(key, "64 hexadecimal digits", "R-PLAN-4")
+
+    def encoding(self) -> None:
+        encoding, compression = self._plan["encoding"], self._plan["compression"]
+        if not isinstance(encoding, str) or encoding not in STORED_DTYPE:
+            raise self._wrong("encoding", f"one of {', '.join(STORED_DTYPE)}", "R-PLAN-4")
+        if compression is not None and (
+            not isinstance(compression, dict)
+            or compression.keys() != {"name", "level"}
+            or compression["name"] not in COMPRESSIONS[1:]
+            or type(compression["level"]) is not int
+            or not 1 <= compression["level"] <= MAX_LEVEL
+        ):
+            raise self._wrong(
+                "compression",
+                f'null or {{"name": "zstd", "level": 1 to {MAX_LEVEL}}}',
+                "R-PLAN-4",
+            )
+        calibration = self._plan["calibration"]
+        if encoding != "int8":
+            if calibration is not None:
+                raise self._wrong("calibration", f"null for {encoding}", "R-INT8-1")
+        elif (
+            not isinstance(calibration, dict)
+            or calibration.keys() != {"num_rows", "sha256"}
+            or type(calibration["num_rows"]) is not int
+            or calibration["num_rows"] < 1
+            or not is_sha256(calibration["sha256"])
+        ):
+            raise self._wrong("calibration", "num_rows and sha256 for int8", "R-INT8-1")
+
+    def objects(self) -> None:
+        keep, derived = self._plan["keep_positions"], self._plan["derived_from"]
+        length = self._plan["context_length"]
+        if keep is not None and (
+            not isinstance(keep, dict)
+            or keep.keys() != {"num", "seed"}
+            or type(keep["num"]) is not int
+            or type(keep["seed"]) is not int
+            or not 1 <= keep["num"] <= length
+        ):
+            raise self._wrong(
+                "keep_positions", f"null, or num from 1 to {length} and a seed", "R-ROW-1"
+            )
+        if not isinstance(self._plan["source"], dict):
+            raise self._wrong("source", "an object", "R-PLAN-4")
+        if derived is not None and (
+            not isinstance(derived, dict) or not is_sha256(derived.get("store_id"))
+        ):
+            raise self._wrong("derived_from", "null, or an object with a store_id", "R-PLAN-6")
+
+    def sizes(self) -> None:
+        plan = self._plan
+        batch_rows = plan["batch_sequences"] * rows_per_sequence_of(plan)
+        if plan["shard_rows"] % plan["chunk_rows"] or plan["shard_rows"] % batch_rows:
+            raise self._wrong("shard_rows", "whole chunks and whole batches", "R-PLAN-5")
+        if plan["token_shard"] % plan["token_chunk"]:
+            raise self._wrong("token_shard", "whole chunks", "R-PLAN-5")
+        lengths = {"shard_rows": num_rows_of(plan), "token_shard": plan["num_tokens"]}
+        widths = {
+            "shard_rows": max(p.row_bytes for p in parts_of(plan["encoding"], plan["d_model"])),
+            "token_shard": 4 if plan["keep_positions"] is None else 8,
+        }
+        chunks = {"shard_rows": plan["chunk_rows"], "token_shard": plan["token_chunk"]}
+        for key, length in lengths.items():
+            if -(-length // plan[key]) > MAX_SHARDS:
+                raise self._wrong(key, f"so that there are at most {MAX_SHARDS} shards", "R-PLAN-7")
+            if chunks[key] * widths[key] > MAX_CHUNK_BYTES:
+                raise self._wrong(
+                    "chunk_rows" if key == "shard_rows" else "token_chunk",
+                    f"so that a chunk is at most {MAX_CHUNK_BYTES} bytes",
+                    "R-PLAN-7",
+                )
+            if plan[key] // chunks[key] > MAX_CHUNKS:
+                raise self._wrong(key, f"at most {MAX_CHUNKS} chunks", "R-PLAN-7")
+            rows = min(length, plan[key])
+            size = object_bytes(rows, widths[key], chunks[key], plan[key])
+            if size > MAX_OBJECT_BYTES:
+                raise self._wrong(
+                    key, f"so that an object is at most {MAX_OBJECT_BYTES} bytes", "R-PLAN-7"
+                )
+
+    def _integer(self, key: str, low: int, high: int) -> None:
+        value = self._plan[key]
+        if type(value) is not int or not low <= value <= high:
+            raise self._wrong(key, f"an integer from {low} to {high}", "R-PLAN-4")
+
+    def _wrong(self, key: str, expected: str, rule: str) -> InvalidStoreError:
+        got = str(self._plan[key])
+        return InvalidStoreError(
+            f"{self._place}: {PLAN}: {key} must be {expected}, got "
+            f"{got if len(got) <= 60 else got[:57] + '…'}",
+            rule=rule,
+        )
