@@ -1,0 +1,179 @@
+"""Objects on a web server, in an S3 bucket, in a data set of the Hugging Face hub.
+
+Only `mlsae.store.remote` imports this module: a store on this machine needs no network library.
+
+No answer is taken in whole before its size is known and allowed, and none of more bytes than were
+asked for. The library's own retries are off for reading: they end at a cut in the middle of a body,
+and their time would multiply with ours.
+"""
+
+import errno
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import HTTPStore, S3Store
+
+from mlsae.store.errors import RemoteError
+from mlsae.store.objects import too_large
+from mlsae.store.retry import Patience, RequestError, understand
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, RetryConfig
+
+_PIECE_BYTES = 2**18
+"""An answer is taken in pieces of about as many bytes."""
+_PUT_RETRIES: "RetryConfig" = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
+"""A large object is put in parts; the library repeats the part that failed."""
+
+
+class RemoteObjects:
+    """The objects of a store that is elsewhere. Threads may share it; forked processes may not.
+
+    Args:
+        place: URL, as messages name it.
+        client: the library's handle.
+        credentials: what to do where credentials are missing or refused.
+        patience: how long to go on where a request fails.
+    """
+
+    is_local = False
+
+    def __init__(
+        self, place: str, client: HTTPStore | S3Store, credentials: str, patience: Patience
+    ) -> None:
+        self.place = place
+        self._client = client
+        self._credentials = credentials
+        self._patience = patience
+
+    def read(self, name: str, limit: int) -> bytes:
+        """See `Objects`."""
+        held = bytearray()
+
+        def allocate(num_bytes: int, total: int) -> memoryview:
+            nonlocal held
+            if total > limit:
+                raise too_large(self.place, name, total, limit)
+            held = bytearray(num_bytes)
+            return memoryview(held)
+
+        self._receive(name, 0, max(limit, 1), allocate)
+        return bytes(held)
+
+    def read_into(self, name: str, offset: int, out: npt.NDArray[Any]) -> int:
+        """See `Objects`."""
+        view = out.reshape(-1).view(np.uint8).data
+        if not view.nbytes:
+            return 0
+        return self._receive(name, offset, offset + view.nbytes, lambda *_: view)
+
+    def forget(self, name: str, offset: int, num_bytes: int) -> bool:  # noqa: ARG002
+        """Nothing is kept."""
+        return False
+
+    def size(self, name: str) -> int:
+        """See `Objects`."""
+        size = 0
+
+        def allocate(num_bytes: int, total: int) -> memoryview:
+            nonlocal size
+            size = total
+            return memoryview(bytearray(num_bytes))
+
+        # Not HEAD: an address that was signed for GET refuses it.
+        self._receive(name, 0, 1, allocate)
+        return size
+
+    def exists(self, name: str) -> bool:
+        """See `Objects`."""
+        try:
+            self.size(name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _receive(
+        self, name: str, start: int, stop: int, allocate: Callable[[int, int], memoryview]
+    ) -> int:
+        """Take the bytes start … stop − 1 of an object, as far as it has them.
+
+        Args:
+            name: of the object.
+            start: first byte.
+            stop: end of the bytes, after `start`.
+            allocate: (bytes that will come, bytes of the whole object) → where to put them, at
+                least as much; called once.
+        """
+        out: memoryview | None = None
+        done = expected = 0
+
+        def attempt() -> int:
+            nonlocal out, done, expected
+            try:
+                answer = obstore.get(self._client, name, options={"range": (start + done, stop)})
+                total = answer.meta["size"]
+                num_bytes = min(stop, total) - start
+                if out is None:
+                    out, expected = allocate(num_bytes, total), num_bytes
+                if num_bytes != expected or answer.range != (start + done, start + num_bytes):
+                    raise RequestError(
+                        "the server sent other bytes than it was asked for",
+                        remedy="try again when nobody writes to it, or check the server",
+                    )
+                for piece in answer.stream(min_chunk_size=_PIECE_BYTES):
+                    if len(piece) > expected - done:
+                        raise RequestError(
+                            "the server sent more bytes than it was asked for",
+                            remedy="check the address and the server",
+                        )
+                    out[done : done + len(piece)] = piece
+                    done += len(piece)
+            except BaseError as error:
+                failure = understand(error, self._credentials)
+                if failure.is_past_end and out is None:
+                    return 0
+                raise failure from None
+            if done < expected:
+                raise RequestError("the connection was cut", passes=True)
+            return done
+
+        try:
+            return self._patience.persist(
+                f"{self.place}/{name} cannot be read", attempt, lambda: done
+            )
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                errno.ENOENT, "no such object", f"{self.place}/{name}"
+            ) from None
+
+
+class HttpObjects(RemoteObjects):
+    """A store on a web server, which answers requests for parts of its files."""
+
+    def __init__(self, place: str, url: str, patience: Patience) -> None:
+        client = HTTPStore(
+            url, client_options=client_options(patience), retry_config={"max_retries": 0}
+        )
+        super().__init__(
+            place, client, "the server wants a login: https://USER:PASSWORD@… gives one", patience
+        )
+
+    def walk(self) -> Iterator[tuple[str, int]]:
+        """See `Objects`."""
+        raise RemoteError(f"{self.place}: a web server does not list what it holds")
+
+
+def client_options(patience: Patience, headers: dict[str, str] | None = None) -> "ClientConfig":
+    """Time limits of one request. A long object may take several: each goes on where one ended."""
+    return {
+        "allow_http": True,
+        "connect_timeout": timedelta(seconds=10),
+        "read_timeout": timedelta(seconds=patience.stall_seconds),
+        "timeout": timedelta(minutes=5),
+        "default_headers": headers or {},
+    }
