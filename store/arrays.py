@@ -19,7 +19,7 @@ from mlsae.store.errors import DamagedStoreError
 from mlsae.store.layout import CRC_BYTES, MAX_OBJECT_BYTES, object_bytes
 from mlsae.store.objects import Objects
 from mlsae.store.schema import chunk_key
-from mlsae.store.shardfile import ABSENT, crc32c_bytes, index_bytes, plain_index
+from mlsae.store.shardfile import ABSENT, crc32c_bytes, index_bytes
 
 Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
@@ -184,7 +184,7 @@ class ArrayReader:
             packed, body = body, self._buffer("chunk", self._chunk_bytes)
             if not self._compressor.decompress(packed, body):
                 raise self._damage(
-                    shard.number, f"its chunk {inner} does not decompress to a chunk"
+                    shard.number, f"its chunk {inner} does not decompress to a chunk", "R-SHARD-5"
                 )
         shard.checked[inner] = True
         return body
@@ -208,7 +208,7 @@ class ArrayReader:
             size = self._objects.size(name)
             spans = self._check_index(number, name, size)
         except FileNotFoundError:
-            raise self._damage(number, "its file is missing") from None
+            raise self._damage(number, "its file is missing", "R-COMMIT-4") from None
         num_used = -(-self._rows_of(number) // self._chunk_rows)
         shard = _Shard(number, name, np.zeros(num_used, np.bool_), spans)
         with self._lock:
@@ -229,34 +229,40 @@ class ArrayReader:
         if self._compressor is None:
             expected_size = object_bytes(rows, self._row_bytes, self._chunk_rows, self._shard_rows)
             if size != expected_size:
-                raise self._damage(number, f"it has {size} bytes, not {expected_size}")
+                raise self._damage(
+                    number, f"it has {size} bytes, not {expected_size}", "R-SHARD-2"
+                )
         elif not length <= size <= MAX_OBJECT_BYTES:
-            raise self._damage(number, f"it has {size} bytes, and its index alone {length}")
+            raise self._damage(
+                number, f"it has {size} bytes, and its index alone {length}", "R-SHARD-2"
+            )
         index = np.empty(length, np.uint8)
         if self._objects.read_into(name, size - length, index) != length:
             raise self._damage(number, "it ends too early")
-        if self._compressor is None:
-            expected = plain_index(num_used, self._chunks_per_shard, self._chunk_bytes)
-            if index.tobytes() != expected:
-                raise self._damage(number, "its index does not match")
-            return None
+        if crc32c_bytes(index[:-CRC_BYTES]) != index[-CRC_BYTES:].tobytes():
+            raise self._damage(number, "the checksum of its index does not match")
         spans = index[:-CRC_BYTES].view("<u8").reshape(-1, 2)
         used = spans[:num_used].copy()
-        sizes, most = used[:, 1], self._compressor.most_bytes(self._chunk_bytes) + CRC_BYTES
+        if (used == ABSENT).any() or (spans[num_used:] != ABSENT).any():
+            raise self._damage(number, "its index has other chunks than its rows", "R-SHARD-2")
+        sizes = used[:, 1]
+        if self._compressor is None:
+            is_sized = sizes == self._chunk_bytes + CRC_BYTES
+        else:
+            most = self._compressor.most_bytes(self._chunk_bytes) + CRC_BYTES
+            is_sized = (sizes > CRC_BYTES) & (sizes <= most)
         if (
-            crc32c_bytes(index[:-CRC_BYTES]) != index[-CRC_BYTES:].tobytes()
-            or (spans[num_used:] != ABSENT).any()
-            or not ((sizes > CRC_BYTES) & (sizes <= most)).all()
+            not is_sized.all()
             or (used[:, 0] != np.cumsum(sizes) - sizes).any()
             or int(sizes.sum()) != size - length
         ):
-            raise self._damage(number, "its index does not match")
-        return used
+            raise self._damage(number, "its chunks do not follow one another", "R-SHARD-1")
+        return None if self._compressor is None else used
 
-    def _damage(self, shard: int, what: str) -> DamagedStoreError:
+    def _damage(self, shard: int, what: str, rule: str = "R-SHARD-3") -> DamagedStoreError:
         name = f"{self._name}/{chunk_key(shard, 1 + len(self.row_shape))}"
         return DamagedStoreError(
             f"{self._objects.place}/{name} (shard {shard} of {self._name}) is damaged: {what}; "
             f"restore it from a copy, or run `mlsae store verify` to see all damage",
-            rule="R-SHARD-3",
+            rule=rule,
         )

@@ -122,7 +122,7 @@ def read_plan(objects: Objects) -> dict[str, Any]:
             raise NotAStoreError(f"{place} does not exist; expected an activation store") from None
         if objects.exists(COMPLETE):
             raise DamagedStoreError(
-                f"{place}: {PLAN} is missing; restore it from a copy", rule="R-PLAN-3"
+                f"{place}: {PLAN} is missing; restore it from a copy", rule="R-PLAN-2"
             ) from None
         raise NotAStoreError(
             f"{place} is not an activation store: it has no {PLAN}; "

@@ -109,7 +109,7 @@ def _checked(
     check_keys(record, keys, where, rule)
     if record["plan_id"] != plan_id:
         raise InvalidStoreError(
-            f"{where} belongs to another plan; restore the store from a copy", rule=rule
+            f"{where} belongs to another plan; restore the store from a copy", rule="R-PLAN-3"
         )
     return record
 

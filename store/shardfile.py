@@ -27,11 +27,6 @@ def crc32c_bytes(data: Bytes) -> bytes:
     return int(google_crc32c.value(data)).to_bytes(CRC_BYTES, "little")
 
 
-def plain_index(num_used: int, num_chunks: int, chunk_bytes: int) -> bytes:
-    """The index of a shard of uncompressed chunks, and its CRC."""
-    return shard_index([chunk_bytes + CRC_BYTES] * num_used, num_chunks)
-
-
 def shard_index(sizes: list[int], num_chunks: int) -> bytes:
     """The index of a shard whose first chunks follow one another, and its CRC.
 

@@ -25,6 +25,7 @@ from mlsae.store.rows import planned_row_tokens
 from mlsae.store.schema import (
     ACTIVATIONS,
     ALL_FLAGS,
+    ARRAY_METADATA,
     COMPLETE,
     IGNORED,
     MOMENTS,
@@ -33,6 +34,7 @@ from mlsae.store.schema import (
     PROVENANCE,
     ROW_TOKEN,
     SETUP,
+    TOKEN_ARRAYS,
     chunk_key,
     commit_record,
     shard_moments,
@@ -136,11 +138,11 @@ class _Verification:
         for name, expected in zarr_metadata(self.plan, self.store.plan_id).items():
             found = self.store.objects.read(name, len(expected) * 4 + 2**16)
             try:
-                is_equal = json.loads(found) == json.loads(expected)
+                theirs = json.loads(found)
             except (ValueError, RecursionError):
-                is_equal = False
-            if not is_equal:
-                self.report("R-META-2", name, "differs from what the plan asks for")
+                theirs = None
+            if rule := _broken_metadata(name, theirs, json.loads(expected)):
+                self.report(rule, name, "differs from what the plan asks for")
 
     def tokens(self) -> None:
         if not self._have_hashes(SETUP, self.setup["objects"]):
@@ -364,6 +366,22 @@ class _Verification:
                     self.report(
                         "R-MOMENT-3", name, f"{site}/{key} is not that of the decoded values"
                     )
+
+
+def _broken_metadata(name: str, found: object, expected: Mapping[str, Any]) -> str | None:
+    """The rule that a zarr.json breaks, if any."""
+    if found == expected:
+        return None
+    if name == ARRAY_METADATA:
+        return "R-LAYOUT-1"
+    if not isinstance(found, Mapping):
+        return "R-META-2"
+    folder = name.split("/")[0]
+    if any(found.get(key) != expected.get(key) for key in ("shape", "data_type")):
+        return "R-TOKEN-1" if folder in (*TOKEN_ARRAYS, ROW_TOKEN) else "R-ACT-1"
+    if found.get("codecs") != expected.get("codecs"):
+        return "R-LAYOUT-2"
+    return "R-ACT-2" if found.get("attributes") != expected.get("attributes") else "R-META-2"
 
 
 def _scales(moments: GroupMoments) -> dict[str, Array]:
