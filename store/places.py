@@ -9,7 +9,10 @@ and their time would multiply with ours.
 
 import errno
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
+from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,17 +21,19 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import HTTPStore, S3Store
 
+from mlsae.store.credentials import S3_CREDENTIALS, bucket_access
 from mlsae.store.errors import RemoteError
 from mlsae.store.objects import too_large
 from mlsae.store.retry import Patience, RequestError, understand
 
 if TYPE_CHECKING:
-    from obstore.store import ClientConfig, RetryConfig
+    from obstore.store import BackoffConfig, ClientConfig
 
 _PIECE_BYTES = 2**18
 """An answer is taken in pieces of about as many bytes."""
-_PUT_RETRIES: "RetryConfig" = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
-"""A large object is put in parts; the library repeats the part that failed."""
+_PART_BYTES = 2**23
+_PARTS = 8
+"""A large object is put in as many parts of as many bytes at a time."""
 
 
 class RemoteObjects:
@@ -152,7 +157,7 @@ class RemoteObjects:
             ) from None
 
 
-class HttpObjects(RemoteObjects):
+class WebObjects(RemoteObjects):
     """A store on a web server, which answers requests for parts of its files."""
 
     def __init__(self, place: str, url: str, patience: Patience) -> None:
@@ -166,6 +171,80 @@ class HttpObjects(RemoteObjects):
     def walk(self) -> Iterator[tuple[str, int]]:
         """See `Objects`."""
         raise RemoteError(f"{self.place}: a web server does not list what it holds")
+
+
+class BucketObjects(RemoteObjects):
+    """A store in an S3 bucket, or one to be. Each object appears whole or not at all.
+
+    Credentials, region and endpoint are those of the environment (`AWS_…`), then of the profile
+    (`mlsae.store.credentials`), then of the machine's role.
+    """
+
+    def __init__(self, place: str, bucket: str, prefix: str, patience: Patience) -> None:
+        self._open = partial(
+            S3Store,
+            bucket,
+            prefix=prefix or None,
+            client_options=client_options(patience),
+            **bucket_access(place),
+        )
+        super().__init__(
+            place, self._open(retry_config={"max_retries": 0}), S3_CREDENTIALS, patience
+        )
+
+    @cached_property
+    def _writer(self) -> S3Store:
+        """Repeats the part of an object that failed; the server checks each part's SHA-256."""
+        patience = self._patience
+        backoff: BackoffConfig = {
+            "init_backoff": timedelta(seconds=patience.first_wait),
+            "max_backoff": timedelta(seconds=patience.longest_wait),
+        }
+        return self._open(
+            config={"checksum_algorithm": "SHA256"},
+            retry_config={
+                "max_retries": patience.tries - 1,
+                "retry_timeout": timedelta(seconds=patience.seconds),
+                "backoff": backoff,
+            },
+        )
+
+    def put(self, name: str, data: bytes) -> None:
+        """See `WritableObjects`."""
+        self._put(name, data)
+
+    def put_file(self, name: str, path: Path) -> None:
+        """See `WritableObjects`."""
+        self._put(name, path)
+
+    def _put(self, name: str, source: bytes | Path) -> None:
+        def attempt() -> None:
+            try:
+                obstore.put(
+                    self._writer, name, source, chunk_size=_PART_BYTES, max_concurrency=_PARTS
+                )
+            except BaseError as error:
+                raise understand(error, self._credentials) from None
+
+        once = replace(self._patience, tries=1)
+        try:
+            once.persist(f"{self.place}/{name} cannot be written", attempt)
+        except FileNotFoundError:
+            raise RemoteError(
+                f"{self.place}/{name} cannot be written: there is no such bucket; create it first"
+            ) from None
+
+    def walk(self) -> Iterator[tuple[str, int]]:
+        """See `Objects`."""
+
+        def attempt() -> list[tuple[str, int]]:
+            try:
+                pages = obstore.list(self._client, chunk_size=1000)
+                return [(found["path"], found["size"]) for page in pages for found in page]
+            except BaseError as error:
+                raise understand(error, self._credentials) from None
+
+        yield from self._patience.persist(f"{self.place} cannot be listed", attempt)
 
 
 def client_options(patience: Patience, headers: dict[str, str] | None = None) -> "ClientConfig":

@@ -3,14 +3,16 @@
 import os
 import re
 from pathlib import Path
-from urllib.parse import unquote, urlsplit, urlunsplit
+from typing import Protocol
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from mlsae.base.errors import InputError
+from mlsae.store.cache import CachedObjects, ChunkCache, default_cache_dir
 from mlsae.store.objects import LocalObjects, Objects
 from mlsae.store.retry import Patience
 
 CACHE_BYTES = 10 * 2**30
-"""Most bytes of chunks of remote stores that are kept on this machine, unless said otherwise."""
+"""Most bytes of remote stores that are kept on this machine, unless said otherwise."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _FORMS = (
@@ -21,15 +23,37 @@ _FORMS = (
 
 def is_remote(location: str | os.PathLike[str]) -> bool:
     """Whether a location names a place elsewhere: a URL that is not of a file."""
-    found = _SCHEME.match(os.fspath(location))
-    return found is not None and found[1].lower() != "file"
+    return _scheme(os.fspath(location)) not in (None, "file")
+
+
+class WritableObjects(Objects, Protocol):
+    """Objects of a store elsewhere that can be added to. What was there of that name is replaced.
+
+    The place checks what arrives, and an object appears whole or not at all.
+    """
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write an object.
+
+        Raises:
+            RemoteError: the place cannot be reached, or refuses it.
+        """
+        ...
+
+    def put_file(self, name: str, path: Path) -> None:
+        """Write an object that holds the bytes of a file.
+
+        Raises:
+            RemoteError: the place cannot be reached, or refuses it.
+        """
+        ...
 
 
 def open_objects(
     location: str | os.PathLike[str],
     *,
-    cache_dir: Path | None = None,  # noqa: ARG001
-    cache_bytes: int | None = None,  # noqa: ARG001
+    cache_dir: Path | None = None,
+    cache_bytes: int | None = None,
     patience: Patience | None = None,
 ) -> Objects:
     """The objects of a store.
@@ -38,8 +62,8 @@ def open_objects(
         location: a directory, or a URL: `file://…`, `https://host/path` (or `http://`),
             `s3://bucket/prefix`, `hf://datasets/owner/name[@revision][/path]`. S3 and the hub
             take credentials, endpoint and region from where their own tools do.
-        cache_dir: where chunks of a remote store are kept; `default_cache_dir()` if not given.
-        cache_bytes: most bytes kept there; 10 GiB if not given, and 0 keeps none.
+        cache_dir: where parts of a remote store are kept; `default_cache_dir()` if not given.
+        cache_bytes: most bytes kept there; 10 GiB if not given, and 0 keeps and uses none.
         patience: how long to go on where a request fails.
 
     Raises:
@@ -47,27 +71,84 @@ def open_objects(
         RemoteError: the hub cannot be reached, or does not have the data set.
     """
     text = os.fspath(location)
-    found = _SCHEME.match(text)
-    if found is None:
+    scheme = _scheme(text)
+    if scheme is None:
         return LocalObjects(Path(text))
-    scheme, url = found[1].lower(), urlsplit(text)
     if scheme == "file":
-        if url.netloc not in ("", "localhost"):
-            raise InputError(f"{text}: a file URL has three slashes, file:///path")
-        return LocalObjects(Path(unquote(url.path)))
-    patience = patience or Patience()
+        return LocalObjects(_path_of(text))
+    objects = _open_remote(scheme, text, patience or Patience())
+    cache_bytes = CACHE_BYTES if cache_bytes is None else cache_bytes
+    if cache_bytes == 0:
+        return objects
+    return CachedObjects(objects, ChunkCache(cache_dir or default_cache_dir(), cache_bytes))
+
+
+def open_writable(location: str, *, patience: Patience | None = None) -> WritableObjects:
+    """The objects of a store to be, elsewhere.
+
+    Args:
+        location: `s3://bucket/prefix`.
+        patience: how long to go on where a request fails.
+
+    Raises:
+        InputError: nothing can be written there.
+    """
+    scheme = _scheme(location)
+    if scheme == "s3":
+        return _open_bucket(location, patience or Patience())
+    if scheme == "hf":
+        raise InputError(
+            f"{location}: cannot be written directly; copy to a directory, then run `hf "
+            f"upload-large-folder owner/name --repo-type=dataset DIRECTORY`"
+        )
     if scheme in ("http", "https"):
-        return _open_http(text, patience)
+        raise InputError(
+            f"{location}: a web server takes no uploads; copy to a directory that it serves"
+        )
+    raise InputError(f"{location}: expected s3://bucket/prefix")
+
+
+def _scheme(text: str) -> str | None:
+    found = _SCHEME.match(text)
+    return found[1].lower() if found else None
+
+
+def _path_of(text: str) -> Path:
+    url = urlsplit(text)
+    if url.netloc not in ("", "localhost"):
+        raise InputError(f"{text}: a file URL has three slashes, as in file:///path")
+    return Path(unquote(url.path))
+
+
+def _open_remote(scheme: str, text: str, patience: Patience) -> Objects:
+    if scheme in ("http", "https"):
+        return _open_web(text, patience)
+    if scheme == "s3":
+        return _open_bucket(text, patience)
+    if scheme == "hf":
+        from mlsae.store.hub import HubObjects
+
+        return HubObjects(text, patience)
     raise InputError(f"{text}: expected {_FORMS}")
 
 
-def _open_http(text: str, patience: Patience) -> Objects:
-    from mlsae.store.places import HttpObjects
+def _open_web(text: str, patience: Patience) -> Objects:
+    from mlsae.store.places import WebObjects
 
     url = urlsplit(text)
     if not url.hostname or url.query or url.fragment:
         raise InputError(f"{text}: expected https://host/path, without ? or #")
-    path = url.path.rstrip("/")
+    path = quote(url.path.rstrip("/"), safe="/%:@!$&'()*+,;=~")
     # Messages do not show a password.
     place = urlunsplit((url.scheme, url.netloc.rpartition("@")[2], path, "", ""))
-    return HttpObjects(place, urlunsplit((url.scheme, url.netloc, path, "", "")), patience)
+    return WebObjects(place, urlunsplit((url.scheme, url.netloc, path, "", "")), patience)
+
+
+def _open_bucket(text: str, patience: Patience) -> WritableObjects:
+    from mlsae.store.places import BucketObjects
+
+    bucket, _, prefix = text.partition("://")[2].partition("/")
+    if not bucket:
+        raise InputError(f"{text}: expected s3://bucket/prefix")
+    prefix = prefix.strip("/")
+    return BucketObjects(f"s3://{bucket}/{prefix}".rstrip("/"), bucket, prefix, patience)

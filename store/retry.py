@@ -106,9 +106,9 @@ class Patience:
 def _message(what: str, failure: RequestError, tries: int, elapsed: float) -> str:
     if not failure.passes:
         return f"{what}: {failure.cause}; {failure.remedy}"
-    often = f"{tries} tries in {elapsed:.0f} s" if tries > 1 else "1 try"
+    often = f" ({tries} tries in {elapsed:.0f} s)" if tries > 1 else ""
     return (
-        f"{what}: {failure.cause} ({often}); nothing was lost: check the address and the network, "
+        f"{what}: {failure.cause}{often}; nothing was lost: check the address and the network, "
         f"then run the same command again"
     )
 
@@ -131,6 +131,8 @@ def understand(error: Exception, credentials: str) -> RequestError:
         return RequestError("no credentials were found", remedy=credentials)
     if status := _STATUS.search(text):
         return _understand_status(status[1].strip(), status[2] or "", credentials)
+    if "incorrectly configured region" in text:
+        return RequestError("the bucket is in another region", remedy="set AWS_REGION")
     if "Range request not supported" in text:
         return RequestError(
             "the server sends whole objects, or a page in their place, where a part is asked for",
@@ -153,8 +155,8 @@ def _understand_status(status: str, body: str, credentials: str) -> RequestError
     cause = f"the server answered {status}{detail}"
     if number in (401, 403) or told.get("Code") in ("ExpiredToken", "InvalidToken"):
         return RequestError(cause, remedy=credentials)
-    if number in (301, 307) or told.get("Code") == "AuthorizationHeaderMalformed":
-        return RequestError(cause, remedy="check the region and the address")
+    if told.get("Code") == "AuthorizationHeaderMalformed":
+        return RequestError(cause, remedy="set AWS_REGION")
     return RequestError(
         cause,
         passes=number in (408, 425, 429) or number >= 500,
