@@ -30,7 +30,14 @@ from mlsae.store.plan import plan_id_of, read_plan
 from mlsae.store.records import read_complete, read_sealed_object, read_setup
 from mlsae.store.remote import open_objects
 from mlsae.store.rowindex import RowIndex
-from mlsae.store.schema import COMPLETE, MOMENTS, PROVENANCE, SETUP
+from mlsae.store.schema import (
+    ARRAY_METADATA,
+    COMPLETE,
+    MOMENTS,
+    PROVENANCE,
+    ROW_TOKEN,
+    SETUP,
+)
 from mlsae.store.setup import read_calibration, setup_keys, site_codecs
 
 Array = npt.NDArray[Any]
@@ -320,11 +327,12 @@ class Store:
         self._complete = read_complete(self.objects, self.plan_id) if self.is_complete else {}
         expected = zarr_metadata(self.plan, self.plan_id)
         # The plan says which names there are, so none that the record makes up becomes a path.
-        if setup["metadata"].keys() != expected.keys():
+        wrong = setup["metadata"].keys() ^ expected.keys()
+        if wrong:
             raise InvalidStoreError(
                 f"{self.place}/{SETUP}: metadata must name every zarr.json of the plan and no "
-                f"other",
-                rule="R-META-1",
+                f"other, not so {sorted(wrong)[0]!r}",
+                rule="R-ROW-2" if wrong == {f"{ROW_TOKEN}/{ARRAY_METADATA}"} else "R-META-1",
             )
         if set(setup["objects"]) != set(setup_keys(self.plan)):
             raise InvalidStoreError(
