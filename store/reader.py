@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -159,6 +159,20 @@ class Store:
         self._group_moments: dict[str, GroupMoments] | None = None
 
     @property
+    def stores(self) -> tuple["Store", ...]:
+        """This one alone; of a `Corpus`, those that it is made of."""
+        return (self,)
+
+    @property
+    def calibrations(self) -> tuple[Calibration | None, ...]:
+        """That of each of `stores`."""
+        return (self.calibration,)
+
+    def row_origin(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """(n,) index into `stores`, and so into `calibrations`, for each of (n,) rows: 0."""
+        return np.zeros_like(rows)
+
+    @property
     def store_id(self) -> str:
         """Hex SHA-256 that names this store's plan and content."""
         self._require_complete()
@@ -294,9 +308,17 @@ class Store:
             DamagedStoreError: the moments object is missing or damaged.
         """
         groups = eligible_groups(skip_positions)
+        return self.group_moments()[self.check_site(site)].select(groups)
+
+    def group_moments(self) -> Mapping[str, GroupMoments]:
+        """Site → moments of every row, by group; not to be changed.
+
+        Raises:
+            DamagedStoreError: the moments object is missing or damaged.
+        """
         if self._group_moments is None:
             self._group_moments = self._load_moments()
-        return self._group_moments[self.check_site(site)].select(groups)
+        return self._group_moments
 
     def _load_moments(self) -> dict[str, GroupMoments]:
         self._require_complete()
