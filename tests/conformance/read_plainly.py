@@ -63,7 +63,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.meta_path.insert(0, Refused())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, Refused())
     main()
     try:
         import mlsae  # noqa: F401

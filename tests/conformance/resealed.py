@@ -84,12 +84,12 @@ class Files(dict[str, bytes]):
         for name in (SETUP, *self.commits()):
             named = self.record(name)["objects"]
             named = {key: sha256(self[key]) if key in self else named[key] for key in named}
-            self.edit(name, lambda record, named=named: record.update(objects=named))  # type: ignore[misc]
+            self.edit(name, lambda record, named=named: record.update(objects=named))
             objects.update(named)
         for name in self.commits():
             moments = name.replace("commits/", "moments/").replace(".json", ".safetensors")
             digest = sha256(self[moments])
-            self.edit(name, lambda r, d=digest: r.update(plan_id=plan_id, moments_sha256=d))  # type: ignore[misc]
+            self.edit(name, lambda r, d=digest: r.update(plan_id=plan_id, moments_sha256=d))
         store_id = sha256(canonical([plan_id, sorted(map(list, objects.items()))]))
         digest = sha256(self["moments.safetensors"])
         self.edit(
