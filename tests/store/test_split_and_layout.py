@@ -5,7 +5,7 @@ import pytest
 
 from mlsae.base.errors import InputError
 from mlsae.store import open_store
-from mlsae.store.layout import plan_layout
+from mlsae.store.layout import Layout, object_bytes, plan_layout
 from mlsae.store.split import validation_sequences
 
 
@@ -55,7 +55,7 @@ def test_layouts_keep_whole_batches_and_limits(d_model, context_length, batch, n
     )
     assert layout.shard_rows % layout.chunk_rows == 0
     assert layout.shard_rows % (context_length * batch) == 0
-    assert layout.num_shards <= 1000
+    assert layout.num_shards <= 999
     assert (layout.num_shards - 1) * layout.shard_rows < layout.num_rows
     assert layout.num_rows <= layout.num_shards * layout.shard_rows
     if layout.num_shards > 1:
@@ -93,3 +93,27 @@ def test_an_object_over_five_gigabytes_is_refused():
             encoding="float16",
             batch_sequences=1,
         )
+
+
+def test_five_terabytes_a_layer_fit_and_no_more():
+    """999 objects of at most 5 GB and the array's metadata are the 1,000 objects of a folder."""
+    row_bytes, context_length = 4096 * 2, 1024
+    limit = 999 * 5 * 10**9 // row_bytes // context_length * context_length
+
+    def planned(num_tokens: int) -> Layout:
+        return plan_layout(
+            num_tokens=num_tokens,
+            context_length=context_length,
+            layers=range(32),
+            sites=["resid_post"],
+            d_model=4096,
+            encoding="bfloat16",
+            batch_sequences=1,
+        )
+
+    layout = planned(int(0.999 * limit) // context_length * context_length)
+    assert layout.num_shards == 999
+    assert 4.9e12 < layout.activation_bytes / 32 < 5e12
+    assert object_bytes(layout.shard_rows, row_bytes, layout.chunk_rows, layout.shard_rows) <= 5e9
+    with pytest.raises(InputError, match=r"over the 5 GB that an object may, and a folder holds 9"):
+        planned(int(1.001 * limit) // context_length * context_length)
