@@ -2,6 +2,7 @@
 
 from mlsae.store.begin import create, resume
 from mlsae.store.calibration import Calibration, Calibrator
+from mlsae.store.corpus import AnyStore, Corpus, open_corpus
 from mlsae.store.encoding import Encoding
 from mlsae.store.errors import (
     ActivationError,
@@ -26,8 +27,10 @@ __all__ = [
     "SCHEMA_VERSION",
     "SPECIAL",
     "ActivationError",
+    "AnyStore",
     "Calibration",
     "Calibrator",
+    "Corpus",
     "DamagedStoreError",
     "Encoding",
     "GroupMoments",
@@ -43,6 +46,7 @@ __all__ = [
     "StoreError",
     "Writer",
     "create",
+    "open_corpus",
     "open_store",
     "resume",
 ]

@@ -6,6 +6,37 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.errors import InputError
+from mlsae.store.corpus import AnyStore
+
+
+def validation_of(store: AnyStore, fraction: float, seed: int) -> npt.NDArray[np.int64]:
+    """Indices of the held-out sequences of a store or a corpus, sorted.
+
+    Of a corpus they are those of its stores together, so that an SAE of a corpus and one of a store
+    in it hold out the same sequences of that store.
+
+    Args:
+        store: its text alone decides.
+        fraction: as for `validation_sequences`.
+        seed: as for `validation_sequences`.
+
+    Returns:
+        (num_validation,) int64.
+
+    Raises:
+        InputError: as `validation_sequences`; the message names the store.
+    """
+    held_out, first = [], 0
+    for member in store.stores:
+        try:
+            found = validation_sequences(
+                member.plan["tokens_sha256"], member.num_sequences, fraction, seed
+            )
+        except InputError as error:
+            raise InputError(f"{member.place}: {error}") from None
+        held_out.append(found + first)
+        first += member.num_sequences
+    return np.concatenate(held_out)
 
 
 def validation_sequences(
