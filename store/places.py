@@ -8,12 +8,14 @@ and their time would multiply with ours.
 """
 
 import errno
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +31,8 @@ from mlsae.store.retry import Patience, RequestError, understand
 if TYPE_CHECKING:
     from obstore.store import BackoffConfig, ClientConfig
 
-_PIECE_BYTES = 2**18
-"""An answer is taken in pieces of about as many bytes."""
+_PIECE_BYTES = 2**14
+"""An answer is taken in pieces of about as many bytes; a cut loses the last one."""
 _PART_BYTES = 2**23
 _PARTS = 8
 """A large object is put in as many parts of as many bytes at a time."""
@@ -158,14 +160,22 @@ class RemoteObjects:
 
 
 class WebObjects(RemoteObjects):
-    """A store on a web server, which answers requests for parts of its files."""
+    """A store on a web server, which answers requests for parts of its files.
 
-    def __init__(self, place: str, url: str, patience: Patience) -> None:
+    Args:
+        url: of the store, without a / at its end.
+        login: user and password, each percent-encoded, `user:password`; empty for none.
+        patience: how long to go on where a request fails.
+    """
+
+    def __init__(self, url: str, login: str, patience: Patience) -> None:
+        encoded = b64encode(unquote_to_bytes(login)).decode()
+        headers = {"Authorization": f"Basic {encoded}"} if login else {}
         client = HTTPStore(
-            url, client_options=client_options(patience), retry_config={"max_retries": 0}
+            url, client_options=client_options(patience, headers), retry_config={"max_retries": 0}
         )
         super().__init__(
-            place, client, "the server wants a login: https://USER:PASSWORD@… gives one", patience
+            url, client, "the server wants a login: https://USER:PASSWORD@… gives one", patience
         )
 
     def walk(self) -> Iterator[tuple[str, int]]:

@@ -139,9 +139,9 @@ def _open_web(text: str, patience: Patience) -> Objects:
     if not url.hostname or url.query or url.fragment:
         raise InputError(f"{text}: expected https://host/path, without ? or #")
     path = quote(url.path.rstrip("/"), safe="/%:@!$&'()*+,;=~")
-    # Messages do not show a password.
-    place = urlunsplit((url.scheme, url.netloc.rpartition("@")[2], path, "", ""))
-    return WebObjects(place, urlunsplit((url.scheme, url.netloc, path, "", "")), patience)
+    # Apart from the address, which messages show.
+    login, _, host = url.netloc.rpartition("@")
+    return WebObjects(urlunsplit((url.scheme, host, path, "", "")), login, patience)
 
 
 def _open_bucket(text: str, patience: Patience) -> WritableObjects:

@@ -127,7 +127,8 @@ def understand(error: Exception, credentials: str) -> RequestError:
         credentials: what to do where credentials are missing or refused.
     """
     text = str(error)
-    if "169.254.169.254" in text:
+    # The machine's role is what the library asks for last.
+    if "/latest/api/token" in text or "/latest/meta-data/" in text:
         return RequestError("no credentials were found", remedy=credentials)
     if status := _STATUS.search(text):
         return _understand_status(status[1].strip(), status[2] or "", credentials)

@@ -1,7 +1,8 @@
-"""Servers on the loopback that fail as real ones do: one for files, one that speaks S3.
+"""Servers on the loopback that fail as real ones do: for files, S3, data sets of the hub.
 
     with serving_files(root) as web:     web.url + "/store", web.faults
     with serving_bucket() as s3:         "s3://bucket/store" in the environment s3.environment()
+    with serving_hub(root) as hub:       "hf://datasets/someone/acts" in hub.environment(home)
 
 Tests are no package: they load this file by its path.
 """
@@ -11,10 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 BUCKET = "bucket"
 ACCESS_KEY = "AKIDEXAMPLE"
@@ -111,15 +113,21 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(206, data, {"Content-Range": f"bytes {start}-{stop - 1}/{size}"}, path=name)
 
     def answer(
-        self, status: int, data: bytes, headers: dict[str, str] | None = None, *, path: str = ""
+        self,
+        status: int,
+        data: bytes,
+        headers: dict[str, str | None] | None = None,
+        *,
+        path: str = "",
     ) -> None:
         """Send a whole answer, or half of one to a path whose answers are cut.
 
-        `headers` may say what is not true.
+        `headers` may say what is not true; None leaves one out.
         """
         self.send_response(status)
         for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
-            self.send_header(name, value)
+            if value is not None:
+                self.send_header(name, value)
         self.end_headers()
         is_cut = bool(path) and self.web.faults.cuts_now(self.command, path)
         if self.command != "HEAD":
@@ -158,6 +166,8 @@ class BucketServer:
         self.faults = Faults()
         self.checksums: dict[str, str] = {}
         """Name → SHA-256 that its last upload, or last part, came with."""
+        self.authorizations: list[str | None] = []
+        """Authorization header of every request."""
 
     def environment(self) -> dict[str, str]:
         """What a process needs to reach it, and nothing of the user's own profile."""
@@ -192,11 +202,29 @@ class BucketServer:
                 path.write_bytes(value.value)
 
 
+class HubServer:
+    """A hub that sends readers of files to another host, as the real one does with large ones."""
+
+    def __init__(self, hub: Any, files: WebServer) -> None:
+        self.hub = hub
+        """What tests/hub.py serves."""
+        self.files = files
+        """The other host."""
+        self.token: str | None = None
+        """What the hub asks for; None where everything is public."""
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """What a process needs to reach it, and nothing of the user's own cache or token."""
+        found: dict[str, str] = self.hub.environment(home)
+        return found
+
+
 def _faulty(server: BucketServer, application: Any) -> Any:
     """A WSGI application that fails as `server.faults` says, and else asks another."""
 
     def call(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         method, name = environ["REQUEST_METHOD"], environ["PATH_INFO"].removeprefix("/")
+        server.authorizations.append(environ.get("HTTP_AUTHORIZATION"))
         if checksum := environ.get("HTTP_X_AMZ_CHECKSUM_SHA256"):
             server.checksums[name] = checksum
         status = server.faults.status(method, name, environ.get("HTTP_RANGE"))
@@ -261,3 +289,42 @@ def serving_bucket() -> Iterator[BucketServer]:
     with _running(made) as server.url:
         yield server
     backend.reset()
+
+
+@contextmanager
+def serving_hub(root: Path) -> Iterator[HubServer]:
+    """A hub of `<root>/datasets/<owner>/<name>/…`, and a host that holds their files."""
+    spec = spec_from_file_location("loopback_hub", Path(__file__).with_name("hub.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    class Redirecting(module.Handler):  # type: ignore[misc, name-defined]
+        server_of_files: HubServer
+
+        def _check_token(self) -> None:
+            wanted = self.server_of_files.token
+            if wanted and self.headers.get("Authorization") != f"Bearer {wanted}":
+                raise module.Refusal(401, "RepoNotFound", "Repository not found")
+
+        def _api(self, *asked: Any) -> None:
+            self._check_token()
+            super()._api(*asked)
+
+        def _resolve(self, parts: list[str]) -> None:
+            self._check_token()
+            _, folder, rest = self.hub.find(parts)
+            self._check_revision(folder, rest[1])
+            path = folder.joinpath(*rest[2:])
+            if not path.is_file():
+                raise module.Refusal(404, "EntryNotFound", "Entry not found")
+            host = self.server_of_files.files.url.replace("127.0.0.1", "localhost")
+            location = f"{host}/{quote(path.relative_to(root).as_posix())}"
+            self._send(302, b"", {"Location": location})
+
+    with serving_files(root) as files:
+        server = HubServer(module.Hub(root), files)
+        handler = type("Bound", (Redirecting,), {"hub": server.hub, "server_of_files": server})
+        with _running(_Server(("127.0.0.1", 0), handler)) as server.hub.url:
+            yield server
