@@ -1,15 +1,10 @@
-"""Objects elsewhere: a web server, an S3 server and a hub on the loopback, sound and failing."""
+"""Objects elsewhere: the same from a web server, S3 and the hub; who may ask; what is refused."""
 
 import hashlib
-import os
 import subprocess
 import sys
-import threading
-import time
 from base64 import b64encode
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from importlib.util import module_from_spec, spec_from_file_location
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,90 +15,26 @@ from mlsae.base.errors import InputError
 from mlsae.store import DamagedStoreError, RemoteError, open_store
 from mlsae.store.objects import LocalObjects
 from mlsae.store.remote import is_remote, open_objects, open_writable
-from mlsae.store.retry import Patience
 
-QUICK = Patience(first_wait=0.005, stall_seconds=5.0)
-CONTENT = {
-    "plan.json": b'{"a": 1}\n',
-    "empty": b"",
-    "activations/resid_post/0/c.0.0": np.random.default_rng(0).bytes(300_000),
-    "moments/00000.safetensors": np.random.default_rng(1).bytes(5000),
-}
 LARGE = "activations/resid_post/0/c.0.0"
 
 
-def servers_module() -> Any:
-    """tests/servers.py; the tests are no package."""
-    path = Path(__file__).parents[1] / "servers.py"
-    spec = spec_from_file_location("loopback_servers", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-servers = servers_module()
-
-
-def write_content(directory: Path) -> Path:
-    for name, data in CONTENT.items():
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        (directory / name).write_bytes(data)
-    return directory
-
-
-@pytest.fixture
-def web(tmp_path: Path) -> Iterator[Any]:
-    write_content(tmp_path / "served" / "store")
-    with servers.serving_files(tmp_path / "served") as web:
-        yield web
-
-
-@pytest.fixture
-def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    with servers.serving_bucket() as s3:
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            monkeypatch.delenv(name)
-        for name, value in s3.environment().items():
-            monkeypatch.setenv(name, value)
-        s3.upload(write_content(tmp_path / "uploaded"), "a b/store")
-        yield s3
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    from huggingface_hub import constants
-
-    write_content(tmp_path / "hub/datasets/someone/acts/v 1")
-    with servers.serving_hub(tmp_path / "hub") as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.hub.url)
-        monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setenv("HF_TOKEN", "hf_secret")
-        yield hub
-
-
-def open_quickly(location: str, **options: Any) -> Any:
-    return open_objects(location, **{"cache_bytes": 0, "patience": QUICK, **options})
-
-
 @pytest.fixture(params=["local", "web", "s3", "hub"])
-def objects(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+def objects(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    write_content: Callable[[Path], Path],
+    locate: Callable[[str], Any],
+    open_quickly: Callable[..., Any],
+) -> Any:
     """The same objects in each kind of place."""
     if request.param == "local":
         return LocalObjects(write_content(tmp_path / "local"))
-    server = request.getfixturevalue(request.param)
-    return open_quickly(
-        {
-            "web": lambda: f"{server.url}/store/",
-            "s3": lambda: "s3://bucket/a b/store",
-            "hub": lambda: "hf://datasets/someone/acts/v 1",
-        }[request.param]()
-    )
+    return open_quickly(f"{locate(request.param).location}/")
 
 
-def test_every_place_gives_the_same_bytes(objects):
-    for name, data in CONTENT.items():
+def test_every_place_gives_the_same_bytes(objects, content):
+    for name, data in content.items():
         assert objects.read(name, len(data)) == data
         assert objects.size(name) == len(data)
         assert objects.exists(name)
@@ -116,7 +47,7 @@ def test_every_place_gives_the_same_bytes(objects):
                     assert out.tobytes() == expected + bytes([7]) * (length - len(expected))
     wide = np.zeros((10, 50), np.float32)
     assert objects.read_into(LARGE, 400, wide) == 2000
-    assert wide.tobytes() == CONTENT[LARGE][400:2400]
+    assert wide.tobytes() == content[LARGE][400:2400]
 
 
 def test_every_place_says_what_is_not_there_and_what_is_too_large(objects):
@@ -134,12 +65,12 @@ def test_every_place_says_what_is_not_there_and_what_is_too_large(objects):
     assert objects.forget("plan.json", 0, 5) is False
 
 
-def test_every_place_but_a_web_server_lists_what_it_holds(objects):
+def test_every_place_but_a_web_server_lists_what_it_holds(objects, content):
     if objects.place.startswith("http"):
         with pytest.raises(RemoteError, match="/store: a web server does not list what it holds"):
             list(objects.walk())
     else:
-        assert dict(objects.walk()) == {name: len(data) for name, data in CONTENT.items()}
+        assert dict(objects.walk()) == {name: len(data) for name, data in content.items()}
 
 
 @pytest.mark.parametrize(
@@ -221,7 +152,7 @@ def test_a_local_store_loads_no_network_library(sample):
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
-def test_a_store_reads_the_same_from_a_web_server(tmp_path, sample_maker, compression):
+def test_a_store_reads_the_same_from_a_web_server(tmp_path, sample_maker, compression, servers):
     made = sample_maker("acts", compression=compression)
     local = open_store(made.path)
     with servers.serving_files(tmp_path) as web:
@@ -236,297 +167,13 @@ def test_a_store_reads_the_same_from_a_web_server(tmp_path, sample_maker, compre
         np.testing.assert_array_equal(store.tokens(), local.tokens())
 
 
-# --- failures that pass
-
-
-def test_requests_that_fail_now_and_then_are_asked_again(web):
-    """One in twenty is answered 503; threads share the objects."""
-    web.faults.unavailable = 0.05
-    objects = open_quickly(f"{web.url}/store")
-
-    def read(start: int) -> bool:
-        out = np.empty(1000, np.uint8)
-        objects.read_into(LARGE, start, out)
-        return out.tobytes() == CONTENT[LARGE][start : start + 1000]
-
-    with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(read, range(0, 200_000, 500)))
-    assert 10 <= web.faults.served["503"] <= 40
-    assert len(web.faults.requests) == 400 + web.faults.served["503"]
-
-
-@pytest.mark.parametrize("place", ["web", "s3", "hub"])
-def test_an_answer_that_is_cut_goes_on_where_it_ended(request, place):
-    server = request.getfixturevalue(place)
-    location, faults, name = {
-        "web": lambda: (f"{server.url}/store", server.faults, "store"),
-        "s3": lambda: ("s3://bucket/a b/store", server.faults, "bucket/a b/store"),
-        "hub": lambda: (
-            "hf://datasets/someone/acts/v 1",
-            server.files.faults,
-            "datasets/someone/acts/v 1",
-        ),
-    }[place]()
-    faults.cuts[f"{name}/{LARGE}"] = 3
-    faults.cuts[f"{name}/plan.json"] = 1
-    objects = open_quickly(location)
-    out = np.empty(299_000, np.uint8)
-    assert objects.read_into(LARGE, 500, out) == 299_000
-    assert out.tobytes() == CONTENT[LARGE][500:299_500]
-    assert objects.read("plan.json", 100) == CONTENT["plan.json"]
-    asked = [part for _, of, part in faults.requests if of.endswith(LARGE)]
-    starts = [int(part.removeprefix("bytes=").split("-")[0]) for part in asked]
-    assert starts[0] == 500
-    # Half of what was asked for has come, but for a piece of the stream.
-    for start, following in zip(starts, starts[1:], strict=False):
-        assert 0 <= (start + 299_500) // 2 - following <= 2**14
-    assert len(starts) == 4
-    assert faults.served["cut"] == 4
-
-
-def test_tries_that_bring_something_do_not_count(web):
-    """More cuts than there are tries."""
-    size = 2**24
-    (web.root / "store/long").write_bytes(bytes(size))
-    web.faults.cuts["store/long"] = 7
-    out = np.ones(size, np.uint8)
-    patience = Patience(first_wait=0.005, tries=2)
-    assert open_quickly(f"{web.url}/store", patience=patience).read_into("long", 0, out) == size
-    assert not out.any()
-
-
-def test_a_slow_server_is_waited_for(web):
-    """50 ms before each answer: sixteen threads hide most of it."""
-    web.faults.latency = 0.05
-    objects = open_quickly(f"{web.url}/store")
-    start = time.monotonic()
-    with ThreadPoolExecutor(16) as pool:
-        sizes = list(pool.map(lambda _: objects.size(LARGE), range(64)))
-    assert sizes == [300_000] * 64
-    assert time.monotonic() - start < 64 * 0.05
-
-
-def test_a_server_that_asks_for_fewer_requests_is_given_time(web, caplog):
-    """More refusals than there are tries; one line says why it takes long."""
-    web.faults.busy["store/plan.json"] = 10
-    patience = Patience(first_wait=0.005, longest_wait=0.01)
-    objects = open_quickly(f"{web.url}/store", patience=patience)
-    assert objects.read("plan.json", 100) == CONTENT["plan.json"]
-    assert [record.getMessage() for record in caplog.records] == [
-        f"{web.url}/store/plan.json cannot be read for now: the server answered 429 Too Many "
-        f"Requests; waiting"
-    ]
-    web.faults.busy["store/plan.json"] = 10
-    patience = Patience(first_wait=0.005, busy_seconds=0.02)
-    with pytest.raises(RemoteError, match=r"answered 429 Too Many Requests .* tries in 0 s"):
-        open_quickly(f"{web.url}/store", patience=patience).read("plan.json", 100)
-
-
-# --- failures that do not
-
-
-def test_a_server_that_goes_away_is_said_to_have(web):
-    """After all tries, one line; what is asked for first and what is asked for later."""
-    objects = open_quickly(f"{web.url}/store")
-    assert objects.exists("plan.json")
-    web.faults.unavailable = 1.0
-    with pytest.raises(RemoteError) as raised:
-        objects.read("plan.json", 100)
-    assert str(raised.value) == (
-        f"{web.url}/store/plan.json cannot be read: the server answered 503 Service Unavailable "
-        f"(6 tries in 0 s); nothing was lost: check the address and the network, then run the "
-        f"same command again"
-    )
-    assert web.faults.served["503"] == 6
-
-
-def test_a_server_that_is_not_there_is_said_to_be_absent(tmp_path):
-    with servers.serving_files(tmp_path) as web:
-        pass
-    objects = open_quickly(f"{web.url}/store")
-    with pytest.raises(RemoteError, match=r"cannot be read: Connection refused \(6 tries in 0 s\)"):
-        objects.exists("plan.json")
-
-
-def test_a_server_that_falls_silent_is_not_waited_for(web):
-    """Half an answer, and then nothing."""
-    over = threading.Event()
-
-    def silent(handler: Any) -> None:
-        handler.answer(206, b"12", {"Content-Range": "bytes 0-8/9", "Content-Length": "9"})
-        handler.wfile.flush()
-        over.wait(20)
-
-    web.replies["store/plan.json"] = silent
-    patience = Patience(first_wait=0.005, tries=2, stall_seconds=0.1)
-    with pytest.raises(RemoteError, match=r"plan\.json cannot be read: no answer in time \(2 trie"):
-        open_quickly(f"{web.url}/store", patience=patience).read("plan.json", 9)
-    over.set()
-
-
-@pytest.mark.parametrize("status", [401, 403])
-@pytest.mark.parametrize(
-    ("place", "remedy"),
-    [
-        ("web", "the server wants a login: https://USER:PASSWORD@… gives one"),
-        (
-            "s3",
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or "
-            "AWS_SKIP_SIGNATURE=true for a public bucket",
-        ),
-        (
-            "hub",
-            "log in with `hf auth login` or set HF_TOKEN, with access to the data set",
-        ),
-    ],
-)
-def test_a_refusal_names_the_credentials(request, place, remedy, status):
-    server = request.getfixturevalue(place)
-    location = {
-        "web": lambda: f"{server.url}/store",
-        "s3": lambda: "s3://bucket/a b/store",
-        "hub": lambda: "hf://datasets/someone/acts/v 1",
-    }[place]()
-    objects = open_quickly(location)
-    faults = server.files.faults if place == "hub" else server.faults
-    faults.refused[{"web": "store/", "s3": "bucket/", "hub": "datasets/"}[place]] = status
-    for ask in (lambda: objects.read("plan.json", 10), lambda: objects.exists("plan.json")):
-        with pytest.raises(RemoteError) as raised:
-            ask()
-        text = str(raised.value)
-        assert text.startswith(
-            f"{objects.place}/plan.json cannot be read: the server answered {status}"
-        )
-        assert text.endswith(f"; {remedy}")
-        assert "\n" not in text
-    assert faults.served["refused"] == 2
-
-
-def test_an_error_that_does_not_pass_is_not_asked_again(web):
-    web.faults.refused["store/"] = 400
-    with pytest.raises(RemoteError) as raised:
-        open_quickly(f"{web.url}/store").read("plan.json", 10)
-    assert str(raised.value) == (
-        f"{web.url}/store/plan.json cannot be read: the server answered 400 Bad Request; check "
-        f"the address and the server"
-    )
-    assert len(web.faults.requests) == 1
-
-
-# --- answers that lie
-
-
-class Endless:
-    """An answer whose body goes on for as long as the client listens, up to 64 MiB."""
-
-    def __init__(self, status: int, headers: dict[str, str | None]) -> None:
-        self.status, self.headers = status, headers
-        self.num_bytes = 0
-        self.ended = threading.Event()
-
-    def __call__(self, handler: Any) -> None:
-        handler.answer(self.status, b"", self.headers)
-        is_chunked = "Transfer-Encoding" in self.headers
-        piece = b"x" * 65536
-        try:
-            while self.num_bytes < 2**26:
-                handler.wfile.write(b"10000\r\n%b\r\n" % piece if is_chunked else piece)
-                self.num_bytes += len(piece)
-        except OSError:
-            handler.close_connection = True
-        self.ended.set()
-
-
-CHUNKED = {"Transfer-Encoding": "chunked", "Content-Length": None}
-
-
-@pytest.mark.parametrize(
-    ("status", "headers", "cause"),
-    [
-        (200, {"Content-Length": str(2**40)}, "the server sends whole objects, or a page"),
-        (200, CHUNKED, "the server sends whole objects, or a page"),
-        (
-            206,
-            {"Content-Length": str(2**40), "Content-Range": "bytes 0-999/5000"},
-            "the server sent more bytes than it was asked for",
-        ),
-        (
-            206,
-            {**CHUNKED, "Content-Range": "bytes 0-999/5000"},
-            "Content-Length Header missing from response",
-        ),
-        (
-            206,
-            {"Content-Length": "1000", "Content-Range": "bytes 5-1004/5000"},
-            r"Requested 0\.\.1000, got 5\.\.1005",
-        ),
-        (206, {"Content-Length": "1000"}, "Content-Range header not present"),
-    ],
-)
-def test_an_answer_of_other_bytes_is_refused_and_not_read_to_its_end(web, status, headers, cause):
-    endless = web.replies["store/plan.json"] = Endless(status, headers)
-    objects = open_quickly(f"{web.url}/store")
-    with pytest.raises(
-        RemoteError, match=f"^{web.url}/store/plan.json cannot be read: {cause}.*; "
-    ):
-        objects.read_into("plan.json", 0, np.empty(1000, np.uint8))
-    assert endless.ended.wait(20)
-    # Buffers of the system hold a few megabytes.
-    assert endless.num_bytes < 2**24
-
-
-def test_memory_is_not_taken_for_a_size_that_is_only_claimed(web):
-    """An object of a petabyte is refused; one that ends before its size is a cut."""
-    headers = {"Content-Length": "9", "Content-Range": f"bytes 0-8/{2**50}"}
-    web.replies["store/plan.json"] = lambda handler: handler.answer(206, b"123456789", headers)
-    objects = open_quickly(f"{web.url}/store")
-    with pytest.raises(DamagedStoreError, match=r"plan\.json has 1125899906842624 bytes, over the"):
-        objects.read("plan.json", 9)
-    with pytest.raises(RemoteError, match=r"the connection was cut|Requested"):
-        objects.read("plan.json", 2**60)
-
-
-def test_a_web_server_without_range_requests_is_refused(web):
-    web.answers_ranges = False
-    with pytest.raises(RemoteError) as raised:
-        open_quickly(f"{web.url}/store").read("plan.json", 100)
-    assert str(raised.value) == (
-        f"{web.url}/store/plan.json cannot be read: the server sends whole objects, or a page in "
-        f"their place, where a part is asked for; use a server that answers HTTP Range requests, "
-        f"or copy the store here"
-    )
-
-
-def test_redirects_are_followed_while_they_end(web):
-    def elsewhere(handler: Any) -> None:
-        handler.answer(302, b"", {"Location": "/store/plan.json"})
-
-    def around(handler: Any) -> None:
-        handler.answer(302, b"", {"Location": "/store/around"})
-
-    web.replies |= {"store/moved": elsewhere, "store/around": around}
-    objects = open_quickly(f"{web.url}/store")
-    assert objects.read("moved", 100) == CONTENT["plan.json"]
-    with pytest.raises(RemoteError, match="around cannot be read: its redirects do not end; check"):
-        objects.read("around", 100)
-
-
-def test_a_password_in_an_address_is_used_and_never_shown(web):
-    url = web.url.replace("://", "://us%40er:pass word@")
-    objects = open_quickly(f"{url}/store")
-    assert objects.read("plan.json", 100) == CONTENT["plan.json"]
-    expected = "Basic " + b64encode(b"us@er:pass word").decode()
-    assert web.authorizations == [expected]
-    assert objects.place == f"{web.url}/store"
-
-
 # --- S3
 
 
-def test_uploads_are_checked_and_whole(s3, tmp_path):
+def test_uploads_are_checked_and_whole(s3, tmp_path, quick):
     """Bytes, and a file of several parts, while three of ten requests are answered 503."""
     s3.faults.unavailable = 0.3
-    objects = open_writable("s3://bucket/new", patience=QUICK)
+    objects = open_writable("s3://bucket/new", patience=quick)
     data = np.random.default_rng(0).bytes(20 * 2**20)
     (tmp_path / "file").write_bytes(data)
     for number in range(20):
@@ -545,10 +192,10 @@ def test_uploads_are_checked_and_whole(s3, tmp_path):
     assert (tmp_path / "new/commits/7.json").read_bytes() == b"again"
 
 
-def test_uploads_that_are_refused_say_so(s3, tmp_path):
+def test_uploads_that_are_refused_say_so(s3, tmp_path, open_quickly, quick):
     (tmp_path / "file").write_bytes(bytes(20 * 2**20))
     s3.faults.unavailable = 1.0
-    objects = open_writable("s3://bucket/new", patience=QUICK)
+    objects = open_writable("s3://bucket/new", patience=quick)
     for put in (lambda: objects.put("a", b"1"), lambda: objects.put_file("a", tmp_path / "file")):
         with pytest.raises(RemoteError) as raised:
             put()
@@ -559,12 +206,12 @@ def test_uploads_that_are_refused_say_so(s3, tmp_path):
         )
     s3.faults.unavailable = 0.0
     with pytest.raises(RemoteError, match="s3://none/a cannot be written: there is no such bucket"):
-        open_writable("s3://none", patience=QUICK).put("a", b"1")
+        open_writable("s3://none", patience=quick).put("a", b"1")
     with pytest.raises(RemoteError, match=r"s3://none cannot be listed: .* 404 .*does not exist"):
         list(open_quickly("s3://none").walk())
 
 
-def test_listing_a_bucket_is_asked_again_and_knows_its_folder(s3, tmp_path):
+def test_listing_a_bucket_is_asked_again_and_knows_its_folder(s3, tmp_path, open_quickly):
     """More objects than one answer names, and a neighbour whose name begins alike."""
     for number in range(1100):
         (tmp_path / f"many/{number // 600}/{number}").parent.mkdir(parents=True, exist_ok=True)
@@ -578,7 +225,7 @@ def test_listing_a_bucket_is_asked_again_and_knows_its_folder(s3, tmp_path):
 
 
 @pytest.fixture
-def authorizations(s3, monkeypatch, tmp_path) -> Callable[[], str | None]:
+def authorizations(s3, monkeypatch, tmp_path, open_quickly) -> Callable[[], str | None]:
     """Forget the environment's keys; the Authorization header that the next request comes with."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_REGION"):
         monkeypatch.delenv(name)
@@ -630,7 +277,8 @@ def test_credentials_come_from_a_command_by_way_of_boto3(s3, authorizations, tmp
     assert "Credential=MADE/" in authorizations()
 
 
-def test_a_profile_that_needs_boto3_says_so(s3, authorizations, monkeypatch, tmp_path):  # noqa: ARG001
+@pytest.mark.usefixtures("authorizations")
+def test_a_profile_that_needs_boto3_says_so(monkeypatch, tmp_path, open_quickly):
     (tmp_path / "config").write_text("[default]\nsso_session = work\n")
     monkeypatch.setitem(sys.modules, "boto3", None)
     with pytest.raises(RemoteError) as raised:
@@ -641,7 +289,8 @@ def test_a_profile_that_needs_boto3_says_so(s3, authorizations, monkeypatch, tmp
     )
 
 
-def test_no_credentials_at_all_are_named(s3, authorizations, monkeypatch, tmp_path):  # noqa: ARG001
+@pytest.mark.usefixtures("authorizations")
+def test_no_credentials_at_all_are_named(monkeypatch, tmp_path, open_quickly, servers):
     """Nothing in the environment, no profile, and a machine without a role."""
     with servers.serving_files(tmp_path) as web:
         monkeypatch.setenv("AWS_METADATA_ENDPOINT", web.url)
@@ -657,10 +306,10 @@ def test_no_credentials_at_all_are_named(s3, authorizations, monkeypatch, tmp_pa
 # --- the hub
 
 
-def test_a_revision_is_looked_up_once_and_the_token_goes_to_the_hub_alone(hub):
+def test_a_revision_is_looked_up_once_and_the_token_stays_with_the_hub(hub, content, open_quickly):
     hub.token = "hf_secret"
     objects = open_quickly("hf://datasets/someone/acts@main/v 1/")
-    assert objects.read("plan.json", 100) == CONTENT["plan.json"]
+    assert objects.read("plan.json", 100) == content["plan.json"]
     assert objects.size(LARGE) == 300_000
     asked = [path for _, path in hub.hub.requests]
     commit = objects.place.partition("@")[2].partition("/")[0]
@@ -675,7 +324,7 @@ def test_a_revision_is_looked_up_once_and_the_token_goes_to_the_hub_alone(hub):
     assert same.place == objects.place
 
 
-def test_what_the_hub_does_not_have_is_named(hub, monkeypatch):
+def test_what_the_hub_does_not_have_is_named(hub, monkeypatch, open_quickly):
     def error(location: str) -> str:
         with pytest.raises(RemoteError) as raised:
             open_quickly(location)
@@ -702,7 +351,7 @@ def test_what_the_hub_does_not_have_is_named(hub, monkeypatch):
     )
 
 
-def test_a_hub_that_is_not_there_is_said_to_be_absent(tmp_path, monkeypatch):
+def test_a_hub_that_is_not_there_is_said_to_be_absent(tmp_path, monkeypatch, open_quickly, servers):
     with servers.serving_hub(tmp_path) as hub:
         pass
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.hub.url)

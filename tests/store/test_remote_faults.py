@@ -1,0 +1,285 @@
+"""What a server can do wrong: asked again while that may help, else the fault is named."""
+
+import threading
+import time
+from base64 import b64encode
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlsae.store import DamagedStoreError, RemoteError
+from mlsae.store.retry import Patience
+
+LARGE = "activations/resid_post/0/c.0.0"
+
+
+# --- failures that pass
+
+
+def test_requests_that_fail_now_and_then_are_asked_again(web, content, open_quickly):
+    """One in twenty is answered 503; threads share the objects."""
+    web.faults.unavailable = 0.05
+    objects = open_quickly(f"{web.url}/store")
+
+    def read(start: int) -> bool:
+        out = np.empty(1000, np.uint8)
+        objects.read_into(LARGE, start, out)
+        return out.tobytes() == content[LARGE][start : start + 1000]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(0, 200_000, 500)))
+    assert 10 <= web.faults.served["503"] <= 40
+    assert len(web.faults.requests) == 400 + web.faults.served["503"]
+
+
+@pytest.mark.parametrize("place", ["web", "s3", "hub"])
+def test_an_answer_that_is_cut_goes_on_where_it_ended(locate, place, content, open_quickly):
+    location, faults, prefix = locate(place)
+    faults.cuts[f"{prefix}{LARGE}"] = 3
+    faults.cuts[f"{prefix}plan.json"] = 1
+    objects = open_quickly(location)
+    out = np.empty(299_000, np.uint8)
+    assert objects.read_into(LARGE, 500, out) == 299_000
+    assert out.tobytes() == content[LARGE][500:299_500]
+    assert objects.read("plan.json", 100) == content["plan.json"]
+    asked = [part for _, of, part in faults.requests if of.endswith(LARGE)]
+    starts = [int(part.removeprefix("bytes=").split("-")[0]) for part in asked]
+    assert starts[0] == 500
+    # Half of what was asked for has come, but for a piece of the stream.
+    for start, following in pairwise(starts):
+        assert 0 <= (start + 299_500) // 2 - following <= 2**14
+    assert len(starts) == 4
+    assert faults.served["cut"] == 4
+
+
+def test_tries_that_bring_something_do_not_count(web, open_quickly):
+    """More cuts than there are tries."""
+    size = 2**24
+    (web.root / "store/long").write_bytes(bytes(size))
+    web.faults.cuts["store/long"] = 7
+    out = np.ones(size, np.uint8)
+    patience = Patience(first_wait=0.005, tries=2)
+    assert open_quickly(f"{web.url}/store", patience=patience).read_into("long", 0, out) == size
+    assert not out.any()
+
+
+def test_a_slow_server_is_waited_for(web, open_quickly):
+    """50 ms before each answer: sixteen threads hide most of it."""
+    web.faults.latency = 0.05
+    objects = open_quickly(f"{web.url}/store")
+    start = time.monotonic()
+    with ThreadPoolExecutor(16) as pool:
+        sizes = list(pool.map(lambda _: objects.size(LARGE), range(64)))
+    assert sizes == [300_000] * 64
+    assert time.monotonic() - start < 64 * 0.05
+
+
+def test_a_server_that_asks_for_fewer_requests_is_given_time(web, caplog, content, open_quickly):
+    """More refusals than there are tries; one line says why it takes long."""
+    web.faults.busy["store/plan.json"] = 10
+    patience = Patience(first_wait=0.005, longest_wait=0.01)
+    objects = open_quickly(f"{web.url}/store", patience=patience)
+    assert objects.read("plan.json", 100) == content["plan.json"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{web.url}/store/plan.json cannot be read for now: the server answered 429 Too Many "
+        f"Requests; waiting"
+    ]
+    web.faults.busy["store/plan.json"] = 10
+    patience = Patience(first_wait=0.005, busy_seconds=0.02)
+    with pytest.raises(RemoteError, match=r"answered 429 Too Many Requests .* tries in 0 s"):
+        open_quickly(f"{web.url}/store", patience=patience).read("plan.json", 100)
+
+
+# --- failures that do not
+
+
+def test_a_server_that_goes_away_is_said_to_have(web, open_quickly):
+    """After all tries, one line; what is asked for first and what is asked for later."""
+    objects = open_quickly(f"{web.url}/store")
+    assert objects.exists("plan.json")
+    web.faults.unavailable = 1.0
+    with pytest.raises(RemoteError) as raised:
+        objects.read("plan.json", 100)
+    assert str(raised.value) == (
+        f"{web.url}/store/plan.json cannot be read: the server answered 503 Service Unavailable "
+        f"(6 tries in 0 s); nothing was lost: check the address and the network, then run the "
+        f"same command again"
+    )
+    assert web.faults.served["503"] == 6
+
+
+def test_a_server_that_is_not_there_is_said_to_be_absent(tmp_path, open_quickly, servers):
+    with servers.serving_files(tmp_path) as web:
+        pass
+    objects = open_quickly(f"{web.url}/store")
+    with pytest.raises(RemoteError, match=r"cannot be read: Connection refused \(6 tries in 0 s\)"):
+        objects.exists("plan.json")
+
+
+def test_a_server_that_falls_silent_is_not_waited_for(web, open_quickly):
+    """Half an answer, and then nothing."""
+    over = threading.Event()
+
+    def silent(handler: Any) -> None:
+        handler.answer(206, b"12", {"Content-Range": "bytes 0-8/9", "Content-Length": "9"})
+        handler.wfile.flush()
+        over.wait(20)
+
+    web.replies["store/plan.json"] = silent
+    patience = Patience(first_wait=0.005, tries=2, stall_seconds=0.1)
+    with pytest.raises(RemoteError, match=r"plan\.json cannot be read: no answer in time \(2 trie"):
+        open_quickly(f"{web.url}/store", patience=patience).read("plan.json", 9)
+    over.set()
+
+
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize(
+    ("place", "remedy"),
+    [
+        ("web", "the server wants a login: https://USER:PASSWORD@… gives one"),
+        (
+            "s3",
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or "
+            "AWS_SKIP_SIGNATURE=true for a public bucket",
+        ),
+        (
+            "hub",
+            "log in with `hf auth login` or set HF_TOKEN, with access to the data set",
+        ),
+    ],
+)
+def test_a_refusal_names_the_credentials(locate, place, remedy, status, open_quickly):
+    location, faults, prefix = locate(place)
+    objects = open_quickly(location)
+    faults.refused[prefix] = status
+    for ask in (lambda: objects.read("plan.json", 10), lambda: objects.exists("plan.json")):
+        with pytest.raises(RemoteError) as raised:
+            ask()
+        text = str(raised.value)
+        assert text.startswith(
+            f"{objects.place}/plan.json cannot be read: the server answered {status}"
+        )
+        assert text.endswith(f"; {remedy}")
+        assert "\n" not in text
+    assert faults.served["refused"] == 2
+
+
+def test_an_error_that_does_not_pass_is_not_asked_again(web, open_quickly):
+    web.faults.refused["store/"] = 400
+    with pytest.raises(RemoteError) as raised:
+        open_quickly(f"{web.url}/store").read("plan.json", 10)
+    assert str(raised.value) == (
+        f"{web.url}/store/plan.json cannot be read: the server answered 400 Bad Request; check "
+        f"the address and the server"
+    )
+    assert len(web.faults.requests) == 1
+
+
+# --- answers that lie
+
+
+class Endless:
+    """An answer whose body goes on for as long as the client listens, up to 64 MiB."""
+
+    def __init__(self, status: int, headers: dict[str, str | None]) -> None:
+        self.status, self.headers = status, headers
+        self.num_bytes = 0
+        self.ended = threading.Event()
+
+    def __call__(self, handler: Any) -> None:
+        handler.answer(self.status, b"", self.headers)
+        is_chunked = "Transfer-Encoding" in self.headers
+        piece = b"x" * 65536
+        try:
+            while self.num_bytes < 2**26:
+                handler.wfile.write(b"10000\r\n%b\r\n" % piece if is_chunked else piece)
+                self.num_bytes += len(piece)
+        except OSError:
+            handler.close_connection = True
+        self.ended.set()
+
+
+CHUNKED = {"Transfer-Encoding": "chunked", "Content-Length": None}
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "cause"),
+    [
+        (200, {"Content-Length": str(2**40)}, "the server sends whole objects, or a page"),
+        (200, CHUNKED, "the server sends whole objects, or a page"),
+        (
+            206,
+            {"Content-Length": str(2**40), "Content-Range": "bytes 0-999/5000"},
+            "the server sent more bytes than it was asked for",
+        ),
+        (
+            206,
+            {**CHUNKED, "Content-Range": "bytes 0-999/5000"},
+            "Content-Length Header missing from response",
+        ),
+        (
+            206,
+            {"Content-Length": "1000", "Content-Range": "bytes 5-1004/5000"},
+            r"Requested 0\.\.1000, got 5\.\.1005",
+        ),
+        (206, {"Content-Length": "1000"}, "Content-Range header not present"),
+    ],
+)
+def test_an_answer_of_other_bytes_is_not_read_to_its_end(web, status, headers, cause, open_quickly):
+    endless = web.replies["store/plan.json"] = Endless(status, headers)
+    objects = open_quickly(f"{web.url}/store")
+    with pytest.raises(
+        RemoteError, match=f"^{web.url}/store/plan.json cannot be read: {cause}.*; "
+    ):
+        objects.read_into("plan.json", 0, np.empty(1000, np.uint8))
+    assert endless.ended.wait(20)
+    # Buffers of the system hold a few megabytes.
+    assert endless.num_bytes < 2**24
+
+
+def test_memory_is_not_taken_for_a_size_that_is_only_claimed(web, open_quickly):
+    """An object of a petabyte is refused; one that ends before its size is a cut."""
+    headers = {"Content-Length": "9", "Content-Range": f"bytes 0-8/{2**50}"}
+    web.replies["store/plan.json"] = lambda handler: handler.answer(206, b"123456789", headers)
+    objects = open_quickly(f"{web.url}/store")
+    with pytest.raises(DamagedStoreError, match=r"plan\.json has 1125899906842624 bytes, over the"):
+        objects.read("plan.json", 9)
+    with pytest.raises(RemoteError, match=r"the connection was cut|Requested"):
+        objects.read("plan.json", 2**60)
+
+
+def test_a_web_server_without_range_requests_is_refused(web, open_quickly):
+    web.answers_ranges = False
+    with pytest.raises(RemoteError) as raised:
+        open_quickly(f"{web.url}/store").read("plan.json", 100)
+    assert str(raised.value) == (
+        f"{web.url}/store/plan.json cannot be read: the server sends whole objects, or a page in "
+        f"their place, where a part is asked for; use a server that answers HTTP Range requests, "
+        f"or copy the store here"
+    )
+
+
+def test_redirects_are_followed_while_they_end(web, content, open_quickly):
+    def elsewhere(handler: Any) -> None:
+        handler.answer(302, b"", {"Location": "/store/plan.json"})
+
+    def around(handler: Any) -> None:
+        handler.answer(302, b"", {"Location": "/store/around"})
+
+    web.replies |= {"store/moved": elsewhere, "store/around": around}
+    objects = open_quickly(f"{web.url}/store")
+    assert objects.read("moved", 100) == content["plan.json"]
+    with pytest.raises(RemoteError, match="around cannot be read: its redirects do not end; check"):
+        objects.read("around", 100)
+
+
+def test_a_password_in_an_address_is_used_and_never_shown(web, content, open_quickly):
+    url = web.url.replace("://", "://us%40er:pass word@")
+    objects = open_quickly(f"{url}/store")
+    assert objects.read("plan.json", 100) == content["plan.json"]
+    expected = "Basic " + b64encode(b"us@er:pass word").decode()
+    assert web.authorizations == [expected]
+    assert objects.place == f"{web.url}/store"
