@@ -1,6 +1,7 @@
 """Counts and byte sizes as people write them: `10M`, `1e7`, `200GB`, `64KiB`."""
 
 import re
+from collections.abc import Sequence
 
 from mlsae.base.errors import InputError
 
@@ -46,6 +47,17 @@ def format_bytes(num_bytes: float) -> str:
 def format_count(count: float) -> str:
     """A count with thousands separators: `480,000`."""
     return f"{count:,.0f}"
+
+
+def format_ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers for people, neighbours joined: `0–5, 8`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] + 1 == number:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return ", ".join("–".join(map(str, run)) for run in runs)
 
 
 def parse_layers(text: str) -> tuple[int, ...]:

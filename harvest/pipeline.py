@@ -1,7 +1,7 @@
 """Text and a transformer to an activation store: pack and plan first, then shard by shard."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -15,6 +15,7 @@ from mlsae.base.interruption import (
 )
 from mlsae.harvest.batch_size import choose_batch_size
 from mlsae.harvest.batches import Batches
+from mlsae.harvest.calibrate import calibrate
 from mlsae.harvest.config import HarvestConfig
 from mlsae.harvest.forward import choose_encoding, preflight
 from mlsae.harvest.packing import PackedText, pack
@@ -29,14 +30,15 @@ from mlsae.harvest.plan import (
     source_of,
 )
 from mlsae.harvest.ranks import Ranks, wait_until
-from mlsae.harvest.report import dry_run_lines, last_line, layer_tables
+from mlsae.harvest.report import dry_run_lines, encoding_lines, last_line, layer_tables
 from mlsae.harvest.shards import harvest_shards
 from mlsae.harvest.text import open_sources
 from mlsae.harvest.text_report import text_lines
 from mlsae.models import Transformer, load, outline
 from mlsae.models.sites import check_sites
-from mlsae.store import PlanMismatchError, Writer, create, open_store, resume
-from mlsae.store.commit import complete, num_shards_of, pending_shards
+from mlsae.store import Calibration, PlanMismatchError, Writer, create, open_store, resume
+from mlsae.store.commit import num_shards_of, pending_shards
+from mlsae.store.completion import complete
 from mlsae.store.objects import LocalObjects
 from mlsae.store.plan import find_plan, read_plan
 from mlsae.store.schema import COMPLETE, SETUP
@@ -115,7 +117,7 @@ def _run(config: HarvestConfig, interruption: Interruption) -> HarvestResult | N
     _await_others(writer, ranks)
     store = open_store(config.out)
     seconds = time.monotonic() - began
-    for line in layer_tables(store) if ranks.is_first else ():
+    for line in (*layer_tables(store), *encoding_lines(store)) if ranks.is_first else ():
         ranks.say(line)
     ranks.say(last_line(store, _bytes_in(config.out), seconds))
     return HarvestResult(
@@ -154,9 +156,7 @@ def _pack_and_check_room(request: Request, model: Transformer, ranks: Ranks) -> 
     if config.dry_run:
         for line in dry_run_lines(config, packed, sizes, model.tokenizer):
             ranks.say(line)
-    # Until activations are seen, `auto` is either of two encodings of the same size.
-    size = sizes["float32" if config.encoding == "float32" else "float16"]
-    require_room(config, size, len(packed.tokens))
+    require_room(config, sizes[config.sized_as], len(packed.tokens))
     return packed
 
 
@@ -170,7 +170,7 @@ def _begin(request: Request, model: Transformer, packed: PackedText, ranks: Rank
             model, config, context_length=length, layers=request.layers, sites=sites
         )
         ranks.say(f"sequences a forward pass: {batch_sequences}")
-    first = Batches(
+    batches = Batches(
         tokens=lambda start, stop: packed.tokens[start:stop],
         documents=(lambda start, stop: packed.documents[start:stop])
         if config.isolate_documents
@@ -180,8 +180,17 @@ def _begin(request: Request, model: Transformer, packed: PackedText, ranks: Rank
         else None,
         context_length=length,
         batch_sequences=batch_sequences,
-    ).batch(0, min(batch_sequences, len(packed.tokens) // length))
+    )
+    first = batches.batch(0, min(batch_sequences, len(packed.tokens) // length))
     largest = preflight(model, first, request.layers, sites)
+    preset = choose_encoding(config.encoding, model.dtype, largest)
+    calibration = None
+    if preset.encoding == "int8":
+        if config.keep_positions is not None:
+            batches = replace(batches, keep=(config.keep_positions, config.keep_seed))
+        calibration = _written_calibration(config.out) or calibrate(
+            model, batches, packed.token_flags, request.layers, sites
+        )
     return create(
         config.out,
         tokens=packed.tokens,
@@ -191,7 +200,10 @@ def _begin(request: Request, model: Transformer, packed: PackedText, ranks: Rank
         layers=request.layers,
         d_model=model.d_model,
         sites=sites,
-        encoding=choose_encoding(config.encoding, model.dtype, largest),
+        encoding=preset.encoding,
+        compression=preset.compression,
+        calibration=calibration,
+        max_added_fvu=config.max_encoding_fvu,
         batch_sequences=batch_sequences,
         keep_positions=config.keep_positions,
         keep_seed=config.keep_seed,
@@ -203,11 +215,20 @@ def _begin(request: Request, model: Transformer, packed: PackedText, ranks: Rank
     )
 
 
+def _written_calibration(path: Path) -> Calibration | None:
+    """That of a store whose tokens are written: its plan goes on wherever it is continued, although
+    another device would find other last bits."""
+    return open_store(path, incomplete=True).calibration if (path / SETUP).exists() else None
+
+
 def _join(config: HarvestConfig, model: Transformer, ranks: Ranks) -> Writer:
     """Wait for rank 0's plan and tokens, and take part if they are of this very model."""
     wait_until((config.out / SETUP).exists)
     writer = resume(
-        config.out, producer=producer_of(model), allow_mixed=config.allow_mixed_hardware
+        config.out,
+        producer=producer_of(model),
+        allow_mixed=config.allow_mixed_hardware,
+        max_added_fvu=config.max_encoding_fvu,
     )
     planned = writer.plan["source"].get("model")
     if planned != model.describe():

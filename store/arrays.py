@@ -229,9 +229,7 @@ class ArrayReader:
         if self._compressor is None:
             expected_size = object_bytes(rows, self._row_bytes, self._chunk_rows, self._shard_rows)
             if size != expected_size:
-                raise self._damage(
-                    number, f"it has {size} bytes, not {expected_size}", "R-SHARD-2"
-                )
+                raise self._damage(number, f"it has {size} bytes, not {expected_size}", "R-SHARD-2")
         elif not length <= size <= MAX_OBJECT_BYTES:
             raise self._damage(
                 number, f"it has {size} bytes, and its index alone {length}", "R-SHARD-2"

@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from mlsae.base.units import format_bytes, format_count
+from mlsae.base.units import format_bytes, format_count, format_ranges
 from mlsae.store.commit import num_shards_of, pending_shards
 from mlsae.store.errors import RemoteError
 from mlsae.store.producers import Producers, describe
@@ -76,7 +76,7 @@ def format_info(info: dict[str, Any]) -> str:
         f"  tokens      {format_count(plan['num_tokens'])} in {format_count(info['num_sequences'])}"
         f" sequences of {plan['context_length']}",
         *_rows_line(info),
-        f"  activations {', '.join(plan['sites'])}; layers {_ranges(plan['layers'])}; "
+        f"  activations {', '.join(plan['sites'])}; layers {format_ranges(plan['layers'])}; "
         f"d_model {plan['d_model']}; {plan['encoding']}",
         f"  shards      {info['num_committed']} of {info['num_shards']} committed, "
         f"{format_count(plan['shard_rows'])} rows each",
@@ -121,13 +121,3 @@ def _rows_line(info: dict[str, Any]) -> list[str]:
         f"  rows        {format_count(info['num_rows'])}: {keep['num']} positions of a sequence, "
         f"seed {keep['seed']}"
     ]
-
-
-def _ranges(layers: list[int]) -> str:
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and runs[-1][-1] + 1 == layer:
-            runs[-1] = [runs[-1][0], layer]
-        else:
-            runs.append([layer])
-    return ", ".join("–".join(map(str, run)) for run in runs)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from mlsae.store.accumulate import Accumulator, blocks_of
 from mlsae.store.arrays import ArrayReader
+from mlsae.store.card import MAX_CARD_BYTES, card_problem
 from mlsae.store.commit import num_shards_of, store_id_of
 from mlsae.store.encoding import MAX_QUANTUM, Parts
 from mlsae.store.errors import DamagedStoreError, RemoteError, StoreError
@@ -27,6 +29,7 @@ from mlsae.store.schema import (
     ALL_FLAGS,
     ARRAY_METADATA,
     BLOCK_EXPONENTS,
+    CARD,
     CHANNEL_MEAN,
     CHANNEL_SCALE,
     COMPLETE,
@@ -229,7 +232,8 @@ class _Verification:
             self._compare(self.total, moments, MOMENTS)
 
     def others(self) -> None:
-        """Provenance, and what does not belong to a store."""
+        """The card, provenance, and what does not belong to a store."""
+        self._card()
         try:
             names = sorted(name for name, _ in self.store.objects.walk())
         except RemoteError as error:
@@ -245,6 +249,13 @@ class _Verification:
                 self.report("R-LAYOUT-3", name, "was left by a process that was killed; delete it")
             elif name not in self.expected | IGNORED:
                 self.report("R-LAYOUT-3", name, "does not belong here")
+
+    def _card(self) -> None:
+        # One that is missing, or longer than any card, is the owner's own affair.
+        with suppress(FileNotFoundError, DamagedStoreError):
+            problem = card_problem(self.store.objects.read(CARD, MAX_CARD_BYTES))
+            if problem is not None:
+                self.report("R-CARD-1", CARD, problem)
 
     def _report(self, error: StoreError, name: str) -> None:
         self.report(error.rule or "R-SHARD-3", name, str(error))

@@ -18,7 +18,8 @@ import numpy.typing as npt
 from mlsae.base.errors import InputError
 from mlsae.base.files import remove_stale_partials
 from mlsae.store.added_fvu import MAX_ADDED_FVU, AddedFVU, check_added_fvu
-from mlsae.store.commit import complete, num_shards_of, pending_shards
+from mlsae.store.commit import num_shards_of, pending_shards
+from mlsae.store.completion import complete
 from mlsae.store.encoding import Parts
 from mlsae.store.errors import ActivationError, NotAStoreError, NotFiniteError
 from mlsae.store.moments import GROUPS, GroupMoments, eligible_groups

@@ -79,8 +79,8 @@ def test_reading_never_returns_flipped_activations(sample):
 
 @pytest.mark.parametrize("harm", ["missing", "truncated", "longer", "swapped"])
 def test_missing_truncated_longer_or_swapped_files_are_found(sample, harm):
-    """Each file of the store in turn."""
-    files = files_of(sample.path)
+    """Each file of the store in turn, but the card, which its owner may edit."""
+    files = [file for file in files_of(sample.path) if file.name != "README.md"]
     for file in files:
         data = file.read_bytes()
         if harm == "missing":

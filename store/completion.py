@@ -1,0 +1,99 @@
+"""Completing a store: its moments merged, its card, and the record that vouches for the whole."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mlsae.base.files import DamagedFileError, read_sealed, seal, write_durably
+from mlsae.store.card import MARK, card_of
+from mlsae.store.commit import num_shards_of, store_id_of
+from mlsae.store.encoding_cost import largest_added_fvu
+from mlsae.store.errors import DamagedStoreError
+from mlsae.store.moments import GroupMoments, from_bytes, to_bytes
+from mlsae.store.objects import LocalObjects
+from mlsae.store.plan import plan_id_of
+from mlsae.store.records import read_commit, read_setup
+from mlsae.store.schema import (
+    CARD,
+    COMMITS,
+    COMPLETE,
+    MOMENTS,
+    PROVENANCE,
+    commit_record,
+    shard_moments,
+)
+
+
+def complete(path: Path, plan: Mapping[str, Any]) -> None:
+    """Merge the moments, write the card, and the record that makes the store complete.
+
+    Every process that finds all shards committed may do so: the bytes are the same.
+
+    Raises:
+        DamagedStoreError: a shard's moments are not those that its record names, or an object that
+            a record names is missing.
+    """
+    plan_id = plan_id_of(plan)
+    present = LocalObjects(path)
+    objects: dict[str, str] = dict(read_setup(present, plan_id)["objects"])
+    layers = tuple(plan["layers"])
+    total = {site: GroupMoments(layers, plan["d_model"]) for site in plan["sites"]}
+    for shard in range(num_shards_of(plan)):
+        record = read_commit(present, plan_id, shard)
+        objects.update(record["objects"])
+        data = (path / shard_moments(shard)).read_bytes()
+        if hashlib.sha256(data).hexdigest() != record["moments_sha256"]:
+            raise DamagedStoreError(
+                f"{path / shard_moments(shard)} is damaged: its hash is not the one its commit "
+                f"record names; delete {commit_record(shard)} and run the harvest again"
+            )
+        for site, moments in from_bytes(data, plan["sites"], layers, plan["d_model"]).items():
+            total[site].merge(moments)
+    data = to_bytes(total)
+    write_durably(path / MOMENTS, data)
+    store_id = store_id_of(plan_id, objects)
+    card = card_of(
+        plan,
+        plan_id=plan_id,
+        store_id=store_id,
+        num_bytes=_num_bytes(path, objects),
+        cost=largest_added_fvu(present, plan),
+        provenance=_provenance(path),
+    )
+    if not _has_another_card(path):
+        write_durably(path / CARD, card)
+    record = {
+        "plan_id": plan_id,
+        "store_id": store_id,
+        "num_shards": num_shards_of(plan),
+        "moments_sha256": hashlib.sha256(data).hexdigest(),
+    }
+    write_durably(path / COMPLETE, seal(record))
+
+
+def _num_bytes(path: Path, names: Iterable[str]) -> int:
+    try:
+        return sum((path / name).stat().st_size for name in names)
+    except FileNotFoundError as error:
+        raise DamagedStoreError(
+            f"{error.filename} is missing, but a record in {path / COMMITS} names it; restore it "
+            f"from a copy, or delete that record and run the harvest again",
+            rule="R-COMMIT-4",
+        ) from None
+
+
+def _provenance(path: Path) -> list[dict[str, Any]]:
+    """Records of the runs, oldest first; a damaged one is left to `verify`."""
+    found = []
+    for file in sorted((path / PROVENANCE).glob("*.json")):
+        with suppress(DamagedFileError):
+            found.append(read_sealed(file))
+    return sorted(found, key=lambda record: str(record.get("started", "")))
+
+
+def _has_another_card(path: Path) -> bool:
+    """Whether the owner has put a README.md there that is not ours."""
+    card = path / CARD
+    return card.exists() and MARK not in card.read_bytes()
