@@ -6,7 +6,9 @@ from typing import Any
 
 from mlsae.base.errors import InputError
 
-NORMALIZE = ("standardize",)
+NORMALIZE = ("standardize", "none")
+_WITH_DEFAULT = frozenset({"encoder_bias"})
+"""Keys that a file may lack: it is then of an SAE that has no such thing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,9 @@ class SAEConfig:
     k: int
     """Latents a row may use: the k largest pre-activations, those above 0."""
     normalize: str = "standardize"
-    """How a row is normalised before encoding; `standardize` is the only one so far."""
+    """How a row is normalised before encoding: `standardize`, or `none` for rows as they are."""
+    encoder_bias: bool = False
+    """Whether each latent has a bias of its own, added to its pre-activation."""
 
     def __post_init__(self) -> None:
         for name in ("d_in", "num_latents", "k"):
@@ -35,6 +39,8 @@ class SAEConfig:
             raise InputError(
                 f"d_in must be at least 2 to standardise a row over its channels, got {self.d_in}"
             )
+        if not isinstance(self.encoder_bias, bool):
+            raise InputError(f"encoder_bias must be true or false, got {self.encoder_bias!r}")
         if self.k > self.num_latents:
             raise InputError(
                 f"k must be at most num_latents: got k {self.k} and {self.num_latents} latents; "
@@ -47,7 +53,10 @@ class SAEConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
-        return asdict(self)
+        content = asdict(self)
+        if not self.encoder_bias:
+            del content["encoder_bias"]
+        return content
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], where: str) -> "SAEConfig":
@@ -63,7 +72,7 @@ class SAEConfig:
         known = {field.name for field in fields(cls)}
         for problem, keys in (
             ("has unknown keys", set(content) - known),
-            ("lacks keys", known - set(content)),
+            ("lacks keys", known - _WITH_DEFAULT - set(content)),
         ):
             if keys:
                 raise InputError(

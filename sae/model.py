@@ -1,7 +1,8 @@
 """The TopK sparse autoencoder: one dictionary for the rows of every layer.
 
 z = ReLU(TopK_k(W_enc (u − b))),  û = W_dec z + b,  x̂ = û · s(x) + m(x), where u is the standardised
-row. Source: Gao et al. (2024), arXiv 2406.04093; one dictionary for all layers: Lawson et al.
+row; where rows are not normalised u = x, s = 1 and m = 0. SAEs of other tools may have an encoder
+bias: z = ReLU(TopK_k(W_enc (u − b) + b_enc)). Source: Gao et al. (2024), arXiv 2406.04093; one dictionary for all layers: Lawson et al.
 (2024), arXiv 2409.04185.
 
 Shape suffixes: B rows, D channels, N latents, K selected latents; `...` any leading shape.
@@ -17,7 +18,7 @@ from mlsae.base.errors import InputError
 from mlsae.sae.config import SAEConfig
 from mlsae.sae.directory import read, write
 from mlsae.sae.functions import bag, preactivations
-from mlsae.sae.normalize import Standardized, restore, standardize
+from mlsae.sae.normalize import Standardized, leave, restore, standardize
 from mlsae.sae.select import select, select_mixed
 from mlsae.sae.sparse import Support
 
@@ -54,6 +55,9 @@ class SAE(torch.nn.Module):
         self.W_enc = torch.nn.Parameter(W_enc)
         self.W_dec = torch.nn.Parameter(W_enc.clone())
         self.b = torch.nn.Parameter(torch.zeros(config.d_in))
+        self.b_enc = (
+            torch.nn.Parameter(torch.zeros(config.num_latents)) if config.encoder_bias else None
+        )
         self.normalize_decoder()
 
     @torch.no_grad()
@@ -62,8 +66,9 @@ class SAE(torch.nn.Module):
         self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True))
 
     def standardize(self, x_BD: torch.Tensor) -> Standardized:
-        """Rows in units of their own spread, in the SAE's dtype."""
-        return standardize(x_BD.to(self.W_enc.dtype))
+        """Rows as the encoder takes them, in the SAE's dtype: in units of their own spread, or not."""
+        x_BD = x_BD.to(self.W_enc.dtype)
+        return leave(x_BD) if self.config.normalize == "none" else standardize(x_BD)
 
     def activate(self, u_BD: torch.Tensor, *, mixed: bool = False) -> tuple[torch.Tensor, Support]:
         """The latents of standardised rows, with gradients for the encoder and b.
@@ -76,10 +81,16 @@ class SAE(torch.nn.Module):
             (B, K) values ≥ 0 and their places.
         """
         choose = select_mixed if mixed else select
+        W_enc, b = self.W_enc, self.b
+        if self.b_enc is not None:
+            # A channel of ones carries the bias through the same products.
+            W_enc = torch.cat([W_enc, self.b_enc[:, None]], dim=1)
+            b = torch.cat([b, b.new_zeros(1)])
+            u_BD = torch.cat([u_BD, u_BD.new_ones(len(u_BD), 1)], dim=1)
         with torch.no_grad():
-            pre_BK, indices_BK = choose(u_BD - self.b, self.W_enc, self.config.k)
+            pre_BK, indices_BK = choose(u_BD - b, W_enc, self.config.k)
         support = Support(indices_BK, self.config.num_latents)
-        return preactivations(u_BD, self.W_enc, self.b, pre_BK, support).relu(), support
+        return preactivations(u_BD, W_enc, b, pre_BK, support).relu(), support
 
     def reconstruct(self, values_BK: torch.Tensor, support: Support) -> torch.Tensor:
         """û = W_dec z + b, (B, D) standardised, with gradients for values, decoder and b."""
