@@ -44,6 +44,34 @@ COUNT_OR_AUTO = _Parsed("count", parse_count_or_auto)
 LAYERS = _Parsed("layers", parse_layers)
 NAMES = _Parsed("names", parse_names)
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
+LOCATION = _Parsed("location", str)
+"""A directory or a URL, which a path would mangle."""
+
+
+def _reads_stores(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of a command that reads activations, wherever they are."""
+    for option in (
+        click.option(
+            "--cache-size",
+            type=BYTES,
+            help="Most bytes kept there, 0 for none; 10GiB if not given.",
+        ),
+        click.option(
+            "--cache-dir",
+            type=DIRECTORY,
+            help="Where parts of remote stores are kept; ~/.cache/mlsae if not given.",
+        ),
+        click.option(
+            "--cache",
+            required=True,
+            multiple=True,
+            type=LOCATION,
+            help="Activation store: a directory, https://…, s3://… or hf://datasets/…; given "
+            "again, stores of one model and different text, read as one.",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 class _OneLineErrors(click.Group):
@@ -145,7 +173,7 @@ def harvest(**settings: Any) -> None:
 
 
 @main.command()
-@click.option("--cache", required=True, type=DIRECTORY, help="Activation store to train from.")
+@_reads_stores
 @click.option("--out", required=True, type=DIRECTORY, help="Directory of the SAE.")
 @click.option("--site", help="Site to train on; needed where the store holds several.")
 @click.option("--layers", type=LAYERS, help="Layers to train on, such as 0-5; all if not given.")
@@ -180,7 +208,7 @@ def train(**settings: Any) -> None:
 
 
 @main.command()
-@click.option("--cache", required=True, type=DIRECTORY, help="Activation store to read.")
+@_reads_stores
 @click.option("--sae", required=True, type=DIRECTORY, help="Directory of a trained SAE.")
 @click.option("--out", required=True, type=DIRECTORY, help="Directory of the analysis.")
 @click.option("--rows", default="validation", help="validation, train or all.")
@@ -208,32 +236,48 @@ def demo(out: Path) -> None:
 
 @main.group()
 def store() -> None:
-    """Look at an activation store, or check every byte of it."""
+    """Look at an activation store, check every byte of it, copy it or remove it."""
 
 
 @store.command()
-@click.argument("directory", type=DIRECTORY)
+@click.argument("location", type=LOCATION)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def info(directory: Path, as_json: bool) -> None:
+def info(location: str, as_json: bool) -> None:
     """Say what a store holds."""
     from mlsae.store.info import format_info, store_info
 
-    found = store_info(directory)
+    found = store_info(location)
     click.echo(json.dumps(found, indent=2) if as_json else format_info(found))
 
 
 @store.command()
-@click.argument("directory", type=DIRECTORY)
-def verify(directory: Path) -> None:
+@click.argument("location", type=LOCATION)
+def verify(location: str) -> None:
     """Check every hash, checksum, moment and rule of a store."""
     from mlsae.store import open_store
     from mlsae.store.verify import verify as find_problems
 
-    report = find_problems(directory, progress=True)
+    # What is kept on this machine says nothing of what the place holds now.
+    report = find_problems(location, progress=True, cache_bytes=0)
     for line in (*report.problems, *report.notes):
         click.echo(line)
     if problems := len(report.problems):
         raise click.ClickException(
-            f"{directory} breaks {problems} rule{'s' if problems > 1 else ''} of storage_schema.md"
+            f"{location} breaks {problems} rule{'s' if problems > 1 else ''} of storage_schema.md"
         )
-    click.echo(f"{directory} is sound: store_id {open_store(directory).store_id}")
+    store_id = open_store(location, cache_bytes=0).store_id
+    click.echo(f"{location} is sound: store_id {store_id}")
+
+
+@store.command()
+@click.argument("directory", type=LOCATION)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def rm(directory: str, yes: bool) -> None:
+    """Remove a store, and nothing but a store."""
+    from mlsae.store.remove import find_removable, remove
+
+    found = find_removable(directory)
+    if not yes:
+        click.confirm(f"remove {found.description}?", abort=True)
+    remove(found)
+    click.echo(f"removed {found.description}")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlsae.base.errors import InputError
+from mlsae.store.corpus import Location
 
 ROWS = ("validation", "train", "all")
 
@@ -16,8 +17,9 @@ class AnalyzeConfig:
         InputError: `rows` is not one of its choices, or a size is below 1.
     """
 
-    cache: Path
-    """The activation store that is read."""
+    cache: Location | tuple[Location, ...]
+    """The activation store that is read, by directory or URL; several of one model and different
+    text, in any order, are one corpus."""
 
     sae: Path
     """The directory of the trained SAE."""
@@ -45,6 +47,12 @@ class AnalyzeConfig:
 
     events_max_tokens: int = 1_000_000
     """The table `activations` covers at most this many tokens of those evaluated."""
+
+    cache_dir: Path | None = None
+    """Where parts of remote stores are kept; None for the user's cache."""
+
+    cache_size: int | None = None
+    """Most bytes kept there; None for 10 GiB."""
 
     def __post_init__(self) -> None:
         if self.rows not in ROWS:

@@ -1,6 +1,6 @@
 """An SAE and a store that go together, checked before any work."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from mlsae.base.files import sha256_file
 from mlsae.sae import SAE
 from mlsae.sae import load as load_sae
 from mlsae.sae.directory import WEIGHTS
-from mlsae.store import Store, open_store
+from mlsae.store import AnyStore, open_corpus
+from mlsae.store.corpus import Location
 
 _NEEDED = frozenset(
     {"store_id", "model_fingerprint", "site", "layers", "skip_positions", "validation"}
@@ -23,8 +24,8 @@ _NEEDED = frozenset(
 class Pairing:
     """What an analysis is of."""
 
-    store: Store
-    """The store that is read."""
+    store: AnyStore
+    """The store that is read, or several as one."""
 
     sae: SAE
     """The SAE, on `device`, in evaluation mode."""
@@ -51,13 +52,27 @@ class Pairing:
     """What the reader of a summary must know about this pairing; one line each."""
 
 
-def pair(cache: Path, directory: Path, device: torch.device) -> Pairing:
+def pair(
+    cache: Location | Iterable[Location],
+    directory: Path,
+    device: torch.device,
+    *,
+    cache_dir: Path | None = None,
+    cache_bytes: int | None = None,
+) -> Pairing:
     """Open a store and an SAE and see that the one was trained on activations like the other's.
+
+    Args:
+        cache: directory or URL of the store, or several.
+        directory: of the SAE.
+        device: where the work will be done.
+        cache_dir: as for `open_store`.
+        cache_bytes: as for `open_store`.
 
     Raises:
         InputError: width, site, layers or transformer differ; or either cannot be read.
     """
-    store = open_store(cache)
+    store = open_corpus(cache, cache_dir=cache_dir, cache_bytes=cache_bytes)
     sae = load_sae(directory)
     training = sae.training_record
     if missing_keys := sorted(_NEEDED - training.keys()):
@@ -66,7 +81,7 @@ def pair(cache: Path, directory: Path, device: torch.device) -> Pairing:
             f"{', '.join(missing_keys)}; analyze an SAE that mlsae train made"
         )
     site = str(training["site"])
-    where = f"the SAE {directory} does not match the store {cache}"
+    where = f"the SAE {directory} does not match the store {store.place}"
     if sae.config.d_in != store.d_model:
         raise InputError(
             f"{where}: the SAE's d_in is {sae.config.d_in}, the store's d_model {store.d_model}"
@@ -100,31 +115,44 @@ def pair(cache: Path, directory: Path, device: torch.device) -> Pairing:
     )
 
 
-def fingerprint(store: Store) -> str | None:
+def fingerprint(store: AnyStore) -> str | None:
     """The fingerprint of the transformer whose activations a store holds, if it recorded one."""
     model = store.source.get("model")
     return model.get("fingerprint") if isinstance(model, Mapping) else None
 
 
-def _notes(store: Store, training: Mapping[str, Any]) -> list[str]:
+def _notes(store: AnyStore, training: Mapping[str, Any]) -> list[str]:
     notes = []
     if store.rows_per_sequence < store.context_length:
         notes.append(
             f"the store keeps {store.rows_per_sequence} of the {store.context_length} positions of "
             f"each sequence: what is said of rows is of those"
         )
-    if training["store_id"] == store.store_id:
-        return notes
-    notes.append(
-        f"the SAE was trained from another store, {_short(training['store_id'])}, than the one "
-        f"analyzed, {_short(store.store_id)}"
-    )
-    if training["validation"]["tokens_sha256"] != store.plan["tokens_sha256"]:
+    trained = {record["store_id"]: record["tokens_sha256"] for record in _stores_of(training)}
+    here = {member.store_id: member.plan["tokens_sha256"] for member in store.stores}
+    if here.keys() != trained.keys():
+        notes.append(f"the SAE was trained from {_ids(trained)} and is analyzed on {_ids(here)}")
+    if others := [name for name in here.keys() - trained if here[name] not in trained.values()]:
         notes.append(
-            "the two stores hold different text: the rows evaluated were chosen from the analyzed "
-            "store as training would have chosen them there"
+            f"the text of {_ids(others)} is not that of training: the rows evaluated there were "
+            f"chosen as training would have chosen them; where the texts overlap, it may have "
+            f"trained on them"
         )
     return notes
+
+
+def _stores_of(training: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Id and text of each store that an SAE was trained from."""
+    before_corpora = {
+        "store_id": training["store_id"],
+        "tokens_sha256": training["validation"].get("tokens_sha256"),
+    }
+    return list(training.get("stores", [before_corpora]))
+
+
+def _ids(store_ids: Iterable[str]) -> str:
+    ids = sorted(map(_short, store_ids))
+    return f"store{'s' if len(ids) > 1 else ''} {', '.join(ids)}"
 
 
 def _short(digest: object) -> str:

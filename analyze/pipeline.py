@@ -44,7 +44,13 @@ def run(config: AnalyzeConfig) -> Analysis:
     """See `mlsae.analyze.run`."""
     check_replaceable(config.out)
     device = resolve_device(config.device)
-    pairing = pair(config.cache, config.sae, device)
+    pairing = pair(
+        config.cache,
+        config.sae,
+        device,
+        cache_dir=config.cache_dir,
+        cache_bytes=config.cache_size,
+    )
     sequences = choose_sequences(pairing.store, config.rows, pairing.validation, config.max_tokens)
     num_rows = _count_rows(pairing, sequences)
     transformer, reason = find_transformer(pairing.store, pairing.site, config.model, device)
@@ -175,7 +181,6 @@ def _settings(config: AnalyzeConfig) -> dict[str, Any]:
         "kind": KIND,
         "tables_version": TABLES_VERSION,
         "mlsae_version": __version__,
-        "cache": str(config.cache),
         "sae": str(config.sae),
         "rows": config.rows,
         "max_tokens": config.max_tokens,
@@ -198,6 +203,11 @@ def _what(
         )
     return {
         **_provenance(pairing),
+        "cache": [member.place for member in pairing.store.stores],
+        "stores": [
+            {"store_id": member.store_id, "num_sequences": member.num_sequences}
+            for member in pairing.store.stores
+        ],
         "model_fingerprint": fingerprint(pairing.store),
         "site": pairing.site,
         "layers": list(pairing.layers),

@@ -7,15 +7,15 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.errors import InputError
-from mlsae.store import Store
-from mlsae.store.split import validation_sequences
+from mlsae.store import AnyStore, Store
+from mlsae.store.split import validation_of
 
 Int = npt.NDArray[np.int64]
 Single = npt.NDArray[np.float32]
 
 
 def choose_sequences(
-    store: Store, rows: str, validation: Mapping[str, Any], max_tokens: int | None
+    store: AnyStore, rows: str, validation: Mapping[str, Any], max_tokens: int | None
 ) -> Int:
     """Indices of the sequences to evaluate, sorted.
 
@@ -30,12 +30,7 @@ def choose_sequences(
     """
     sequences = np.arange(store.num_sequences, dtype=np.int64)
     if rows != "all":
-        held_out = validation_sequences(
-            str(store.plan["tokens_sha256"]),
-            store.num_sequences,
-            float(validation["fraction"]),
-            int(validation["seed"]),
-        )
+        held_out = validation_of(store, float(validation["fraction"]), int(validation["seed"]))
         if rows == "train":
             sequences = np.setdiff1d(sequences, held_out)
         elif len(held_out) == 0:
@@ -61,7 +56,7 @@ def first_tokens(sequences: Int, max_tokens: int, context_length: int) -> Int:
 
 
 def read_rows(
-    store: Store, site: str, layer: int, sequences: Int, batch_rows: int
+    store: AnyStore, site: str, layer: int, sequences: Int, batch_rows: int
 ) -> Iterator[tuple[Int, Int, Single]]:
     """The unflagged rows of `sequences`, every stored position, in the order of the store.
 
@@ -73,11 +68,9 @@ def read_rows(
     """
     held: list[tuple[Int, Int, Single]] = []
     num_held = 0
-    for start, rows, tokens in _chunks(store, sequences):
-        stop = min(start + store.chunk_rows, store.num_rows)
-        x = store.read(site, layer, start, stop)[rows - start]
-        held.append((rows, tokens, x))
-        num_held += len(rows)
+    for chunk in _chunks(store, site, layer, sequences):
+        held.append(chunk)
+        num_held += len(chunk[0])
         if num_held < batch_rows:
             continue
         rows, tokens, x = _joined(held)
@@ -95,8 +88,21 @@ def _joined(held: list[tuple[Int, Int, Single]]) -> tuple[Int, Int, Single]:
     return np.concatenate(rows), np.concatenate(tokens), np.concatenate(x)
 
 
-def _chunks(store: Store, sequences: Int) -> Iterator[tuple[int, Int, Int]]:
-    """First row of each chunk with unflagged rows of `sequences`, those rows and their tokens."""
+def _chunks(
+    store: AnyStore, site: str, layer: int, sequences: Int
+) -> Iterator[tuple[Int, Int, Single]]:
+    """Of each chunk, the unflagged rows of `sequences`, their tokens and activations."""
+    first = 0
+    for member in store.stores:
+        low, high = np.searchsorted(sequences, [first, first + member.num_sequences])
+        for start, stop, rows, tokens in _spans(member, sequences[low:high] - first):
+            x = member.read(site, layer, start, stop)[rows - start]
+            yield rows + first * store.rows_per_sequence, tokens + first * store.context_length, x
+        first += member.num_sequences
+
+
+def _spans(store: Store, sequences: Int) -> Iterator[tuple[int, int, Int, Int]]:
+    """Chunks with unflagged rows of `sequences`: first row and end, those rows and their tokens."""
     length = store.rows_per_sequence
     for start in range(0, store.num_rows, store.chunk_rows):
         stop = min(start + store.chunk_rows, store.num_rows)
@@ -107,4 +113,4 @@ def _chunks(store: Store, sequences: Int) -> Iterator[tuple[int, Int, Int]]:
         rows = rows[(rows >= start) & (rows < stop)]
         rows = rows[store.row_flags(start, stop)[rows - start] == 0]
         if len(rows):
-            yield start, rows, store.row_tokens(start, stop)[rows - start]
+            yield start, stop, rows, store.row_tokens(start, stop)[rows - start]

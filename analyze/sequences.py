@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mlsae.analyze.selection import Int
 from mlsae.models.inputs import Inputs
-from mlsae.store import PADDING, Store
+from mlsae.store import PADDING, AnyStore
+from mlsae.store.corpus import sequence_origin
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -21,7 +22,7 @@ class Sequences:
     """Some sequences, ready for a forward pass."""
 
     numbers: Int
-    """(B,) indices of the sequences in the store."""
+    """(B,) indices of the sequences in what is read."""
 
     inputs: Inputs
     """Attention as it was when the store was made: inside documents, past padding, or neither."""
@@ -49,13 +50,13 @@ def counted_targets(
 
 
 def read_sequences(
-    store: Store, sequences: Int, skip_positions: int, at_once: int, device: torch.device
+    store: AnyStore, sequences: Int, skip_positions: int, at_once: int, device: torch.device
 ) -> Iterator[Sequences]:
     """Sequences of a store, some at once.
 
     Args:
-        store: any store; one that names no packing in its source was made of whole sequences, each
-            one text.
+        store: any; one that names no packing in its source was made of whole sequences, each one
+            text.
         sequences: sorted indices.
         skip_positions: tokens at positions below are not eligible.
         at_once: sequences of a batch; the last may have fewer.
@@ -73,6 +74,8 @@ def read_sequences(
         flags = np.stack([store.token_flags(*span) for span in spans])
         eligible = flags == 0
         eligible[:, :skip_positions] = False
+        # What a transformer was given may depend on where a token lies in the text of its store.
+        _, own = sequence_origin(store, numbers)
         inputs = Inputs(
             tokens=torch.from_numpy(tokens.astype(np.int64)).to(device),
             documents=torch.from_numpy(documents.astype(np.int64))
@@ -81,7 +84,7 @@ def read_sequences(
             padding=torch.from_numpy(flags & PADDING != 0)
             if packing.get("packing") == "document"
             else None,
-            indices=torch.from_numpy(numbers[:, None] * length + np.arange(length)),
+            indices=torch.from_numpy(own[:, None] * length + np.arange(length)),
         )
         yield Sequences(
             numbers=numbers,

@@ -9,8 +9,10 @@ from mlsae.base.errors import InputError
 from mlsae.models import Transformer, load_for
 from mlsae.models.kinds import ENCODER
 from mlsae.models.sites import check_sites
-from mlsae.store import Store
+from mlsae.store import AnyStore, RemoteError, Store
 
+_Place = tuple[str | Path, str | None]
+"""Name or directory, and revision."""
 _NEEDED = frozenset(
     {
         "fingerprint",
@@ -26,14 +28,14 @@ _NEEDED = frozenset(
 
 
 def find_transformer(
-    store: Store, site: str, given: Path | None, device: torch.device
+    store: AnyStore, site: str, given: Path | None, device: torch.device
 ) -> tuple[Transformer | None, str | None]:
     """The transformer that predicts next tokens and whose activations a store holds.
 
     Args:
         store: the store.
         site: the site that will be spliced.
-        given: directory of the model; None for where the store's last harvest found it.
+        given: directory of the model; None for where a store's last harvest found it.
         device: where to put the weights.
 
     Returns:
@@ -46,18 +48,22 @@ def find_transformer(
         if given is not None:
             raise InputError(f"--model {given}: {reason}; leave it out")
         return None, reason
-    place = _place(store) if given is None else (given, None)
-    if place is None:
-        return None, "the store does not say where its transformer lay; give --model"
+    if given is not None:
+        return _load(store, site, (given, None), device), None
+    places, reason = _places(store)
+    for place in places:
+        try:
+            return _load(store, site, place, device), None
+        except InputError as error:
+            reason = str(error)
+    return None, reason
+
+
+def _load(store: AnyStore, site: str, place: _Place, device: torch.device) -> Transformer:
     name, revision = place
-    try:
-        transformer = load_for(store.source["model"], name, revision=revision, device=device)
-        check_sites(transformer, [site])
-    except InputError as error:
-        if given is not None:
-            raise
-        return None, str(error)
-    return transformer, None
+    transformer = load_for(store.source["model"], name, revision=revision, device=device)
+    check_sites(transformer, [site])
+    return transformer
 
 
 def _why_none(record: object) -> str | None:
@@ -70,7 +76,20 @@ def _why_none(record: object) -> str | None:
     return None
 
 
-def _place(store: Store) -> tuple[str | Path, str | None] | None:
+def _places(store: AnyStore) -> tuple[list[_Place], str]:
+    """Where harvests found the transformer, each place once, or why none is known."""
+    places: dict[_Place, None] = {}
+    reason = "the store does not say where its transformer lay; give --model"
+    for member in store.stores:
+        try:
+            if (place := _place(member)) is not None:
+                places[place] = None
+        except RemoteError as error:
+            reason = f"where the transformer lay is not known ({error}); give --model"
+    return list(places), reason
+
+
+def _place(store: Store) -> _Place | None:
     """Name and revision under which the last harvest of this store found its transformer."""
     places = [record["model"] for record in store.provenance() if "model" in record]
     return (places[-1]["name"], places[-1]["revision"]) if places else None

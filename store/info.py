@@ -16,7 +16,8 @@ def store_info(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         StoreError: there is no store, its tokens are not written, or a record is damaged.
     """
-    store = open_store(path, incomplete=True)
+    # A few records are not worth keeping on this machine.
+    store = open_store(path, incomplete=True, cache_bytes=0)
     num_shards = num_shards_of(store.plan)
     info: dict[str, Any] = {
         "path": store.place,

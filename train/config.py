@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlsae.base.errors import InputError
+from mlsae.store.corpus import Location
 from mlsae.train.objective import LOSS_SPACES
 
 PRECISIONS = ("float32", "bfloat16")
@@ -20,8 +21,9 @@ class TrainConfig:
         InputError: a value is out of range, or two exclude each other.
     """
 
-    cache: Path
-    """Directory of the activation store."""
+    cache: Location | tuple[Location, ...]
+    """The activation store, by directory or URL; several of one model and different text, in any
+    order, are one corpus."""
     out: Path
     """Directory of the SAE; also holds the run's log, checkpoints and figures."""
     site: str | None = None
@@ -65,6 +67,10 @@ class TrainConfig:
     """Continue the run in `out` from its last checkpoint."""
     checkpoint_seconds: float = 300.0
     """Least time between checkpoints."""
+    cache_dir: Path | None = None
+    """Where parts of remote stores are kept; None for the user's cache."""
+    cache_size: int | None = None
+    """Most bytes kept there; None for 10 GiB."""
 
     def __post_init__(self) -> None:
         for first, second in (("expansion_factor", "num_latents"), ("epochs", "max_rows")):

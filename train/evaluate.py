@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from mlsae.sae import SAE
-from mlsae.store import Store
+from mlsae.store import AnyStore
 from mlsae.train.loader import TORCH_DTYPE
 from mlsae.train.objective import Sum
 
@@ -59,7 +59,7 @@ class _LayerSums:
 
 def evaluate(
     sae: SAE,
-    store: Store,
+    store: AnyStore,
     site: str,
     layers: tuple[int, ...],
     sequences: npt.NDArray[np.int64],
@@ -135,7 +135,7 @@ def _count(
 
 
 def _blocks(
-    store: Store, site: str, layer: int, sequences: npt.NDArray[np.int64]
+    store: AnyStore, site: str, layer: int, sequences: npt.NDArray[np.int64]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Rows of the sequences as stored, some sequences at once, and their positions.
 

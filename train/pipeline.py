@@ -1,5 +1,6 @@
 """A training run from its configuration to the SAE directory."""
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from mlsae.base.files import read_sealed
 from mlsae.base.units import format_count
 from mlsae.sae import SAE
 from mlsae.sae.directory import TRAINING
-from mlsae.store import open_store
+from mlsae.store import open_corpus
 from mlsae.train.checkpoint import Checkpoints
 from mlsae.train.config import TrainConfig
 from mlsae.train.dead import DeadLatents
@@ -71,7 +72,11 @@ def run(config: TrainConfig) -> TrainResult:
 
 def _run(config: TrainConfig, accelerator: Accelerator) -> TrainResult:
     check_world_size(accelerator.num_processes)
-    plan = make_plan(config, open_store(config.cache))
+    if not accelerator.is_local_main_process:
+        # Every process reads the stores; what that warns of is said once a machine.
+        logging.getLogger("mlsae").setLevel(logging.ERROR)
+    store = open_corpus(config.cache, cache_dir=config.cache_dir, cache_bytes=config.cache_size)
+    plan = make_plan(config, store)
     settings = plan.settings()
     if check_output(config.out, settings, resume=config.resume):
         _say(accelerator, f"{config.out} is finished already")
@@ -208,6 +213,15 @@ def _record(
         "settings": plan.settings(),
         "store_id": store.store_id,
         "plan_id": store.plan_id,
+        "stores": [
+            {
+                "store_id": member.store_id,
+                "plan_id": member.plan_id,
+                "tokens_sha256": member.plan["tokens_sha256"],
+                "num_sequences": member.num_sequences,
+            }
+            for member in store.stores
+        ],
         "model_fingerprint": model.get("fingerprint") if isinstance(model, Mapping) else None,
         "site": plan.site,
         "layers": list(plan.layers),
@@ -217,7 +231,6 @@ def _record(
             "seed": config.seed,
             "num_sequences": store.num_sequences,
             "num_held_out": len(plan.validation),
-            "tokens_sha256": store.plan["tokens_sha256"],
         },
         "position": {
             "step": trainer.step_number,

@@ -8,8 +8,8 @@ import numpy.typing as npt
 
 from mlsae.base.errors import InputError
 from mlsae.sae import SAEConfig
-from mlsae.store import Store
-from mlsae.store.split import validation_sequences
+from mlsae.store import AnyStore
+from mlsae.store.split import validation_of
 from mlsae.train.config import TrainConfig
 from mlsae.train.dead import default_dead_after
 from mlsae.train.objective import default_k_aux
@@ -22,7 +22,7 @@ class Plan:
     """A run, resolved."""
 
     config: TrainConfig
-    store: Store
+    store: AnyStore
     site: str
     layers: tuple[int, ...]
     sae: SAEConfig
@@ -61,7 +61,7 @@ class Plan:
         }
 
 
-def make_plan(config: TrainConfig, store: Store) -> Plan:
+def make_plan(config: TrainConfig, store: AnyStore) -> Plan:
     """Resolve a configuration.
 
     Raises:
@@ -75,9 +75,7 @@ def make_plan(config: TrainConfig, store: Store) -> Plan:
             f"for {len(layers)} layers"
         )
     store.moments(site, config.skip_positions)  # Refuses what skip_positions cannot be.
-    validation = validation_sequences(
-        store.plan["tokens_sha256"], store.num_sequences, config.validation_fraction, config.seed
-    )
+    validation = validation_of(store, config.validation_fraction, config.seed)
     mixture = Mixture.plan(
         store,
         site,
@@ -108,7 +106,7 @@ def make_plan(config: TrainConfig, store: Store) -> Plan:
     )
 
 
-def _site(config: TrainConfig, store: Store) -> str:
+def _site(config: TrainConfig, store: AnyStore) -> str:
     if config.site is None and len(store.sites) > 1:
         raise InputError(
             f"{store.place} holds the sites {', '.join(store.sites)}, and an SAE is trained on "

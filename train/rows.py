@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from mlsae.base.errors import InputError
 from mlsae.base.units import format_bytes
-from mlsae.store import Store
+from mlsae.store import AnyStore
 from mlsae.train.sampler import Order, slice_rows
 
 SLICE_BYTES = 64 << 10
@@ -26,7 +26,7 @@ class TrainingRows:
     """
 
     def __init__(
-        self, store: Store, skip_positions: int, validation: npt.NDArray[np.int64]
+        self, store: AnyStore, skip_positions: int, validation: npt.NDArray[np.int64]
     ) -> None:
         self._store = store
         self._skip_positions = skip_positions
@@ -66,7 +66,7 @@ class TrainingRows:
 class Mixture:
     """The rows of several layers, cut into slices, and the order in which epochs visit them."""
 
-    store: Store
+    store: AnyStore
     site: str
     layers: tuple[int, ...]
     batch_rows: int
@@ -82,7 +82,7 @@ class Mixture:
     @classmethod
     def plan(
         cls,
-        store: Store,
+        store: AnyStore,
         site: str,
         layers: tuple[int, ...],
         *,

@@ -156,6 +156,7 @@ def training_record(store: Store) -> dict[str, Any]:
     return {
         "store_id": store.store_id,
         "plan_id": store.plan_id,
+        "stores": [{"store_id": store.store_id, "tokens_sha256": store.plan["tokens_sha256"]}],
         "model_fingerprint": store.source.get("model", {}).get("fingerprint"),
         "site": "resid_post",
         "layers": list(store.layers),
@@ -164,7 +165,6 @@ def training_record(store: Store) -> dict[str, Any]:
             "fraction": 0.2,
             "seed": 3,
             "num_sequences": store.num_sequences,
-            "tokens_sha256": store.plan["tokens_sha256"],
         },
     }
 

@@ -124,7 +124,7 @@ def test_a_latent_planted_at_one_layer_has_no_layer_variance(tmp_path: Path) -> 
         "site": "resid_post",
         "layers": layers,
         "skip_positions": 1,
-        "validation": {"fraction": 0.2, "seed": 0, "tokens_sha256": store.plan["tokens_sha256"]},
+        "validation": {"fraction": 0.2, "seed": 0},
     }
     sae.save(tmp_path / "sae", record)
     found = run(
@@ -256,12 +256,15 @@ def test_another_store_of_the_same_transformer_is_analyzed_and_named(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    other = {"fraction": 0.2, "seed": 3, "tokens_sha256": "e" * 64}
-    directory = sae_maker(world.store, store_id="d" * 64, validation=other)
+    other = {"store_id": "d" * 64, "tokens_sha256": "e" * 64}
+    directory = sae_maker(world.store, store_id="d" * 64, stores=[other])
     found = run(AnalyzeConfig(cache=world.store, sae=directory, out=tmp_path / "out"))
     text = capsys.readouterr().out
-    assert "note: the SAE was trained from another store, dddddddddddd, than the one" in text
-    assert "note: the two stores hold different text" in text
+    here = open_store(world.store).store_id[:12]
+    assert (
+        f"note: the SAE was trained from store dddddddddddd and is analyzed on store {here}" in text
+    )
+    assert f"note: the text of store {here} is not that of training: the rows evaluated" in text
     assert len(found.summary["notes"]) == 2
 
 

@@ -16,13 +16,13 @@ OPTIONS = {
     "text-column tokens-column max-tokens max-disk context-length packing bos isolate-documents "
     "layers sites keep-positions keep-seed encoding model-dtype attn-implementation batch-size "
     "shard-size device device-map allow-mixed-hardware dry-run",
-    "train": "cache out site layers expansion-factor num-latents k batch-size epochs max-rows lr "
-    "lr-decay warmup validation-fraction skip-positions loss-space window seed device precision "
-    "resume",
-    "analyze": "cache sae out rows max-tokens model batch-size device",
+    "train": "cache cache-dir cache-size out site layers expansion-factor num-latents k batch-size "
+    "epochs max-rows lr lr-decay warmup validation-fraction skip-positions loss-space window seed "
+    "device precision resume",
+    "analyze": "cache cache-dir cache-size sae out rows max-tokens model batch-size device",
     "demo": "out",
-    "store info": "directory json",
-    "store verify": "directory",
+    "store info": "location json",
+    "store verify": "location",
 }
 """Every option of every command; adding or renaming one is a decision to be seen here."""
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from mlsae.base.errors import InputError
 from mlsae.sae import load
 from mlsae.store import open_store
-from mlsae.store.split import validation_sequences
+from mlsae.store.split import validation_of
 from mlsae.train import TrainConfig, run
 from mlsae.train.checkpoint import DamagedCheckpointError
 from mlsae.train.trainer import Trainer
@@ -83,10 +83,16 @@ def test_a_run_leaves_an_sae_its_record_a_log_and_curves(finished: Path, sample:
     assert record["layers"] == [0, 1, 3]
     assert record["skip_positions"] == 1
     assert record["settings"]["lr"] == 3e-3
+    assert record["stores"] == [
+        {
+            "store_id": store.store_id,
+            "plan_id": store.plan_id,
+            "tokens_sha256": store.plan["tokens_sha256"],
+            "num_sequences": 37,
+        }
+    ]
     split = record["validation"]
-    held_out = validation_sequences(
-        split["tokens_sha256"], split["num_sequences"], split["fraction"], split["seed"]
-    )
+    held_out = validation_of(store, split["fraction"], split["seed"])
     assert split["num_held_out"] == len(held_out) == 4
     lines = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, record["position"]["step"] + 1))
@@ -253,10 +259,10 @@ def test_damage_in_the_store_stops_the_run_and_leaves_no_sae(sample: Any, tmp_pa
     assert run(config(sample, tmp_path / "run", resume=True)).metrics
 
 
-def command(sample: Any, out: Path, *more: str) -> list[str]:
-    flags = {**SETTINGS, "cache": sample.path, "out": out}
+def command(cache: Path, out: Path) -> list[str]:
+    flags = {**SETTINGS, "cache": cache, "out": out}
     words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-    return ["-m", "mlsae", "train", *words, *more]
+    return ["-m", "mlsae", "train", *words]
 
 
 def test_a_killed_process_resumes_to_the_same_weights(
@@ -311,7 +317,7 @@ def test_two_ranks_train_as_one_does(
 ) -> None:
     """torchrun really starts two; final weights and metrics agree to float tolerance."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    printed = launch(*command(sample, tmp_path / "two"))
+    printed = launch(*command(sample.path, tmp_path / "two"))
     assert printed.count("SAE: ") == 1
     two, one = load(tmp_path / "two"), load(finished)
     assert two.training_record["environment"]["world_size"] == 2
@@ -348,13 +354,13 @@ def test_a_store_of_kept_positions_trains_resumes_and_is_shared_by_ranks(
     run(replace(broken, resume=True))
     assert_equal_runs(whole, tmp_path / "broken")
     record = load(whole).training_record
-    held_out = validation_sequences(open_store(sample.path).plan["tokens_sha256"], 37, 0.1, 0)
+    held_out = validation_of(open_store(sample.path), 0.1, 0)
     eligible = open_store(store).eligible(1)
     sequence = np.arange(37 * 9) // 9
     num_held_out = 3 * int(eligible[np.isin(sequence, held_out)].sum())
     assert record["metrics"]["position_0_out"]["num_rows"] == num_held_out > 0
     assert record["position"]["epoch_rows"] == 3 * int(eligible.sum()) - num_held_out
-    launch(*command(sample, tmp_path / "two", f"--cache={store}"))
+    launch(*command(store, tmp_path / "two"))
     two = load(tmp_path / "two")
     for name, tensor in load(whole).state_dict().items():
         torch.testing.assert_close(two.state_dict()[name], tensor, rtol=1e-2, atol=1e-3)
