@@ -17,6 +17,7 @@ from mlsae.sae.config import SAEConfig
 from mlsae.sae.errors import DamagedSAEError, NotAnSAEError
 
 WEIGHTS, CONFIG, TRAINING = "sae.safetensors", "config.json", "training.json"
+FILES = (WEIGHTS, CONFIG, TRAINING)
 _ARCHITECTURE = "mlsae/topk"
 
 
@@ -31,7 +32,7 @@ def write(
     Args:
         directory: made if it is not there.
         config: goes into config.json.
-        tensors: W_enc (N, D), W_dec (N, D) and b (D,).
+        tensors: W_enc (N, D), W_dec (N, D), b (D,), and b_enc (N,) with an encoder bias.
         training: training.json's content.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -99,7 +100,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if foreign:
         raise NotAnSAEError(
             f"{path} does not describe an SAE of mlsae: expected architecture "
-            f"{_ARCHITECTURE!r}; SAEs of other tools have to be converted first"
+            f"{_ARCHITECTURE!r}; `mlsae import {directory} OUT` converts SAEs of other tools"
         )
     try:
         return read_sealed(path)

@@ -1,9 +1,9 @@
 """The TopK sparse autoencoder: one dictionary for the rows of every layer.
 
 z = ReLU(TopK_k(W_enc (u − b))),  û = W_dec z + b,  x̂ = û · s(x) + m(x), where u is the standardised
-row; where rows are not normalised u = x, s = 1 and m = 0. SAEs of other tools may have an encoder
-bias: z = ReLU(TopK_k(W_enc (u − b) + b_enc)). Source: Gao et al. (2024), arXiv 2406.04093; one dictionary for all layers: Lawson et al.
-(2024), arXiv 2409.04185.
+row; where rows are not normalised, u = x, s = 1 and m = 0. SAEs of other tools may have an encoder
+bias as well: z = ReLU(TopK_k(W_enc (u − b) + b_enc)). Source: Gao et al. (2024), arXiv 2406.04093;
+one dictionary for all layers: Lawson et al. (2024), arXiv 2409.04185.
 
 Shape suffixes: B rows, D channels, N latents, K selected latents; `...` any leading shape.
 """
@@ -16,8 +16,9 @@ import torch
 
 from mlsae.base.errors import InputError
 from mlsae.sae.config import SAEConfig
-from mlsae.sae.directory import read, write
+from mlsae.sae.directory import FILES, read, write
 from mlsae.sae.functions import bag, preactivations
+from mlsae.sae.location import find
 from mlsae.sae.normalize import Standardized, leave, restore, standardize
 from mlsae.sae.select import select, select_mixed
 from mlsae.sae.sparse import Support
@@ -66,7 +67,7 @@ class SAE(torch.nn.Module):
         self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True))
 
     def standardize(self, x_BD: torch.Tensor) -> Standardized:
-        """Rows as the encoder takes them, in the SAE's dtype: in units of their own spread, or not."""
+        """Rows as the encoder takes them, in the SAE's dtype; in units of their spread, or as is."""
         x_BD = x_BD.to(self.W_enc.dtype)
         return leave(x_BD) if self.config.normalize == "none" else standardize(x_BD)
 
@@ -81,7 +82,8 @@ class SAE(torch.nn.Module):
             (B, K) values ≥ 0 and their places.
         """
         choose = select_mixed if mixed else select
-        W_enc, b = self.W_enc, self.b
+        W_enc: torch.Tensor = self.W_enc
+        b: torch.Tensor = self.b
         if self.b_enc is not None:
             # A channel of ones carries the bias through the same products.
             W_enc = torch.cat([W_enc, self.b_enc[:, None]], dim=1)
@@ -143,11 +145,12 @@ class SAE(torch.nn.Module):
         write(directory, self.config, self.state_dict(), training)
 
 
-def load(directory: str | Path, device: str | torch.device = "cpu") -> SAE:
+def load(path_or_hub_id: str | Path, device: str | torch.device = "cpu") -> SAE:
     """Read an SAE directory, checking every byte of it.
 
     Args:
-        directory: what `SAE.save` or `mlsae train` wrote.
+        path_or_hub_id: what `SAE.save` or `mlsae train` wrote: a directory, or, as a `str`, where
+            it lies on the Hugging Face hub: `owner/name[/folder][@revision]`.
         device: where the weights go.
 
     Returns:
@@ -158,7 +161,7 @@ def load(directory: str | Path, device: str | torch.device = "cpu") -> SAE:
         DamagedSAEError: a file is missing or does not hold the bytes that were written.
         InputError: its configuration is not one this version knows.
     """
-    config, tensors, training = read(Path(directory))
+    config, tensors, training = read(find(path_or_hub_id, FILES).directory)
     with torch.device("meta"):
         sae = SAE(config)
     sae.load_state_dict({name: t.to(device) for name, t in tensors.items()}, assign=True)

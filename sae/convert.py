@@ -1,0 +1,205 @@
+"""SAEs in the formats of other tools: written where the format can express them, and read."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlsae.base.errors import InputError
+from mlsae.base.files import canonical_json, fsync_directory, sha256_file, write_durably
+from mlsae.sae import dictionary_learning, published, saelens, sparsify
+from mlsae.sae.directory import CONFIG, WEIGHTS, write
+from mlsae.sae.foreign import SITES, ConversionError, Foreign, Format, Origin, plural, read_json
+from mlsae.sae.location import Found, find, nothing_at
+from mlsae.sae.model import SAE, load
+
+FORMATS: dict[str, Format] = {
+    module.FORMAT.name: module.FORMAT
+    for module in (saelens, sparsify, dictionary_learning, published)
+}
+"""By the name that `--to` takes."""
+
+_FILES = sorted({name for f in FORMATS.values() for name in (f.config_file, f.weights_file)})
+_SKIP_POSITIONS = 1
+"""What analyze leaves out for an SAE that does not say which positions it was trained on."""
+
+
+def export_sae(run: str | Path, to: str, out: Path, *, model: str | None = None) -> list[Path]:
+    """Write an SAE in the format of another tool.
+
+    Reconstructions are the same function of the activations. A format that is of single layers
+    gets a folder for each layer, all with the same weights.
+
+    Args:
+        run: directory or hub id of an SAE of this package.
+        to: `saelens`, `sparsify`, `dictionary-learning` or `mlsae`.
+        out: directory to be made; absent or empty.
+        model: name of the transformer, for the formats that record it.
+
+    Returns:
+        The directories that were written, one for each layer or one for all.
+
+    Raises:
+        ConversionError: the format cannot express the SAE, or needs what the SAE does not say.
+        InputError: there is no such format, `out` is in use, or the SAE cannot be read.
+    """
+    if to not in FORMATS:
+        raise InputError(f"--to must be one of {', '.join(FORMATS)}, got {to!r}")
+    form = FORMATS[to]
+    sae = load(run)
+    origin = _origin_of(sae.training_record, model)
+    if form.folder is not None and (origin.site is None or not origin.layers):
+        raise ConversionError(
+            f"the SAE {run} cannot be exported to {to}: it does not say its site and layers, and "
+            f"that format is of single layers; import it again with --site and --layers"
+        )
+    if obstacle := form.obstacle(sae, origin):
+        raise ConversionError(f"the SAE {run} cannot be exported to {to}: {obstacle}")
+    _claim(out)
+    if form.folder is None or origin.site is None:
+        folders: dict[Path, int | None] = {out: None}
+    else:
+        folders = {out / form.folder(origin.site, n): n for n in origin.layers or ()}
+    first = None
+    for folder, layer in folders.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        if first is None:
+            first = folder / form.weights_file
+            write_durably(first, form.weights(sae))
+        else:
+            _repeat(first, folder / form.weights_file)
+        write_durably(
+            folder / form.config_file,
+            canonical_json(form.configuration(sae, origin, layer)) + b"\n",
+        )
+    return list(folders)
+
+
+def import_sae(
+    source: str | Path,
+    out: Path,
+    *,
+    site: str | None = None,
+    layers: tuple[int, ...] | None = None,
+) -> SAE:
+    """Read an SAE of another tool and write it as an SAE directory of this package.
+
+    Nothing of it is executed. training.json says where it came from and what is not known of it.
+
+    Args:
+        source: a directory, or `owner/name[/folder][@revision]` on the hub.
+        out: directory to be made; absent or empty.
+        site: the site it was trained on, where its files do not say.
+        layers: its layers, where its files do not say.
+
+    Returns:
+        The SAE, loaded from `out`.
+
+    Raises:
+        ConversionError: it is of another architecture than a TopK SAE, it is damaged, or it says
+            another site or other layers than these.
+        NotAnSAEError: there is none.
+        InputError: `out` is in use.
+    """
+    if site is not None and site not in SITES:
+        raise InputError(f"--site must be one of {', '.join(SITES)}, got {site!r}")
+    found = find(source, _FILES)
+    form = _format_of(found)
+    content = read_json(found.directory / form.config_file)
+    foreign = form.read(found.directory, content)
+    origin = Origin(
+        site=_agreed("site", source, foreign.origin.site, site),
+        layers=_agreed("layers", source, foreign.origin.layers, layers),
+        model=foreign.origin.model,
+    )
+    _claim(out)
+    write(out, foreign.config, foreign.tensors, _record(form, found, foreign, origin, content))
+    return load(out)
+
+
+def _format_of(found: Found) -> Format:
+    directory = found.directory
+    forms = [
+        form
+        for form in FORMATS.values()
+        if all((directory / name).is_file() for name in (form.config_file, form.weights_file))
+    ]
+    if forms:
+        return forms[0]
+    if (directory / CONFIG).is_file() and (directory / WEIGHTS).is_file():
+        raise ConversionError(f"{found.source} is an SAE of mlsae already: use it as it is")
+    files = (path.relative_to(directory).as_posix() for path in sorted(directory.glob("*/**/*")))
+    names = [form.weights_file for form in FORMATS.values()]
+    raise ConversionError(nothing_at(found.source, files, names, f"{directory}/"))
+
+
+def _agreed(what: str, source: str | Path, theirs: Any, given: Any) -> Any:
+    if theirs is not None and given is not None and theirs != given:
+        shown = [plural(v) if isinstance(v, tuple) else v for v in (theirs, given)]
+        raise ConversionError(
+            f"{source} says that it is of {what} {shown[0]}, --{what} says {shown[1]}"
+        )
+    return given if theirs is None else theirs
+
+
+def _record(
+    form: Format, found: Found, foreign: Foreign, origin: Origin, content: Mapping[str, Any]
+) -> dict[str, Any]:
+    """training.json of an imported SAE, with the keys that training would write where known."""
+    known: dict[str, Any] = {}
+    if origin.site is not None:
+        known["site"] = origin.site
+    if origin.layers is not None:
+        known["layers"] = list(origin.layers)
+    return {
+        **known,
+        "imported": {
+            "format": form.name,
+            "source": found.source,
+            "sha256": {
+                name: sha256_file(found.directory / name)
+                for name in (form.config_file, form.weights_file)
+            },
+            "configuration": content,
+            "model": origin.model,
+            "changes": list(foreign.changes),
+        },
+        "store_id": None,
+        "plan_id": None,
+        "model_fingerprint": None,
+        "skip_positions": _SKIP_POSITIONS,
+        # No sequence of any store is known to have been held out.
+        "validation": {"fraction": 0.0, "seed": 0, "tokens_sha256": None},
+        "metrics": None,
+    }
+
+
+def _origin_of(record: Mapping[str, Any], model: str | None) -> Origin:
+    layers = record.get("layers")
+    imported = record.get("imported")
+    named = imported.get("model") if isinstance(imported, Mapping) else None
+    return Origin(
+        site=record.get("site"),
+        layers=None if layers is None else tuple(layers),
+        model=model or named,
+    )
+
+
+def _claim(out: Path) -> None:
+    """See that an output directory is free.
+
+    Raises:
+        InputError: it holds something.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is in use already: give a directory that is absent or empty")
+
+
+def _repeat(first: Path, path: Path) -> None:
+    """The same weights under another name: no second copy of gigabytes where a link will do."""
+    try:
+        os.link(first, path)
+    except OSError:
+        shutil.copyfile(first, path)
+    fsync_directory(path.parent)

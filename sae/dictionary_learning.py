@@ -1,0 +1,158 @@
+"""The format of dictionary_learning's AutoEncoderTopK: config.json and ae.pt, a folder a layer.
+
+It has no place for a normalisation of rows: the factor that its trainer may scale activations by is
+put into the biases when it saves. Source: `dictionary_learning/trainers/top_k.py` and `utils.py` of
+https://github.com/saprmarks/dictionary_learning.
+
+Shape suffixes: D channels, N latents.
+"""
+
+import io
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlsae.sae.foreign import (
+    OURS,
+    SITES,
+    ConversionError,
+    Foreign,
+    Format,
+    Origin,
+    Tensors,
+    assemble,
+    encoder_bias,
+    require,
+    take,
+    trained_on,
+)
+from mlsae.sae.model import SAE
+
+_CONFIG, _WEIGHTS = "config.json", "ae.pt"
+_CLASS = "AutoEncoderTopK"
+_SUBMODULE = re.compile(rf"({'|'.join(SITES)})_layer_(\d+)")
+
+
+def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
+    path = directory / _CONFIG
+    trainer = require(config, "trainer", path, dict)
+    found_class = trainer.get("dict_class")
+    if found_class != _CLASS:
+        raise ConversionError(
+            f"{path} cannot be imported exactly: it is a {found_class}, and a TopK SAE is an "
+            f"{_CLASS}"
+        )
+    weights = directory / _WEIGHTS
+    state = _load(weights)
+    if "ae" in state:
+        raise ConversionError(
+            f"{weights} is the backup of a run that did not finish; import the {_WEIGHTS} of one "
+            f"that did"
+        )
+    k = require(trainer, "k", path, int)
+    shape = _shape(state, weights)
+    shapes = {
+        "encoder.weight": shape,
+        "encoder.bias": shape[:1],
+        "decoder.weight": shape[::-1],
+        "b_dec": shape[1:],
+    }
+    found = take(state, shapes, weights, ignored=("k", "threshold"))
+    if "k" in state and int(state["k"]) != k:
+        raise ConversionError(f"{path} says k {k}, {weights} has {int(state['k'])}")
+    tensors = {
+        "W_enc": found["encoder.weight"],
+        "W_dec": found["decoder.weight"].T.contiguous(),
+        "b": found["b_dec"],
+        "b_enc": found["encoder.bias"],
+    }
+    return assemble(tensors, k, "none", _origin(trainer))
+
+
+def _load(path: Path) -> Tensors:
+    """Tensors by name; nothing in the file is executed."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConversionError(
+            f"{path} is damaged or holds more than tensors, which is never run: {reason[0]}"
+        ) from None
+    if not isinstance(state, dict):
+        raise ConversionError(f"{path}: expected tensors by name, got {type(state).__name__}")
+    return state
+
+
+def _shape(state: Mapping[str, Any], path: Path) -> tuple[int, ...]:
+    if any(not isinstance(t, torch.Tensor) for t in state.values()):
+        raise ConversionError(f"{path}: expected tensors by name, and it holds something else")
+    encoder = state.get("encoder.weight")
+    if encoder is None or encoder.ndim != 2:
+        raise ConversionError(f"{path} has no encoder.weight of shape (dict_size, activation_dim)")
+    return tuple(encoder.shape)
+
+
+def _origin(trainer: Mapping[str, Any]) -> Origin:
+    submodule, layer, model = (trainer.get(key) for key in ("submodule_name", "layer", "lm_name"))
+    named = _SUBMODULE.fullmatch(submodule) if isinstance(submodule, str) else None
+    fallback = Origin(
+        site=named[1] if named else None,
+        layers=(layer,) if isinstance(layer, int) and layer >= 0 else None,
+    )
+    return trained_on(trainer.get(OURS), model if isinstance(model, str) else None, fallback)
+
+
+def _obstacle(sae: SAE, _origin: Origin) -> str | None:
+    if sae.config.normalize != "none":
+        return (
+            "the SAE standardises each row, and that format has no place for a normalisation; "
+            "saelens and mlsae have"
+        )
+    return None
+
+
+def _weights(sae: SAE) -> bytes:
+    tensors = {
+        "k": torch.tensor(sae.config.k, dtype=torch.int32),
+        "threshold": torch.tensor(-1.0),
+        "encoder.weight": sae.W_enc,
+        "encoder.bias": encoder_bias(sae),
+        "decoder.weight": sae.W_dec.T,
+        "b_dec": sae.b,
+    }
+    buffer = io.BytesIO()
+    # A copy of each, or the whole storage behind a view would be saved.
+    torch.save({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, buffer)
+    return buffer.getvalue()
+
+
+def _configuration(sae: SAE, origin: Origin, layer: int | None) -> dict[str, Any]:
+    return {
+        "trainer": {
+            "trainer_class": "TopKTrainer",
+            "dict_class": _CLASS,
+            "activation_dim": sae.config.d_in,
+            "dict_size": sae.config.num_latents,
+            "k": sae.config.k,
+            "layer": layer,
+            "lm_name": origin.model,
+            "submodule_name": f"{origin.site}_layer_{layer}",
+            OURS: {"site": origin.site, "layers": list(origin.layers or ())},
+        },
+    }
+
+
+FORMAT = Format(
+    name="dictionary-learning",
+    config_file=_CONFIG,
+    weights_file=_WEIGHTS,
+    read=_read,
+    obstacle=_obstacle,
+    weights=_weights,
+    configuration=_configuration,
+    folder=lambda site, layer: f"{site}_layer_{layer}/trainer_0",
+)

@@ -1,0 +1,214 @@
+"""What the formats of other tools have in common: what is read, what is written, what is checked.
+
+Shape suffixes: D channels, N latents.
+"""
+
+import json
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+
+from mlsae.base.errors import InputError
+from mlsae.sae.config import SAEConfig
+from mlsae.sae.model import SAE
+
+SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+OURS = "mlsae"
+"""Key under which an exported configuration says which site and layers the SAE was trained on."""
+_EXACT = (torch.float32, torch.float16, torch.bfloat16)
+
+Tensors = dict[str, torch.Tensor]
+
+
+class ConversionError(InputError):
+    """An SAE cannot be written in, or read from, the format of another tool."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What an SAE was trained on, as far as it is known."""
+
+    site: str | None = None
+    """Which activations of a block."""
+    layers: tuple[int, ...] | None = None
+    """Of which blocks, from 0."""
+    model: str | None = None
+    """Name of the transformer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreign:
+    """An SAE that another tool saved, in the terms of this package."""
+
+    config: SAEConfig
+    """Shape and architecture."""
+    tensors: Tensors
+    """W_enc (N, D), W_dec (N, D), b (D,) and b_enc (N,) where it has one; float32, on the CPU."""
+    origin: Origin
+    """What it was trained on, as far as it says so."""
+    changes: tuple[str, ...] = ()
+    """What was done to its numbers; empty where they are as they were."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How another tool saves an SAE."""
+
+    name: str
+    """What `--to` takes."""
+    config_file: str
+    """Name of its JSON file."""
+    weights_file: str
+    """Name of its file of tensors."""
+    read: Callable[[Path, Mapping[str, Any]], Foreign]
+    """Reads a directory, given the content of its configuration; raises ConversionError."""
+    obstacle: Callable[[SAE, Origin], str | None]
+    """Why the format cannot express an SAE, as the end of `…: `; None where it can, exactly."""
+    weights: Callable[[SAE], bytes]
+    """The file of tensors."""
+    configuration: Callable[[SAE, Origin, int | None], dict[str, Any]]
+    """The JSON file, for one layer where the format is of single layers."""
+    folder: Callable[[str, int], str] | None
+    """The folder of a site and layer; None where one SAE is of all layers."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of another tool; NaN and infinity become text.
+
+    Raises:
+        ConversionError: it is none.
+    """
+    try:
+        content = json.loads(path.read_bytes(), parse_constant=str)
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"{path} is no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def require(config: Mapping[str, Any], key: str, path: Path, kind: type) -> Any:
+    """The value of a key.
+
+    Raises:
+        ConversionError: it is absent, or of another kind.
+    """
+    value = config.get(key)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConversionError(f"{path}: expected {key} as {kind.__name__}, got {value!r}")
+    return value
+
+
+def read_safetensors(path: Path, prefix: str = "") -> Tensors:
+    """The tensors whose names begin with `prefix`, which is taken off; the others are not read.
+
+    Raises:
+        ConversionError: the file is damaged.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    except safetensors.SafetensorError as error:
+        raise ConversionError(f"{path} is damaged ({error}); fetch it again") from None
+
+
+def take(
+    tensors: Mapping[str, torch.Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    path: Path,
+    ignored: Collection[str] = (),
+) -> Tensors:
+    """The named tensors as float32, all of them there, of the right shape, and no other beside.
+
+    Raises:
+        ConversionError: one is missing, of another shape, or of a type that float32 cannot hold;
+            or there is one that is not known, since it may change what the SAE computes.
+    """
+    if missing := sorted(shapes.keys() - tensors.keys()):
+        raise ConversionError(f"{path} lacks the tensors {', '.join(missing)}")
+    if unknown := sorted(tensors.keys() - shapes.keys() - set(ignored)):
+        raise ConversionError(
+            f"{path} has tensors that are not understood, so what the SAE computes is not known: "
+            f"{', '.join(unknown)}"
+        )
+    for name, shape in shapes.items():
+        found = tensors[name]
+        if tuple(found.shape) != shape:
+            raise ConversionError(
+                f"{path}: expected {name} of shape {shape}, got {tuple(found.shape)}"
+            )
+        if found.dtype not in _EXACT:
+            raise ConversionError(
+                f"{path}: {name} is {str(found.dtype).removeprefix('torch.')}, which float32, the "
+                f"type of every SAE here, does not hold exactly"
+            )
+        if not found.isfinite().all():
+            raise ConversionError(f"{path}: {name} holds values that are not finite")
+    return {name: tensors[name].to(torch.float32).contiguous() for name in shapes}
+
+
+def assemble(
+    tensors: Mapping[str, torch.Tensor],
+    k: int,
+    normalize: str,
+    origin: Origin,
+    changes: tuple[str, ...] = (),
+) -> Foreign:
+    """An SAE of W_enc (N, D), W_dec (N, D), b (D,), b_enc (N,); a b_enc of zeros is left out."""
+    kept = {name: tensor for name, tensor in tensors.items() if name != "b_enc" or tensor.any()}
+    num_latents, d_in = kept["W_enc"].shape
+    config = SAEConfig(
+        d_in=d_in,
+        num_latents=num_latents,
+        k=k,
+        normalize=normalize,
+        encoder_bias="b_enc" in kept,
+    )
+    return Foreign(config=config, tensors=kept, origin=origin, changes=changes)
+
+
+def encoder_bias(sae: SAE) -> torch.Tensor:
+    """b_enc (N,), zeros where the SAE has none, for formats that always have one."""
+    return sae.W_enc.new_zeros(sae.config.num_latents) if sae.b_enc is None else sae.b_enc
+
+
+def trained_on(record: object, model: str | None, fallback: Origin) -> Origin:
+    """What our own record in a configuration says, or `fallback` where there is none."""
+    if not isinstance(record, Mapping):
+        return Origin(site=fallback.site, layers=fallback.layers, model=model)
+    layers = record.get("layers")
+    whole = isinstance(layers, list) and all(isinstance(layer, int) for layer in layers)
+    site = record.get("site")
+    return Origin(
+        site=site if site in SITES else fallback.site,
+        layers=tuple(layers) if isinstance(layers, list) and whole else fallback.layers,
+        model=model,
+    )
+
+
+_MODULES = {
+    "": "resid_post",
+    ".mlp": "mlp_out",
+    ".attn": "attn_out",
+    ".attention": "attn_out",
+    ".self_attn": "attn_out",
+}
+
+
+def origin_of_module(name: str) -> Origin:
+    """Site and layer of the output of a module, such as `layers.3.mlp` or `transformer.h.3`."""
+    found = re.fullmatch(r"(?:[\w.]*\.)?(?:layers|h|blocks|layer)\.(\d+)(\.\w+)?", name)
+    if found is None or (found[2] or "") not in _MODULES:
+        return Origin()
+    return Origin(site=_MODULES[found[2] or ""], layers=(int(found[1]),))
+
+
+def plural(layers: tuple[int, ...]) -> str:
+    """Layers for a message."""
+    return ", ".join(str(layer) for layer in layers)

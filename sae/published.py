@@ -1,0 +1,129 @@
+"""The format of the published multi-layer SAEs: config.json and model.safetensors, for all layers.
+
+It is that of `tim-lawson/mlsae-…` on the hub. A repository whose name ends in `-tfm` has the
+transformer in the same file, with the SAE's tensors under `autoencoder.`; only those are read.
+Source: `mlsae/model/autoencoder.py` and `lightning.py` of https://github.com/tim-lawson/mlsae.
+
+Shape suffixes: D channels, N latents.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+
+from mlsae.sae.foreign import (
+    ConversionError,
+    Foreign,
+    Format,
+    Origin,
+    assemble,
+    read_safetensors,
+    require,
+    take,
+)
+from mlsae.sae.model import SAE
+
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_SITE = "resid_post"
+_PREFIX = "autoencoder."
+_BLOCK = re.compile(r"transformer\..*\.layers\.(\d+)\..*")
+
+
+def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
+    path, weights = directory / _CONFIG, directory / _WEIGHTS
+    for key in ("lens", "tuned_lens"):
+        if config.get(key):
+            raise ConversionError(
+                f"{path} cannot be imported exactly: it has a lens, a transformation of each layer "
+                f"of its own ({key} is true), and SAEs here have none"
+            )
+    names = _names(weights)
+    with_transformer = any(name.startswith(_PREFIX) for name in names)
+    state = read_safetensors(weights, _PREFIX if with_transformer else "")
+    encoder = state.get("encoder.weight")
+    if encoder is None or encoder.ndim != 2:
+        raise ConversionError(f"{weights} has no encoder.weight of shape (n_latents, n_inputs)")
+    shape = tuple(encoder.shape)
+    shapes = {
+        "encoder.weight": shape,
+        "decoder.weight": shape[::-1],
+        "pre_encoder_bias": shape[1:],
+    }
+    found = take(state, shapes, weights, ignored=("last_nonzero",))
+    tensors = {
+        "W_enc": found["encoder.weight"],
+        "W_dec": found["decoder.weight"].T.contiguous(),
+        "b": found["pre_encoder_bias"],
+    }
+    normalize = "standardize" if require(config, "standardize", path, bool) else "none"
+    k = require(config, "k", path, int)
+    return assemble(tensors, k, normalize, _origin(config, names))
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except safetensors.SafetensorError as error:
+        raise ConversionError(f"{path} is damaged ({error}); fetch it again") from None
+
+
+def _origin(config: Mapping[str, Any], names: list[str]) -> Origin:
+    layers, model = config.get("layers"), config.get("model_name")
+    if not isinstance(layers, list):
+        # None is all of them, and the transformer beside the SAE says how many.
+        layers = sorted({int(found[1]) for name in names if (found := _BLOCK.fullmatch(name))})
+    return Origin(
+        site=_SITE,
+        layers=tuple(int(layer) for layer in layers) or None,
+        model=model if isinstance(model, str) else None,
+    )
+
+
+def _obstacle(sae: SAE, origin: Origin) -> str | None:
+    if sae.b_enc is not None:
+        return "the SAE has an encoder bias, and that format has no place for one"
+    if origin.site not in (None, _SITE):
+        return f"that format is for {_SITE}, the outputs of blocks, and the SAE is of {origin.site}"
+    return None
+
+
+def _weights(sae: SAE) -> bytes:
+    tensors = {
+        "encoder.weight": sae.W_enc,
+        "decoder.weight": sae.W_dec.T,
+        "pre_encoder_bias": sae.b,
+    }
+    return safetensors.torch.save({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
+
+
+def _configuration(sae: SAE, origin: Origin, _layer: int | None) -> dict[str, Any]:
+    content: dict[str, Any] = {
+        "n_inputs": sae.config.d_in,
+        "n_latents": sae.config.num_latents,
+        "k": sae.config.k,
+        # Of training alone, but the module cannot be made without them.
+        "dead_steps_threshold": 10_000_000,
+        "dead_threshold": 1e-3,
+        "auxk": min(256, sae.config.num_latents),
+        "standardize": sae.config.normalize == "standardize",
+    }
+    if origin.layers is not None:
+        content["layers"] = list(origin.layers)
+    return content
+
+
+FORMAT = Format(
+    name="mlsae",
+    config_file=_CONFIG,
+    weights_file=_WEIGHTS,
+    read=_read,
+    obstacle=_obstacle,
+    weights=_weights,
+    configuration=_configuration,
+    folder=None,
+)

@@ -1,0 +1,170 @@
+"""The format of SAELens, from version 6 on: cfg.json and sae_weights.safetensors, a folder a layer.
+
+Its `layer_norm` divides by the unbiased standard deviation plus 1e-5 and multiplies by the standard
+deviation alone on the way back: our standardisation exactly. Source: `sae_lens/saes/sae.py` and
+`topk_sae.py` of https://github.com/jbloomAus/SAELens.
+
+Shape suffixes: D channels, N latents.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from mlsae.sae.foreign import (
+    OURS,
+    SITES,
+    ConversionError,
+    Foreign,
+    Format,
+    Origin,
+    Tensors,
+    assemble,
+    encoder_bias,
+    origin_of_module,
+    read_safetensors,
+    require,
+    take,
+    trained_on,
+)
+from mlsae.sae.model import SAE
+
+_CONFIG, _WEIGHTS = "cfg.json", "sae_weights.safetensors"
+_VERSION = "6.0.0"
+"""A configuration without a version, or with an earlier one, is taken for the older layout."""
+_NORM, _SHAPE = "normalize_activations", "reshape_activations"
+_NORMALIZE = {"standardize": "layer_norm", "none": "none"}
+_HOOK = re.compile(rf"blocks\.(\d+)\.hook_({'|'.join(SITES)})")
+
+
+def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
+    path = directory / _CONFIG
+    metadata = config.get("metadata")
+    if not isinstance(metadata, Mapping) or "sae_lens_version" not in metadata:
+        raise ConversionError(
+            f"{path} is of a SAELens before 6.0, or of no SAELens: load it with SAELens 6 and save "
+            f"it again"
+        )
+    _check(config, path)
+    d_in, d_sae = require(config, "d_in", path, int), require(config, "d_sae", path, int)
+    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    found = take(read_safetensors(directory / _WEIGHTS), shapes, directory / _WEIGHTS)
+    tensors = {
+        "W_enc": found["W_enc"].T.contiguous(),
+        "W_dec": found["W_dec"],
+        "b": found["b_dec"],
+        "b_enc": found["b_enc"],
+    }
+    changes: tuple[str, ...] = ()
+    if config.get("rescale_acts_by_decoder_norm"):
+        tensors, changes = _folded(tensors)
+    normalize = "standardize" if config.get(_NORM) == "layer_norm" else "none"
+    return assemble(
+        tensors, require(config, "k", path, int), normalize, _origin(metadata), changes=changes
+    )
+
+
+def _check(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse what a TopK SAE here would not compute as SAELens does."""
+    # Reason, key, what SAELens takes an absent key for, what is understood.
+    for reason, key, default, understood in (
+        ("of architecture {}, and a TopK SAE has 'topk'", "architecture", "standard", ("topk",)),
+        (
+            "normalised by {}, which needs more than its files hold, or another formula; none and "
+            "layer_norm are understood",
+            _NORM,
+            "none",
+            tuple(_NORMALIZE.values()),
+        ),
+        (
+            "that does not subtract its bias from the input (apply_b_dec_to_input is {})",
+            "apply_b_dec_to_input",
+            True,
+            (True,),
+        ),
+        ("of rows in another shape (reshape_activations is {})", _SHAPE, "none", ("none",)),
+    ):
+        value = config.get(key, default)
+        if value not in understood:
+            raise ConversionError(
+                f"{path} cannot be imported exactly: it is an SAE {reason.format(repr(value))}"
+            )
+
+
+def _folded(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]]:
+    """Pre-activations times the decoder's norms, and latents divided by them, put into the weights.
+
+    Rounded to float32 once, as SAELens does when it saves an SAE for inference.
+    """
+    norms_N1 = torch.linalg.vector_norm(tensors["W_dec"].double(), dim=1, keepdim=True)
+    if (norms_N1 == 1).all():
+        return tensors, ()
+    # A latent that writes nothing never reads either: its pre-activation is multiplied by 0.
+    divisors_N1 = torch.where(norms_N1 > 0, norms_N1, 1)
+    folded = tensors | {
+        "W_enc": (tensors["W_enc"] * norms_N1).float(),
+        "b_enc": (tensors["b_enc"] * norms_N1[:, 0]).float(),
+        "W_dec": (tensors["W_dec"] / divisors_N1).float(),
+    }
+    return folded, ("decoder norms folded into the encoder, rounded to float32",)
+
+
+def _origin(metadata: Mapping[str, Any]) -> Origin:
+    hook, model = metadata.get("hook_name"), metadata.get("model_name")
+    origin = Origin()
+    if isinstance(hook, str):
+        named = _HOOK.fullmatch(hook)
+        origin = Origin(site=named[2], layers=(int(named[1]),)) if named else origin_of_module(hook)
+    return trained_on(metadata.get(OURS), model if isinstance(model, str) else None, origin)
+
+
+def _weights(sae: SAE) -> bytes:
+    tensors = {
+        "W_enc": sae.W_enc.T,
+        "b_enc": encoder_bias(sae),
+        "W_dec": sae.W_dec,
+        "b_dec": sae.b,
+    }
+    return safetensors.torch.save({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
+
+
+def _configuration(sae: SAE, origin: Origin, layer: int | None) -> dict[str, Any]:
+    return {
+        "architecture": "topk",
+        "d_in": sae.config.d_in,
+        "d_sae": sae.config.num_latents,
+        "k": sae.config.k,
+        "rescale_acts_by_decoder_norm": False,
+        "dtype": str(sae.W_enc.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        _NORM: _NORMALIZE[sae.config.normalize],
+        _SHAPE: "none",
+        "metadata": {
+            "sae_lens_version": _VERSION,
+            "sae_lens_training_version": None,
+            "model_name": origin.model,
+            "model_class_name": "HookedTransformer",
+            "hook_name": f"blocks.{layer}.hook_{origin.site}",
+            "hook_head_index": None,
+            # The activations are those of the model as it was published, not centred.
+            "model_from_pretrained_kwargs": {"center_writing_weights": False},
+            OURS: {"site": origin.site, "layers": list(origin.layers or ())},
+        },
+    }
+
+
+FORMAT = Format(
+    name="saelens",
+    config_file=_CONFIG,
+    weights_file=_WEIGHTS,
+    read=_read,
+    obstacle=lambda _sae, _origin: None,
+    weights=_weights,
+    configuration=_configuration,
+    folder=lambda site, layer: f"blocks.{layer}.hook_{site}",
+)

@@ -1,0 +1,118 @@
+"""The format of sparsify: cfg.json and sae.safetensors, a folder a hook point, such as `layers.3`.
+
+It has no place for a normalisation of rows. Source: `sparsify/sparse_coder.py` and
+`fused_encoder.py` of https://github.com/EleutherAI/sparsify.
+
+Shape suffixes: D channels, N latents.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from mlsae.sae.foreign import (
+    OURS,
+    ConversionError,
+    Foreign,
+    Format,
+    Origin,
+    assemble,
+    encoder_bias,
+    origin_of_module,
+    read_safetensors,
+    require,
+    take,
+    trained_on,
+)
+from mlsae.sae.model import SAE
+
+_CONFIG, _WEIGHTS = "cfg.json", "sae.safetensors"
+_MODULES = {"resid_post": "layers.{}", "mlp_out": "layers.{}.mlp"}
+"""Site → the module whose output it is in most transformers; the last sites are no one's output."""
+
+
+def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
+    path = directory / _CONFIG
+    for key, default in (
+        ("activation", "topk"),
+        ("transcode", False),
+        ("skip_connection", False),
+    ):
+        if config.get(key, default) != default:
+            raise ConversionError(
+                f"{path} cannot be imported exactly: {key} is {config[key]!r}, and a TopK SAE has "
+                f"{default!r}"
+            )
+    d_in, num_latents = require(config, "d_in", path, int), config.get("num_latents") or 0
+    if num_latents == 0:
+        num_latents = d_in * require(config, "expansion_factor", path, int)
+    shapes = {
+        "encoder.weight": (num_latents, d_in),
+        "encoder.bias": (num_latents,),
+        "W_dec": (num_latents, d_in),
+        "b_dec": (d_in,),
+    }
+    found = take(read_safetensors(directory / _WEIGHTS), shapes, directory / _WEIGHTS)
+    tensors = {
+        "W_enc": found["encoder.weight"],
+        "W_dec": found["W_dec"],
+        "b": found["b_dec"],
+        "b_enc": found["encoder.bias"],
+    }
+    origin = trained_on(config.get(OURS), None, origin_of_module(directory.name))
+    return assemble(tensors, require(config, "k", path, int), "none", origin)
+
+
+def _obstacle(sae: SAE, origin: Origin) -> str | None:
+    if sae.config.normalize != "none":
+        return (
+            "the SAE standardises each row, and that format has no place for a normalisation; "
+            "saelens and mlsae have"
+        )
+    if origin.site not in _MODULES:
+        return (
+            f"that format names the module whose output was encoded, and {origin.site} is none "
+            f"that is the same in every transformer; {' and '.join(_MODULES)} are"
+        )
+    return None
+
+
+def _weights(sae: SAE) -> bytes:
+    tensors = {
+        "encoder.weight": sae.W_enc,
+        "encoder.bias": encoder_bias(sae),
+        "W_dec": sae.W_dec,
+        "b_dec": sae.b,
+    }
+    return safetensors.torch.save({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
+
+
+def _configuration(sae: SAE, origin: Origin, _layer: int | None) -> dict[str, Any]:
+    norms = torch.linalg.vector_norm(sae.W_dec.detach(), dim=1)
+    return {
+        "activation": "topk",
+        "expansion_factor": max(1, sae.config.num_latents // sae.config.d_in),
+        "normalize_decoder": bool(((norms - 1).abs() < 1e-4).all()),
+        "num_latents": sae.config.num_latents,
+        "k": sae.config.k,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": sae.config.d_in,
+        OURS: {"site": origin.site, "layers": list(origin.layers or ())},
+    }
+
+
+FORMAT = Format(
+    name="sparsify",
+    config_file=_CONFIG,
+    weights_file=_WEIGHTS,
+    read=_read,
+    obstacle=_obstacle,
+    weights=_weights,
+    configuration=_configuration,
+    folder=lambda site, layer: _MODULES[site].format(layer),
+)
