@@ -225,6 +225,33 @@ def analyze(**settings: Any) -> None:
     run(AnalyzeConfig(**settings))
 
 
+@main.command("export")
+@click.argument("run", metavar="RUN")
+@click.argument("out", type=DIRECTORY)
+@click.option(
+    "--to", required=True, help="Format: saelens, sparsify, dictionary-learning or mlsae."
+)
+@click.option("--model", help="Name of the transformer, for the formats that record it.")
+def export(run: str, to: str, out: Path, model: str | None) -> None:
+    """Write the SAE of RUN, a directory or hub id, in the format of another tool."""
+    from mlsae.sae.convert import export_sae
+
+    for directory in export_sae(run, to, out, model=model):
+        click.echo(f"SAE for {to}: {directory}")
+
+
+@main.command("import")
+@click.argument("source", metavar="SRC")
+@click.argument("out", type=DIRECTORY)
+@click.option("--site", help="Site it was trained on, where its files do not say.")
+@click.option("--layers", type=LAYERS, help="Its layers, such as 0-5, where its files do not say.")
+def import_(source: str, out: Path, site: str | None, layers: tuple[int, ...] | None) -> None:
+    """Read an SAE of another tool from SRC, a directory or hub id."""
+    from mlsae.sae.convert import format_imported, import_sae
+
+    click.echo(format_imported(import_sae(source, out, site=site, layers=layers), out))
+
+
 @main.command()
 @click.option("--out", default="demo-run", type=DIRECTORY, help="Directory of everything it makes.")
 def demo(out: Path) -> None:

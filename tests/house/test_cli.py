@@ -20,6 +20,8 @@ OPTIONS = {
     "epochs max-rows lr lr-decay warmup validation-fraction skip-positions loss-space window seed "
     "device precision resume",
     "analyze": "cache cache-dir cache-size sae out rows max-tokens model batch-size device",
+    "export": "run out to model",
+    "import": "source out site layers",
     "demo": "out",
     "store info": "location json",
     "store verify": "location",
