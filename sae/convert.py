@@ -118,6 +118,24 @@ def import_sae(
     return load(out)
 
 
+def format_imported(sae: SAE, out: Path) -> str:
+    """What was imported, for people."""
+    config, record = sae.config, sae.training_record
+    imported = record["imported"]
+    lines = [
+        f"{imported['format']}: {config.num_latents:,} latents of {config.d_in} channels, "
+        f"k {config.k}, normalize {config.normalize}"
+    ]
+    lines += [f"note: {change}" for change in imported["changes"]]
+    unknown = [key for key in ("site", "layers") if key not in record]
+    if unknown:
+        lines.append(
+            f"note: {' and '.join(unknown)} not known: to analyze it, import it again with "
+            f"{' and '.join(f'--{key}' for key in unknown)}"
+        )
+    return "\n".join([*lines, f"SAE: {out}"])
+
+
 def _format_of(found: Found) -> Format:
     directory = found.directory
     forms = [

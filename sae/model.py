@@ -67,7 +67,7 @@ class SAE(torch.nn.Module):
         self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True))
 
     def standardize(self, x_BD: torch.Tensor) -> Standardized:
-        """Rows as the encoder takes them, in the SAE's dtype; in units of their spread, or as is."""
+        """Rows as the encoder takes them, in the SAE's dtype: standardised, or as they are."""
         x_BD = x_BD.to(self.W_enc.dtype)
         return leave(x_BD) if self.config.normalize == "none" else standardize(x_BD)
 
