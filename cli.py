@@ -150,7 +150,10 @@ def main() -> None:
     "--keep-positions", type=COUNT, help="Positions a sequence that are stored, chosen at random."
 )
 @click.option("--keep-seed", type=int, default=0, help="Seed of that choice.")
-@click.option("--encoding", default="auto", help="auto, float16, bfloat16 or float32.")
+@click.option("--encoding", default="auto", help="auto, or one of those below; auto takes 16 bits.")
+@click.option(
+    "--max-encoding-fvu", type=float, default=1e-3, help="Most FVU that the encoding may add."
+)
 @click.option("--model-dtype", default="auto", help="Precision the transformer runs in.")
 @click.option("--attn-implementation", "attention_implementation", help="eager, sdpa, …")
 @click.option(

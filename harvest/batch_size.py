@@ -10,7 +10,8 @@ from mlsae.harvest.forward import PINNED, memory_explained
 from mlsae.models import Transformer
 from mlsae.models.capture import capture
 from mlsae.models.inputs import Inputs
-from mlsae.store.encoding import STORED_DTYPE
+from mlsae.store.encoding import Part, parts_of
+from mlsae.store.presets import resolve_preset
 
 TOKENS_AT_ONCE = {"cpu": 2**13, "cuda": 2**16}
 """Beyond these a larger pass gains no more speed."""
@@ -22,12 +23,11 @@ def useful_batch_size(
     device_kind: str, context_length: int, d_model: int, config: HarvestConfig
 ) -> int:
     """The largest power of two that speed and the size of a shard have a use for."""
-    itemsize = STORED_DTYPE["float32" if config.encoding == "float32" else "float16"].itemsize
     kept = context_length if config.keep_positions is None else config.keep_positions
     most = min(
         TOKENS_AT_ONCE.get(device_kind, TOKENS_AT_ONCE["cpu"]) // context_length,
         # Larger batches would only make larger shards, for shards hold whole ones.
-        config.shard_bytes // (kept * d_model * itemsize),
+        config.shard_bytes // (kept * _parts(config, d_model)[0].row_bytes),
     )
     return _power_of_two(most)
 
@@ -50,9 +50,9 @@ def choose_batch_size(
         ResourceError: not even two sequences fit on the GPU.
     """
     kind, width = transformer.device.type, transformer.d_model
-    itemsize = STORED_DTYPE["float32" if config.encoding == "float32" else "float16"].itemsize
-    captured = len(layers) * len(sites) * context_length * width
-    buffered = captured * itemsize * PINNED
+    rows = len(layers) * len(sites) * context_length
+    captured = rows * width
+    buffered = rows * sum(part.row_bytes for part in _parts(config, width)) * PINNED
     if kind == "cuda":
         one, two = (_peak_bytes(transformer, num, context_length, layers, sites) for num in (1, 2))
         free, _ = torch.cuda.mem_get_info(transformer.device)
@@ -67,6 +67,10 @@ def choose_batch_size(
         fitting = [(available_memory(), buffered + values * transformer.dtype.itemsize)]
     most = min(int(free * MEMORY_SHARE) // max(needed, 1) for free, needed in fitting)
     return min(_power_of_two(most), useful_batch_size(kind, context_length, width, config))
+
+
+def _parts(config: HarvestConfig, d_model: int) -> tuple[Part, ...]:
+    return parts_of(resolve_preset(config.sized_as).encoding, d_model)
 
 
 def _power_of_two(most: int) -> int:

@@ -9,8 +9,9 @@ from mlsae.harvest.text import TextConfig
 from mlsae.models.initialization import INITS
 from mlsae.models.loading import DTYPES
 from mlsae.models.sites import SITES
-from mlsae.store.encoding import STORED_DTYPE
+from mlsae.store.added_fvu import MAX_ADDED_FVU
 from mlsae.store.layout import SHARD_BYTES
+from mlsae.store.presets import PRESETS
 
 DEFAULT_CONTEXT_LENGTH = 1024
 DEVICE_MAPS = ("auto",)
@@ -69,8 +70,10 @@ class HarvestConfig:
     keep_seed: int = 0
     """Of that choice."""
     encoding: str = "auto"
-    """float16, bfloat16 or float32; auto is bfloat16 for a model in bfloat16, else float16, which
-    is refused where the first batch has magnitudes over 16,000."""
+    """float16, bfloat16, float32 or int8, each also with -zstd; auto is bfloat16 for a model in
+    bfloat16, else float16, which is refused where the first batch has magnitudes over 16,000."""
+    max_encoding_fvu: float = MAX_ADDED_FVU
+    """Most FVU that the encoding may add to a shard, in total and in each decile of row norm."""
     model_dtype: str = "auto"
     """Precision the model runs in: float32, float16, bfloat16, or auto for its checkpoint's."""
     attention_implementation: str | None = None
@@ -102,8 +105,10 @@ class HarvestConfig:
         ):
             if value is not None and value < least:
                 raise InputError(f"{flag} must be at least {least}, got {value}")
+        if not self.max_encoding_fvu > 0:
+            raise InputError(f"--max-encoding-fvu must be above 0, got {self.max_encoding_fvu}")
         for flag, text, choices in (
-            ("--encoding", self.encoding, ("auto", *STORED_DTYPE)),
+            ("--encoding", self.encoding, ("auto", *PRESETS)),
             ("--model-dtype", self.model_dtype, ("auto", *DTYPES)),
             ("--init", self.init, INITS),
             ("--packing", self.packing, PACKINGS),
@@ -140,6 +145,11 @@ class HarvestConfig:
     def shard_bytes(self) -> int:
         """`shard_size` with its default resolved."""
         return SHARD_BYTES if self.shard_size is None else self.shard_size
+
+    @property
+    def sized_as(self) -> str:
+        """The preset whose sizes are those of `encoding`: `auto` is one of two of 16 bits."""
+        return "float16" if self.encoding == "auto" else self.encoding
 
 
 def unknown_or_twice(sites: tuple[str, ...]) -> bool:

@@ -16,9 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mlsae.harvest.codecs import Codecs, Key, Parts
 from mlsae.store.moments import GROUPS, STANDARDIZE_EPS, GroupMoments
-
-Key = tuple[str, int]
 
 PIECE_VALUES = {"cpu": 1 << 18, "cuda": 1 << 30}
 """Values of a piece: on the CPU its tables stay in the caches of two cores."""
@@ -132,7 +131,10 @@ class _Piece:
 class DeviceMoments:
     """Moments by group of every site and layer, of the rows added since the last `take`."""
 
-    def __init__(self, sites: Sequence[str], layers: Sequence[int], d_model: int) -> None:
+    def __init__(
+        self, codecs: Codecs, sites: Sequence[str], layers: Sequence[int], d_model: int
+    ) -> None:
+        self._codecs = codecs
         self._sites, self._layers, self._d_model = tuple(sites), tuple(layers), d_model
         self._clear()
 
@@ -142,25 +144,25 @@ class DeviceMoments:
         self._count_G = np.zeros(len(GROUPS), np.int64)
         self._sums: dict[Key, _Layer] = {}
 
-    def add(self, group_N: npt.NDArray[np.int8], rows: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+    def add(self, group_N: npt.NDArray[np.int8], stored: Mapping[Key, Parts]) -> dict[Key, Tensor]:
         """Add a batch.
 
         Args:
             group_N: index into `GROUPS` of each row.
-            rows: (site, layer) → (N, D) floats as they will be stored, on any device.
+            stored: (site, layer) → rows as they will be stored, on any device.
 
         Returns:
             For each key the largest magnitude, a scalar on its device; not finite where a value
             is not.
         """
-        kind = next(iter(rows.values())).device.type
+        kind = next(iter(stored.values()))[0].device.type
         largest: dict[Key, Tensor] = {}
         for piece in self._pieces(group_N, PIECE_VALUES.get(kind, PIECE_VALUES["cpu"])):
             for site in self._sites:
                 below: tuple[_Layer, Tensor] | None = None
                 for layer in self._layers:
                     key = (site, layer)
-                    below, magnitude = self._add_piece(piece, key, rows[key], below)
+                    below, magnitude = self._add_piece(piece, key, stored[key], below)
                     before = largest.get(key)
                     largest[key] = magnitude if before is None else torch.maximum(before, magnitude)
         return largest
@@ -221,18 +223,21 @@ class DeviceMoments:
                 self._count_G += np.bincount(group_N[rows], minlength=len(GROUPS))
 
     def _add_piece(
-        self, piece: _Piece, key: Key, stored: Tensor, below: tuple[_Layer, Tensor] | None
+        self, piece: _Piece, key: Key, stored: Parts, below: tuple[_Layer, Tensor] | None
     ) -> tuple[tuple[_Layer, Tensor], Tensor]:
         """One layer of a piece; its centred rows for the layer above, and its largest magnitude."""
-        piece = piece.on(stored.device)
+        device = stored[0].device
+        piece = piece.on(device)
         if key not in self._sums:
-            self._sums[key] = _Layer.zeros(self._d_model, stored.device)
+            self._sums[key] = _Layer.zeros(self._d_model, device)
         sums = self._sums[key]
         num_rows = len(piece.rows)
-        x_ND, scratch_ND, *centred_2ND = self._tables_on(stored.device, num_rows)
+        x_ND, scratch_ND, *centred_2ND = self._tables_on(device, num_rows)
         place = self._layers.index(key[1])
         y_ND = centred_2ND[place % 2]
-        x_ND.copy_(stored if num_rows == len(stored) else stored[piece.rows])
+        if num_rows < len(stored[0]):
+            stored = tuple(part[piece.rows] for part in stored)
+        self._codecs[key].decode_into(stored, x_ND)
         torch.sub(x_ND, piece.centre(sums.x, x_ND), out=y_ND)
         if below is not None:
             beneath, y_below_ND = below

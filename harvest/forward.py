@@ -15,35 +15,33 @@ import torch
 
 from mlsae.base.errors import InputError, ResourceError
 from mlsae.harvest.batches import Batch
+from mlsae.harvest.codecs import Codecs, Key, Parts
 from mlsae.harvest.device_moments import DeviceMoments
+from mlsae.harvest.encoding_cost import EncodingCost
 from mlsae.models import Transformer
 from mlsae.models.capture import capture
 from mlsae.store import ActivationError
-
-Key = tuple[str, int]
+from mlsae.store.presets import Preset, resolve_preset
 
 FLOAT16_AUTO_LIMIT = 16_000.0
+BFLOAT16_ADVICE = "--encoding bfloat16 for values over 65,504, or "
 PINNED = 3
 """Sets of pinned buffers: two that the writer holds, and a batch on its way."""
-_STORED = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Computed:
     """A batch whose values may still be on their way to the host."""
 
-    values: dict[Key, torch.Tensor]
+    values: dict[Key, Parts]
     largest: dict[Key, torch.Tensor]
     """The largest magnitude of each; not finite where a value is not."""
     first_row: int
     arrived: Sequence[torch.cuda.Event]
+    codecs: Codecs
 
-    def activations(self) -> dict[Key, npt.NDArray[Any]]:
-        """(site, layer) → (N, d) float16, float32, or uint16 bit patterns of bfloat16.
+    def activations(self) -> dict[Key, tuple[npt.NDArray[Any], ...]]:
+        """(site, layer) → stored values: an array for each part of a row, (N, width).
 
         Raises:
             ActivationError: a value is not finite.
@@ -53,23 +51,23 @@ class Computed:
         for key, largest in self.largest.items():
             if not torch.isfinite(largest):
                 raise ActivationError(self._explanation(key))
-        return {key: _as_numpy(values) for key, values in self.values.items()}
+        return {key: tuple(_as_numpy(part) for part in parts) for key, parts in self.values.items()}
 
     def _explanation(self, key: Key) -> str:
-        values = self.values[key]
-        finite = values.isfinite()
-        row = self.first_row + int((~finite.all(dim=1)).nonzero()[0])
-        largest = float(values[finite].abs().max()) if bool(finite.any()) else 0.0
+        codec = self.codecs[key]
+        values, is_sound = codec.sound(self.values[key])
+        row = self.first_row + int((~is_sound.all(dim=1)).nonzero()[0])
+        largest = float(values[is_sound].abs().max()) if bool(is_sound.any()) else 0.0
+        advice = "" if codec.encoding == "int8" else BFLOAT16_ADVICE
         return (
             f"layer {key[1]} ({key[0]}), row {row}: a value is not finite as "
-            f"{str(values.dtype).removeprefix('torch.')}; the largest finite magnitude of that "
-            f"batch is {largest:.5g}; use --encoding bfloat16 for values over 65,504, or another "
-            "--model-dtype"
+            f"{codec.encoding}; the largest finite magnitude of that batch is {largest:.5g}; "
+            f"use {advice}another --model-dtype"
         )
 
 
 class Forward:
-    """Runs batches; cast and moments are computed where the activations are.
+    """Runs batches; encoding, its cost and moments are computed where the activations are.
 
     On CUDA the values go to pinned host memory while the next batch is computed.
     """
@@ -80,22 +78,25 @@ class Forward:
         *,
         layers: Sequence[int],
         sites: Sequence[str],
-        encoding: str,
+        codecs: Codecs,
         batch_rows: int,
     ) -> None:
         """Get ready for batches of up to `batch_rows` stored rows."""
         self._transformer = transformer
         self._layers, self._sites = tuple(layers), tuple(sites)
-        self._stored = _STORED[encoding]
+        self._codecs = codecs
         self.is_asynchronous = transformer.device.type == "cuda"
         """Whether a call returns before its values are there."""
-        self.moments = DeviceMoments(sites, layers, transformer.d_model)
+        self.moments = DeviceMoments(codecs, sites, layers, transformer.d_model)
         """Of all rows since they were last taken."""
+        self.cost = EncodingCost(codecs, transformer.d_model)
+        """Of the encoding, likewise."""
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._pinned = cycle(
             {
-                (site, layer): torch.empty(
-                    (batch_rows, transformer.d_model), dtype=self._stored, pin_memory=True
+                (site, layer): tuple(
+                    torch.empty((batch_rows, width), dtype=dtype, pin_memory=True)
+                    for dtype, width in codecs[site, layer].parts
                 )
                 for site in self._sites
                 for layer in self._layers
@@ -115,29 +116,47 @@ class Forward:
         """
         with memory_explained(batch.inputs.tokens.shape[0]), torch.inference_mode():
             captured = capture(self._transformer, batch.inputs, self._layers, self._sites)
-            values = {
-                key: _rows(x_BTd, batch.rows).to(self._stored) for key, x_BTd in captured.items()
-            }
+            rows = {key: stored_rows(x_BTd, batch.rows) for key, x_BTd in captured.items()}
+            encoded = {key: self._codecs[key].encode(x_Nd) for key, x_Nd in rows.items()}
+            values = {key: found.parts for key, found in encoded.items()}
+            self.cost.add(group_N, rows, values)
             largest = self.moments.add(group_N, values)
-            if not self.is_asynchronous:
-                return Computed(
-                    values=values, largest=largest, first_row=batch.first_row, arrived=()
-                )
-            pinned = {key: buffer[: len(batch.rows)] for key, buffer in next(self._pinned).items()}
-            largest = {key: value.to("cpu", non_blocking=True) for key, value in largest.items()}
-            arrived = self._send(values, pinned)
-        return Computed(values=pinned, largest=largest, first_row=batch.first_row, arrived=arrived)
+            for key, found in encoded.items():
+                largest[key] = largest[key] if found.largest is None else found.largest
+            arrived: list[torch.cuda.Event] = []
+            if self.is_asynchronous:
+                pinned = {
+                    key: tuple(buffer[: len(batch.rows)] for buffer in buffers)
+                    for key, buffers in next(self._pinned).items()
+                }
+                largest = {
+                    key: value.to("cpu", non_blocking=True) for key, value in largest.items()
+                }
+                arrived = self._send(values, pinned)
+                values = pinned
+        return Computed(
+            values=values,
+            largest=largest,
+            first_row=batch.first_row,
+            arrived=arrived,
+            codecs=self._codecs,
+        )
 
     def _send(
-        self, values: Mapping[Key, torch.Tensor], pinned: Mapping[Key, torch.Tensor]
+        self, values: Mapping[Key, Parts], pinned: Mapping[Key, Parts]
     ) -> list[torch.cuda.Event]:
         """Begin the copies, on streams beside those of the next forward pass."""
         events = []
-        for device in {x_Nd.device for x_Nd in values.values()}:
-            here = {key: x_Nd for key, x_Nd in values.items() if x_Nd.device == device}
+        for device in {parts[0].device for parts in values.values()}:
+            here = [
+                pair
+                for key, parts in values.items()
+                if parts[0].device == device
+                for pair in zip(pinned[key], parts, strict=True)
+            ]
             if device.type != "cuda":
-                for key, x_Nd in here.items():
-                    pinned[key].copy_(x_Nd)
+                for buffer, part in here:
+                    buffer.copy_(part)
                 continue
             computing = torch.cuda.current_stream(device)
             events.append(computing.record_event())
@@ -146,10 +165,10 @@ class Forward:
             copying = self._streams[device]
             copying.wait_stream(computing)
             with torch.cuda.stream(copying):
-                for key, x_Nd in here.items():
-                    pinned[key].copy_(x_Nd, non_blocking=True)
+                for buffer, part in here:
+                    buffer.copy_(part, non_blocking=True)
                     # The allocator must not hand its memory out again before it is copied.
-                    x_Nd.record_stream(copying)
+                    part.record_stream(copying)
                 events.append(copying.record_event())
         return events
 
@@ -167,7 +186,7 @@ def preflight(
         captured = capture(transformer, batch.inputs, layers, sites)
         largest = {}
         for (site, layer), x_BTd in captured.items():
-            magnitudes = _rows(x_BTd, batch.rows).abs().float()
+            magnitudes = stored_rows(x_BTd, batch.rows).abs().float()
             finite = magnitudes[magnitudes.isfinite()]
             largest[site, layer] = float(finite.max()) if finite.numel() else 0.0
             if finite.numel() < magnitudes.numel():
@@ -179,16 +198,16 @@ def preflight(
     return largest
 
 
-def choose_encoding(asked: str, dtype: torch.dtype, largest: Mapping[Key, float]) -> str:
-    """Resolve `--encoding auto`: bfloat16 for a model in bfloat16, else float16.
+def choose_encoding(asked: str, dtype: torch.dtype, largest: Mapping[Key, float]) -> Preset:
+    """Resolve `--encoding`; `auto` is bfloat16 for a model in bfloat16, else float16.
 
     Raises:
         InputError: float16 would be chosen for magnitudes over 16,000.
     """
     if asked != "auto":
-        return asked
+        return resolve_preset(asked)
     if dtype == torch.bfloat16:
-        return "bfloat16"
+        return resolve_preset("bfloat16")
     site, layer = max(largest, key=lambda name: largest[name])
     if largest[site, layer] > FLOAT16_AUTO_LIMIT:
         raise InputError(
@@ -196,10 +215,11 @@ def choose_encoding(asked: str, dtype: torch.dtype, largest: Mapping[Key, float]
             f"the {FLOAT16_AUTO_LIMIT:,.0f} up to which float16 is chosen by itself; use "
             "--encoding bfloat16 (as many bytes) or --encoding float32"
         )
-    return "float16"
+    return resolve_preset("float16")
 
 
-def _rows(x_BTd: torch.Tensor, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+def stored_rows(x_BTd: torch.Tensor, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+    """(N, d) of the B · T positions those whose activations are stored."""
     flat = x_BTd.reshape(-1, x_BTd.shape[-1])
     if np.array_equal(rows[[0, -1]], [0, len(rows) - 1]):
         return flat[: len(rows)]

@@ -20,9 +20,10 @@ from mlsae.harvest.ranks import Ranks
 from mlsae.models import Transformer
 from mlsae.models.sites import check_sites
 from mlsae.store import PlanMismatchError
-from mlsae.store.encoding import STORED_DTYPE, check_encoding
+from mlsae.store.compression import plan_compression
 from mlsae.store.layout import Layout, plan_layout
 from mlsae.store.plan import find_plan
+from mlsae.store.presets import PRESETS, resolve_preset
 from mlsae.store.schema import describe_difference
 
 
@@ -67,8 +68,9 @@ def resolve(config: HarvestConfig, model: Transformer, device_kind: str) -> Requ
         if config.keep_positions is None
         else {"num": config.keep_positions, "seed": config.keep_seed},
     }
+    asked["compression"] = plan_compression(resolve_preset(config.sized_as).compression)
     if config.encoding != "auto":
-        asked["encoding"] = config.encoding
+        asked["encoding"] = resolve_preset(config.encoding).encoding
     if config.batch_size is not None:
         asked["batch_sequences"] = config.batch_size
     present = find_plan(config.out)
@@ -122,20 +124,21 @@ def check_vocabulary(packed: PackedText, model: Transformer) -> None:
 
 
 def layouts(request: Request, packed: PackedText, d_model: int) -> dict[str, Layout]:
-    """Rows, shards and bytes of the store in each encoding."""
+    """Rows, shards and bytes of the store in each encoding; at most, where it is compressed."""
     return {
-        encoding: plan_layout(
+        name: plan_layout(
             num_tokens=len(packed.tokens),
             context_length=packed.context_length,
             layers=request.layers,
             sites=request.sites,
             d_model=d_model,
-            encoding=check_encoding(encoding),
+            encoding=preset.encoding,
+            compressed=preset.compression != "none",
             batch_sequences=request.batch_sequences,
             keep_positions=request.config.keep_positions,
             shard_bytes=request.config.shard_bytes,
         )
-        for encoding in STORED_DTYPE
+        for name, preset in PRESETS.items()
     }
 
 
@@ -150,8 +153,9 @@ def require_room(config: HarvestConfig, layout: Layout, num_tokens: int) -> None
     total = layout.total_bytes
     if config.max_disk is not None and total > config.max_disk:
         fits = num_tokens * config.max_disk // total
+        bound = "" if resolve_preset(config.sized_as).compression == "none" else "up to "
         raise ResourceError(
-            f"the store would take {format_bytes(total)}, over --max-disk "
+            f"the store would take {bound}{format_bytes(total)}, over --max-disk "
             f"{format_bytes(config.max_disk)}; use --max-tokens {fits}, fewer --layers or "
             "--keep-positions"
         )

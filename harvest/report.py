@@ -11,7 +11,9 @@ from mlsae.harvest.config import HarvestConfig
 from mlsae.harvest.outliers import outlier_lines
 from mlsae.harvest.packing import PackedText
 from mlsae.store import Store
+from mlsae.store.encoding_cost import largest_added_fvu
 from mlsae.store.layout import Layout
+from mlsae.store.presets import PRESETS
 
 DECODED_TOKENS = 40
 
@@ -22,9 +24,10 @@ def dry_run_lines(
     """What the same command without --dry-run would write."""
     layout = next(iter(sizes.values()))
     yield f"rows of each layer: {format_count(layout.num_rows)}"
-    for encoding, size in sizes.items():
+    for name, size in sizes.items():
+        bound = "" if PRESETS[name].compression == "none" else "at most "
         yield (
-            f"{encoding}: {format_bytes(size.total_bytes)}, shards of each layer: "
+            f"{name}: {bound}{format_bytes(size.total_bytes)}, shards of each layer: "
             f"{format_count(size.num_shards)} of up to {format_count(size.shard_rows)} rows"
         )
     yield f"free at {config.out}: {format_bytes(free_disk(config.out))}"
@@ -52,6 +55,19 @@ def layer_tables(store: Store) -> Iterator[str]:
         f"over {format_count(moments.count)} rows of each layer: position 0 and special tokens "
         "are out; the cosine is pooled over rows, about each layer's mean"
     )
+
+
+def encoding_lines(store: Store) -> Iterator[str]:
+    """What int8 costs at the most; of the other encodings nothing that anybody would notice."""
+    if store.encoding != "int8":
+        return
+    cost = largest_added_fvu(store.objects, store.plan)
+    if cost is not None:
+        decile = "" if cost.decile is None else f", {cost.decile:.2g} to a decile of row norm"
+        yield (
+            f"int8 adds an FVU of at most {cost.total:.2g} to a shard (layer {cost.layer}, "
+            f"{cost.site}){decile}"
+        )
 
 
 def last_line(store: Store, num_bytes: int, seconds: float) -> str:

@@ -7,6 +7,7 @@ from tqdm.auto import tqdm
 from mlsae.base.interruption import Interruption
 from mlsae.base.units import format_bytes
 from mlsae.harvest.batches import Batches
+from mlsae.harvest.codecs import codecs_for
 from mlsae.harvest.forward import Computed, Forward
 from mlsae.harvest.ranks import Ranks
 from mlsae.models import Transformer
@@ -48,7 +49,9 @@ def harvest_shards(
         model,
         layers=store.layers,
         sites=store.sites,
-        encoding=store.encoding,
+        codecs=codecs_for(
+            store.encoding, store.sites, store.layers, store.d_model, store.calibration
+        ),
         batch_rows=batch_rows,
     )
     work = _Work(store, writer, forward)
@@ -100,7 +103,11 @@ class _Work:
         if before is not None:
             self._writer.append(before.activations(), moments={})
         if is_last:
-            self._writer.append(computed.activations(), moments=self._forward.moments.take())
+            self._writer.append(
+                computed.activations(),
+                moments=self._forward.moments.take(),
+                added_fvu=self._forward.cost.take(),
+            )
         elif self._forward.is_asynchronous:
             self._underway = computed
         else:

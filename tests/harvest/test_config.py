@@ -17,7 +17,13 @@ from mlsae.harvest import HarvestConfig
         ({"context_length": 1}, "--context-length must be at least 2, got 1"),
         ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
         ({"shard_size": 0}, "--shard-size must be at least 1, got 0"),
-        ({"encoding": "int4"}, "--encoding must be auto, float16, bfloat16, float32, got 'int4'"),
+        (
+            {"encoding": "int4"},
+            "--encoding must be auto, float16, bfloat16, float32, int8, float16-zstd, "
+            "bfloat16-zstd, float32-zstd, int8-zstd, got 'int4'",
+        ),
+        ({"max_encoding_fvu": 0.0}, "--max-encoding-fvu must be above 0, got 0.0"),
+        ({"max_encoding_fvu": float("nan")}, "--max-encoding-fvu must be above 0, got nan"),
         ({"model_dtype": "half"}, "--model-dtype must be auto, float32, float16, bfloat16"),
     ],
 )

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from mlsae.harvest.codecs import codecs_for
 from mlsae.harvest.device_moments import DeviceMoments
 from mlsae.store.moments import GROUPS
 
@@ -46,9 +47,9 @@ def batches() -> list[tuple[np.ndarray, dict[tuple[str, int], np.ndarray]]]:
 def test_sums_equal_brute_force_in_float64(
     batches: list[tuple[np.ndarray, dict[tuple[str, int], np.ndarray]]],
 ) -> None:
-    moments = DeviceMoments(SITES, LAYERS, WIDTH)
+    moments = DeviceMoments(codecs_for("float32", SITES, LAYERS, WIDTH, None), SITES, LAYERS, WIDTH)
     for group, rows in batches:
-        largest = moments.add(group, {key: torch.from_numpy(x) for key, x in rows.items()})
+        largest = moments.add(group, {key: (torch.from_numpy(x),) for key, x in rows.items()})
         assert {key: float(value) for key, value in largest.items()} == {
             key: float(np.abs(x).max()) for key, x in rows.items()
         }
@@ -96,8 +97,8 @@ def test_take_begins_anew(
     batches: list[tuple[np.ndarray, dict[tuple[str, int], np.ndarray]]],
 ) -> None:
     group, rows = batches[0]
-    moments = DeviceMoments(SITES, LAYERS, WIDTH)
-    tensors = {key: torch.from_numpy(x) for key, x in rows.items()}
+    moments = DeviceMoments(codecs_for("float32", SITES, LAYERS, WIDTH, None), SITES, LAYERS, WIDTH)
+    tensors = {key: (torch.from_numpy(x),) for key, x in rows.items()}
     moments.add(group, tensors)
     first = moments.take()
     moments.add(group, tensors)
@@ -108,8 +109,9 @@ def test_take_begins_anew(
 
 
 def test_value_that_is_not_finite_shows_in_the_largest() -> None:
-    moments = DeviceMoments(("resid_post",), (0,), WIDTH)
+    codecs = codecs_for("float32", ("resid_post",), (0,), WIDTH, None)
+    moments = DeviceMoments(codecs, ("resid_post",), (0,), WIDTH)
     x = torch.ones(4, WIDTH)
     x[2, 3] = float("nan")
-    largest = moments.add(np.zeros(4, np.int8), {("resid_post", 0): x})
+    largest = moments.add(np.zeros(4, np.int8), {("resid_post", 0): (x,)})
     assert not torch.isfinite(largest["resid_post", 0])

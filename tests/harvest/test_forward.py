@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from mlsae.base.errors import InputError, ResourceError
 from mlsae.harvest.batches import Batch, Batches
+from mlsae.harvest.codecs import codecs_for
 from mlsae.harvest.forward import Forward, choose_encoding, memory_explained, preflight
 from mlsae.models import Transformer, load
 from mlsae.store import PADDING, SPECIAL, ActivationError
@@ -36,6 +38,16 @@ def batch(num_sequences: int = 4, batch_sequences: int = 4, first: int = 0) -> B
     return cut.batch(first, num_sequences)
 
 
+def begin(
+    transformer: Transformer,
+    layers: Sequence[int],
+    encoding: Any,
+    sites: Sequence[str] = ("resid_post",),
+) -> Forward:
+    codecs = codecs_for(encoding, sites, layers, 32, None)
+    return Forward(transformer, layers=layers, sites=sites, codecs=codecs, batch_rows=64)
+
+
 def stored(
     transformer: Transformer,
     some: Batch,
@@ -43,8 +55,8 @@ def stored(
     encoding: str,
     sites: Sequence[str] = ("resid_post",),
 ) -> dict[tuple[str, int], np.ndarray]:
-    forward = Forward(transformer, layers=layers, sites=sites, encoding=encoding, batch_rows=64)
-    return forward(some, np.zeros(len(some.rows), np.int8)).activations()
+    computed = begin(transformer, layers, encoding, sites)(some, np.zeros(len(some.rows), np.int8))
+    return {key: values for key, (values,) in computed.activations().items()}
 
 
 def hidden_states(transformer: Transformer, tokens: np.ndarray) -> dict[int, torch.Tensor]:
@@ -100,11 +112,9 @@ def test_short_batch_runs_in_full_shape_and_its_filling_is_dropped(
 
 def test_earlier_batch_is_untouched_by_the_next(transformer: Transformer) -> None:
     """What the writer still holds is not written into."""
-    forward = Forward(
-        transformer, layers=(1,), sites=("resid_post",), encoding="float32", batch_rows=64
-    )
+    forward = begin(transformer, (1,), "float32")
     group = np.zeros(16, np.int8)
-    first = forward(batch(1, 4, 0), group).activations()["resid_post", 1]
+    (first,) = forward(batch(1, 4, 0), group).activations()["resid_post", 1]
     copy = first.copy()
     for start in (1, 2):
         forward(batch(1, 4, start), group)
@@ -172,14 +182,16 @@ def test_values_that_are_not_finite_are_refused_with_layer_and_magnitude(
 
 
 def test_encoding_is_chosen_by_precision_and_magnitude() -> None:
-    def choose(asked: str, dtype: torch.dtype, largest: float) -> str:
-        return choose_encoding(asked, dtype, {("resid_post", 0): largest})
+    def choose(asked: str, dtype: torch.dtype, largest: float) -> tuple[str, str]:
+        preset = choose_encoding(asked, dtype, {("resid_post", 0): largest})
+        return preset.encoding, preset.compression
 
-    assert choose("auto", torch.bfloat16, 1e6) == "bfloat16"
-    assert choose("auto", torch.float32, 16_000.0) == "float16"
-    assert choose("auto", torch.float16, 1.0) == "float16"
-    assert choose("float16", torch.float32, 20_000.0) == "float16"
-    assert choose("float32", torch.bfloat16, 1.0) == "float32"
+    assert choose("auto", torch.bfloat16, 1e6) == ("bfloat16", "none")
+    assert choose("auto", torch.float32, 16_000.0) == ("float16", "none")
+    assert choose("auto", torch.float16, 1.0) == ("float16", "none")
+    assert choose("float16", torch.float32, 20_000.0) == ("float16", "none")
+    assert choose("float32", torch.bfloat16, 1.0) == ("float32", "none")
+    assert choose("int8-zstd", torch.bfloat16, 1.0) == ("int8", "zstd")
 
 
 def test_large_magnitudes_are_not_put_into_float16_unasked() -> None:
@@ -209,11 +221,9 @@ def test_out_of_memory_names_the_batch_size(error: Exception) -> None:
 
 
 def test_moments_are_of_the_stored_values(transformer: Transformer) -> None:
-    forward = Forward(
-        transformer, layers=(0, 1), sites=("resid_post",), encoding="float16", batch_rows=64
-    )
+    forward = begin(transformer, (0, 1), "float16")
     computed = forward(batch(), np.full(64, 19, np.int8))
-    values = decode(computed.activations()["resid_post", 1], "float16").astype(float)
+    values = decode(computed.activations()["resid_post", 1][0], "float16").astype(float)
     tensors = forward.moments.take()["resid_post"].tensors()
     np.testing.assert_allclose(tensors["mean"][1, 19], values.mean(0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
@@ -225,9 +235,7 @@ def test_overflow_names_layer_row_and_magnitude(model: Path) -> None:
     transformer = load(model)
     with torch.no_grad():
         transformer.model.gpt_neox.layers[1].mlp.dense_4h_to_h.bias[3] = 1e5
-    forward = Forward(
-        transformer, layers=(0, 1), sites=("resid_post",), encoding="float16", batch_rows=64
-    )
+    forward = begin(transformer, (0, 1), "float16")
     with pytest.raises(ActivationError) as info:
         forward(batch(2, 4, 1), np.zeros(32, np.int8)).activations()
     assert "layer 1 (resid_post), row 16: a value is not finite as float16" in str(info.value)

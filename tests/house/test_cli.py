@@ -14,8 +14,8 @@ from mlsae.cli import main
 OPTIONS = {
     "harvest": "model dataset out revision init init-seed blocks split subset shuffle-seed "
     "text-column tokens-column max-tokens max-disk context-length packing bos isolate-documents "
-    "layers sites keep-positions keep-seed encoding model-dtype attn-implementation batch-size "
-    "shard-size device device-map allow-mixed-hardware dry-run",
+    "layers sites keep-positions keep-seed encoding max-encoding-fvu model-dtype "
+    "attn-implementation batch-size shard-size device device-map allow-mixed-hardware dry-run",
     "train": "cache cache-dir cache-size out site layers expansion-factor num-latents k batch-size "
     "epochs max-rows lr lr-decay warmup validation-fraction skip-positions loss-space window seed "
     "device precision resume",
