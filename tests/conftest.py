@@ -1,8 +1,11 @@
 """Fixtures that several rooms share."""
 
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +102,43 @@ def demo_model() -> Path:
     from mlsae.demo import model_path
 
     return model_path()
+
+
+@pytest.fixture(scope="session")
+def servers() -> Any:
+    """tests/servers.py; the tests are no package."""
+    path = Path(__file__).with_name("servers.py")
+    spec = spec_from_file_location("loopback_servers", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def serve(
+    servers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str, Path], str]]:
+    """Put a store on a server of its own: `serve("web", path)`, or "s3" or "hub", gives its URL."""
+    with ExitStack() as running:
+
+        def start(kind: str, store: Path) -> str:
+            if kind == "web":
+                web = running.enter_context(servers.serving_files(store.parent))
+                return f"{web.url}/{store.name}"
+            if kind == "s3":
+                s3 = running.enter_context(servers.serving_bucket())
+                for name in [name for name in os.environ if name.startswith("AWS_")]:
+                    monkeypatch.delenv(name)
+                for name, value in s3.environment().items():
+                    monkeypatch.setenv(name, value)
+                s3.upload(store, store.name)
+                return f"s3://bucket/{store.name}"
+            shutil.copytree(store, tmp_path / f"hub/datasets/someone/{store.name}")
+            hub = running.enter_context(servers.serving_hub(tmp_path / "hub"))
+            monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.hub.url)
+            monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
+            return f"hf://datasets/someone/{store.name}"
+
+        yield start

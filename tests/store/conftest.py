@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterator
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,18 +21,6 @@ class Located(NamedTuple):
     """What goes wrong where their bytes come from; see tests/servers.py."""
     prefix: str
     """What the names of the faults begin with."""
-
-
-@pytest.fixture(scope="session")
-def servers() -> Any:
-    """tests/servers.py; the tests are no package."""
-    path = Path(__file__).parents[1] / "servers.py"
-    spec = spec_from_file_location("loopback_servers", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")
