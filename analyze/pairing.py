@@ -19,6 +19,9 @@ _NEEDED = frozenset(
     {"store_id", "model_fingerprint", "site", "layers", "skip_positions", "validation"}
 )
 
+_IMPORTED = "imported"
+"""Key of the record of an SAE that another tool trained."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pairing:
@@ -76,9 +79,12 @@ def pair(
     sae = load_sae(directory)
     training = sae.training_record
     if missing_keys := sorted(_NEEDED - training.keys()):
+        options = " and ".join(f"--{key}" for key in missing_keys)
+        remedy = "analyze an SAE that mlsae train made"
         raise InputError(
             f"the SAE {directory} does not say how it was trained: its training.json lacks "
-            f"{', '.join(missing_keys)}; analyze an SAE that mlsae train made"
+            f"{', '.join(missing_keys)}; "
+            f"{f'import it again with {options}' if _IMPORTED in training else remedy}"
         )
     site = str(training["site"])
     where = f"the SAE {directory} does not match the store {store.place}"
@@ -97,7 +103,7 @@ def pair(
             f"{_list(missing)}; it holds {_list(store.layers)}"
         )
     theirs, ours = training["model_fingerprint"], fingerprint(store)
-    if theirs != ours:
+    if theirs != ours and not (theirs is None and _IMPORTED in training):
         raise InputError(
             f"{where}: the SAE was trained on activations of transformer {_short(theirs)}, the "
             f"store holds those of {_short(ours)} (fingerprints of their weights)"
@@ -128,6 +134,13 @@ def _notes(store: AnyStore, training: Mapping[str, Any]) -> list[str]:
             f"the store keeps {store.rows_per_sequence} of the {store.context_length} positions of "
             f"each sequence: what is said of rows is of those"
         )
+    if imported := training.get(_IMPORTED):
+        name = imported["model"] or "which it does not name"
+        notes.append(
+            f"the SAE was imported from {imported['source']}: that its transformer ({name}) is the "
+            f"store's, and which text it was trained on, has not been checked"
+        )
+        return notes
     trained = {record["store_id"]: record["tokens_sha256"] for record in _stores_of(training)}
     here = {member.store_id: member.plan["tokens_sha256"] for member in store.stores}
     if here.keys() != trained.keys():
