@@ -63,12 +63,13 @@ def make(
     return path
 
 
-@pytest.fixture(params=["float16", "bfloat16", "int8"])
-def corpus(request: pytest.FixtureRequest, tmp_path: Path) -> Corpus:
+@pytest.fixture(scope="module", params=["float16", "bfloat16", "int8"])
+def corpus(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     """Three stores of 11, 3 and 8 sequences."""
+    root = tmp_path_factory.mktemp("corpus")
     found = open_corpus(
         [
-            make(tmp_path / str(seed), seed, num_sequences=n, encoding=request.param)
+            make(root / str(seed), seed, num_sequences=n, encoding=request.param)
             for seed, n in enumerate((11, 3, 8))
         ]
     )
