@@ -2,13 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check test-slow demo-model results scale
+.PHONY: demo test check test-slow test-external demo-model results scale
 
 demo: .venv/installed
 	$(BIN)/mlsae demo --out demo-run
 
 test: check
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not external"
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -17,6 +17,9 @@ check: .venv/installed
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
+
+test-external: .venv/installed
+	$(BIN)/python -m pytest -m external
 
 demo-model: .venv/installed
 	GOMP_SPINCOUNT=5000 $(BIN)/python -m mlsae.demo.make_model

@@ -1,0 +1,61 @@
+"""Other tools, as they come from the package index, each in a virtual environment of its own.
+
+They are kept in `.external`, which git ignores, and made anew when what is to be installed changes.
+"""
+
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+REQUIREMENTS = {
+    "saelens": ["torch==2.13.0", "sae-lens==6.54.12"],
+    "sparsify": ["torch==2.13.0", "eai-sparsify==1.3.3"],
+    # Its nnsight imports what transformers 5 no longer has.
+    "dictionary_learning": ["torch==2.13.0", "dictionary-learning==0.1.0", "transformers<5"],
+}
+UNWANTED = ["torchvision"]
+"""Comes with a dependency, is not used, and fails to load beside a torch without CUDA."""
+
+
+@pytest.fixture(scope="session")
+def peer() -> Callable[..., str]:
+    """Run a script of this folder in a tool's environment: `peer("saelens", "forward", path)`."""
+    ready: dict[str, Path] = {}
+
+    def run(tool: str, *arguments: object) -> str:
+        if tool not in ready:
+            ready[tool] = environment(tool)
+        script = Path(__file__).with_name(f"in_{tool}.py")
+        done = subprocess.run(
+            [str(ready[tool]), str(script), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=ROOT / ".external",
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def environment(tool: str) -> Path:
+    """The interpreter of the tool's environment, made if it is not there whole."""
+    directory = ROOT / ".external" / tool
+    python, record = directory / "bin" / "python", directory / "installed"
+    wanted = "\n".join([sys.version, *REQUIREMENTS[tool]])
+    if record.is_file() and record.read_text() == wanted:
+        return python
+    shutil.rmtree(directory, ignore_errors=True)
+    venv.create(directory, with_pip=True)
+    pip = [str(python), "-m", "pip", "--quiet"]
+    subprocess.run([*pip, "install", *REQUIREMENTS[tool]], check=True)
+    subprocess.run([*pip, "uninstall", "--yes", *UNWANTED], check=True)
+    record.write_text(wanted)
+    return python

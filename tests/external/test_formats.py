@@ -1,0 +1,96 @@
+"""The tools themselves read what is exported, and what they write is imported."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from mlsae.sae import SAE, SAEConfig, load
+from mlsae.sae.convert import export_sae, import_sae
+
+pytestmark = [
+    pytest.mark.external,
+    pytest.mark.timeout(3000),  # Environments may have to be installed.
+]
+
+D, N, K = 24, 96, 6
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+
+
+@pytest.fixture
+def x(tmp_path: Path) -> Path:
+    """A file of rows of different spread and mean, float64."""
+    generator = np.random.default_rng(1)
+    values = generator.normal(size=(200, D)) * generator.uniform(1, 30, (200, 1)) + 3
+    np.save(tmp_path / "x.npy", values)
+    return tmp_path / "x.npy"
+
+
+def ours(sae: SAE, x: Path) -> npt.NDArray[np.float64]:
+    """x̂ in float64."""
+    return np.asarray(sae.double()(torch.from_numpy(np.load(x))).detach().numpy())
+
+
+@pytest.mark.parametrize(
+    ("tool", "normalize", "bias"),
+    [
+        ("saelens", "standardize", False),
+        ("saelens", "none", True),
+        ("sparsify", "none", False),
+        ("sparsify", "none", True),
+        ("dictionary_learning", "none", False),
+        ("dictionary_learning", "none", True),
+    ],
+)
+def test_the_tool_reads_an_export(
+    tool: str, normalize: str, bias: bool, peer: Callable[..., str], x: Path, tmp_path: Path
+) -> None:
+    """By its own loader, with equal reconstructions."""
+    sae = SAE(SAEConfig(d_in=D, num_latents=N, k=K, normalize=normalize, encoder_bias=bias))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.normal_(generator=generator)
+    sae.save(tmp_path / "run", {"site": "resid_post", "layers": [1, 4]})
+    written = export_sae(tmp_path / "run", tool.replace("_", "-"), tmp_path / "out", model="gpt2")
+    assert len(written) == 2
+    for directory in written:
+        peer(tool, "forward", directory, x, tmp_path / "y.npy")
+        expected = ours(load(tmp_path / "run"), x)
+        np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "close"),
+    [
+        ("none", CLOSE),
+        ("layer_norm", CLOSE),
+        ("trained", CLOSE),
+        # Norms of the decoder are folded here, in float32, and not by SAELens.
+        ("checkpoint", {"rtol": 1e-4, "atol": 1e-4}),
+    ],
+)
+def test_an_sae_of_saelens_is_imported(
+    kind: str, close: dict[str, float], peer: Callable[..., str], x: Path, tmp_path: Path
+) -> None:
+    """For inference, normalised, from training, and a checkpoint of training."""
+    peer("saelens", "make", kind, tmp_path / "theirs", x, tmp_path / "y.npy")
+    sae = import_sae(tmp_path / "theirs", tmp_path / "sae")
+    np.testing.assert_allclose(ours(sae, x), np.load(tmp_path / "y.npy"), **close)
+    assert (sae.training_record["site"], sae.training_record["layers"]) == ("mlp_out", [2])
+
+
+@pytest.mark.parametrize(
+    ("tool", "folder"), [("sparsify", "layers.3"), ("dictionary_learning", "trainer_0")]
+)
+def test_an_sae_of_another_tool_is_imported(
+    tool: str, folder: str, peer: Callable[..., str], x: Path, tmp_path: Path
+) -> None:
+    """That of dictionary_learning trained by its own trainer."""
+    peer(tool, "make", tmp_path / folder, x, tmp_path / "y.npy")
+    sae = import_sae(tmp_path / folder, tmp_path / "sae")
+    np.testing.assert_allclose(ours(sae, x), np.load(tmp_path / "y.npy"), **CLOSE)
+    assert (sae.training_record["site"], sae.training_record["layers"]) == ("resid_post", [3])
