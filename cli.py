@@ -21,6 +21,7 @@ from mlsae.base.units import (
     parse_count_or_auto,
     parse_layers,
     parse_names,
+    parse_range,
 )
 
 
@@ -43,6 +44,7 @@ BYTES = _Parsed("bytes", parse_bytes)
 COUNT_OR_AUTO = _Parsed("count", parse_count_or_auto)
 LAYERS = _Parsed("layers", parse_layers)
 NAMES = _Parsed("names", parse_names)
+ROWS = _Parsed("rows", parse_range)
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
 LOCATION = _Parsed("location", str)
 """A directory or a URL, which a path would mangle."""
@@ -184,6 +186,9 @@ def harvest(**settings: Any) -> None:
 @click.option("--num-latents", type=COUNT, help="Latents, instead of an expansion factor.")
 @click.option("-k", "--k", type=COUNT, default=32, help="Active latents a row.")
 @click.option("--batch-size", type=COUNT, default=16384, help="Rows a step, over all layers.")
+@click.option(
+    "--micro-batch", type=COUNT, help="Rows of a batch in memory at once; all if not given."
+)
 @click.option("--epochs", type=COUNT, help="Passes over the store; 1 if not given.")
 @click.option("--max-rows", type=COUNT, help="Rows to train on, such as 100M, instead of epochs.")
 @click.option(
@@ -297,6 +302,26 @@ def verify(location: str) -> None:
         )
     store_id = open_store(location, cache_bytes=0).store_id
     click.echo(f"{location} is sound: store_id {store_id}")
+
+
+@store.command("copy")
+@click.argument("source", metavar="SRC", type=LOCATION)
+@click.argument("target", metavar="DST", type=LOCATION)
+@click.option("--layers", type=LAYERS, help="Layers to keep, such as 0-5; all if not given.")
+@click.option("--sites", type=NAMES, help="Sites to keep; all if not given.")
+@click.option("--rows", type=ROWS, help="Rows to keep, N or START:STOP; whole sequences.")
+@click.option("--encoding", help="As for harvest, such as int8; that of SRC if not given.")
+@click.option(
+    "--max-encoding-fvu", type=float, default=1e-3, help="Most FVU that the encoding may add."
+)
+def copy_store(**settings: Any) -> None:
+    """Copy a store: every byte of it, or some of it, or in another encoding."""
+    from mlsae.store.copy import CopyConfig, copy
+
+    done = copy(CopyConfig(**settings), progress=True)
+    for note in done.notes:
+        click.echo(note, err=True)
+    click.echo(done.line)
 
 
 @store.command()

@@ -33,8 +33,9 @@ from mlsae.train import TrainConfig
 from mlsae.train.dead import DeadLatents
 from mlsae.train.loader import Batch, Loader
 from mlsae.train.objective import Objective, layer_variances
+from mlsae.train.optimizer import ADAM_BETAS, ADAM_EPS
 from mlsae.train.plan import Plan, make_plan
-from mlsae.train.trainer import ADAM_BETAS, ADAM_EPS, Trainer
+from mlsae.train.trainer import Trainer
 
 
 @dataclass(frozen=True)

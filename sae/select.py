@@ -3,12 +3,15 @@
 Shape suffixes: B rows, D channels, N latents, K selected latents.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 
+from mlsae.sae.largest import largest, supports
 from mlsae.sae.sparse import Support
 
-BLOCK_ELEMENTS = 1 << 22
-"""Pre-activations alive at once: a block of rows × latents, 16 MiB in float32."""
+BLOCK_BYTES = 16 << 20
+"""Pre-activations alive at once: a block of rows × latents."""
 _GROUP = 16
 """Latents in a group of the two-stage selection: measured best of 8, 16, 32, 64 on CPUs."""
 
@@ -30,13 +33,17 @@ def select(c_BD: torch.Tensor, W_enc_ND: torch.Tensor, k: int) -> tuple[torch.Te
     num_rows, num_latents = c_BD.shape[0], W_enc_ND.shape[0]
     values_BK = c_BD.new_empty(num_rows, k)
     indices_BK = torch.empty(num_rows, k, dtype=torch.int64, device=c_BD.device)
-    block = min(num_rows, max(1, BLOCK_ELEMENTS // num_latents))
-    with torch.no_grad():
-        buffer = c_BD.new_empty(block, num_latents)
-        for start in range(0, num_rows, max(block, 1)):
-            stop = min(start + block, num_rows)
-            pre = torch.mm(c_BD[start:stop], W_enc_ND.T, out=buffer[: stop - start])
-            values_BK[start:stop], indices_BK[start:stop] = top_k(pre, k)
+    block = max(1, BLOCK_BYTES // (c_BD.element_size() * num_latents))
+    with torch.no_grad(), ThreadPoolExecutor(torch.get_num_threads(), "mlsae-select") as pool:
+        buffer = c_BD.new_empty(min(block, num_rows), num_latents)
+        for start in range(0, num_rows, block):
+            rows = slice(start, min(start + block, num_rows))
+            pre = torch.mm(c_BD[rows], W_enc_ND.T, out=buffer[: rows.stop - start])
+            if supports(pre):
+                largest(pre, k, pool, indices_BK[rows])
+                torch.gather(pre, 1, indices_BK[rows], out=values_BK[rows])
+            else:
+                values_BK[rows], indices_BK[rows] = top_k(pre, k)
     return values_BK, indices_BK
 
 
@@ -45,10 +52,11 @@ def select_mixed(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`select` with a bfloat16 product: more candidates than k, re-scored in the given dtype.
 
-    bfloat16 keeps 8 bits, so it may misjudge pre-activations that are nearly equal: half as many
-    candidates again as k, and at least 16 more, make that rare. The values are exact.
+    bfloat16 keeps 8 bits, so it may misjudge pre-activations that are nearly equal: a quarter as
+    many candidates again as k, and at least 8 more, make that rare. The values are exact. Among
+    pre-activations that are not above 0 the choice is any, because a ReLU follows.
     """
-    candidates = min(k + max(16, k // 2), W_enc_ND.shape[0])
+    candidates = min(k + max(8, k // 4), W_enc_ND.shape[0])
     _, indices = select(c_BD.to(torch.bfloat16), W_enc_ND.to(torch.bfloat16), candidates)
     with torch.no_grad():
         scores = Support(indices, W_enc_ND.shape[0]).sampled_product(c_BD, W_enc_ND)

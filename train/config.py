@@ -38,6 +38,9 @@ class TrainConfig:
     """Latents a row may use."""
     batch_size: int = 16384
     """Rows of a step, over all layers and ranks."""
+    micro_batch: int | None = None
+    """Rows of a rank's share of a batch whose activations are in memory at once; None for all. It
+    changes how sums are rounded, and nothing else."""
     epochs: int | None = None
     """Passes over the training rows; None for 1, unless `max_rows` is given."""
     max_rows: int | None = None
@@ -76,7 +79,8 @@ class TrainConfig:
         for first, second in (("expansion_factor", "num_latents"), ("epochs", "max_rows")):
             if getattr(self, first) is not None and getattr(self, second) is not None:
                 raise InputError(f"give {_flag(first)} or {_flag(second)}, not both")
-        for name in ("expansion_factor", "num_latents", "k", "batch_size", "epochs", "max_rows"):
+        counts = ("expansion_factor", "num_latents", "k", "epochs", "max_rows")
+        for name in (*counts, "batch_size", "micro_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{_flag(name)} must be at least 1, got {value}")

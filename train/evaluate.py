@@ -13,8 +13,8 @@ import torch
 
 from mlsae.sae import SAE
 from mlsae.store import AnyStore
+from mlsae.train.auxiliary import Sum
 from mlsae.train.loader import TORCH_DTYPE
-from mlsae.train.objective import Sum
 
 POSITION_0_IN, POSITION_0_OUT = "position_0_in", "position_0_out"
 _BLOCK_ROWS = 4096

@@ -6,7 +6,7 @@ from accelerate import Accelerator
 
 from mlsae.base.resources import require_memory
 from mlsae.base.units import format_bytes
-from mlsae.sae.select import BLOCK_ELEMENTS
+from mlsae.sae.select import BLOCK_BYTES
 from mlsae.train.plan import Plan
 
 _FLOAT = 4
@@ -24,7 +24,7 @@ def estimate(plan: Plan, rank: int, world_size: int) -> dict[str, int]:
         "Adam and gradients": (3 if world_size == 1 else 4) * weights,
         # Standardised rows, reconstruction, residual and their gradients; a block of
         # pre-activations and what selecting from it takes.
-        "activations": (8 * rows * width + 8 * rows * plan.sae.k + 2 * BLOCK_ELEMENTS) * _FLOAT,
+        "activations": 8 * rows * (width + plan.sae.k) * _FLOAT + 2 * BLOCK_BYTES,
     }
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from mlsae import __version__
 from mlsae.base.files import read_sealed
+from mlsae.base.heap import keep_freed_memory
 from mlsae.base.units import format_count
 from mlsae.sae import SAE
 from mlsae.sae.directory import TRAINING
@@ -72,6 +73,7 @@ def run(config: TrainConfig) -> TrainResult:
 
 def _run(config: TrainConfig, accelerator: Accelerator) -> TrainResult:
     check_world_size(accelerator.num_processes)
+    keep_freed_memory()
     if not accelerator.is_local_main_process:
         # Every process reads the stores; what that warns of is said once a machine.
         logging.getLogger("mlsae").setLevel(logging.ERROR)
@@ -109,9 +111,10 @@ def _make_trainer(plan: Plan, accelerator: Accelerator) -> Trainer:
         layer_variances(moments, plan.layers, config.loss_space),
         config.loss_space,
         mixed=config.precision == "bfloat16",
+        seed=config.seed,
     )
     dead = DeadLatents(plan.sae.num_latents, plan.dead_after, accelerator.device)
-    return Trainer(sae, objective, plan.schedule, dead, accelerator)
+    return Trainer(sae, objective, plan.schedule, dead, accelerator, config.micro_batch)
 
 
 def _train(

@@ -1,6 +1,6 @@
 """One step of training, on one or several ranks.
 
-backward → sum over ranks → remove the gradient along decoder directions → Adam → unit decoder rows.
+Gradients of the pieces of a batch → AuxK → sum over ranks → Adam and unit decoder rows.
 """
 
 from typing import NamedTuple
@@ -12,11 +12,9 @@ from mlsae.base.errors import MlsaeError
 from mlsae.sae import SAE
 from mlsae.train.dead import DeadLatents
 from mlsae.train.loader import Batch
-from mlsae.train.objective import Objective
+from mlsae.train.objective import Losses, Objective
+from mlsae.train.optimizer import Optimizer
 from mlsae.train.schedule import Schedule
-
-ADAM_BETAS = (0.9, 0.999)
-ADAM_EPS = 6.25e-10
 
 
 class DivergedError(MlsaeError, ArithmeticError):
@@ -49,6 +47,7 @@ class Trainer:
         schedule: learning rates.
         dead: the dead latents.
         accelerator: how ranks add up.
+        micro_batch: rows whose activations are in memory at once; None for a rank's whole share.
     """
 
     def __init__(
@@ -58,17 +57,17 @@ class Trainer:
         schedule: Schedule,
         dead: DeadLatents,
         accelerator: Accelerator,
+        micro_batch: int | None = None,
     ) -> None:
         self.sae = sae
         self.dead = dead
         self.schedule = schedule
         self.step_number = 0
         """Steps done."""
-        self.optimizer = torch.optim.Adam(
-            sae.parameters(), lr=schedule.peak, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True
-        )
+        self.optimizer = Optimizer(sae)
         self._objective = objective
         self._accelerator = accelerator
+        self._micro_batch = micro_batch
 
     def step(self, batch: Batch) -> StepResult:
         """Train on one batch.
@@ -76,45 +75,54 @@ class Trainer:
         Raises:
             DivergedError: the loss is not finite; the SAE is as it was before the step.
         """
-        sae, device = self.sae, self.sae.b.device
+        sae = self.sae
         dead = self.dead.indices()
-        losses = self._objective(
-            batch.x.to(device), batch.layer.to(device), batch.num_rows, dead, self._sum
+        for parameter in sae.parameters():
+            parameter.grad = None
+        pieces = [self._piece(batch, rows, len(dead) > 0) for rows in self._cuts(len(batch.x))]
+        residuals = [piece.residual for piece in pieces if piece.residual is not None]
+        aux = pieces[0].main.new_zeros(())
+        if residuals:
+            aux = self._objective.accumulate_auxiliary(residuals, dead, self._sum)
+        counted = sum(
+            torch.cat(
+                [
+                    torch.stack([piece.main, piece.num_active]),
+                    piece.layer_errors,
+                    piece.layer_rows,
+                ]
+            ).double()
+            for piece in pieces
         )
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(losses.main + losses.aux)
-        counted = torch.cat(
-            [
-                torch.stack([losses.main.detach(), losses.aux.detach(), losses.num_active]),
-                losses.layer_errors,
-                losses.layer_rows,
-            ]
-        ).double()
-        counted, fired = self._sum_step(counted, losses.fired)
-        main, aux, num_active, *by_layer = counted.tolist()
-        lr = self.schedule(self.step_number)
-        if not main + aux < float("inf"):
+        assert isinstance(counted, torch.Tensor)
+        fired = torch.stack([piece.fired for piece in pieces]).amax(dim=0)
+        counted, fired = self._sum_step(torch.cat([aux.double()[None], counted]), fired)
+        aux_sum, main, num_active, *by_layer = counted.tolist()
+        loss, lr = main + aux_sum, self.schedule(self.step_number)
+        if not loss < float("inf"):
             raise DivergedError(
-                f"the loss is {main + aux} at step {self.step_number} with learning rate {lr:.3g}: "
+                f"the loss is {loss} at step {self.step_number} with learning rate {lr:.3g}: "
                 f"training has diverged; lower --lr. The last checkpoint is kept"
             )
-        self._project_gradient()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        sae.normalize_decoder()
+        self.optimizer.step(lr)
         self.dead.update(fired, batch.num_rows)
         self.step_number += 1
         errors, rows = torch.tensor(by_layer, dtype=torch.float64).view(2, -1)
-        return StepResult(main + aux, aux, errors, rows, num_active, len(dead))
+        return StepResult(loss, aux_sum, errors, rows, num_active, len(dead))
 
-    @torch.no_grad()
-    def _project_gradient(self) -> None:
-        """Remove the part of the decoder's gradient that would only change its rows' lengths."""
-        W, grad = self.sae.W_dec, self.sae.W_dec.grad
-        assert grad is not None
-        along = torch.linalg.vecdot(grad, W)[:, None]
-        grad.addcmul_(W, along, value=-1)
+    def _cuts(self, num_rows: int) -> list[slice]:
+        """This rank's share in pieces of `micro_batch` rows; a share without rows is one piece."""
+        size = self._micro_batch or max(num_rows, 1)
+        return [slice(start, start + size) for start in range(0, max(num_rows, 1), size)]
+
+    def _piece(self, batch: Batch, rows: slice, has_dead: bool) -> Losses:
+        device = self.sae.b.device
+        return self._objective.accumulate(
+            batch.x[rows].to(device),
+            batch.layer[rows].to(device),
+            batch.num_rows,
+            self.step_number if has_dead else None,
+        )
 
     def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._accelerator.num_processes == 1:

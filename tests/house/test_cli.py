@@ -17,8 +17,8 @@ OPTIONS = {
     "layers sites keep-positions keep-seed encoding max-encoding-fvu model-dtype "
     "attn-implementation batch-size shard-size device device-map allow-mixed-hardware dry-run",
     "train": "cache cache-dir cache-size out site layers expansion-factor num-latents k batch-size "
-    "epochs max-rows lr lr-decay warmup validation-fraction skip-positions loss-space window seed "
-    "device precision resume",
+    "micro-batch epochs max-rows lr lr-decay warmup validation-fraction skip-positions loss-space "
+    "window seed device precision resume",
     "analyze": "cache cache-dir cache-size sae out rows max-tokens model batch-size device",
     "export": "run out to model",
     "import": "source out site layers",

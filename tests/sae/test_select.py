@@ -52,7 +52,7 @@ def test_select_equals_the_dense_product_in_any_number_of_blocks(
 ) -> None:
     """Rows are taken in blocks; no row is lost or doubled at their edges."""
     c, W = rows(num_rows, 8), rows(48, 8, seed=1)
-    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 48 * 7)
+    monkeypatch.setattr(module, "BLOCK_BYTES", 8 * 48 * 7)
     values, indices = select(c, W, 4)
     pre = c @ W.T
     expected = pre.sort(dim=1, descending=True).values[:, :4]

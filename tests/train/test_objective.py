@@ -1,6 +1,7 @@
 """The loss and a step, against dense autograd in float64 written from the formulas."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ from accelerate import Accelerator
 from mlsae.base.errors import InputError
 from mlsae.sae import SAE, SAEConfig
 from mlsae.store import open_store
+from mlsae.train.auxiliary import default_k_aux
 from mlsae.train.dead import DeadLatents, default_dead_after
 from mlsae.train.loader import Batch
-from mlsae.train.objective import Objective, default_k_aux, layer_variances
+from mlsae.train.objective import Objective, layer_variances
 from mlsae.train.schedule import Schedule
 from mlsae.train.trainer import DivergedError, Trainer
 
@@ -72,6 +74,30 @@ def dense_loss(
     return main + scale * (e - e_hat).square().sum() / e.square().sum()
 
 
+def take(
+    sae: SAE,
+    objective: Objective,
+    batch: tuple[torch.Tensor, torch.Tensor],
+    dead: torch.Tensor = NO_LATENT,
+    cuts: tuple[int, ...] = (),
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Main term, AuxK and the gradients of a batch, taken in pieces that end at `cuts`."""
+    x, layer = batch
+    for parameter in sae.parameters():
+        parameter.grad = None
+    edges = [0, *cuts, len(x)]
+    pieces = [
+        objective.accumulate(x[a:b], layer[a:b], len(x), 0 if len(dead) else None)
+        for a, b in itertools.pairwise(edges)
+    ]
+    aux = torch.zeros((), dtype=x.dtype)
+    if len(dead):
+        residuals = [piece.residual for piece in pieces if piece.residual is not None]
+        aux = objective.accumulate_auxiliary(residuals, dead, same)
+    gradients = [p.grad for p in sae.parameters() if p.grad is not None]
+    return torch.stack([piece.main for piece in pieces]).sum(), aux, gradients
+
+
 @pytest.mark.parametrize("raw", [False, True], ids=["standardized", "raw"])
 @pytest.mark.parametrize("num_dead", [0, 3, 40])
 @pytest.mark.parametrize("num_rows", [1, 50])
@@ -81,11 +107,10 @@ def test_loss_and_gradients_equal_dense_autograd(raw: bool, num_dead: int, num_r
     x, layer = make_batch(num_rows)
     dead = torch.arange(num_dead) * 64 // 40
     objective = Objective(sae, VARIANCES, "raw" if raw else "standardized")
-    losses = objective(x, layer, num_rows, dead, same)
-    got = torch.autograd.grad(losses.main + losses.aux, list(sae.parameters()))
+    main, aux, got = take(sae, objective, (x, layer), dead)
     params = tuple(p.detach().clone().requires_grad_() for p in (sae.W_enc, sae.W_dec, sae.b))
     expected = dense_loss(params, x, layer, raw=raw, dead=dead, k_aux=objective.k_aux)
-    torch.testing.assert_close(losses.main + losses.aux, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(main + aux, expected.detach(), rtol=1e-9, atol=1e-9)
     names = [name for name, _ in sae.named_parameters()]
     assert names == ["W_enc", "W_dec", "b"]
     for a, b in zip(got, torch.autograd.grad(expected, params), strict=True):
@@ -95,55 +120,37 @@ def test_loss_and_gradients_equal_dense_autograd(raw: bool, num_dead: int, num_r
 def test_aux_reaches_the_encoder_and_not_what_it_explains() -> None:
     """AuxK alone moves dead latents' rows and b through the encoder, no live latent's."""
     sae = make_sae()
-    x, layer = make_batch()
+    batch = make_batch()
     dead = torch.tensor([1, 5, 60])
-    losses = Objective(sae, VARIANCES, "standardized")(x, layer, 50, dead, same)
-    enc, dec = torch.autograd.grad(losses.aux, [sae.W_enc, sae.W_dec])
-    for grad in (enc, dec):
-        moved = grad.abs().sum(1).nonzero()[:, 0]
-        assert moved.tolist() == dead.tolist()
+    objective = Objective(sae, VARIANCES, "standardized")
+    without = take(sae, objective, batch)[2]
+    moves = [a - b for a, b in zip(take(sae, objective, batch, dead)[2], without, strict=True)]
+    for move in moves[:2]:
+        assert move.abs().sum(1).nonzero()[:, 0].tolist() == dead.tolist()
+    assert moves[2].abs().max() > 0
 
 
-def test_no_dead_latent_or_no_residual_gives_no_aux() -> None:
+def test_no_residual_gives_no_aux() -> None:
     """0, and no NaN in the gradient."""
     sae = make_sae()
     x, layer = make_batch()
-    objective = Objective(sae, VARIANCES, "standardized")
-    assert objective(x, layer, 50, NO_LATENT, same).aux == 0
     with torch.no_grad():
         sae.b.zero_()
-    losses = objective(torch.full_like(x, 2.0), layer, 50, torch.tensor([3]), same)
-    assert losses.aux == 0
-    grads = torch.autograd.grad(losses.main + losses.aux, list(sae.parameters()))
-    assert all(grad.isfinite().all() for grad in grads)
+    objective = Objective(sae, VARIANCES, "standardized")
+    _, aux, gradients = take(sae, objective, (torch.full_like(x, 2.0), layer), torch.tensor([3]))
+    assert aux == 0
+    assert all(grad.isfinite().all() for grad in gradients)
 
 
-def test_shares_of_a_batch_add_up_to_it() -> None:
-    """Cut between ranks anywhere, empty shares included: same loss, gradients and counts."""
+@pytest.mark.parametrize("cuts", [(17, 17), (1,), tuple(range(5, 50, 5))])
+def test_pieces_of_a_batch_add_up_to_it(cuts: tuple[int, ...]) -> None:
+    """Cut anywhere, empty pieces included: same loss and gradients, AuxK's too."""
     sae = make_sae()
-    x, layer = make_batch()
     objective = Objective(sae, VARIANCES, "standardized")
     dead = torch.arange(10)
-    residual: list[torch.Tensor] = []
-
-    def remember(total: torch.Tensor) -> torch.Tensor:
-        residual.append(total.detach())
-        return total
-
-    whole = objective(x, layer, 50, dead, remember)
-    shares = [
-        objective(x[a:b], layer[a:b], 50, dead, lambda _: residual[0])
-        for a, b in [(0, 17), (17, 17), (17, 50)]
-    ]
-    for name in ("main", "aux", "layer_errors", "layer_rows", "num_active"):
-        total = sum(getattr(share, name) for share in shares)
-        torch.testing.assert_close(total, getattr(whole, name), rtol=1e-12, atol=1e-12)
-    fired = torch.stack([share.fired for share in shares]).amax(0)
-    assert torch.equal(fired, whole.fired)
-    together = sum(share.main + share.aux for share in shares)
-    got = torch.autograd.grad(together, list(sae.parameters()))
-    expected = torch.autograd.grad(whole.main + whole.aux, list(sae.parameters()))
-    for a, b in zip(got, expected, strict=True):
+    whole = take(sae, objective, make_batch(), dead)
+    pieces = take(sae, objective, make_batch(), dead, cuts)
+    for a, b in zip((*whole[:2], *whole[2]), (*pieces[:2], *pieces[2]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
@@ -151,7 +158,7 @@ def test_counts_of_a_batch() -> None:
     """Rows, errors and active values by layer, and which latents fired."""
     sae = make_sae()
     x, layer = make_batch()
-    losses = Objective(sae, VARIANCES, "raw")(x, layer, 50, NO_LATENT, same)
+    losses = Objective(sae, VARIANCES, "raw").accumulate(x, layer, 50, None)
     latents = sae.encode(x)
     assert losses.num_active == (latents.values > 0).sum()
     used = latents.indices[latents.values > 0].unique()

@@ -1,0 +1,105 @@
+"""AuxK: dead latents reconstruct what the live ones leave, so that they come back to life.
+
+Source: Gao et al. (2024), arXiv 2406.04093, appendix A.2. With e = u − û (no gradient), ê = W_dec z
+without b and z = ReLU of the k_aux largest pre-activations among dead latents alone,
+
+    aux = (1/32) · min(1, num_dead / k_aux) · Σ‖e − ê‖² / Σ‖e‖².
+
+k_aux is several times k, so on all rows this would cost more than everything else. Both sums run
+over a random sixteenth of the rows, which leaves the expected gradient what it is.
+
+Shape suffixes: B rows, S sampled rows, D channels, K selected latents.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from mlsae.sae import SAE
+from mlsae.sae.functions import bag, preactivations
+from mlsae.sae.select import select
+from mlsae.sae.sparse import Support
+
+Sum = Callable[[torch.Tensor], torch.Tensor]
+"""Adds a tensor up over ranks."""
+COEFFICIENT = 1 / 32
+SAMPLE_SHARE = 1 / 16
+"""Expected share of a batch's rows that AuxK sees."""
+SAMPLE_ROWS = 256
+"""Expected number of rows that it sees at least; a batch of no more is seen whole."""
+_HASHED_CHANNELS = 16
+
+
+class Residual(NamedTuple):
+    """What the live latents leave of the sampled rows; neither carries a gradient."""
+
+    u: torch.Tensor
+    """(S, D) standardised rows."""
+    e: torch.Tensor
+    """(S, D) u − û."""
+
+
+def default_k_aux(d_in: int) -> int:
+    """The power of two nearest d_in / 2, the larger one of two equally near."""
+    below: int = 2 ** math.floor(math.log2(d_in / 2))
+    return below if d_in / 2 - below < 2 * below - d_in / 2 else 2 * below
+
+
+def sample(x_BD: torch.Tensor, batch_rows: int, seed: int, step: int) -> torch.Tensor:
+    """Which rows AuxK sees: (B,) bool.
+
+    A row is chosen by a hash of its own values, so the choice is the same however a batch is cut
+    between ranks. Source of the hash: multiply-shift for vectors, Dietzfelbinger (1996).
+
+    Args:
+        x_BD: (B, D) rows as stored.
+        batch_rows: rows of the whole batch.
+        seed: of the run.
+        step: another one sees other rows.
+    """
+    share = max(SAMPLE_SHARE, SAMPLE_ROWS / batch_rows)
+    if share >= 1:
+        return torch.ones(len(x_BD), dtype=torch.bool, device=x_BD.device)
+    stride = -(-x_BD.shape[1] // _HASHED_CHANNELS)
+    bits = x_BD[:, ::stride].float().contiguous().view(torch.int32).long()
+    generator = torch.Generator().manual_seed((seed << 32) + step)
+    odd = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator) * 2 + 1
+    hashed = (bits * odd.to(bits.device)).sum(dim=1) >> 32
+    return hashed < math.floor((share - 0.5) * 2**32)
+
+
+def accumulate(
+    sae: SAE, residuals: Sequence[Residual], dead: torch.Tensor, k_aux: int, sum_over_ranks: Sum
+) -> torch.Tensor:
+    """One rank's share of aux, (); its gradient is added to the parameters'.
+
+    Args:
+        sae: its parameters have a `.grad`.
+        residuals: of the pieces of this rank's share.
+        dead: (num_dead,) indices of the dead latents, the same on every rank; not empty.
+        k_aux: latents that may explain a row.
+        sum_over_ranks: called once.
+    """
+    u_SD, e_SD = (torch.cat(parts) for parts in zip(*residuals, strict=True))
+    num_dead = len(dead)
+    total = sum_over_ranks(e_SD.square().sum())
+    W_enc, W_dec, b = (
+        weights.detach().requires_grad_() for weights in (sae.W_enc[dead], sae.W_dec[dead], sae.b)
+    )
+    with torch.no_grad():
+        pre, indices = select(u_SD - b, W_enc, min(k_aux, num_dead))
+    support = Support(indices, num_dead)
+    values = preactivations(u_SD, W_enc, b, pre, support).relu()
+    remainder = (e_SD - bag(values, W_dec, support)).square().sum()
+    coefficient = COEFFICIENT * min(1.0, num_dead / k_aux)
+    # Without a residual there is nothing to explain, and 0 / 0 would poison the gradient.
+    aux = remainder * torch.where(total > 0, coefficient / total, 0.0)
+    gradients = torch.autograd.grad(aux, (W_enc, W_dec, b))
+    for parameter, gradient in zip((sae.W_enc, sae.W_dec), gradients[:2], strict=True):
+        assert parameter.grad is not None
+        parameter.grad[dead] = parameter.grad[dead] + gradient
+    assert sae.b.grad is not None
+    sae.b.grad += gradients[2]
+    return aux.detach()
