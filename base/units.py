@@ -80,6 +80,19 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(sorted(layers))
 
 
+def parse_range(text: str) -> tuple[int, int]:
+    """`1M:2M` → start and stop, `500k` → 0 and stop; counts as `parse_count` reads them.
+
+    Raises:
+        InputError: not such a range, or an empty one.
+    """
+    first, colon, last = text.partition(":")
+    start, stop = (parse_count(first), parse_count(last)) if colon else (0, parse_count(first))
+    if start >= stop:
+        raise InputError(f"expected START:STOP with START below STOP, got {text!r}")
+    return start, stop
+
+
 def parse_names(text: str) -> tuple[str, ...]:
     """`resid_mid,attn_out` → names, in the order given.
 

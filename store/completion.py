@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from mlsae.base.files import DamagedFileError, read_sealed, seal, write_durably
-from mlsae.store.card import MARK, card_of
+from mlsae.store.card import MARK, MAX_CARD_BYTES, card_of
 from mlsae.store.commit import num_shards_of, store_id_of
 from mlsae.store.encoding_cost import largest_added_fvu
 from mlsae.store.errors import DamagedStoreError
 from mlsae.store.moments import GroupMoments, from_bytes, to_bytes
-from mlsae.store.objects import LocalObjects
+from mlsae.store.objects import LocalObjects, Objects
 from mlsae.store.plan import plan_id_of
 from mlsae.store.records import read_commit, read_setup
 from mlsae.store.schema import (
@@ -54,15 +54,8 @@ def complete(path: Path, plan: Mapping[str, Any]) -> None:
     data = to_bytes(total)
     write_durably(path / MOMENTS, data)
     store_id = store_id_of(plan_id, objects)
-    card = card_of(
-        plan,
-        plan_id=plan_id,
-        store_id=store_id,
-        num_bytes=_num_bytes(path, objects),
-        cost=largest_added_fvu(present, plan),
-        provenance=_provenance(path),
-    )
-    if not _has_another_card(path):
+    card = make_card(path, plan, store_id, objects)
+    if not has_foreign_card(present):
         write_durably(path / CARD, card)
     record = {
         "plan_id": plan_id,
@@ -71,6 +64,38 @@ def complete(path: Path, plan: Mapping[str, Any]) -> None:
         "moments_sha256": hashlib.sha256(data).hexdigest(),
     }
     write_durably(path / COMPLETE, seal(record))
+
+
+def make_card(path: Path, plan: Mapping[str, Any], store_id: str, names: Iterable[str]) -> bytes:
+    """The card of a store in a directory, by what its records and provenance say.
+
+    Args:
+        path: the directory; all of the store is there but the card and `complete.json`.
+        plan: of the store.
+        store_id: of the store.
+        names: of the objects that decide it.
+
+    Raises:
+        DamagedStoreError: one of them is missing.
+    """
+    return card_of(
+        plan,
+        plan_id=plan_id_of(plan),
+        store_id=store_id,
+        num_bytes=_num_bytes(path, names),
+        cost=largest_added_fvu(LocalObjects(path), plan),
+        provenance=_provenance(path),
+    )
+
+
+def has_foreign_card(objects: Objects) -> bool:
+    """Whether the owner of a store has put a README.md there that is not ours."""
+    try:
+        return MARK not in objects.read(CARD, MAX_CARD_BYTES)
+    except FileNotFoundError:
+        return False
+    except DamagedStoreError:  # It is longer than any card.
+        return True
 
 
 def _num_bytes(path: Path, names: Iterable[str]) -> int:
@@ -91,9 +116,3 @@ def _provenance(path: Path) -> list[dict[str, Any]]:
         with suppress(DamagedFileError):
             found.append(read_sealed(file))
     return sorted(found, key=lambda record: str(record.get("started", "")))
-
-
-def _has_another_card(path: Path) -> bool:
-    """Whether the owner has put a README.md there that is not ours."""
-    card = path / CARD
-    return card.exists() and MARK not in card.read_bytes()

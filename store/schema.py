@@ -77,6 +77,11 @@ def shard_moments(shard: int) -> str:
     return f"{SHARD_MOMENTS}/{shard:05d}.safetensors"
 
 
+def is_provenance(name: str) -> bool:
+    """Whether an object of this name is a record of a run."""
+    return name.startswith(f"{PROVENANCE}/") and name.endswith(".json")
+
+
 def chunk_key(shard: int, num_dimensions: int) -> str:
     """Zarr's key of a shard object: flat, one file name."""
     return ".".join(["c", str(shard)] + ["0"] * (num_dimensions - 1))
