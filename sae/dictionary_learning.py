@@ -10,6 +10,7 @@ Shape suffixes: D channels, N latents.
 import io
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,10 @@ def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
 def _load(path: Path) -> Tensors:
     """Tensors by name; nothing in the file is executed."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # Of a pickle that torch did not write: what is said below is all there is to say.
+            warnings.simplefilter("ignore", UserWarning)
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ConversionError(

@@ -100,7 +100,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if foreign:
         raise NotAnSAEError(
             f"{path} does not describe an SAE of mlsae: expected architecture "
-            f"{_ARCHITECTURE!r}; `mlsae import {directory} OUT` converts SAEs of other tools"
+            f"{_ARCHITECTURE!r}; `mlsae import` converts SAEs of other tools"
         )
     try:
         return read_sealed(path)

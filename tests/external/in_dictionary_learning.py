@@ -1,4 +1,4 @@
-"""Run by dictionary_learning's interpreter: `forward SAE X OUT`, or `make SAE X OUT`, in float64."""
+"""Run by dictionary_learning's interpreter: `forward SAE X OUT` or `make SAE X OUT`, in float64."""
 
 import sys
 from pathlib import Path
