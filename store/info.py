@@ -1,11 +1,14 @@
 """What a store is, in one screen or as JSON."""
 
 import os
+from dataclasses import asdict
 from typing import Any
 
 from mlsae.base.units import format_bytes, format_count, format_ranges
 from mlsae.store.commit import num_shards_of, pending_shards
+from mlsae.store.encoding_cost import largest_added_fvu
 from mlsae.store.errors import RemoteError
+from mlsae.store.presets import preset_of
 from mlsae.store.producers import Producers, describe
 from mlsae.store.reader import Store, open_store
 
@@ -19,6 +22,7 @@ def store_info(path: str | os.PathLike[str]) -> dict[str, Any]:
     # A few records are not worth keeping on this machine.
     store = open_store(path, incomplete=True, cache_bytes=0)
     num_shards = num_shards_of(store.plan)
+    cost = largest_added_fvu(store.objects, store.plan)
     info: dict[str, Any] = {
         "path": store.place,
         "complete": store.is_complete,
@@ -30,6 +34,7 @@ def store_info(path: str | os.PathLike[str]) -> dict[str, Any]:
         "num_committed": num_shards - len(pending_shards(store.objects, store.plan)),
         "num_bytes": _num_bytes(store),
         "plan": store.plan,
+        "added_fvu": None if cost is None else asdict(cost),
         "producers": [
             {"producer": producer, "num_shards": len(shards)}
             for producer, shards in Producers(store.objects, store.plan).by_shard()
@@ -69,16 +74,18 @@ def format_info(info: dict[str, Any]) -> str:
     """The human form of `store_info`."""
     plan = info["plan"]
     state = "complete" if info["complete"] else "incomplete"
-    places = [run["model"]["name"] for run in info["provenance"] if "model" in run]
-    model = places[-1] if places else "(not recorded)"
+    # Producers record what they like.
+    models = [run["model"] for run in info["provenance"] if isinstance(run.get("model"), dict)]
+    model = models[-1].get("name") if models else None
     lines = [
         f"{info['path']}: {state}, schema {plan['schema_version']}",
-        f"  model       {model}",
+        f"  model       {model if isinstance(model, str) else '(not recorded)'}",
         f"  tokens      {format_count(plan['num_tokens'])} in {format_count(info['num_sequences'])}"
         f" sequences of {plan['context_length']}",
         *_rows_line(info),
         f"  activations {', '.join(plan['sites'])}; layers {format_ranges(plan['layers'])}; "
-        f"d_model {plan['d_model']}; {plan['encoding']}",
+        f"d_model {plan['d_model']}; {preset_of(plan)}",
+        *_cost_line(info),
         f"  shards      {info['num_committed']} of {info['num_shards']} committed, "
         f"{format_count(plan['shard_rows'])} rows each",
         *(
@@ -112,6 +119,17 @@ def format_moments(site: str, moments: dict[str, Any]) -> str:
 
 def _size(num_bytes: int | None) -> str:
     return "(the server does not list it)" if num_bytes is None else format_bytes(num_bytes)
+
+
+def _cost_line(info: dict[str, Any]) -> list[str]:
+    cost = info["added_fvu"]
+    if cost is None:
+        return []
+    decile = "" if cost["decile"] is None else f"; {cost['decile']:.2g} in a decile of row norm"
+    return [
+        f"  added FVU   {cost['total']:.2g} at most, in shard {cost['shard']} (layer "
+        f"{cost['layer']}, {cost['site']}){decile}"
+    ]
 
 
 def _rows_line(info: dict[str, Any]) -> list[str]:

@@ -128,7 +128,14 @@ def plan_layout(
         tokens += array_bytes(num_rows, 8, *token_rows)
     if encoding == "int8":
         tokens += 2 * num_arrays * (4 * d_model + CRC_BYTES + INDEX_ENTRY_BYTES)
-    moments = (num_shards + 1) * moments_bytes(len(layers), len(sites), d_model)
+    of_shard = moments_bytes(len(layers), len(sites), d_model)
+    if of_shard > MAX_OBJECT_BYTES:
+        raise InputError(
+            f"the moments of {num_arrays} layers and sites would take {format_bytes(of_shard)}, "
+            f"over the {format_bytes(MAX_OBJECT_BYTES)} that an object may: harvest fewer --layers "
+            f"or --sites at once"
+        )
+    moments = (num_shards + 1) * of_shard
     records = 4096 * (num_shards + num_arrays + 8)
     return Layout(
         num_rows=num_rows,

@@ -46,25 +46,39 @@ def zarr_metadata(plan: Mapping[str, Any], plan_id: str) -> dict[str, bytes]:
                     dimension_names=["layer", "channel"],
                     attributes={"mlsae": {"site": site, "layers": plan["layers"]}},
                 )
-        for layer in plan["layers"]:
-            about = {"site": site, "layer": layer, "encoding": plan["encoding"]}
-            for part in parts_of(plan["encoding"], plan["d_model"]):
-                _create_array(
-                    root,
-                    part.array(site, layer),
-                    shape=(num_rows_of(plan), part.width),
-                    dtype=part.dtype.str,
-                    chunk=plan["chunk_rows"],
-                    shard=plan["shard_rows"],
-                    dimension_names=["row", "channel" if part.folder == ACTIVATIONS else "block"],
-                    attributes={"mlsae": about},
-                    compressor=compressor_of(plan["compression"], part.dtype),
-                )
-    return {
-        key: json.dumps(json.loads(value.to_bytes()), indent=2).encode() + b"\n"
+        for part in parts_of(plan["encoding"], plan["d_model"]):
+            _create_array(
+                root,
+                part.array(site, plan["layers"][0]),
+                shape=(num_rows_of(plan), part.width),
+                dtype=part.dtype.str,
+                chunk=plan["chunk_rows"],
+                shard=plan["shard_rows"],
+                dimension_names=["row", "channel" if part.folder == ACTIVATIONS else "block"],
+                attributes={
+                    "mlsae": {
+                        "site": site,
+                        "layer": plan["layers"][0],
+                        "encoding": plan["encoding"],
+                    }
+                },
+                compressor=compressor_of(plan["compression"], part.dtype),
+            )
+    found = {
+        key: json.loads(value.to_bytes())
         for key, value in memory.items()
         if key.rsplit("/", 1)[-1] == ARRAY_METADATA
     }
+    # A site's arrays differ in their layer alone, and zarr-python takes a millisecond for each.
+    for site in plan["sites"]:
+        for part in parts_of(plan["encoding"], plan["d_model"]):
+            first = found[f"{part.array(site, plan['layers'][0])}/{ARRAY_METADATA}"]
+            about = first["attributes"]["mlsae"]
+            for layer in plan["layers"][1:]:
+                attributes = {"mlsae": {**about, "layer": layer}}
+                name = f"{part.array(site, layer)}/{ARRAY_METADATA}"
+                found[name] = {**first, "attributes": attributes}
+    return {name: json.dumps(value, indent=2).encode() + b"\n" for name, value in found.items()}
 
 
 def _create_array(

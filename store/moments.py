@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
@@ -243,7 +244,14 @@ def from_bytes(
     Raises:
         KeyError, ValueError: the bytes are no moments of these sites, layers and width.
     """
-    tensors = load_safetensors(data)
+    sites = list(sites)
+    # Memory is taken by what is there, and not by what a plan says.
+    if len(data) < moments_bytes(len(layers), len(sites), d_model):
+        raise ValueError(f"{len(data)} bytes are too few")
+    try:
+        tensors = load_safetensors(data)
+    except SafetensorError as error:
+        raise ValueError(error) from None
     result = {}
     for site in sites:
         moments = GroupMoments(layers, d_model)
@@ -255,5 +263,7 @@ def from_bytes(
                     f"not {expected.shape} of {expected.dtype}"
                 )
             expected[...] = found
+        if (moments.count_G < 0).any() or not moments.is_finite():
+            raise ValueError(f"{site} has negative counts, or values that are not finite")
         result[site] = moments
     return result

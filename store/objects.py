@@ -4,8 +4,10 @@ A name is a path inside the store, such as `commits/setup.json`. Everything that
 through `Objects`, so that one reader serves every place.
 """
 
+import errno
 import os
 import resource
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -103,7 +105,7 @@ class LocalObjects:
 
     def read(self, name: str, limit: int) -> bytes:
         """See `Objects`."""
-        with (self.directory / name).open("rb") as file:
+        with open(_open_file(self._prefix + name), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > limit:
                 raise too_large(self.place, name, size, limit)
@@ -157,11 +159,37 @@ class _Descriptor:
 
     def __init__(self, path: str) -> None:
         self.number = -1
-        self.number = os.open(path, os.O_RDONLY)
+        self.number = _open_file(path)
 
     def __del__(self) -> None:
         if self.number >= 0:
             os.close(self.number)
+
+
+def _open_file(path: str) -> int:
+    """A descriptor of a file, and of nothing else: a pipe would be waited for, a device never end.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        DamagedStoreError: something else is there.
+    """
+    is_file = False
+    try:
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        is_file = stat.S_ISREG(os.fstat(number).st_mode)
+        if not is_file:
+            os.close(number)
+    except NotADirectoryError as error:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
+    except OSError as error:
+        # A link to nowhere, a link to itself, a socket.
+        if error.errno not in (errno.ENOENT, errno.ELOOP, errno.ENXIO) or (
+            error.errno == errno.ENOENT and not Path(path).is_symlink()
+        ):
+            raise
+    if not is_file:
+        raise DamagedStoreError(f"{path} is not a file; restore it from a copy", rule="R-LAYOUT-3")
+    return number
 
 
 def too_large(place: str, name: str, size: int, limit: int) -> DamagedStoreError:

@@ -12,12 +12,14 @@ from mlsae.store.compression import COMPRESSIONS
 from mlsae.store.encoding import STORED_DTYPE, parts_of
 from mlsae.store.errors import InvalidStoreError, SchemaVersionError
 from mlsae.store.layout import MAX_OBJECT_BYTES, MAX_SHARDS, object_bytes
-from mlsae.store.rows import num_rows_of, rows_per_sequence_of
+from mlsae.store.moments import moments_bytes
+from mlsae.store.rows import MAX_KEPT_CONTEXT, num_rows_of, rows_per_sequence_of
 from mlsae.store.schema import PLAN, PLAN_KEYS, SCHEMA_VERSION, SITES
 
 MAX_COUNT = 2**62
 MAX_WIDTH = 2**24
-MAX_LAYERS = 100_000
+MAX_LAYERS = 999
+"""With the metadata of the site a folder holds at most 1,000 of them."""
 MAX_LEVEL = 9
 MAX_CHUNK_BYTES = 2**28
 MAX_CHUNKS = 2**22
@@ -112,9 +114,11 @@ class _PlanCheck:
 
     def lists(self) -> None:
         layers, sites = self._plan["layers"], self._plan["sites"]
+        if isinstance(layers, list) and len(layers) > MAX_LAYERS:
+            raise self._wrong("layers", f"at most {MAX_LAYERS}", "R-PLAN-7")
         if (
             not isinstance(layers, list)
-            or not 1 <= len(layers) <= MAX_LAYERS
+            or not layers
             or not all(type(layer) is int and 0 <= layer < MAX_COUNT for layer in layers)
             or layers != sorted(set(layers))
         ):
@@ -174,6 +178,10 @@ class _PlanCheck:
             raise self._wrong(
                 "keep_positions", f"null, or num from 1 to {length} and a seed", "R-ROW-1"
             )
+        if keep is not None and length > MAX_KEPT_CONTEXT:
+            raise self._wrong(
+                "context_length", f"at most {MAX_KEPT_CONTEXT} with keep_positions", "R-ROW-1"
+            )
         if not isinstance(self._plan["source"], dict):
             raise self._wrong("source", "an object", "R-PLAN-4")
         if derived is not None and (
@@ -211,6 +219,12 @@ class _PlanCheck:
                 raise self._wrong(
                     key, f"so that an object is at most {MAX_OBJECT_BYTES} bytes", "R-PLAN-7"
                 )
+        if moments_bytes(len(plan["layers"]), len(plan["sites"]), plan["d_model"]) > (
+            MAX_OBJECT_BYTES
+        ):
+            raise self._wrong(
+                "d_model", f"so that moments take at most {MAX_OBJECT_BYTES} bytes", "R-PLAN-7"
+            )
 
     def _integer(self, key: str, low: int, high: int) -> None:
         value = self._plan[key]

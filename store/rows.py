@@ -15,12 +15,14 @@ from mlsae.store.schema import ROW_TOKEN, ROW_TOKEN_DTYPE, TOKEN_ARRAYS
 
 Int64 = npt.NDArray[np.int64]
 
+MAX_KEPT_CONTEXT = 2**24
+"""Longest sequence of which some positions are kept: choosing them takes a table as long."""
 _MASK_BYTES = 1 << 24
 """Most bytes of the table of taken positions; sequences are drawn in blocks that keep to it."""
 
 
 def check_num_positions(num_positions: int, context_length: int) -> None:
-    """Refuse to keep no position of a sequence, or more than it has.
+    """Refuse to keep no position of a sequence, more than it has, or some of one too long.
 
     Raises:
         InputError: naming the range.
@@ -28,6 +30,11 @@ def check_num_positions(num_positions: int, context_length: int) -> None:
     if not 1 <= num_positions <= context_length:
         raise InputError(
             f"keep_positions must be 1 to the context length {context_length}, got {num_positions}"
+        )
+    if context_length > MAX_KEPT_CONTEXT:
+        raise InputError(
+            f"keep_positions needs a context length of at most {MAX_KEPT_CONTEXT}, got "
+            f"{context_length}"
         )
 
 

@@ -129,7 +129,7 @@ class _Verification:
         self.has_sound_rows = True
         self.setup = read_setup(store.objects, store.plan_id)
         self.objects: dict[str, str] = {}
-        self.total = self._no_moments()
+        self.total: dict[str, GroupMoments] = {}
         self.expected = {PLAN, SETUP, COMPLETE, MOMENTS, *self.setup["metadata"]}
         row_bytes = store.row_bytes * len(store.layers) * len(store.sites)
         self.bar = tqdm(
@@ -206,6 +206,9 @@ class _Verification:
             self.report("R-COMMIT-3", name, f"must name every object and no other: {wrong[:3]}")
             return
         self.objects.update(record["objects"])
+        if moments is None:
+            self._have_hashes(name, record["objects"])
+            return
         num_problems = len(self.problems)
         digests = {key: hashlib.sha256() for key in keys}
         recomputed = self._recompute(shard, digests)
@@ -213,10 +216,12 @@ class _Verification:
         if recomputed is None or found != record["objects"]:
             # Some objects were not read to their ends; each is looked at by itself now.
             self._have_hashes(name, record["objects"])
-        elif moments is not None and len(self.problems) == num_problems:
+        elif len(self.problems) == num_problems:
             if self.has_sound_rows:
                 self._compare(recomputed, moments, shard_moments(shard))
             for site, of_site in moments.items():
+                if site not in self.total:
+                    self.total[site] = GroupMoments(self.store.layers, self.store.d_model)
                 self.total[site].merge(of_site)
 
     def whole(self) -> None:
@@ -304,10 +309,6 @@ class _Verification:
         except (KeyError, ValueError) as error:
             self.report("R-MOMENT-1", name, f"does not hold this store's moments: {error}")
             return None
-
-    def _no_moments(self) -> Moments:
-        width = self.store.d_model
-        return {site: GroupMoments(self.store.layers, width) for site in self.store.sites}
 
     def _recompute(self, shard: int, digests: Mapping[str, "hashlib._Hash"]) -> Moments | None:
         """The moments of a shard's decoded values; None (and a report) where a chunk is damaged.
