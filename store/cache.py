@@ -155,8 +155,6 @@ class ChunkCache:
         Returns:
             Bytes that are held then.
         """
-        # Whoever wrote it is gone, or there would be no lock to hold.
-        (self._root / "partial").unlink(missing_ok=True)
         found = []
         # Nothing but what was put here is ever removed.
         for path in self._root.glob(f"{'[0-9a-f]' * 16}/[0-9a-f][0-9a-f]/*"):

@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -85,13 +87,17 @@ def test_a_part_past_the_end_is_not_kept(objects, web, content):
     assert len(web.faults.requests) == 2
 
 
-def test_no_cache_of_no_bytes(web, tmp_path, open_quickly):
-    objects = open_quickly(f"{web.url}/store", cache_dir=tmp_path / "cache", cache_bytes=0)
-    objects.read("complete.json", 100)
-    for _ in range(2):
-        read(objects, 0)
-    assert not (tmp_path / "cache").exists()
+def test_a_cache_of_no_bytes_keeps_none_and_uses_none(objects, web, tmp_path, open_quickly):
+    """Whoever checks a store wants its bytes, not copies of them."""
+    read(objects, 0)
+    kept = entries(tmp_path / "cache")
+    uncached = open_quickly(f"{web.url}/store", cache_dir=tmp_path / "cache", cache_bytes=0)
+    uncached.read("complete.json", 100)
+    web.faults.requests.clear()
+    for offset in (0, 0, 1000):
+        read(uncached, offset)
     assert len(web.faults.requests) == 3
+    assert entries(tmp_path / "cache") == kept
 
 
 def test_no_more_is_held_than_may_be_and_what_was_used_last_stays(objects, web, tmp_path):
@@ -293,8 +299,16 @@ def test_a_directory_that_cannot_be_written_stops_no_work(
     (tmp_path / "file").write_text("in the way")
     objects = open_quickly(f"{web.url}/store", cache_dir=tmp_path / "file", cache_bytes=10**6)
     objects.read("complete.json", 100)
-    for offset in (0, 1000, 0):
-        assert read(objects, offset) == part(content, offset)
+    together = Barrier(8)
+
+    def read_together(number: int) -> bytes:
+        together.wait()
+        return read(objects, 1000 * number)
+
+    with ThreadPoolExecutor(8) as pool:
+        expected = [part(content, 1000 * number) for number in range(8)]
+        assert list(pool.map(read_together, range(8))) == expected
+    assert read(objects, 0) == part(content, 0)
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path}/file cannot be written (Not a directory): what is read of remote stores is "
         f"not kept from here on; free some space, or name another directory with --cache-dir"
@@ -302,15 +316,16 @@ def test_a_directory_that_cannot_be_written_stops_no_work(
 
 
 FULL = """
-import logging, sys
+import sys
 from pathlib import Path
 import numpy as np
 from mlsae.store.cache import ChunkCache
 cache, out = ChunkCache(Path(sys.argv[1]), 2**30), np.empty(2**20, np.uint8)
 for number in range(8):
     cache.put("store", str(number), np.full(2**20, number, np.uint8))
+files = [path for path in (Path(sys.argv[1]) / "chunks").rglob("*") if path.is_file()]
+print(sorted(path.stat().st_size for path in files))
 print([cache.get("store", str(number), out) and int(out[0]) == number for number in range(8)])
-print((Path(sys.argv[1]) / "chunks/partial").exists())
 """
 
 
@@ -324,7 +339,7 @@ def test_a_full_disk_stops_no_work(tmp_path):
         pytest.skip("needs the right to mount a small file system")
     command += [sys.executable, "-c", FULL, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.stdout == f"{[True] * 3 + [False] * 5}\nFalse\n"
+    assert done.stdout == f"{[7] + [2**20 + 4] * 3}\n{[True] * 3 + [False] * 5}\n"
     assert done.stderr == (
         f"{tmp_path} cannot be written (No space left on device): what is read of remote stores "
         f"is not kept from here on; free some space, or name another directory with --cache-dir\n"

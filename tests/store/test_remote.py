@@ -311,6 +311,7 @@ def test_a_revision_is_looked_up_once_and_the_token_stays_with_the_hub(hub, cont
     objects = open_quickly("hf://datasets/someone/acts@main/v 1/")
     assert objects.read("plan.json", 100) == content["plan.json"]
     assert objects.size(LARGE) == 300_000
+    assert len(list(objects.walk())) == 4
     asked = [path for _, path in hub.hub.requests]
     commit = objects.place.partition("@")[2].partition("/")[0]
     assert len(commit) == 40
@@ -318,6 +319,7 @@ def test_a_revision_is_looked_up_once_and_the_token_stays_with_the_hub(hub, cont
         "/api/datasets/someone/acts/revision/main",
         f"/datasets/someone/acts/resolve/{commit}/v 1/plan.json",
         f"/datasets/someone/acts/resolve/{commit}/v 1/{LARGE}",
+        f"/api/datasets/someone/acts/tree/{commit}/v 1",
     ]
     assert hub.files.authorizations == [None, None]
     same = open_quickly(f"hf://datasets/someone/acts@{commit}/v 1")

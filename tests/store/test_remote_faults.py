@@ -251,6 +251,36 @@ def test_memory_is_not_taken_for_a_size_that_is_only_claimed(web, open_quickly):
         objects.read("plan.json", 2**60)
 
 
+def test_an_answer_that_ends_before_it_says_is_a_cut(web, content, open_quickly):
+    """Its length fits its body, and neither fits the part that it claims to be."""
+
+    def short(handler: Any) -> None:
+        del web.replies["store/plan.json"]
+        handler.answer(206, content["plan.json"][:4], {"Content-Range": "bytes 0-8/9"})
+
+    web.replies["store/plan.json"] = short
+    assert open_quickly(f"{web.url}/store").read("plan.json", 9) == content["plan.json"]
+    assert [part for _, _, part in web.faults.requests] == ["bytes=0-8", "bytes=4-8"]
+
+
+def test_an_object_that_is_replaced_while_it_is_read_is_refused(web, open_quickly):
+    """The first half is of another object than what is sent next."""
+
+    def cut(handler: Any) -> None:
+        del web.replies[f"store/{LARGE}"]
+        headers = {"Content-Range": "bytes 0-399999/500000", "Content-Length": "400000"}
+        handler.answer(206, bytes(200_000), headers)
+        handler.close_connection = True
+
+    web.replies[f"store/{LARGE}"] = cut
+    with pytest.raises(RemoteError) as raised:
+        open_quickly(f"{web.url}/store").read_into(LARGE, 0, np.empty(400_000, np.uint8))
+    assert str(raised.value) == (
+        f"{web.url}/store/{LARGE} cannot be read: the object was replaced while it was read; run "
+        f"the same command again when nobody writes to it"
+    )
+
+
 def test_a_web_server_without_range_requests_is_refused(web, open_quickly):
     web.answers_ranges = False
     with pytest.raises(RemoteError) as raised:
