@@ -1,6 +1,8 @@
 """Which stores may be read as one: those of one model, cut alike, over different text."""
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
+from math import inf
 from typing import Any
 
 from mlsae.base.errors import InputError
@@ -17,7 +19,7 @@ def check_together(stores: Sequence[Store]) -> None:
     change what a row is (chunks, shards, compression, which positions are kept) may differ.
 
     Raises:
-        InputError: two differ, naming in what, or hold the same text.
+        InputError: two differ, naming in what, or have text in common, as far as their plans say.
     """
     first, *others = stores
     ours = _facts(first)
@@ -33,13 +35,34 @@ def check_together(stores: Sequence[Store]) -> None:
                 f"{first.place} and {other.place} are no one corpus: {'; '.join(differences)}. "
                 f"Give stores of one model and the same sites and layers, over different text"
             )
-    by_text: dict[str, Store] = {}
-    for store in stores:
-        before = by_text.setdefault(store.plan["tokens_sha256"], store)
-        if before is not store:
-            raise InputError(
-                f"{before.place} and {store.place} hold the same text: give one of them"
-            )
+    for one, other in combinations(stores, 2):
+        if one.plan["tokens_sha256"] == other.plan["tokens_sha256"]:
+            raise InputError(f"{one.place} and {other.place} hold the same text: give one of them")
+        ours, theirs = _texts(one), _texts(other)
+        for store_id in ours.keys() & theirs.keys():
+            if max(ours[store_id][0], theirs[store_id][0]) < min(
+                ours[store_id][1], theirs[store_id][1]
+            ):
+                raise InputError(
+                    f"{one.place} and {other.place} share text, that of store {store_id[:12]}, "
+                    f"which they were copied from: give stores without a sequence in common"
+                )
+
+
+def _texts(store: Store) -> dict[str, tuple[float, float]]:
+    """Of this store and those that it was copied from: id → first sequence held here, and end."""
+    first, end = 0.0, float(store.num_sequences)
+    texts = {store.store_id: (first, end)}
+    origin = store.plan["derived_from"]
+    while isinstance(origin, Mapping) and isinstance(origin.get("store_id"), str):
+        match origin.get("sequences"):
+            case [int(start), int(_)]:
+                first, end = first + start, end + start
+            case _:  # Any of them.
+                first, end = -inf, inf
+        texts[origin["store_id"]] = (first, end)
+        origin = origin.get("derived_from")
+    return texts
 
 
 def _facts(store: Store) -> dict[str, Any]:

@@ -283,6 +283,26 @@ def test_the_same_text_twice_is_refused(tmp_path: Path) -> None:
         open_corpus([path, make(tmp_path / "c", 1), again])
 
 
+def test_copies_that_share_text_are_refused(tmp_path: Path) -> None:
+    """With what they were copied from, at any remove, or with one another."""
+    whole = make(tmp_path / "whole", 0, num_sequences=11)
+    whole_id = open_corpus(whole).store_id
+
+    def copied(name: str, seed: int, derived_from: dict[str, Any]) -> Path:
+        return make(tmp_path / name, seed, num_sequences=4, derived_from=derived_from)
+
+    head = copied("head", 1, {"store_id": whole_id, "sequences": [0, 4]})
+    tail = copied("tail", 2, {"store_id": whole_id, "sequences": [4, 8]})
+    chain = {"store_id": "e" * 64, "sequences": [1, 5]}
+    chain["derived_from"] = {"store_id": whole_id, "sequences": [2, 9]}
+    middle = copied("middle", 3, chain)  # Sequences 3 to 6 of the whole.
+    unknown = copied("unknown", 4, {"store_id": whole_id})
+    assert open_corpus([head, tail]).num_sequences == 8
+    for paths in [(whole, head), (whole, middle), (tail, middle), (head, middle), (unknown, tail)]:
+        with pytest.raises(InputError, match=rf"share text, that of store {whole_id[:12]}, which"):
+            open_corpus(paths)
+
+
 def test_every_store_must_be_complete(tmp_path: Path) -> None:
     paths = [make(tmp_path / str(seed), seed) for seed in range(2)]
     (paths[1] / "complete.json").unlink()
