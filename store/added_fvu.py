@@ -18,6 +18,9 @@ from mlsae.store.errors import ActivationError
 NUM_DECILES = 10
 MAX_ADDED_FVU = 1e-3
 """What a harvest accepts unless it is told otherwise."""
+DECILES_FROM = 1000
+"""Rows from which on a decile may refuse a shard: a few rows may by chance lie as close together as
+no encoding could tell them apart."""
 
 Array = npt.NDArray[Any]
 
@@ -87,16 +90,15 @@ def check_added_fvu(added: Mapping[str, Any], shard: int, encoding: str, most: f
         added: site → layer (decimal) → what `AddedFVU.result` gives.
         shard: index of the shard.
         encoding: of the store.
-        most: largest FVU that may be added, in total and in each decile.
+        most: largest FVU that may be added, in total and, from 1,000 rows on, in each decile.
 
     Raises:
         ActivationError: naming the layer, the rows and what to do.
     """
     for site, layers in added.items():
         for layer, found in layers.items():
-            by_decile = [
-                (value, f"decile {i} of row norm") for i, value in enumerate(found["by_decile"], 1)
-            ]
+            values = found["by_decile"] if found["num_rows"] >= DECILES_FROM else ()
+            by_decile = [(value, f"decile {i} of row norm") for i, value in enumerate(values, 1)]
             for value, what in [(found["total"], "all its rows"), *by_decile]:
                 if value is not None and value > most:
                     raise ActivationError(

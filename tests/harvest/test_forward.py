@@ -13,7 +13,8 @@ from mlsae.harvest.batches import Batch, Batches
 from mlsae.harvest.codecs import codecs_for
 from mlsae.harvest.forward import Forward, choose_encoding, memory_explained, preflight
 from mlsae.models import Transformer, load
-from mlsae.store import PADDING, SPECIAL, ActivationError
+from mlsae.models.capture import capture
+from mlsae.store import PADDING, SPECIAL, ActivationError, Calibrator
 from mlsae.store.encoding import decode
 from mlsae.store.rows import kept_positions
 
@@ -240,3 +241,32 @@ def test_overflow_names_layer_row_and_magnitude(model: Path) -> None:
         forward(batch(2, 4, 1), np.zeros(32, np.int8)).activations()
     assert "layer 1 (resid_post), row 16: a value is not finite as float16" in str(info.value)
     assert "use --encoding bfloat16 for values over 65,504" in str(info.value)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_int8_names_layer_row_and_magnitude_of_what_it_cannot_hold(bad: float, model: Path) -> None:
+    """The stored values alone tell: the floats are gone by the time they are looked at."""
+    transformer = load(model)
+    rows = capture(transformer, batch().inputs, (0, 1))["resid_post", 1].reshape(-1, 32)
+    calibrator = Calibrator([("resid_post", 0), ("resid_post", 1)], 32)
+    calibrator.add({("resid_post", layer): rows.numpy() for layer in (0, 1)})
+    codecs = codecs_for("int8", ("resid_post",), (0, 1), 32, calibrator.result())
+    forward = Forward(
+        transformer, layers=(0, 1), sites=("resid_post",), codecs=codecs, batch_rows=64
+    )
+    handle = transformer.blocks[1].register_forward_hook(
+        lambda _module, _arguments, output: output.index_put(
+            (torch.tensor(0), torch.tensor(5), torch.tensor(9)), torch.tensor(bad)
+        )
+    )
+    with pytest.raises(ActivationError) as info:
+        forward(batch(2, 4, 1), np.zeros(32, np.int8)).activations()
+    handle.remove()
+    assert str(info.value).startswith(
+        "layer 1 (resid_post), row 21: a value is not finite as int8; the largest finite magnitude "
+    )
+    largest = float(str(info.value).split("batch is ")[1].split(";")[0])
+    sound = rows[16:48].clone()
+    sound[5] = 0
+    assert largest == pytest.approx(float(sound.abs().max()), rel=0.01)
+    assert str(info.value).endswith("; use another --model-dtype")

@@ -22,16 +22,22 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from mlsae.harvest import HarvestConfig, run
-model, dataset, out = sys.argv[1:]
+model, dataset, out, encoding = sys.argv[1:]
 run(HarvestConfig(model=model, dataset=dataset, out=Path(out), context_length=16, batch_size=1,
-                  device="cpu", shard_size=1_000, max_tokens=640))
+                  device="cpu", shard_size=1_000, max_tokens=640, encoding=encoding))
 """
+
+SmallShards = Callable[..., HarvestConfig]
 
 
 @pytest.fixture
-def small_shards(config: Callable[..., HarvestConfig]) -> Callable[[Path], HarvestConfig]:
+def small_shards(config: Callable[..., HarvestConfig]) -> SmallShards:
     """One sequence a shard: forty shards, so that a kill falls among them."""
-    return lambda out: config(out=out, batch_size=1, shard_size=1_000, max_tokens=640)
+
+    def make(out: Path, encoding: str = "auto") -> HarvestConfig:
+        return config(out=out, batch_size=1, shard_size=1_000, max_tokens=640, encoding=encoding)
+
+    return make
 
 
 Start = Callable[..., "subprocess.Popen[bytes]"]
@@ -46,7 +52,10 @@ def start() -> Iterator[Start]:
             # Equal threads in every process, as bits need.
             threads = str(torch.get_num_threads())
             process = subprocess.Popen(
-                [sys.executable, "-c", SCRIPT, settings.model, settings.dataset, str(settings.out)],
+                [
+                    *(sys.executable, "-c", SCRIPT, settings.model, str(settings.dataset)),
+                    *(str(settings.out), settings.encoding),
+                ],
                 env={**os.environ, "OMP_NUM_THREADS": threads, **environment},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -67,11 +76,12 @@ def await_commit(settings: HarvestConfig, shard: int, process: "subprocess.Popen
 
 
 def test_killed_harvest_continues_to_the_same_store(
-    small_shards: Callable[[Path], HarvestConfig], start: Start, tmp_path: Path
+    small_shards: SmallShards, start: Start, tmp_path: Path
 ) -> None:
-    unbroken = run(small_shards(tmp_path / "unbroken"))
+    """In int8, whose plan rests on what the first batches held."""
+    unbroken = run(small_shards(tmp_path / "unbroken", "int8"))
     assert unbroken is not None
-    settings = small_shards(tmp_path / "killed")
+    settings = small_shards(tmp_path / "killed", "int8")
     process = start(settings)
     await_commit(settings, 1, process)
     process.send_signal(signal.SIGKILL)
@@ -85,17 +95,21 @@ def test_killed_harvest_continues_to_the_same_store(
     assert 0 < resumed.bytes_written < unbroken.bytes_written
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize(
+    ("world_size", "encoding"),
+    [pytest.param(2, "int8-zstd", marks=pytest.mark.slow), (4, "int8")],
+)
 def test_ranks_make_the_store_that_one_makes(
     world_size: int,
-    small_shards: Callable[[Path], HarvestConfig],
+    encoding: str,
+    small_shards: SmallShards,
     start: Start,
     tmp_path: Path,
 ) -> None:
     """They meet in the directory alone; only rank 0 packs and prints."""
-    alone = run(small_shards(tmp_path / "alone"))
+    alone = run(small_shards(tmp_path / "alone", encoding))
     assert alone is not None
-    settings = small_shards(tmp_path / "shared")
+    settings = small_shards(tmp_path / "shared", encoding)
     ranks = [
         start(settings, RANK=str(rank), WORLD_SIZE=str(world_size))
         for rank in reversed(range(world_size))
@@ -110,7 +124,7 @@ def test_ranks_make_the_store_that_one_makes(
 
 
 def test_what_a_lost_rank_leaves_is_made_by_the_rerun(
-    small_shards: Callable[[Path], HarvestConfig], start: Start, tmp_path: Path
+    small_shards: SmallShards, start: Start, tmp_path: Path
 ) -> None:
     """Rank 1 never comes: rank 0 makes its own shards, waits, is stopped; one process finishes."""
     alone = run(small_shards(tmp_path / "alone"))
@@ -134,7 +148,7 @@ def test_what_a_lost_rank_leaves_is_made_by_the_rerun(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_harvest_finishes_its_shard_and_goes_on(
     number: signal.Signals,
-    small_shards: Callable[[Path], HarvestConfig],
+    small_shards: SmallShards,
     tmp_path: Path,
 ) -> None:
     """The real command, stopped as a person or a scheduler does it."""
