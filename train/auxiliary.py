@@ -30,6 +30,8 @@ SAMPLE_SHARE = 1 / 16
 SAMPLE_ROWS = 256
 """Expected number of rows that it sees at least; a batch of no more is seen whole."""
 _HASHED_CHANNELS = 16
+_ROWS = 4096
+"""Dead latents whose gradients are added at once."""
 
 
 class Residual(NamedTuple):
@@ -99,7 +101,8 @@ def accumulate(
     gradients = torch.autograd.grad(aux, (W_enc, W_dec, b))
     for parameter, gradient in zip((sae.W_enc, sae.W_dec), gradients[:2], strict=True):
         assert parameter.grad is not None
-        parameter.grad[dead] = parameter.grad[dead] + gradient
+        for rows, part in zip(dead.split(_ROWS), gradient.split(_ROWS), strict=True):
+            parameter.grad[rows] += part
     assert sae.b.grad is not None
     sae.b.grad += gradients[2]
     return aux.detach()

@@ -1,12 +1,17 @@
 """What a run will hold in memory, refused before anything is written if it is too much."""
 
 import os
+from collections.abc import Mapping
 
+import torch
 from accelerate import Accelerator
 
+from mlsae.base.errors import ResourceError
 from mlsae.base.resources import require_memory
 from mlsae.base.units import format_bytes
+from mlsae.sae import SAEConfig
 from mlsae.sae.select import BLOCK_BYTES
+from mlsae.train.auxiliary import SAMPLE_ROWS, SAMPLE_SHARE, default_k_aux
 from mlsae.train.plan import Plan
 
 _FLOAT = 4
@@ -14,36 +19,76 @@ _FLOAT = 4
 
 def estimate(plan: Plan, rank: int, world_size: int) -> dict[str, int]:
     """Bytes by purpose of one rank: `window` and batches on the host, the rest on the device."""
-    width, num_latents = plan.sae.d_in, plan.sae.num_latents
     rows = plan.mixture.rank_slots(rank, world_size)
-    weights = 2 * num_latents * width * _FLOAT
     return {
         "window": plan.mixture.window_bytes(rank, world_size)
-        + 4 * rows * width * plan.store.parts[0].dtype.itemsize,
-        "weights": weights,
-        "Adam and gradients": (3 if world_size == 1 else 4) * weights,
-        # Standardised rows, reconstruction, residual and their gradients; a block of
-        # pre-activations and what selecting from it takes.
-        "activations": 8 * rows * (width + plan.sae.k) * _FLOAT + 2 * BLOCK_BYTES,
+        + 4 * rows * plan.sae.d_in * plan.store.parts[0].dtype.itemsize,
+        **step_memory(
+            plan.sae,
+            min(rows, plan.config.micro_batch or rows),
+            max(SAMPLE_ROWS, int(rows * SAMPLE_SHARE)),
+            mixed=plan.config.precision == "bfloat16",
+            world_size=world_size,
+        ),
     }
 
 
-def require_training_memory(plan: Plan, accelerator: Accelerator) -> None:
-    """Refuse a run that this machine's memory cannot hold.
+def step_memory(
+    sae: SAEConfig, rows: int, sampled_rows: int, *, mixed: bool, world_size: int = 1
+) -> dict[str, int]:
+    """Bytes by purpose of a step: none grows with rows times latents.
 
-    On a GPU only the window is counted: the rest lies in the GPU's own memory.
+    Args:
+        sae: what is trained.
+        rows: whose activations are in memory at once.
+        sampled_rows: rows that AuxK sees.
+        mixed: whether the encoder's product is in bfloat16.
+        world_size: number of ranks.
+    """
+    weights = 2 * sae.num_latents * sae.d_in * _FLOAT
+    return {
+        "weights": weights,
+        "Adam and gradients": (3 if world_size == 1 else 4) * weights,
+        # A block of pre-activations, what selecting from it takes and what the product keeps for
+        # itself; the encoder in bfloat16.
+        "activations": _rows_memory(rows, sae.d_in, sae.k * 5 // 4 if mixed else sae.k)
+        + 3 * BLOCK_BYTES
+        + (weights // 4 if mixed else 0),
+        # Should every latent be dead: their weights and gradients beside the others'.
+        "AuxK": _rows_memory(sampled_rows, sae.d_in, default_k_aux(sae.d_in)) + 2 * weights,
+    }
+
+
+def _rows_memory(rows: int, d_in: int, k: int) -> int:
+    # Standardised rows, reconstruction, residual and their gradients; values, places, their
+    # transpose and the products at them, many of 8 bytes. Counted from measured peaks.
+    return rows * (12 * d_in + 18 * k) * _FLOAT
+
+
+def require_training_memory(plan: Plan, accelerator: Accelerator) -> None:
+    """Refuse a run that this machine's memory, or its GPU's, cannot hold.
 
     Raises:
         ResourceError: with the number of bytes for each purpose.
     """
     parts = estimate(plan, accelerator.process_index, accelerator.num_processes)
-    if accelerator.device.type != "cpu":
-        parts = {"window": parts["window"]}
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    detail = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
     share = f" in each of {processes} processes" if processes > 1 else ""
+    remedy = "lower --window, --batch-size, --micro-batch or --num-latents"
+    if accelerator.device.type == "cuda":
+        window = {"window": parts.pop("window")}
+        free, _ = torch.cuda.mem_get_info(accelerator.device)
+        needed = sum(parts.values())
+        if needed > free:
+            raise ResourceError(
+                f"not enough memory on {accelerator.device} for training ({_detail(parts)}): needs "
+                f"{format_bytes(needed)}, {format_bytes(free)} available; {remedy}"
+            )
+        parts = window
     require_memory(
-        processes * sum(parts.values()),
-        f"training ({detail}{share})",
-        "lower --window, --batch-size or --num-latents",
+        processes * sum(parts.values()), f"training ({_detail(parts)}{share})", remedy
     )
+
+
+def _detail(parts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())

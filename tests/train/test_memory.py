@@ -1,0 +1,92 @@
+"""What a step takes in memory: measured in processes of their own, and held against the estimate."""
+
+import subprocess
+import sys
+
+import pytest
+
+from mlsae.sae import SAEConfig
+from mlsae.train.memory import step_memory
+
+MEASURE = """
+import sys
+import numpy as np
+import torch
+from accelerate import Accelerator
+from mlsae.base.heap import keep_freed_memory
+from mlsae.sae import SAE, SAEConfig
+from mlsae.train.dead import DeadLatents
+from mlsae.train.loader import Batch
+from mlsae.train.objective import Objective
+from mlsae.train.schedule import Schedule
+from mlsae.train.trainer import Trainer
+
+def run(rows, d_in, num_latents, k, micro_batch, mixed, dead_after):
+    sae = SAE(SAEConfig(d_in=d_in, num_latents=num_latents, k=k), torch.Generator().manual_seed(0))
+    objective = Objective(sae, np.ones(1), "standardized", mixed=mixed)
+    dead = DeadLatents(num_latents, dead_after, torch.device("cpu"))
+    trainer = Trainer(sae, objective, Schedule(1e-3, 9, 0, 0), dead, accelerator, micro_batch)
+    batch = Batch(torch.randn(rows, d_in), torch.zeros(rows, dtype=torch.int64), rows)
+    for _ in range(3):
+        trainer.step(batch)
+
+def peak():
+    status = open("/proc/self/status").read().split("VmHWM:")[1]
+    return 1024 * int(status.split()[0])
+
+torch.set_num_threads(1)
+keep_freed_memory()
+accelerator = Accelerator(cpu=True)
+run(64, 16, 64, 4, None, False, 1)
+before = peak()
+rows, d_in, num_latents, k, micro_batch, mixed, dead_after = map(int, sys.argv[1:])
+run(rows, d_in, num_latents, k, micro_batch or None, bool(mixed), dead_after)
+print(peak() - before)
+"""
+NEVER = 10**9
+
+
+def grown(
+    rows: int,
+    sae: SAEConfig,
+    *,
+    micro_batch: int = 0,
+    mixed: bool = False,
+    dead_after: int = NEVER,
+) -> int:
+    """Bytes by which a process's largest resident size grows through three steps."""
+    numbers = [rows, sae.d_in, sae.num_latents, sae.k, micro_batch, int(mixed), dead_after]
+    words = [sys.executable, "-c", MEASURE, *map(str, numbers)]
+    return int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+class TestPeak:
+    def test_no_tensor_of_rows_times_latents_outlives_a_block(self) -> None:
+        """4,096 × 65,536 pre-activations would be 1 GiB; a step takes less than a tenth of it."""
+        assert grown(4096, SAEConfig(d_in=16, num_latents=65536, k=4)) < 2**30 / 10
+
+    def test_micro_batches_bound_the_activations(self) -> None:
+        """What is left is the batch itself, and what the rows of one piece take."""
+        sae = SAEConfig(d_in=256, num_latents=1024, k=8)
+        whole, pieces = grown(8192, sae), grown(8192, sae, micro_batch=512)
+        batch = 8192 * 256 * 4
+        assert whole - batch > 6 * batch
+        assert pieces - batch < whole / 4
+
+    @pytest.mark.parametrize(
+        ("rows", "num_latents", "mixed", "dead_after"),
+        [(8192, 2048, True, NEVER), (512, 16384, False, 1)],
+        ids=["many rows", "dead latents"],
+    )
+    def test_the_estimate_is_no_less_than_the_peak(
+        self, rows: int, num_latents: int, mixed: bool, dead_after: int
+    ) -> None:
+        """Nor more than twice it."""
+        sae = SAEConfig(d_in=256, num_latents=num_latents, k=16)
+        parts = step_memory(sae, rows, max(256, rows // 16), mixed=mixed)
+        if dead_after == NEVER:
+            del parts["AuxK"]
+        batch = rows * sae.d_in * 4
+        measured = grown(rows, sae, mixed=mixed, dead_after=dead_after) - batch
+        assert 0.5 * sum(parts.values()) < measured <= sum(parts.values())
