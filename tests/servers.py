@@ -267,15 +267,11 @@ def serving_files(root: Path) -> Iterator[WebServer]:
 @contextmanager
 def serving_bucket() -> Iterator[BucketServer]:
     """An S3 server with an empty bucket, on a port of its own until the block ends."""
-    from moto.moto_server.werkzeug_app import (
-        DomainDispatcherApplication,
-        MotoRequestHandler,
-        create_backend_app,
-    )
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from moto.s3.models import s3_backends
-    from werkzeug.serving import make_server
+    from werkzeug.serving import WSGIRequestHandler, make_server
 
-    class QuietHandler(MotoRequestHandler):
+    class QuietHandler(WSGIRequestHandler):
         def log(self, *_: Any) -> None:
             """Stay quiet."""
 
