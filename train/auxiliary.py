@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from mlsae.sae import SAE
@@ -66,8 +67,8 @@ def sample(x_BD: torch.Tensor, batch_rows: int, seed: int, step: int) -> torch.T
         return torch.ones(len(x_BD), dtype=torch.bool, device=x_BD.device)
     stride = -(-x_BD.shape[1] // _HASHED_CHANNELS)
     bits = x_BD[:, ::stride].float().contiguous().view(torch.int32).long()
-    generator = torch.Generator().manual_seed((seed << 32) + step)
-    odd = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator) * 2 + 1
+    generator = np.random.default_rng((seed, step))
+    odd = torch.from_numpy(generator.integers(-(2**62), 2**62, bits.shape[1]) * 2 + 1)
     hashed = (bits * odd.to(bits.device)).sum(dim=1) >> 32
     return hashed < math.floor((share - 0.5) * 2**32)
 
