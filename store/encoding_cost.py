@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlsae.store.commit import num_shards_of
-from mlsae.store.errors import InvalidStoreError
 from mlsae.store.objects import Objects
 from mlsae.store.plan import plan_id_of
 from mlsae.store.records import read_commit
-from mlsae.store.schema import commit_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,21 +52,14 @@ def _of_shard(objects: Objects, plan_id: str, shard: int) -> Iterator[EncodingCo
         added = read_commit(objects, plan_id, shard)["added_fvu"]
     except FileNotFoundError:
         return
-    try:
-        for site, layers in (added or {}).items():
-            for layer, measured in layers.items():
-                if measured["total"] is not None:
-                    deciles = [float(v) for v in measured["by_decile"] if v is not None]
-                    yield EncodingCost(
-                        total=float(measured["total"]),
-                        site=site,
-                        layer=int(layer),
-                        shard=shard,
-                        decile=max(deciles, default=None),
-                    )
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
-        raise InvalidStoreError(
-            f"{objects.place}/{commit_record(shard)}: added_fvu must be null or map sites and "
-            "layers to num_rows, total and by_decile",
-            rule="R-COMMIT-2",
-        ) from None
+    for site, layers in (added or {}).items():
+        for layer, measured in layers.items():
+            if measured["total"] is not None:
+                deciles = [float(value) for value in measured["by_decile"] if value is not None]
+                yield EncodingCost(
+                    total=float(measured["total"]),
+                    site=site,
+                    layer=int(layer),
+                    shard=shard,
+                    decile=max(deciles, default=None),
+                )

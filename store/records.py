@@ -1,5 +1,6 @@
 """Reading the sealed records of a store, wherever it is; each is held against the specification."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from mlsae.store.schema import COMPLETE, SETUP, commit_record
 
 MAX_RECORD_BYTES = 2**26
 """Most bytes of a record: no store within the other limits needs more."""
+_LAYER = re.compile(r"[0-9]{1,18}")
 _SETUP_KEYS = frozenset({"plan_id", "objects", "metadata"})
 _COMMIT_KEYS = frozenset({"plan_id", "shard", "objects", "moments_sha256", "producer", "added_fvu"})
 _COMPLETE_KEYS = frozenset({"plan_id", "store_id", "num_shards", "moments_sha256"})
@@ -77,11 +79,16 @@ def read_commit(objects: Objects, plan_id: str, shard: int) -> dict[str, Any]:
         raise InvalidStoreError(
             f"{objects.place}/{name}: moments_sha256 must be a SHA-256", rule="R-COMMIT-2"
         )
-    for key in ("producer", "added_fvu"):
-        if record[key] is not None and not isinstance(record[key], Mapping):
-            raise InvalidStoreError(
-                f"{objects.place}/{name}: {key} must be null or an object", rule="R-COMMIT-2"
-            )
+    if record["producer"] is not None and not isinstance(record["producer"], Mapping):
+        raise InvalidStoreError(
+            f"{objects.place}/{name}: producer must be null or an object", rule="R-COMMIT-2"
+        )
+    if not _is_added_fvu(record["added_fvu"]):
+        raise InvalidStoreError(
+            f"{objects.place}/{name}: added_fvu must be null or map sites and layers to num_rows, "
+            f"total and by_decile",
+            rule="R-COMMIT-2",
+        )
     return record
 
 
@@ -117,3 +124,23 @@ def _checked(
 def _check_hashes(value: object, where: str, rule: str) -> None:
     if not isinstance(value, Mapping) or not all(is_sha256(digest) for digest in value.values()):
         raise InvalidStoreError(f"{where} must map names to SHA-256", rule=rule)
+
+
+def _is_added_fvu(value: object) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, Mapping) and all(
+        isinstance(layers, Mapping)
+        and all(_LAYER.fullmatch(layer) and _is_measured(found) for layer, found in layers.items())
+        for layers in value.values()
+    )
+
+
+def _is_measured(value: object) -> bool:
+    if not isinstance(value, Mapping) or not {"num_rows", "total", "by_decile"} <= value.keys():
+        return False
+    deciles = value["by_decile"]
+    return isinstance(deciles, list) and all(
+        number is None or type(number) is float or (type(number) is int and number < 2**53)
+        for number in (value["total"], *deciles)
+    )

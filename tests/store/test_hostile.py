@@ -181,3 +181,28 @@ def test_no_writer_begins_what_no_reader_would_open():
         plan_layout(num_tokens=64, context_length=8, encoding="float16", batch_sequences=1, **wide)
     with pytest.raises(InputError, match="a context length of at most 16777216, got 16777217"):
         check_num_positions(1, 2**24 + 1)
+
+
+@pytest.mark.parametrize(
+    "added_fvu",
+    [
+        {"resid_post": []},
+        {"resid_post": {"first": {"num_rows": 1, "total": 0.5, "by_decile": []}}},
+        {"resid_post": {"0": {"num_rows": 1, "total": 0.5}}},
+        {"resid_post": {"0": {"num_rows": 1, "total": "0.5", "by_decile": []}}},
+        {"resid_post": {"0": {"num_rows": 1, "total": 10**400, "by_decile": []}}},
+        {"resid_post": {"0": {"num_rows": 1, "total": None, "by_decile": {}}}},
+    ],
+    ids=str,
+)
+def test_what_an_encoding_cost_is_a_number_or_nothing(sample, added_fvu: dict[str, Any]):
+    """Whoever shows it and whoever verifies it agree."""
+    name = sample.path / "commits/00001.json"
+    name.write_bytes(seal({**read_sealed(name), "added_fvu": added_fvu}))
+    message = (
+        "commits/00001.json: added_fvu must be null or map sites and layers to num_rows, total"
+    )
+    with pytest.raises(InvalidStoreError, match=message):
+        store_info(sample.path)
+    problems = verify(sample.path).problems
+    assert [problem.rule for problem in problems] == ["R-COMMIT-2"]
