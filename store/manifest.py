@@ -9,7 +9,7 @@ from typing import Any
 
 from mlsae.base.files import seal
 from mlsae.store.commit import num_shards_of, store_id_of
-from mlsae.store.errors import DamagedStoreError, InvalidStoreError, RemoteError
+from mlsae.store.errors import DamagedStoreError, InvalidStoreError, RemoteError, StoreError
 from mlsae.store.reader import Store
 from mlsae.store.records import read_commit, read_complete, read_setup
 from mlsae.store.schema import (
@@ -32,7 +32,7 @@ class Item:
     name: str
     sha256: str
     record: str
-    """Name of the record."""
+    """The record, for messages."""
 
 
 class Manifest:
@@ -69,15 +69,19 @@ class Manifest:
         Raises:
             DamagedStoreError: the record is no longer what it was.
         """
-        record = self._read(shard)
-        name, data = commit_record(shard), seal(record)
+        try:
+            record = self._read(shard)
+            data = seal(record)
+        except StoreError:
+            data = b""
         if sha256(data) != self.commit_sha256[shard]:
             raise DamagedStoreError(
-                f"{self.store.place}/{name} changed while the store was copied; if that was meant, "
-                f"run the same command again"
+                f"{self.store.place}/{commit_record(shard)} changed while the store was copied; if "
+                f"that was meant, give another place and copy again"
             )
-        items = [Item(key, digest, name) for key, digest in record["objects"].items()]
-        return [*items, Item(shard_moments(shard), record["moments_sha256"], name)], data
+        where = f"the record of shard {shard}"
+        items = [Item(key, digest, where) for key, digest in record["objects"].items()]
+        return [*items, Item(shard_moments(shard), record["moments_sha256"], where)], data
 
     def recordsha256(self, shard: int) -> str:
         """SHA-256 of a shard's commit record."""

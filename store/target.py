@@ -188,19 +188,18 @@ def _checked(source: Objects, item: Item, stop: Event) -> Iterator[memoryview]:
         try:
             count = source.read_into(item.name, offset, buffer)
         except FileNotFoundError:
-            raise _damage(source, item, "is missing") from None
+            raise _damage(source, item, "is missing, but named by") from None
         digest.update(buffer[:count].data)
         yield buffer[:count].data
         offset += count
     if digest.hexdigest() != item.sha256:
-        raise _damage(source, item, "is damaged: it has another SHA-256")
+        raise _damage(source, item, "is damaged: its SHA-256 is not that in")
 
 
 def _damage(source: Objects, item: Item, what: str) -> DamagedStoreError:
     return DamagedStoreError(
-        f"{source.place}/{item.name} {what}, but {item.record} names it with "
-        f"{item.sha256[:12]}…; nothing of it was copied: restore it from a copy, then run the same "
-        f"command again",
+        f"{source.place}/{item.name} {what} {item.record}; nothing of it was copied: restore it "
+        f"from a copy, then run the same command again",
         rule="R-COMMIT-4",
     )
 

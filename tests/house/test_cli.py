@@ -25,6 +25,8 @@ OPTIONS = {
     "demo": "out",
     "store info": "location json",
     "store verify": "location",
+    "store copy": "source target layers sites rows encoding max-encoding-fvu",
+    "store rm": "directory yes",
 }
 """Every option of every command; adding or renaming one is a decision to be seen here."""
 
