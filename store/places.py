@@ -241,7 +241,8 @@ class BucketObjects(RemoteObjects):
             once.persist(f"{self.place}/{name} cannot be written", attempt)
         except FileNotFoundError:
             raise RemoteError(
-                f"{self.place}/{name} cannot be written: there is no such bucket; create it first"
+                f"{self.place}/{name} cannot be written: there is no such bucket; check its name, "
+                f"or create it first"
             ) from None
 
     def walk(self) -> Iterator[tuple[str, int]]:

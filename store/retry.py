@@ -156,6 +156,8 @@ def _understand_status(status: str, body: str, credentials: str) -> RequestError
     cause = f"the server answered {status}{detail}"
     if number in (401, 403) or told.get("Code") in ("ExpiredToken", "InvalidToken"):
         return RequestError(cause, remedy=credentials)
+    if told.get("Code") == "NoSuchBucket":
+        return RequestError("there is no such bucket", remedy="check its name, or create it first")
     if told.get("Code") == "AuthorizationHeaderMalformed":
         return RequestError(cause, remedy="set AWS_REGION")
     return RequestError(

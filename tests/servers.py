@@ -40,13 +40,20 @@ class Faults:
         """(method, name, Range header) of every request."""
         self.served: Counter[str] = Counter()
         """How often each was met: `503`, `429`, `cut`, `refused`."""
+        self.most_at_once = 0
+        """Most requests that waited for `latency` at one time."""
+        self._waiting = 0
         self._random = random.Random(0)
         self._lock = Lock()
 
     def status(self, method: str, name: str, asked: str | None) -> int | None:
         """Take note of a request, wait, and say which error it is answered with, if any."""
+        with self._lock:
+            self._waiting += 1
+            self.most_at_once = max(self.most_at_once, self._waiting)
         Event().wait(self.latency)
         with self._lock:
+            self._waiting -= 1
             self.requests.append((method, name, asked))
             for of, status in self.refused.items():
                 if name == of or (of.endswith("/") and name.startswith(of)):

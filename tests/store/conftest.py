@@ -107,7 +107,7 @@ def locate(request: pytest.FixtureRequest) -> Callable[[str], Located]:
 @pytest.fixture
 def quick() -> Patience:
     """Waits that a test has time for."""
-    return Patience(first_wait=0.005, stall_seconds=5.0)
+    return Patience(first_wait=0.005)
 
 
 @pytest.fixture

@@ -250,7 +250,7 @@ def start(directory: Path, seed: int, steps: int) -> "subprocess.Popen[str]":
 def test_processes_share_a_cache_and_its_bound(tmp_path):
     """Three at once; whenever none of them is adding, no more is held than may be."""
     ChunkCache(tmp_path, 100_000).put("store", "first", np.zeros(1000, np.uint8))
-    processes = [start(tmp_path, seed, 1000) for seed in range(3)]
+    processes = [start(tmp_path, seed, 400) for seed in range(3)]
     most = 0
     while any(process.poll() is None for process in processes):
         with (tmp_path / "chunks/lock").open() as lock:
@@ -261,16 +261,16 @@ def test_processes_share_a_cache_and_its_bound(tmp_path):
 
 
 def test_a_process_that_is_killed_leaves_nothing_that_counts_for_ever(tmp_path):
-    """Killed at six random instants; the next ones find the lock free and the bound kept."""
+    """Killed at five random instants; the next ones find the lock free and the bound kept."""
     generator = random.Random(0)
-    for seed in range(6):
+    for seed in range(5):
         process = start(tmp_path, seed, 10**9)
         seen = generator.randrange(2000)
         while len(entries(tmp_path)) < 50 and seen:
             seen -= 1
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
-    last = start(tmp_path, 99, 1500)
+    last = start(tmp_path, 99, 600)
     assert last.communicate()[0] == "0\n"
     assert 60_000 < held(tmp_path) <= 100_000
     assert not (tmp_path / "chunks/partial").exists()

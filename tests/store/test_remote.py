@@ -207,7 +207,7 @@ def test_uploads_that_are_refused_say_so(s3, tmp_path, open_quickly, quick):
     s3.faults.unavailable = 0.0
     with pytest.raises(RemoteError, match="s3://none/a cannot be written: there is no such bucket"):
         open_writable("s3://none", patience=quick).put("a", b"1")
-    with pytest.raises(RemoteError, match=r"s3://none cannot be listed: .* 404 .*does not exist"):
+    with pytest.raises(RemoteError, match="s3://none cannot be listed: there is no such bucket; "):
         list(open_quickly("s3://none").walk())
 
 

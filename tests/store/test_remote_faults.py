@@ -1,7 +1,7 @@
 """What a server can do wrong: asked again while that may help, else the fault is named."""
 
+import re
 import threading
-import time
 from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -67,14 +67,13 @@ def test_tries_that_bring_something_do_not_count(web, open_quickly):
 
 
 def test_a_slow_server_is_waited_for(web, open_quickly):
-    """50 ms before each answer: sixteen threads hide most of it."""
+    """50 ms before each answer: sixteen threads wait side by side."""
     web.faults.latency = 0.05
     objects = open_quickly(f"{web.url}/store")
-    start = time.monotonic()
     with ThreadPoolExecutor(16) as pool:
         sizes = list(pool.map(lambda _: objects.size(LARGE), range(64)))
     assert sizes == [300_000] * 64
-    assert time.monotonic() - start < 64 * 0.05
+    assert web.faults.most_at_once > 8
 
 
 def test_a_server_that_asks_for_fewer_requests_is_given_time(web, caplog, content, open_quickly):
@@ -89,7 +88,7 @@ def test_a_server_that_asks_for_fewer_requests_is_given_time(web, caplog, conten
     ]
     web.faults.busy["store/plan.json"] = 10
     patience = Patience(first_wait=0.005, busy_seconds=0.02)
-    with pytest.raises(RemoteError, match=r"answered 429 Too Many Requests .* tries in 0 s"):
+    with pytest.raises(RemoteError, match=r"answered 429 Too Many Requests .* tries in"):
         open_quickly(f"{web.url}/store", patience=patience).read("plan.json", 100)
 
 
@@ -103,9 +102,9 @@ def test_a_server_that_goes_away_is_said_to_have(web, open_quickly):
     web.faults.unavailable = 1.0
     with pytest.raises(RemoteError) as raised:
         objects.read("plan.json", 100)
-    assert str(raised.value) == (
+    assert re.sub(r"\d+ s\)", "… s)", str(raised.value)) == (
         f"{web.url}/store/plan.json cannot be read: the server answered 503 Service Unavailable "
-        f"(6 tries in 0 s); nothing was lost: check the address and the network, then run the "
+        f"(6 tries in … s); nothing was lost: check the address and the network, then run the "
         f"same command again"
     )
     assert web.faults.served["503"] == 6
@@ -115,7 +114,7 @@ def test_a_server_that_is_not_there_is_said_to_be_absent(tmp_path, open_quickly,
     with servers.serving_files(tmp_path) as web:
         pass
     objects = open_quickly(f"{web.url}/store")
-    with pytest.raises(RemoteError, match=r"cannot be read: Connection refused \(6 tries in 0 s\)"):
+    with pytest.raises(RemoteError, match=r"cannot be read: Connection refused \(6 tries in "):
         objects.exists("plan.json")
 
 
