@@ -16,8 +16,16 @@ ROOT = Path(__file__).resolve().parents[2]
 REQUIREMENTS = {
     "saelens": ["torch==2.13.0", "sae-lens==6.54.12"],
     "sparsify": ["torch==2.13.0", "eai-sparsify==1.3.3"],
-    # Its nnsight imports what transformers 5 no longer has.
-    "dictionary_learning": ["torch==2.13.0", "dictionary-learning==0.1.0", "transformers<5"],
+    # Its nnsight imports what transformers 5 no longer has; the others are what goes with 4, named
+    # so that pip need not try versions for minutes.
+    "dictionary_learning": [
+        "torch==2.13.0",
+        "dictionary-learning==0.1.0",
+        "transformers==4.57.6",
+        "huggingface-hub<1",
+        "datasets==4.4.1",
+        "diffusers==0.35.2",
+    ],
 }
 UNWANTED = ["torchvision"]
 """Comes with a dependency, is not used, and fails to load beside a torch without CUDA."""

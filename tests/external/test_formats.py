@@ -1,5 +1,6 @@
 """The tools themselves read what is exported, and what they write is imported."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,17 @@ def ours(sae: SAE, x: Path) -> npt.NDArray[np.float64]:
     return np.asarray(sae.double()(torch.from_numpy(np.load(x))).detach().numpy())
 
 
+def random_sae(path: Path, normalize: str, *, bias: bool) -> Path:
+    """An SAE of two layers with every weight random."""
+    sae = SAE(SAEConfig(d_in=D, num_latents=N, k=K, normalize=normalize, encoder_bias=bias))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.normal_(generator=generator)
+    sae.save(path, {"site": "resid_post", "layers": [1, 4]})
+    return path
+
+
 @pytest.mark.parametrize(
     ("tool", "normalize", "bias"),
     [
@@ -49,17 +61,12 @@ def test_the_tool_reads_an_export(
     tool: str, normalize: str, bias: bool, peer: Callable[..., str], x: Path, tmp_path: Path
 ) -> None:
     """By its own loader, with equal reconstructions."""
-    sae = SAE(SAEConfig(d_in=D, num_latents=N, k=K, normalize=normalize, encoder_bias=bias))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter.normal_(generator=generator)
-    sae.save(tmp_path / "run", {"site": "resid_post", "layers": [1, 4]})
-    written = export_sae(tmp_path / "run", tool.replace("_", "-"), tmp_path / "out", model="gpt2")
+    run = random_sae(tmp_path / "run", normalize, bias=bias)
+    written = export_sae(run, tool.replace("_", "-"), tmp_path / "out", model="gpt2")
     assert len(written) == 2
     for directory in written:
         peer(tool, "forward", directory, x, tmp_path / "y.npy")
-        expected = ours(load(tmp_path / "run"), x)
+        expected = ours(load(run), x)
         np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, **CLOSE)
 
 
@@ -94,3 +101,22 @@ def test_an_sae_of_another_tool_is_imported(
     sae = import_sae(tmp_path / folder, tmp_path / "sae")
     np.testing.assert_allclose(ours(sae, x), np.load(tmp_path / "y.npy"), **CLOSE)
     assert (sae.training_record["site"], sae.training_record["layers"]) == ("resid_post", [3])
+
+
+@pytest.mark.skipif(
+    "MLSAE_PUBLISHED" not in os.environ,
+    reason="set MLSAE_PUBLISHED to a checkout of github.com/tim-lawson/mlsae",
+)
+@pytest.mark.parametrize("normalize", ["standardize", "none"])
+def test_the_published_module_both_ways(
+    normalize: str, peer: Callable[..., str], x: Path, tmp_path: Path
+) -> None:
+    """It is no package of the index, so its source has to be given."""
+    source = os.environ["MLSAE_PUBLISHED"]
+    run = random_sae(tmp_path / "run", normalize, bias=False)
+    (directory,) = export_sae(run, "mlsae", tmp_path / "out")
+    peer("published", "forward", directory, x, tmp_path / "y.npy", source)
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), ours(load(run), x), **CLOSE)
+    peer("published", "make", tmp_path / "theirs", x, tmp_path / "y.npy", source)
+    sae = import_sae(tmp_path / "theirs", tmp_path / "sae")
+    np.testing.assert_allclose(ours(sae, x), np.load(tmp_path / "y.npy"), **CLOSE)

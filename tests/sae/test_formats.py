@@ -312,3 +312,22 @@ def test_an_imported_sae_is_analyzed_with_a_store_that_fits(
         f"the SAE was imported from {directory}: that its transformer (which it does not name) is "
         f"the store's, and which text it was trained on, has not been checked"
     )
+
+
+@pytest.mark.parametrize("normalize", ["standardize", "none"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_encode_and_decode_take_any_leading_shape(
+    normalize: str, bias: bool, make_sae: Make, tmp_path: Path
+) -> None:
+    """On whatever device there is, in any floating dtype: what flat float32 rows give."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sae = load(make_sae(tmp_path / "run", normalize, bias=bias), device=device)
+    flat = torch.from_numpy(rows()).to(device).half()
+    expected = sae.decode(sae.encode(flat.float()))
+    assert expected.device.type == device
+    for shape in ((50,), (5, 10), (2, 5, 5), (1, 1, 50, 1)):
+        latents = sae.encode(flat.view(*shape, D))
+        assert latents.values.shape == latents.indices.shape == (*shape, K)
+        torch.testing.assert_close(sae.decode(latents).view(50, D), expected)
+    assert sae.decode(sae.encode(flat[0])).shape == (D,)
+    assert sae.decode(sae.encode(flat[:0].view(0, 3, D))).shape == (0, 3, D)
