@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from mlsae.cli import main
+from mlsae.store import open_store
 
 OPTIONS = {
     "harvest": "model dataset out revision init init-seed blocks split subset shuffle-seed "
@@ -132,6 +134,31 @@ def test_store_info_and_verify_speak_to_people_and_programs(sample, tmp_path: Pa
         "R-COMMIT-4 activations/resid_post/1/c.2.0: its SHA-256 is not"
     )
     assert "breaks 1 rule of storage_schema.md" in damaged.stderr
+
+
+def test_a_store_elsewhere_is_looked_at_as_it_is_there(
+    sample, serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """By URL, past what is kept of it on this machine, which says nothing of damage there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    url = serve("web", sample.path)
+    shown = CliRunner().invoke(main, ["store", "info", url])
+    assert shown.exit_code == 0
+    assert shown.output.startswith(f"{url}: complete, schema 1.0")
+    sound = CliRunner().invoke(main, ["store", "verify", url])
+    assert (sound.exit_code, sound.stdout.splitlines()[-1][: len(url) + 9]) == (
+        0,
+        f"{url} is sound",
+    )
+    assert not (tmp_path / "home").exists()
+    kept = open_store(url)
+    shard = sample.path / "activations/resid_post/1/c.2.0"
+    before = kept.read("resid_post", 1)
+    shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
+    np.testing.assert_array_equal(kept.read("resid_post", 1), before)
+    damaged = CliRunner().invoke(main, ["store", "verify", url])
+    assert damaged.exit_code == 1
+    assert "R-SHARD-3 activations/resid_post/1" in damaged.output
 
 
 @pytest.mark.parametrize(
