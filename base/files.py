@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import socket
 import uuid
 from collections.abc import Iterator, Mapping
@@ -54,11 +55,12 @@ def partial_path(path: Path) -> Path:
 
 
 def remove_stale_partials(directory: Path) -> None:
-    """Remove the temporary files that dead processes of this machine left in `directory`."""
-    for path in directory.glob(f"*.{socket.gethostname()}-*.partial"):
-        pid = path.name.removesuffix(".partial").rsplit("-", 2)[-2]
-        if pid.isdigit() and not _is_alive(int(pid)):
-            path.unlink(missing_ok=True)
+    """Remove the temporary files that dead processes of this machine left below `directory`."""
+    ours = re.compile(rf".*\.{re.escape(socket.gethostname())}-(\d+)-[0-9a-f]+\.partial")
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            if (owner := ours.fullmatch(name)) and not _is_alive(int(owner[1])):
+                Path(folder, name).unlink(missing_ok=True)
 
 
 def _is_alive(pid: int) -> bool:

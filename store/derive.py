@@ -20,7 +20,7 @@ from mlsae.base.interruption import Interruption
 from mlsae.store.begin import create
 from mlsae.store.chosen import ChosenRows
 from mlsae.store.encoding import parts_of
-from mlsae.store.errors import DamagedStoreError, RemoteError, StoreError
+from mlsae.store.errors import DamagedStoreError, InvalidStoreError, RemoteError, StoreError
 from mlsae.store.layout import SHARD_BYTES
 from mlsae.store.reader import Store
 from mlsae.store.records import read_complete, read_sealed_object
@@ -78,16 +78,20 @@ def derive(
             ) as bar,
             interruption.deferred(STOPPING),
         ):
-            for shard in pending:
-                if interruption.requested:
-                    break
-                writer.seek(shard)
-                rows = writer.shard_range(shard)
-                added_fvu = chosen.known_cost(rows)
-                for start, stop in chosen.spans(rows):
-                    writer.append(chosen.read(start, stop), added_fvu=added_fvu)
-                    bar.update((stop - start) * row_bytes)
-            left = writer.pending()
+            try:
+                for shard in pending:
+                    if interruption.requested:
+                        break
+                    writer.seek(shard)
+                    rows = writer.shard_range(shard)
+                    added_fvu = chosen.known_cost(rows)
+                    for start, stop in chosen.spans(rows):
+                        writer.append(chosen.read(start, stop), added_fvu=added_fvu)
+                        bar.update((stop - start) * row_bytes)
+                left = writer.pending()
+            except (DamagedStoreError, InvalidStoreError):
+                _require_unchanged(source, path)
+                raise
         _require_unchanged(source, path)
     if left:
         raise StoppedError

@@ -101,8 +101,7 @@ class DirectoryTarget:
     def begin(self) -> None:
         """See `Target`."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for folder in [self.path, *(entry for entry in self.path.rglob("*") if entry.is_dir())]:
-            remove_stale_partials(folder)
+        remove_stale_partials(self.path)
 
     def put(self, name: str, data: bytes) -> None:
         """See `Target`."""

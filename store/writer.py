@@ -28,13 +28,9 @@ from mlsae.store.openshard import Key, OpenShard
 from mlsae.store.plan import plan_id_of, read_plan
 from mlsae.store.producers import Producer, Producers
 from mlsae.store.rowindex import RowIndex
-from mlsae.store.rows import setup_arrays
 from mlsae.store.schema import (
-    COMMITS,
     COMPLETE,
-    PROVENANCE,
     SETUP,
-    SHARD_MOMENTS,
 )
 from mlsae.store.setup import read_calibration, site_codecs
 
@@ -87,9 +83,7 @@ class Writer:
         self._parts = self._codecs[plan["sites"][0]].parts
         self._max_added_fvu = max_added_fvu
         self._added: dict[Key, AddedFVU] = {}
-        arrays = [part.array(*key) for key in self._keys for part in self._parts]
-        for directory in (*arrays, *setup_arrays(plan), COMMITS, SHARD_MOMENTS, PROVENANCE, ""):
-            remove_stale_partials(path / directory)
+        remove_stale_partials(path)
         self._pool = ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="store-write")
         # Of their own, so that waiting for the disk never holds up the next shard's rows.
         self._flushers = ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="store-flush")
@@ -341,6 +335,13 @@ class Writer:
 
     def _not_finite(self, key: Key, values: Array, first_row: int) -> ActivationError:
         finite = np.isfinite(values)
+        if finite.all():
+            largest_N = np.abs(values).max(axis=1)
+            return ActivationError(
+                f"layer {key[1]} ({key[0]}), row {first_row + int(largest_N.argmax())}: a value of "
+                f"magnitude {largest_N.max():.5g} lies too far from its channel's mean for "
+                f"{self._encoding}; use another --encoding"
+            )
         row = first_row + int(np.flatnonzero(~finite.all(axis=1))[0])
         largest = float(np.abs(values[finite]).max(initial=0.0))
         too_large = self._encoding == "float16" and bool(np.isinf(values).any())

@@ -203,8 +203,17 @@ def test_a_copy_to_a_bucket_goes_on(sample, s3):
     assert verify("s3://bucket/acts").problems == []
 
 
-@pytest.mark.parametrize("harm", ["flipped", "truncated", "longer", "missing"])
-@pytest.mark.parametrize("kind", ["local", "s3"])
+@pytest.mark.parametrize(
+    ("kind", "harm"),
+    [
+        ("local", "flipped"),
+        ("local", "truncated"),
+        ("local", "longer"),
+        ("local", "missing"),
+        ("s3", "flipped"),
+        ("web", "missing"),
+    ],
+)
 def test_a_damaged_object_stops_the_copy(sample, tmp_path, place, kind, harm):
     """It is named with its shard, it does not arrive, and once restored the copy goes on."""
     name = "activations/resid_post/1/c.2.0"
@@ -221,7 +230,7 @@ def test_a_damaged_object_stops_the_copy(sample, tmp_path, place, kind, harm):
     target = tmp_path / "copy"
     message = r"1/c\.2\.0 is damaged: its SHA-256 is not that in the record of shard 2; nothing of"
     if harm == "missing":
-        message = r"1/c\.2\.0 is missing, but the store's records name it; restore it from a copy"
+        message = r"1/c\.2\.0 is missing, but (the store's records name it|named by the record of)"
     with pytest.raises(DamagedStoreError, match=message):
         copied(sample.path if kind == "local" else place(kind, sample.path), target)
     assert name not in files(target)
