@@ -12,6 +12,8 @@ from mlsae.store.split import validation_of
 
 Int = npt.NDArray[np.int64]
 Single = npt.NDArray[np.float32]
+_ROWS_AT_ONCE = 2**20
+"""Rows whose flags are read at once."""
 
 
 def choose_sequences(
@@ -60,7 +62,8 @@ def read_rows(
 ) -> Iterator[tuple[Int, Int, Single]]:
     """The unflagged rows of `sequences`, every stored position, in the order of the store.
 
-    Chunks that hold none of them are not read. Memory: one chunk and one batch.
+    Chunks that hold none of them are not read. Memory: one chunk, one batch, and the flags and
+    tokens of 2²⁰ rows.
 
     Yields:
         Row numbers (N,), the index of each one's token (N,) and decoded activations (N, d_model),
@@ -103,14 +106,19 @@ def _chunks(
 
 def _spans(store: Store, sequences: Int) -> Iterator[tuple[int, int, Int, Int]]:
     """Chunks with unflagged rows of `sequences`: first row and end, those rows and their tokens."""
-    length = store.rows_per_sequence
-    for start in range(0, store.num_rows, store.chunk_rows):
-        stop = min(start + store.chunk_rows, store.num_rows)
-        low, high = np.searchsorted(sequences, [start // length, (stop - 1) // length + 1])
+    length, size = store.rows_per_sequence, store.chunk_rows
+    # Flags of many chunks at once: far away, each read takes a whole chunk of flags.
+    block = size * max(1, _ROWS_AT_ONCE // size)
+    for first in range(0, store.num_rows, block):
+        last = min(first + block, store.num_rows)
+        low, high = np.searchsorted(sequences, [first // length, (last - 1) // length + 1])
         if low == high:
             continue
         rows = (sequences[low:high, None] * length + np.arange(length)).ravel()
-        rows = rows[(rows >= start) & (rows < stop)]
-        rows = rows[store.row_flags(start, stop)[rows - start] == 0]
-        if len(rows):
-            yield start, stop, rows, store.row_tokens(start, stop)[rows - start]
+        rows = rows[(rows >= first) & (rows < last)]
+        rows = rows[store.row_flags(first, last)[rows - first] == 0]
+        tokens = store.row_tokens(first, last)[rows - first]
+        for chunk in np.unique(rows // size).tolist():
+            start, stop = chunk * size, min((chunk + 1) * size, last)
+            of_chunk = slice(*np.searchsorted(rows, [start, stop]))
+            yield start, stop, rows[of_chunk], tokens[of_chunk]

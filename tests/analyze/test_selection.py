@@ -48,10 +48,15 @@ def test_validation_rows_of_an_sae_that_held_none_out_are_refused(sample: Any) -
 
 
 @pytest.mark.parametrize("encoding", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("batch_rows", [7, 64, 100_000])
+@pytest.mark.parametrize(("batch_rows", "at_once"), [(7, 1), (64, 300), (100_000, 2**20)])
 def test_every_unflagged_row_of_the_sequences_is_read_once_in_order(
-    sample_maker: Callable[..., Any], encoding: str, batch_rows: int
+    sample_maker: Callable[..., Any],
+    encoding: str,
+    batch_rows: int,
+    at_once: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("mlsae.analyze.selection._ROWS_AT_ONCE", at_once)
     sample = sample_maker(encoding=encoding)
     store = open_store(sample.path)
     sequences = np.array([0, 1, 5, 19, 36])
