@@ -8,7 +8,6 @@ Shape suffixes: D channels, N latents.
 """
 
 import io
-import pickle
 import re
 import warnings
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from mlsae.sae.foreign import (
     Tensors,
     assemble,
     encoder_bias,
+    layers_of,
     require,
     take,
     trained_on,
@@ -63,8 +63,8 @@ def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
         "b_dec": shape[1:],
     }
     found = take(state, shapes, weights, ignored=("k", "threshold"))
-    if "k" in state and int(state["k"]) != k:
-        raise ConversionError(f"{path} says k {k}, {weights} has {int(state['k'])}")
+    if "k" in state and (theirs := state["k"].tolist()) != k:
+        raise ConversionError(f"{path} says k {k}, {weights} has {theirs}")
     tensors = {
         "W_enc": found["encoder.weight"],
         "W_dec": found["decoder.weight"].T.contiguous(),
@@ -81,7 +81,7 @@ def _load(path: Path) -> Tensors:
             # Of a pickle that torch did not write: what is said below is all there is to say.
             warnings.simplefilter("ignore", UserWarning)
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # Bytes that are no pickle raise whatever they happen to lead to.
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ConversionError(
             f"{path} is damaged or holds more than tensors, which is never run: {reason[0]}"
@@ -105,7 +105,7 @@ def _origin(trainer: Mapping[str, Any]) -> Origin:
     named = _SUBMODULE.fullmatch(submodule) if isinstance(submodule, str) else None
     fallback = Origin(
         site=named[1] if named else None,
-        layers=(layer,) if isinstance(layer, int) and layer >= 0 else None,
+        layers=layers_of([layer]),
     )
     return trained_on(trainer.get(OURS), model if isinstance(model, str) else None, fallback)
 

@@ -4,6 +4,7 @@ Shape suffixes: D channels, N latents.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -78,18 +79,22 @@ class Format:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of another tool; NaN and infinity become text.
+    """A JSON object of another tool; numbers that are not finite become text.
 
     Raises:
         ConversionError: it is none.
     """
     try:
-        content = json.loads(path.read_bytes(), parse_constant=str)
+        content = json.loads(path.read_bytes(), parse_constant=str, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is no JSON: {error}") from None
     if not isinstance(content, dict):
         raise ConversionError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+def _finite(text: str) -> float | str:
+    return number if math.isfinite(number := float(text)) else text
 
 
 def require(config: Mapping[str, Any], key: str, path: Path, kind: type) -> Any:
@@ -182,14 +187,20 @@ def trained_on(record: object, model: str | None, fallback: Origin) -> Origin:
     """What our own record in a configuration says, or `fallback` where there is none."""
     if not isinstance(record, Mapping):
         return Origin(site=fallback.site, layers=fallback.layers, model=model)
-    layers = record.get("layers")
-    whole = isinstance(layers, list) and all(isinstance(layer, int) for layer in layers)
     site = record.get("site")
     return Origin(
         site=site if site in SITES else fallback.site,
-        layers=tuple(layers) if isinstance(layers, list) and whole else fallback.layers,
+        layers=layers_of(record.get("layers")) or fallback.layers,
         model=model,
     )
+
+
+def layers_of(value: object) -> tuple[int, ...] | None:
+    """A list of layers as another tool's file has it; None where it is no such list."""
+    if not isinstance(value, list) or not value:
+        return None
+    sound = all(type(layer) is int and layer >= 0 for layer in value)
+    return tuple(value) if sound and len(set(value)) == len(value) else None
 
 
 _MODULES = {

@@ -21,6 +21,7 @@ from mlsae.sae.foreign import (
     Format,
     Origin,
     assemble,
+    layers_of,
     read_safetensors,
     require,
     take,
@@ -73,13 +74,12 @@ def _names(path: Path) -> list[str]:
 
 
 def _origin(config: Mapping[str, Any], names: list[str]) -> Origin:
-    layers, model = config.get("layers"), config.get("model_name")
-    if not isinstance(layers, list):
-        # None is all of them, and the transformer beside the SAE says how many.
-        layers = sorted({int(found[1]) for name in names if (found := _BLOCK.fullmatch(name))})
+    model = config.get("model_name")
+    # Where it does not say, it is all of them, and the transformer beside the SAE says how many.
+    blocks = sorted({int(found[1]) for name in names if (found := _BLOCK.fullmatch(name))})
     return Origin(
         site=_SITE,
-        layers=tuple(int(layer) for layer in layers) or None,
+        layers=layers_of(config.get("layers")) or layers_of(blocks),
         model=model if isinstance(model, str) else None,
     )
 

@@ -331,3 +331,16 @@ def test_encode_and_decode_take_any_leading_shape(
         torch.testing.assert_close(sae.decode(latents).view(50, D), expected)
     assert sae.decode(sae.encode(flat[0])).shape == (D,)
     assert sae.decode(sae.encode(flat[:0].view(0, 3, D))).shape == (0, 3, D)
+
+
+def test_odd_values_in_a_foreign_configuration(make_foreign: Make, tmp_path: Path) -> None:
+    """Layers that are none are not known; numbers that JSON has no place for are kept as text."""
+    for place, layers in enumerate((["x"], [], [1, 1], [-1], [True], "all", 3)):
+        theirs = make_foreign(tmp_path / f"a{place}", "mlsae", layers=layers)
+        assert "layers" not in import_sae(theirs, tmp_path / f"b{place}").training_record
+    theirs = make_foreign(tmp_path / "theirs", "mlsae")
+    path = theirs / "config.json"
+    path.write_text(path.read_text().replace("{", '{"lr": 1e999, "beta": NaN, ', 1))
+    imported = import_sae(theirs, tmp_path / "sae").training_record["imported"]
+    assert imported["configuration"]["lr"] == "1e999"
+    assert imported["configuration"]["beta"] == "NaN"

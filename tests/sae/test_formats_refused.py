@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -193,6 +194,12 @@ def test_files_that_are_damaged_or_unfinished(make_foreign: Make, tmp_path: Path
     refused(command("import", learned, out), "is the backup of a run that did not finish", out)
     torch.save([1, 2], learned / "ae.pt")
     refused(command("import", learned, out), "expected tensors by name, got list", out)
+    torch.save(state | {"k": torch.tensor([5, 5])}, learned / "ae.pt")
+    refused(command("import", learned, out), f"says k 5, {learned}/ae.pt has [5, 5]", out)
+    generator = np.random.default_rng(0)
+    for size in range(0, 200, 10):
+        (learned / "ae.pt").write_bytes(generator.bytes(size))
+        refused(command("import", learned, out), "is damaged or holds more than tensors", out)
     torch.save({"encoder.weight": 1}, learned / "ae.pt")
     refused(command("import", learned, out), "expected tensors by name, and it holds", out)
     lens = make_foreign(tmp_path / "lens", "saelens")
