@@ -1,11 +1,14 @@
 """One training step against the dense product that it cannot do without, and against its peers.
 
 Every contestant runs in a process of its own and takes one step when told, in turn, so that the
-machine's changing speed touches all; ratios are of medians. The peers' code is not part of this
-repository: give the folder of a checkout to have it run, and `--peer-python` if what it imports
-lies in another environment. They get the common optimiser, torch's fused Adam, and, like ours, a C
-library that keeps freed memory: on a virtual machine fresh pages would otherwise be half of their
-time.
+machine's changing speed touches all; ratios are of medians. CPU time is told beside wall time: it
+is what is left to compare where other programs have the cores, too.
+
+The peers' code is not part of this repository: give the folder of a checkout to have it run, and
+`--peer-python` if what it imports lies in another environment. They get the common optimiser,
+torch's fused Adam, and, like ours, a C library that keeps freed memory: on a virtual machine fresh
+pages would otherwise be half of their time. The product is timed twice: into the same tensor again
+and again, and as one writes it, into a fresh one.
 
     python benchmarks/step.py [--rounds 20] [--threads 2] [--sparsify DIR]
         [--dictionary-learning DIR] [--published DIR] [--peer-python PYTHON]
@@ -19,7 +22,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +43,9 @@ class Contestant:
 
     name: str
     process: subprocess.Popen[str]
-    seconds: list[float]
-    parts: dict[str, list[float]]
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    parts: dict[str, list[float]] = field(default_factory=dict)
 
     def ask(self, command: str) -> dict[str, Any]:
         """Send a command and wait for its answer."""
@@ -82,7 +86,7 @@ def started(
                 text=True,
                 env=environment | more,
             )
-            made.append(Contestant(name, process, [], {}))
+            made.append(Contestant(name, process))
             made[-1].answer()
         yield made
     finally:
@@ -102,6 +106,7 @@ def measure(
                 if number == 0:
                     continue
                 contestant.seconds.append(answer["seconds"])
+                contestant.cpu_seconds.append(answer["cpu_seconds"])
                 for part, seconds in answer["parts"].items():
                     contestant.parts.setdefault(part, []).append(seconds)
         figures: dict[str, Any] = {}
@@ -111,6 +116,7 @@ def measure(
                 "ms": milliseconds(middle),
                 "quartiles_ms": [milliseconds(low), milliseconds(high)],
                 "fastest_ms": milliseconds(min(contestant.seconds)),
+                "cpu_ms": milliseconds(statistics.median(contestant.cpu_seconds)),
                 "parts_ms": {
                     part: milliseconds(statistics.median(seconds))
                     for part, seconds in contestant.parts.items()
@@ -119,14 +125,15 @@ def measure(
             }
     rows, d_in, num_latents, k = shape
     result = {"rows": rows, "d_in": d_in, "num_latents": num_latents, "k": k, "figures": figures}
-    return result | {"ratios": ratios(figures)}
+    by = {"ratios": "ms", "ratios_of_cpu_time": "cpu_ms"}
+    return result | {name: ratios(figures, key) for name, key in by.items()}
 
 
-def ratios(figures: dict[str, Any]) -> dict[str, float]:
+def ratios(figures: dict[str, Any], key: str) -> dict[str, float]:
     """Ours over the products, the peers over ours, and AuxK's share of a step."""
 
     def ratio(a: str, b: str) -> float:
-        return round(figures[a]["ms"] / figures[b]["ms"], 2)
+        return round(figures[a][key] / figures[b][key], 2)
 
     found = {f"ours bfloat16 / {name}": ratio("ours bfloat16", name) for name in PRODUCTS[1:]}
     found["ours float32 / product float32 reused"] = ratio(OURS[0], PRODUCTS[0])

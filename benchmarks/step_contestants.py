@@ -1,8 +1,9 @@
 """The contestants of `benchmarks/step.py`: each runs in a process of its own, one step when told.
 
-A line on stdin is a command: `step` answers with the seconds of one step and of its parts, `memory`
-with the growth of the process's largest resident size since its imports. This file imports nothing
-of mlsae until our own step is asked for, because the published code has the same package name.
+A line on stdin is a command: `step` answers with the seconds of one step, of its parts and of CPU;
+`memory` with the growth of the process's largest resident size since its imports. This file imports
+nothing of mlsae until our own step is asked for, because the published code has the same package
+name.
 """
 
 import importlib
@@ -190,9 +191,14 @@ def main() -> None:
         if line.strip() == "memory":
             print(json.dumps({"bytes": peak() - before}), flush=True)
             continue
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         parts = step(batches[number % RING])
-        print(json.dumps({"seconds": time.perf_counter() - start, "parts": parts}), flush=True)
+        answer = {
+            "seconds": time.perf_counter() - start,
+            "cpu_seconds": time.process_time() - start_cpu,
+            "parts": parts,
+        }
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":
