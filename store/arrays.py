@@ -17,7 +17,7 @@ from mlsae.base.errors import InputError
 from mlsae.store.compression import Compressor
 from mlsae.store.errors import DamagedStoreError
 from mlsae.store.layout import CRC_BYTES, MAX_OBJECT_BYTES, object_bytes
-from mlsae.store.objects import Objects
+from mlsae.store.objects import Descriptor, LocalObjects, Objects
 from mlsae.store.schema import chunk_key
 from mlsae.store.shardfile import ABSENT, crc32c_bytes, index_bytes
 
@@ -82,6 +82,7 @@ class ArrayReader:
         self._chunks_per_shard = shard_rows // chunk_rows
         self._compressor = compressor
         self._reads_parts = compressor is None and objects.is_local
+        self._files = objects if self._reads_parts and isinstance(objects, LocalObjects) else None
         self._shards: OrderedDict[int, _Shard] = OrderedDict()
         self._lock = threading.Lock()
         self._local = threading.local()
@@ -122,6 +123,22 @@ class ArrayReader:
             piece = out if take == num_rows else out[done : done + take]
             self._read_in_chunk(piece, chunk, first)
             done += take
+
+    def locate(self, start: int, num_rows: int) -> tuple[Descriptor, int] | None:
+        """The file and the byte from which rows lie side by side in it, if they were checked.
+
+        None where they must be read by `read_into`: if their chunk is not yet known to be sound,
+        compressed or elsewhere, or if they go on in the next one.
+        """
+        chunk, first = divmod(start, self._chunk_rows)
+        number, inner = divmod(chunk, self._chunks_per_shard)
+        shard = self._shards.get(number)
+        if self._files is None or shard is None or first + num_rows > self._chunk_rows:
+            return None
+        if not shard.checked[inner]:
+            return None
+        offset = inner * (self._chunk_bytes + CRC_BYTES) + first * self._row_bytes
+        return self._files.descriptor(shard.name), offset
 
     def check_chunk(self, chunk: int, digest: "hashlib._Hash") -> Array:
         """Read one whole chunk, padding included, and check it; (chunk_rows, *row_shape).

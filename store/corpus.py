@@ -19,6 +19,7 @@ from mlsae.store.borders import Borders
 from mlsae.store.calibration import Calibration
 from mlsae.store.encoding import Parts
 from mlsae.store.moments import GroupMoments, Moments, eligible_groups
+from mlsae.store.objects import Descriptor
 from mlsae.store.reader import RowReader, Store, open_store
 from mlsae.store.together import check_together
 
@@ -94,6 +95,14 @@ class CorpusReader:
             pieces = [part[done : done + end - first] for part in out]
             self._readers[at].read_into(pieces, first)
             done += end - first
+
+    def locate(self, start: int, num_rows: int) -> list[tuple[Descriptor, int]] | None:
+        """For each part the file and the byte from which rows lie side by side in it.
+
+        None where they must be read by `read_into`: see `RowReader.locate`.
+        """
+        (at, first, end), *more = self._borders.spans(start, start + num_rows)
+        return None if more else self._readers[at].locate(first, end - first)
 
 
 @dataclass(frozen=True)

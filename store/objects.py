@@ -100,7 +100,7 @@ class LocalObjects:
         self.place = str(directory)
         self._prefix = f"{directory}/"
         self._limit = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
-        self._open: OrderedDict[str, _Descriptor] = OrderedDict()
+        self._open: OrderedDict[str, Descriptor] = OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, name: str, limit: int) -> bytes:
@@ -113,7 +113,7 @@ class LocalObjects:
 
     def read_into(self, name: str, offset: int, out: npt.NDArray[Any]) -> int:
         """See `Objects`."""
-        descriptor = self._get(name)
+        descriptor = self.descriptor(name)
         done, num_bytes = 0, out.nbytes
         # One call reads at most 2 GiB, and may be interrupted.
         while done < num_bytes:
@@ -130,7 +130,7 @@ class LocalObjects:
 
     def size(self, name: str) -> int:
         """See `Objects`."""
-        return os.fstat(self._get(name).number).st_size
+        return os.fstat(self.descriptor(name).number).st_size
 
     def exists(self, name: str) -> bool:
         """See `Objects`."""
@@ -142,19 +142,24 @@ class LocalObjects:
             if not path.is_dir():
                 yield str(path).removeprefix(self._prefix), path.lstat().st_size
 
-    def _get(self, name: str) -> "_Descriptor":
+    def descriptor(self, name: str) -> "Descriptor":
+        """An object, open for reading.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+        """
         with self._lock:
             if (found := self._open.get(name)) is not None:
                 self._open.move_to_end(name)
                 return found
-            opened = self._open[name] = _Descriptor(self._prefix + name)
+            opened = self._open[name] = Descriptor(self._prefix + name)
             # Well under the process's limit, which others need too.
             if len(self._open) > self._limit:
                 self._open.popitem(last=False)
             return opened
 
 
-class _Descriptor:
+class Descriptor:
     """A file descriptor that closes when its last user lets go of it."""
 
     def __init__(self, path: str) -> None:

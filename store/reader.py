@@ -25,7 +25,7 @@ from mlsae.store.moments import (
     from_bytes,
     moments_bytes,
 )
-from mlsae.store.objects import Objects
+from mlsae.store.objects import Descriptor, Objects
 from mlsae.store.plan import plan_id_of, read_plan
 from mlsae.store.records import read_complete, read_sealed_object, read_setup
 from mlsae.store.remote import open_objects
@@ -110,6 +110,14 @@ class RowReader:
         """
         for reader, values in zip(self.arrays, out, strict=True):
             reader.read_into(values, start)
+
+    def locate(self, start: int, num_rows: int) -> list[tuple[Descriptor, int]] | None:
+        """For each part the file and the byte from which rows lie side by side in it.
+
+        None where they must be read by `read_into`: see `ArrayReader.locate`.
+        """
+        found = [reader.locate(start, num_rows) for reader in self.arrays]
+        return [place for place in found if place is not None] if None not in found else None
 
 
 class Store:

@@ -14,7 +14,7 @@ import torch
 from mlsae.sae import SAE
 from mlsae.store import AnyStore
 from mlsae.train.auxiliary import Sum
-from mlsae.train.loader import TORCH_DTYPE
+from mlsae.train.decode import Decoder, Parts, origin_of, torch_rows
 
 POSITION_0_IN, POSITION_0_OUT = "position_0_in", "position_0_out"
 _BLOCK_ROWS = 4096
@@ -90,6 +90,7 @@ def evaluate(
     device = sae.b.device
     first_out = max(1, skip_positions)
     moments = store.moments(site, 0)
+    decode = Decoder(store, site, layers, device)
     mine = sequences[rank::world_size]
     used = torch.zeros(2, sae.config.num_latents, device=device)
     by_layer: dict[str, list[dict[str, Any]]] = {POSITION_0_IN: [], POSITION_0_OUT: []}
@@ -97,8 +98,8 @@ def evaluate(
         at = moments.layers.index(layer)
         about = [torch.from_numpy(m[at]).to(device) for m in (moments.mean, moments.u_mean)]
         sums = [_LayerSums(about[0], about[1]) for _ in by_layer]
-        for stored, position in _blocks(store, site, layer, mine):
-            x = stored.to(device).to(sae.b.dtype)
+        for stored, position, origin in _blocks(store, site, layer, mine):
+            x = decode(stored, layers.index(layer), origin).to(sae.b.dtype)
             keep = (position >= 0, position >= first_out)
             _count(sae, x, [mask.to(device) for mask in keep], sums, used)
         for name, total in zip(by_layer, sums, strict=True):
@@ -136,21 +137,26 @@ def _count(
 
 def _blocks(
     store: AnyStore, site: str, layer: int, sequences: npt.NDArray[np.int64]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows of the sequences as stored, some sequences at once, and their positions.
+) -> Iterator[tuple[Parts, torch.Tensor, torch.Tensor | None]]:
+    """Rows of the sequences as stored, some sequences at once, their positions and their stores.
 
     Rows with a flag have position −1.
     """
     length, reader = store.rows_per_sequence, store.reader(site, layer)
     together = max(1, _BLOCK_ROWS // length)
-    buffer = torch.empty(together * length, store.d_model, dtype=TORCH_DTYPE[store.encoding])
-    out = (buffer.view(torch.uint16) if buffer.dtype == torch.bfloat16 else buffer).numpy()
+    out = [np.empty((together * length, part.width), part.dtype) for part in store.parts]
     for first in range(0, len(sequences), together):
         starts = sequences[first : first + together] * length
         positions = []
         for i, start in enumerate(starts.tolist()):
-            reader.read_into([out[i * length : (i + 1) * length]], start)
+            reader.read_into([rows[i * length : (i + 1) * length] for rows in out], start)
             flagged = store.row_flags(start, start + length) != 0
             positions.append(np.where(flagged, -1, store.positions(start, start + length)))
-        rows = len(starts) * length
-        yield buffer[:rows], torch.from_numpy(np.concatenate(positions))
+        num_rows = len(starts) * length
+        stored = tuple(torch_rows(rows[:num_rows], store.encoding) for rows in out)
+        origin = origin_of(store, (starts[:, None] + np.arange(length)).reshape(-1))
+        yield (
+            stored,
+            torch.from_numpy(np.concatenate(positions)),
+            None if origin is None else torch.from_numpy(origin),
+        )

@@ -18,11 +18,10 @@ _FLOAT = 4
 
 
 def estimate(plan: Plan, rank: int, world_size: int) -> dict[str, int]:
-    """Bytes by purpose of one rank: `window` and batches on the host, the rest on the device."""
+    """Bytes by purpose of one rank: the `window` on the host, the rest on the device."""
     rows = plan.mixture.rank_slots(rank, world_size)
     return {
-        "window": plan.mixture.window_bytes(rank, world_size)
-        + 4 * rows * plan.sae.d_in * plan.store.parts[0].dtype.itemsize,
+        "window": plan.mixture.window_bytes(rank, world_size),
         **step_memory(
             plan.sae,
             min(rows, plan.config.micro_batch or rows),
@@ -85,9 +84,7 @@ def require_training_memory(plan: Plan, accelerator: Accelerator) -> None:
                 f"{format_bytes(needed)}, {format_bytes(free)} available; {remedy}"
             )
         parts = window
-    require_memory(
-        processes * sum(parts.values()), f"training ({_detail(parts)}{share})", remedy
-    )
+    require_memory(processes * sum(parts.values()), f"training ({_detail(parts)}{share})", remedy)
 
 
 def _detail(parts: Mapping[str, int]) -> str:

@@ -23,6 +23,7 @@ from mlsae.store import open_corpus
 from mlsae.train.checkpoint import Checkpoints
 from mlsae.train.config import TrainConfig
 from mlsae.train.dead import DeadLatents
+from mlsae.train.decode import Decoder
 from mlsae.train.devices import make_accelerator
 from mlsae.train.evaluate import POSITION_0_IN, POSITION_0_OUT, evaluate
 from mlsae.train.loader import Loader
@@ -114,7 +115,15 @@ def _make_trainer(plan: Plan, accelerator: Accelerator) -> Trainer:
         seed=config.seed,
     )
     dead = DeadLatents(plan.sae.num_latents, plan.dead_after, accelerator.device)
-    return Trainer(sae, objective, plan.schedule, dead, accelerator, config.micro_batch)
+    return Trainer(
+        sae,
+        objective,
+        plan.schedule,
+        dead,
+        accelerator,
+        config.micro_batch,
+        Decoder(plan.store, plan.site, plan.layers, accelerator.device),
+    )
 
 
 def _train(

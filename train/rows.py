@@ -13,6 +13,8 @@ from mlsae.train.sampler import Order, slice_rows
 
 SLICE_BYTES = 64 << 10
 """Bytes of a slice unless a window is asked for: less is slow to read, more is memory."""
+_BATCHES_HELD = 3
+"""Batches beyond those that a slice fills: one with the consumer, the others ready for it."""
 _BLOCK_ROWS = 1 << 20
 
 
@@ -31,16 +33,73 @@ class TrainingRows:
         self._store = store
         self._skip_positions = skip_positions
         self._validation = validation
+        self._every_token = store.rows_per_sequence == store.context_length
 
     def mask(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
         """(stop − start,) whether each row is trained on."""
         eligible = self._store.eligible(self._skip_positions, start, stop)
+        self._hold_out(eligible, start)
+        return eligible
+
+    def places(
+        self, slices: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], rows_per_slice: int
+    ) -> npt.NDArray[np.int64]:
+        """Where the rows of slices that are trained on lie in them.
+
+        What follows from a row's number is computed; flags are read for those slices alone whose
+        counts say that there are more gaps.
+
+        Args:
+            slices: (n,) indices of slices.
+            counts: (n,) rows of each that are trained on.
+            rows_per_slice: rows of a slice.
+
+        Returns:
+            (n, rows_per_slice): of each slice, its trained rows counted from its first, ascending;
+            a slice's row means nothing from its count on.
+        """
+        num_rows, every_token = self._store.num_rows, self._every_token
+        mask = self._unless_flagged(slices * rows_per_slice, rows_per_slice)
+        for i in np.flatnonzero(np.count_nonzero(mask, axis=1) != counts).tolist():
+            start = int(slices[i]) * rows_per_slice
+            stop = min(start + rows_per_slice, num_rows)
+            if every_token:
+                mask[i, : stop - start] &= self._store.row_flags(start, stop) == 0
+            else:
+                mask[i, : stop - start] = self.mask(start, stop)
+        which, row = np.nonzero(mask)
+        places = np.empty(mask.shape, np.int64)
+        places[which, np.arange(len(row)) - (np.cumsum(counts) - counts)[which]] = row
+        return places
+
+    def _unless_flagged(
+        self, starts: npt.NDArray[np.int64], num_rows: int
+    ) -> npt.NDArray[np.bool_]:
+        """(n, num_rows) what the mask of rows from each start on is if none has a flag.
+
+        Where a store keeps some positions alone, which ones does not follow from a row's number:
+        all count as if they were beyond the first.
+        """
         length = self._store.rows_per_sequence
-        inside = np.searchsorted(self._validation, [start // length, -(-stop // length)])
+        rows = starts[:, None] + np.arange(num_rows)
+        trained = rows < self._store.num_rows
+        if self._every_token:
+            trained &= rows % length >= self._skip_positions
+        ends = np.stack([starts // length, (starts + num_rows - 1) // length + 1])
+        held_out = np.searchsorted(self._validation, ends)
+        for i in np.flatnonzero(held_out[0] < held_out[1]).tolist():
+            self._hold_out(trained[i], int(starts[i]))
+        return trained
+
+    def _hold_out(self, mask: npt.NDArray[np.bool_], start: int) -> None:
+        """Clear the mask of rows from `start` on where their sequences are held out."""
+        length = self._store.rows_per_sequence
+        inside = np.searchsorted(
+            self._validation, [start // length, -(-(start + len(mask)) // length)]
+        )
         for sequence in self._validation[inside[0] : inside[1]].tolist():
             first = sequence * length - start
-            eligible[max(first, 0) : max(first + length, 0)] = False
-        return eligible
+            mask[max(first, 0) : max(first + length, 0)] = False
 
     def count(self) -> int:
         """Rows of a layer that are trained on."""
@@ -165,10 +224,21 @@ class Mixture:
         first = [(rank - layer) % world_size for layer in range(len(self.layers))]
         return sum(max(0, -(-(self.num_slots - start) // world_size)) for start in first)
 
+    def rank_rows(self, rank: int, world_size: int) -> int:
+        """Most rows of a batch that a rank gets, at least 1."""
+        return max(1, min(self.batch_rows, self.rank_slots(rank, world_size)))
+
+    @property
+    def ring_batches(self) -> int:
+        """Batches in memory: as many as a slice has rows for, an eighth more, and those held."""
+        # A slot gives a row a round, and may be one step or two from one to the next.
+        round_rows = self.num_slots * len(self.layers)
+        span = (self.slice_rows - 1) * round_rows // self.batch_rows + 2
+        return span + span // 8 + _BATCHES_HELD
+
     def window_bytes(self, rank: int, world_size: int) -> int:
-        """Bytes of one rank's window."""
-        rows = num_buffers(self.rank_slots(rank, world_size)) * self.slice_rows
-        return rows * self.store.row_bytes
+        """Bytes of the batches that a rank has in memory."""
+        return self.ring_batches * self.rank_rows(rank, world_size) * self.store.row_bytes
 
 
 def num_buffers(num_slots: int) -> int:

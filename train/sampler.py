@@ -21,8 +21,6 @@ that divides the lanes gives the same batches.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,35 +38,16 @@ _BLOCK = 1 << 12
 
 
 class Parts(NamedTuple):
-    """Slices, or parts of slices at the ends of slots, that slots turn to; arrays of one length."""
+    """Slices, or parts of slices at the ends of slots; arrays of one length."""
 
     layer: Int64
     """Index into the layers of the run."""
-    slot: Int64
     slice: Int64
     """Index of the slice: rows slice · slice_rows and on."""
     first: Int64
     """The part starts at this one of the slice's eligible rows, counted from 0."""
     num_rows: Int64
-    """Eligible rows of the part."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One rank's share of a batch."""
-
-    number: int
-    """Step of the epoch, from 0."""
-    num_rows: int
-    """Rows of the whole batch, over all ranks."""
-    opened: Parts
-    """Parts that are needed from this step on."""
-    layer: Int64
-    """(n,) index into the layers of the run; n may be 0."""
-    slot: Int64
-    """(n,)"""
-    turn: Int64
-    """(n,) how many rows of the slot's part went before; see `part_order`."""
+    """Eligible rows of the part, at least 1."""
 
 
 def slice_rows(num_eligible: int, batch_rows: int, num_layers: int, max_rows: int) -> int:
@@ -150,40 +129,15 @@ class Order:
         self.num_steps = -(-self.num_rows * num_layers // batch_rows)
         rounds, rest = divmod(self.num_rows, self.num_slots)
         slots = np.arange(self.num_slots + 1)
-        self._starts = slots * rounds + np.minimum(slots, rest)
+        self.starts: Int64 = slots * rounds + np.minimum(slots, rest)
+        """(num_slots + 1,) eligible rows of a layer's permuted order before each slot."""
         self._keys = np.stack(
             [derive_keys(NUM_ROUNDS, "slices", seed, epoch, i) for i in range(num_layers)]
         )
         self._row_keys = derive_keys(num_layers, "rows", seed, epoch)
 
-    def walk(self, step: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[Step]:
-        """The steps of a rank, from `step` to the end of the epoch.
-
-        The first step given opens every part that is under way there.
-
-        Raises:
-            InputError: the number of ranks does not divide the lanes.
-        """
-        check_world_size(world_size, self.num_lanes)
-        return self._walk(step, rank, world_size)
-
-    def _walk(self, step: int, rank: int, world_size: int) -> Iterator[Step]:
-        cursors = _Cursors(self, step)
-        is_open = np.zeros((self.num_layers, self.num_slots), np.bool_)
-        for number in range(step, self.num_steps):
-            first = number * self.batch_rows
-            stop = min(first + self.batch_rows, self.num_rows * self.num_layers)
-            place, layer = np.divmod(np.arange(first, stop), self.num_layers)
-            turn, slot = np.divmod(place, self.num_slots)
-            mine = owned_slots(layer, slot, rank, world_size, self.num_lanes)
-            layer, slot, turn = layer[mine], slot[mine], turn[mine]
-            moved = cursors.advance(layer, slot, turn) | ~is_open[layer, slot]
-            is_open[layer, slot] = True
-            opened = cursors.parts(layer[moved], slot[moved])
-            yield Step(number, stop - first, opened, layer, slot, turn - cursors.begin[layer, slot])
-
     def part_order(self, parts: Parts) -> Int64:
-        """The eligible rows of parts in the order of their turns, counted within their slices.
+        """The eligible rows of parts in the order of their visits, counted within their slices.
 
         The order is by a keyed hash of the row, so it is the same whenever it is asked for.
 
@@ -195,14 +149,16 @@ class Order:
         row = parts.first[:, None] + np.arange(width)
         key = mix(parts.slice.astype(np.uint64) + self._row_keys[parts.layer])
         rank = mix(key[:, None] + row.astype(np.uint64))
-        rank[np.arange(width) >= parts.num_rows[:, None]] = np.iinfo(np.uint64).max
-        return np.argsort(rank, axis=1, kind="stable") + parts.first[:, None]
+        if int(parts.num_rows.min(initial=width)) < width:
+            rank[np.arange(width) >= parts.num_rows[:, None]] = np.iinfo(np.uint64).max
+        # Distinct rows have distinct ranks, so every way of sorting gives the same order.
+        return np.argsort(rank, axis=1) + parts.first[:, None]
 
-    def _slices(self, layer: Int64, position: Int64) -> Int64:
+    def slices(self, layer: Int64, position: Int64) -> Int64:
         """The slices at these positions of their layers' permuted orders."""
         return permute(position, len(self.counts), self._keys[layer])
 
-    def _locate(self, layer: int, offsets: Int64) -> tuple[Int64, Int64]:
+    def locate(self, layer: int, offsets: Int64) -> tuple[Int64, Int64]:
         """Where in a layer's permuted order given eligible rows lie.
 
         Args:
@@ -216,7 +172,7 @@ class Order:
         total = done = 0
         for start in range(0, len(self.counts), _BLOCK):
             at = np.arange(start, min(start + _BLOCK, len(self.counts)))
-            counts = self.counts[self._slices(np.full(len(at), layer), at)].astype(np.int64)
+            counts = self.counts[self.slices(np.full(len(at), layer), at)].astype(np.int64)
             ends = total + np.cumsum(counts)
             inside = done + int(np.searchsorted(offsets[done:], ends[-1]))
             found = np.searchsorted(ends, offsets[done:inside], side="right")
@@ -224,47 +180,3 @@ class Order:
             before[done:inside] = ends[found] - counts[found]
             total, done = int(ends[-1]), inside
         return position, before
-
-
-class _Cursors:
-    """Where every slot of every layer is; arrays (num_layers, num_slots)."""
-
-    def __init__(self, order: Order, step: int) -> None:
-        self._order = order
-        self._start, self._stop = order._starts[:-1], order._starts[1:]
-        shape = (order.num_layers, order.num_slots)
-        self._position, self._before = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        for layer in range(order.num_layers):
-            item = step * order.batch_rows
-            place = -(-(item - layer) // order.num_layers)
-            turn = np.maximum(0, -(-(place - np.arange(order.num_slots)) // order.num_slots))
-            offsets = np.minimum(self._start + turn, order.num_rows - 1)
-            self._position[layer], self._before[layer] = order._locate(layer, offsets)
-        layers = np.repeat(np.arange(order.num_layers), order.num_slots)
-        self._slice = order._slices(layers, self._position.ravel()).reshape(shape)
-        self._count = order.counts[self._slice].astype(np.int64)
-        self.begin = np.maximum(self._before - self._start, 0)
-        """Turn of the slot at which its present part begins."""
-        self._end = self._before + self._count - self._start
-
-    def advance(self, layer: Int64, slot: Int64, turn: Int64) -> npt.NDArray[np.bool_]:
-        """Move on the slots whose slice ends before their turn; says which."""
-        moved = turn >= self._end[layer, slot]
-        behind = np.flatnonzero(moved)
-        while len(behind):
-            at = layer[behind], slot[behind]
-            self._before[at] += self._count[at]
-            self._position[at] += 1
-            self._slice[at] = self._order._slices(layer[behind], self._position[at])
-            self._count[at] = self._order.counts[self._slice[at]]
-            self.begin[at] = self._before[at] - self._start[slot[behind]]
-            self._end[at] = self.begin[at] + self._count[at]
-            behind = behind[turn[behind] >= self._end[at]]
-        return moved
-
-    def parts(self, layer: Int64, slot: Int64) -> Parts:
-        """The present parts of these slots."""
-        at = layer, slot
-        first = np.maximum(self._start[slot] - self._before[at], 0)
-        last = np.minimum(self._stop[slot] - self._before[at], self._count[at])
-        return Parts(layer, slot, self._slice[at], first, last - first)

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from mlsae.base.errors import MlsaeError
 from mlsae.sae import SAE
 from mlsae.train.dead import DeadLatents
+from mlsae.train.decode import Decoder
 from mlsae.train.loader import Batch
 from mlsae.train.objective import Losses, Objective
 from mlsae.train.optimizer import Optimizer
@@ -48,6 +49,7 @@ class Trainer:
         dead: the dead latents.
         accelerator: how ranks add up.
         micro_batch: rows whose activations are in memory at once; None for a rank's whole share.
+        decode: of the store's rows; None where batches hold floats.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Trainer:
         dead: DeadLatents,
         accelerator: Accelerator,
         micro_batch: int | None = None,
+        decode: Decoder | None = None,
     ) -> None:
         self.sae = sae
         self.dead = dead
@@ -66,6 +69,7 @@ class Trainer:
         """Steps done."""
         self.optimizer = Optimizer(sae)
         self._objective = objective
+        self._decode = decode
         self._accelerator = accelerator
         self._micro_batch = micro_batch
 
@@ -79,7 +83,7 @@ class Trainer:
         dead = self.dead.indices()
         for parameter in sae.parameters():
             parameter.grad = None
-        pieces = [self._piece(batch, rows, len(dead) > 0) for rows in self._cuts(len(batch.x))]
+        pieces = [self._piece(batch, rows, len(dead) > 0) for rows in self._cuts(len(batch.layer))]
         residuals = [piece.residual for piece in pieces if piece.residual is not None]
         aux = pieces[0].main.new_zeros(())
         if residuals:
@@ -117,9 +121,15 @@ class Trainer:
 
     def _piece(self, batch: Batch, rows: slice, has_dead: bool) -> Losses:
         device = self.sae.b.device
+        layer = batch.layer[rows].to(device)
+        if self._decode is None:
+            x = batch.x[rows].to(device)
+        else:
+            parts = tuple(part[rows] for part in (batch.x, *batch.more))
+            x = self._decode(parts, layer, None if batch.origin is None else batch.origin[rows])
         return self._objective.accumulate(
-            batch.x[rows].to(device),
-            batch.layer[rows].to(device),
+            x,
+            layer,
             batch.num_rows,
             self.step_number if has_dead else None,
         )

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from mlsae.store import create, open_store
+from mlsae.store.calibration import Calibrator
 from mlsae.train.sampler import Order, slice_rows
+from mlsae.train.walk import Walk
 
 Int64 = npt.NDArray[np.int64]
 
@@ -58,6 +60,41 @@ def thinned() -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture
+def encoded() -> Callable[..., Path]:
+    """The same text and values as a sample's, in a store beside it of another encoding.
+
+    `encoded(sample, encoding="int8", compression="zstd")`.
+    """
+
+    def make(sample: Any, *, encoding: str, compression: str = "none") -> Path:
+        full = open_store(sample.path)
+        path = Path(sample.path.with_name(f"{sample.path.name}-{encoding}-{compression}"))
+        rows = {("resid_post", i): x for i, x in sample.activations.items()}
+        calibrator = Calibrator(rows, full.d_model)
+        eligible = full.eligible()
+        calibrator.add({key: x[eligible] for key, x in rows.items()})
+        with create(
+            path,
+            tokens=sample.tokens,
+            context_length=full.context_length,
+            layers=full.layers,
+            d_model=full.d_model,
+            documents=sample.documents,
+            token_flags=sample.token_flags,
+            encoding=encoding,
+            compression=compression,
+            calibration=calibrator.result() if encoding == "int8" else None,
+            max_added_fvu=1,
+            batch_sequences=full.plan["batch_sequences"],
+            shard_bytes=3000,
+        ) as writer:
+            writer.append(rows)
+        return path
+
+    return make
+
+
 @dataclass(frozen=True)
 class Played:
     """An order together with the eligible rows behind its counts."""
@@ -70,17 +107,32 @@ class Played:
         """One rank's share of every batch, as rows of the store."""
         rows = np.flatnonzero(self.eligible)
         starts = np.cumsum(self.order.counts, dtype=np.int64) - self.order.counts
-        shape = (self.order.num_layers, self.order.num_slots, self.slice_rows)
-        table, slices = np.full(shape, -1), np.full(shape[:2], -1)
-        for found in self.order.walk(step, rank, world_size):
-            parts = found.opened
-            order = self.order.part_order(parts)
-            table[parts.layer, parts.slot] = -1
-            table[parts.layer, parts.slot, : order.shape[1]] = order
-            slices[parts.layer, parts.slot] = parts.slice
-            slice_ = slices[found.layer, found.slot]
-            within = table[found.layer, found.slot, found.turn]
-            yield Batch(found.layer, rows[starts[slice_] + within], slice_, found.num_rows)
+        walk = Walk(self.order, step, rank, world_size)
+        pending = np.zeros((5, 0), np.int64)
+        for block in walk:
+            parts, order = block.parts, self.order.part_order(block.parts)
+            turn = np.arange(order.shape[1])
+            round_, place = block.first_round[:, None] + turn, block.place[:, None]
+            at = walk.step_of(place, round_)
+            given = (turn < parts.num_rows[:, None]) & (at >= step)
+            number = walk.row_of(place, round_) - walk.rows_before(at)
+            row = rows[np.minimum(starts[parts.slice][:, None] + order, len(rows) - 1)]
+            columns = at, number, walk.layer[place], row, parts.slice[:, None]
+            found = [np.broadcast_to(column, at.shape)[given] for column in columns]
+            first = walk.step_of(block.place, block.first_round)
+            assert np.array_equal(block.opens, np.maximum(first, step))
+            last = walk.step_of(block.place, block.first_round + parts.num_rows - 1)
+            assert np.array_equal(block.closes, last)
+            pending = np.concatenate([pending, found], axis=1)
+            pending = pending[:, np.lexsort(pending[1::-1])]
+            ends = np.searchsorted(pending[0], np.arange(block.steps.start, block.steps.stop + 1))
+            assert ends[0] == 0
+            for number, first, stop in zip(block.steps, ends[:-1], ends[1:], strict=True):
+                _, place_in_batch, layer, row, slice_ = pending[:, first:stop]
+                assert np.array_equal(place_in_batch, np.arange(stop - first))
+                assert np.array_equal(layer, walk.layers(number))
+                yield Batch(layer, row, slice_, walk.batch_rows(number))
+            pending = pending[:, ends[-1] :]
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,28 @@
 
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from mlsae.store import DamagedStoreError, Store, open_store
-from mlsae.train.loader import Loader
-from mlsae.train.prefetch import Prefetch
+from mlsae.store import AnyStore, DamagedStoreError, Store, open_store
+from mlsae.train import loader as module
+from mlsae.train.loader import Batch, Loader
 from mlsae.train.rows import Mixture
 
+FORMS = [
+    ("float16", "none"),
+    ("bfloat16", "none"),
+    ("float32", "none"),
+    ("int8", "none"),
+    ("float16", "zstd"),
+    ("int8", "zstd"),
+]
+Share = tuple[list[bytes], list[int], int]
 
-def plan(store: Store, batch_rows: int = 33, window: int | None = None) -> Mixture:
+
+def plan(store: AnyStore, batch_rows: int = 33, window: int | None = None) -> Mixture:
     return Mixture.plan(
         store,
         "resid_post",
@@ -27,38 +36,41 @@ def plan(store: Store, batch_rows: int = 33, window: int | None = None) -> Mixtu
     )
 
 
-def load(mixture: Mixture, start: int, stop: int, **ranks: int) -> list[tuple[Any, Any, int]]:
-    with Loader(mixture, start=start, stop=stop, **ranks) as loader:
-        return [(batch.x.clone(), batch.layer, batch.num_rows) for batch in loader]
+def load(mixture: Mixture, start: int, stop: int, **options: int) -> list[Share]:
+    """Of each batch the bytes of every row in turn, their layers, and the rows over ranks."""
+    with Loader(mixture, start=start, stop=stop, **options) as loader:
+        return [(row_bytes(batch), batch.layer.tolist(), batch.num_rows) for batch in loader]
 
 
-def rows_by_bytes(store: Store) -> dict[tuple[int, bytes], int]:
-    """Which row of which layer an activation vector is; random vectors are distinct."""
-    return {
-        (i, vector.tobytes()): row
-        for i, layer in enumerate(store.layers)
-        for row, vector in enumerate(store.read("resid_post", layer))
-    }
+def row_bytes(batch: Batch) -> list[bytes]:
+    parts = [part.view(torch.uint8).numpy() for part in (batch.x, *batch.more)]
+    return [row.tobytes() for row in np.concatenate(parts, axis=1)]
 
 
-def raw(x: torch.Tensor) -> np.ndarray:
-    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+def rows_by_bytes(store: AnyStore) -> dict[tuple[int, bytes], int]:
+    """Which row of which layer the bytes of a row are; random vectors are distinct."""
+    names = {}
+    for i, layer in enumerate(store.layers):
+        parts = [part.view(np.uint8) for part in store.reader("resid_post", layer).read()]
+        for row, values in enumerate(np.concatenate(parts, axis=1)):
+            names[i, values.tobytes()] = row
+    return names
 
 
-@pytest.mark.parametrize("encoding", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(("encoding", "compression"), FORMS)
 @pytest.mark.parametrize("window", [None, 3_000, 6_000])
 def test_an_epoch_holds_every_training_row_of_every_layer_once(
-    encoding: str, window: int | None, sample_maker: Callable
+    encoding: str, compression: str, window: int | None, sample_maker: Callable, encoded: Callable
 ) -> None:
-    """Bit for bit as stored, under the layer it belongs to."""
-    sample = sample_maker(encoding=encoding)
-    store = open_store(sample.path)
-    mixture = plan(store, window=window if encoding != "float32" else window and 2 * window)
+    """Byte for byte as stored, under the layer it belongs to."""
+    sample = sample_maker()
+    store = open_store(encoded(sample, encoding=encoding, compression=compression))
+    mixture = plan(store, window=window and window * store.row_bytes // 40)
     names = rows_by_bytes(store)
     seen = [
-        (layer, names[layer, vector.tobytes()])
-        for x, layers, _ in load(mixture, 0, mixture.epoch_steps)
-        for layer, vector in zip(layers.tolist(), raw(x), strict=True)
+        (layer, names[layer, row])
+        for rows, layers, _ in load(mixture, 0, mixture.epoch_steps)
+        for layer, row in zip(layers, rows, strict=True)
     ]
     row = np.arange(store.num_rows)
     wanted = (sample.token_flags == 0) & (row % 24 >= 1) & ~np.isin(row // 24, [3, 20])
@@ -72,10 +84,32 @@ def test_batches_do_not_depend_on_where_reading_starts(sample_maker: Callable) -
     whole = load(mixture, 0, total)
     assert len(whole) == total
     for start in (1, mixture.epoch_steps - 1, mixture.epoch_steps, total - 1):
-        for a, b in zip(whole[start:], load(mixture, start, total), strict=True):
-            assert torch.equal(a[0], b[0])
-            assert torch.equal(a[1], b[1])
-    assert not torch.equal(whole[0][0], whole[mixture.epoch_steps][0])
+        assert load(mixture, start, total) == whole[start:]
+    assert whole[0] != whole[mixture.epoch_steps]
+
+
+@pytest.mark.parametrize(("encoding", "compression"), [("float16", "none"), ("int8", "zstd")])
+def test_batches_do_not_depend_on_how_they_are_read(
+    encoding: str,
+    compression: str,
+    sample_maker: Callable,
+    encoded: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By one thread or many, a first time or again, and where the system gives no queue."""
+    path = encoded(sample_maker(), encoding=encoding, compression=compression)
+
+    def epoch(threads: int, store: Store) -> list[Share]:
+        mixture = plan(store)
+        return load(mixture, 0, mixture.epoch_steps, threads=threads)
+
+    store = open_store(path)
+    whole = epoch(1, store)
+    for threads in (1, 2, 8):
+        assert epoch(threads, store) == whole
+        assert epoch(threads, open_store(path)) == whole
+    monkeypatch.setattr(module, "open_queue", lambda: None)
+    assert epoch(2, store) == whole
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
@@ -87,8 +121,7 @@ def test_ranks_share_the_batches_of_one(world_size: int, sample_maker: Callable)
         for rank in range(world_size)
     ]
     for whole, *shares in zip(load(mixture, 0, mixture.epoch_steps), *ranks, strict=True):
-        together = [v.tobytes() for share in shares for v in raw(share[0])]
-        assert sorted(together) == sorted(v.tobytes() for v in raw(whole[0]))
+        assert sorted(row for share in shares for row in share[0]) == sorted(whole[0])
         assert all(share[2] == whole[2] == len(whole[0]) for share in shares)
 
 
@@ -111,17 +144,3 @@ def test_leaving_early_ends_the_threads(sample_maker: Callable) -> None:
     with Loader(mixture, start=0, stop=10 * mixture.epoch_steps) as loader:
         next(loader)
     assert not [t.name for t in threading.enumerate() if t.name.startswith("mlsae")]
-
-
-def test_prefetch_gives_what_came_before_an_error_first() -> None:
-    """Items in order, then the error, then nothing."""
-
-    def items() -> Any:
-        yield from range(5)
-        raise OSError("no more")
-
-    ahead = Prefetch(items(), 2, "test")
-    assert [next(ahead) for _ in range(5)] == list(range(5))
-    with pytest.raises(OSError, match="no more"):
-        next(ahead)
-    ahead.join()

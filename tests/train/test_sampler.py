@@ -10,6 +10,7 @@ import pytest
 
 from mlsae.base.errors import InputError
 from mlsae.train.sampler import NUM_LANES, Order, slice_rows
+from mlsae.train.walk import Walk
 
 CASES = {
     "one layer": {"num_rows": 3000, "num_layers": 1},
@@ -173,7 +174,7 @@ def test_rows_of_a_sequence_meet_no_more_often_than_by_chance(
 def test_slots_turn_to_their_next_slices_at_different_times(play: Callable) -> None:
     """Reading is steady: after the first step, none needs more than three times the mean."""
     order = play(240_000, batch_rows=1536, max_rows=64).order
-    opened = [len(step.opened.slot) for step in order.walk()]
+    opened = np.bincount(np.concatenate([block.opens for block in Walk(order)])).tolist()
     assert opened[0] == 1536
     assert max(opened[1:-1]) <= 3 * np.mean(opened[1:-1])
 
@@ -185,7 +186,7 @@ def test_memory_grows_by_the_counts_alone() -> None:
         counts = np.full(num_rows // 64, 64, np.uint8)
         tracemalloc.start()
         order = Order(counts, num_layers=2, batch_rows=4096, seed=0, epoch=0)
-        for _ in zip(range(3), order.walk(order.num_steps // 2), strict=False):
+        for _ in zip(range(3), Walk(order, order.num_steps // 2), strict=False):
             pass
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
@@ -207,7 +208,7 @@ def test_an_impossible_number_of_ranks_is_refused() -> None:
     """The message lists those that fit."""
     order = Order(np.ones(10, np.uint8), num_layers=1, batch_rows=4, seed=0, epoch=0)
     with pytest.raises(InputError, match=r"3 ranks cannot .* 16 lanes .*: start 1, 2, 4, 8, 16"):
-        order.walk(world_size=3)
+        Walk(order, world_size=3)
 
 
 def test_a_batch_smaller_than_the_layers_is_refused() -> None:

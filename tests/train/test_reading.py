@@ -1,0 +1,90 @@
+"""Threads do every job, none before its place is free, and steps come in order."""
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from mlsae.store.scatter import Places, Runs
+from mlsae.train.jobs import Job, Share
+from mlsae.train.reading import Reading
+
+NOTHING = np.zeros(0, np.int64)
+PLACES = Places([], np.zeros((0, 0), np.int64))
+RING = 4
+
+
+def jobs_of(steps: int) -> Iterator[Job]:
+    """One to three jobs a step, which fill batches up to three steps ahead."""
+    for step in range(steps):
+        share = Share(step, 1, NOTHING, 1 + step % 3)
+        for _ in range(share.num_jobs):
+            yield Job(share, step + 3 - RING - 1, PLACES, NOTHING, Runs(*[NOTHING] * 5))
+
+
+def take_all(reading: Reading, steps: list[int]) -> None:
+    while (share := reading.next()) is not None:
+        steps.append(share.step)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 8])
+def test_steps_come_in_order_and_no_batch_is_filled_while_in_use(num_threads: int) -> None:
+    """A job may write to a batch again once the one after it was asked for, and no sooner."""
+    done: list[int] = []
+    early: list[int] = []
+    released = -1
+    lock = threading.Lock()
+
+    def do(job: Job) -> None:
+        with lock:
+            done.append(job.share.step)
+            if job.after > released:
+                early.append(job.share.step)
+
+    reading = Reading(jobs_of(500), do, num_threads, 0)
+    for step in range(500):
+        released = step - 1
+        share = reading.next()
+        assert share is not None
+        assert share.step == step
+        with lock:
+            assert sum(n <= step for n in done[: 6 * (step + 1)]) == sum(
+                1 + n % 3 for n in range(step + 1)
+            )
+    assert reading.next() is None
+    reading.stop()
+    assert early == []
+    assert sorted(done) == sorted(step for step in range(500) for _ in range(1 + step % 3))
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 8])
+def test_an_error_comes_in_place_of_the_step_that_it_spoilt(num_threads: int) -> None:
+    """Never lost, never before the thread's own earlier steps; asking again raises it again."""
+
+    def do(job: Job) -> None:
+        if job.share.step == 7:
+            raise OSError("no more")
+
+    reading = Reading(jobs_of(500), do, num_threads, 0)
+    steps: list[int] = []
+    with pytest.raises(OSError, match="no more"):
+        take_all(reading, steps)
+    assert steps == list(range(len(steps)))
+    assert len(steps) == 7 if num_threads == 1 else len(steps) <= 7
+    with pytest.raises(OSError, match="no more"):
+        reading.next()
+    reading.stop()
+
+
+def test_an_error_of_the_plan_comes_too() -> None:
+    """What goes wrong while the next job is made is raised as well."""
+
+    def broken() -> Iterator[Job]:
+        yield from jobs_of(5)
+        raise ValueError("no plan")
+
+    reading = Reading(broken(), lambda _: None, 2, 0)
+    with pytest.raises(ValueError, match="no plan"):
+        take_all(reading, [])
+    reading.stop()

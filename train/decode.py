@@ -1,0 +1,81 @@
+"""From rows as a store holds them to floats, on the device that trains: bytes are few on the way.
+
+Shape suffixes: N rows, D channels, B blocks of channels, L layers.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mlsae.store import AnyStore
+from mlsae.store.encoding import BLOCK_CHANNELS, EIGHTHS, MAX_EXPONENT, MIN_EXPONENT
+
+Parts = tuple[torch.Tensor, ...]
+"""Rows as stored: (N, width) for each of the arrays that hold them."""
+
+
+class Decoder:
+    """Makes floats of the stored rows of some layers.
+
+    Args:
+        store: that holds them.
+        site: of it.
+        layers: of it, in the order of the run.
+        device: to decode on.
+    """
+
+    def __init__(
+        self, store: AnyStore, site: str, layers: tuple[int, ...], device: torch.device
+    ) -> None:
+        self._device, self._num_layers = device, len(layers)
+        self._is_scaled = store.encoding == "int8"
+        if self._is_scaled:
+            at = [store.layers.index(layer) for layer in layers]
+            of_stores = [c.sites[site] for c in store.calibrations if c is not None]
+            # One line for each layer of each store.
+            means = np.concatenate([of_store.mean[at] for of_store in of_stores])
+            scales = np.concatenate([of_store.scale[at] for of_store in of_stores])
+            self._means = torch.from_numpy(means).to(device)
+            self._scales = torch.from_numpy(scales).to(device)
+            exponents = np.arange(MIN_EXPONENT, MAX_EXPONENT + 1)
+            powers = np.exp2(exponents / EIGHTHS).astype(np.float32)
+            self._powers = torch.from_numpy(powers).to(device)
+
+    def __call__(
+        self, parts: Parts, layer: torch.Tensor | int, origin: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Decode rows.
+
+        Args:
+            parts: as stored, on any device.
+            layer: index into the layers: (N,) of each row, or one of them all.
+            origin: (N,) which of the store's `stores` each row is of; None for the first.
+
+        Returns:
+            (N, D) on the device: float32 for int8, by x = q · 2^(k/8) · scale + mean, as
+            storage_schema.md has it; else in the store's own floating type, which the SAE widens.
+        """
+        values_ND, *exponents = (part.to(self._device) for part in parts)
+        if not self._is_scaled:
+            return values_ND
+        factors_NB = self._powers[exponents[0].int() - MIN_EXPONENT]
+        factors_ND = factors_NB.repeat_interleave(BLOCK_CHANNELS, dim=1)[:, : values_ND.shape[1]]
+        line = layer.to(self._device) if isinstance(layer, torch.Tensor) else layer
+        if origin is not None:
+            line = line + self._num_layers * origin.to(self._device)
+        return (values_ND * factors_ND).mul_(self._scales[line]).add_(self._means[line])
+
+
+def origin_of(store: AnyStore, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64] | None:
+    """(n,) which of the store's `stores` each row is of; None where decoding does not ask."""
+    if store.encoding != "int8" or len(store.stores) == 1:
+        return None
+    return store.row_origin(rows)
+
+
+def torch_rows(rows: npt.NDArray[Any], encoding: str) -> torch.Tensor:
+    """Stored rows as a tensor of the same memory: bfloat16 where they are its bits."""
+    tensor = torch.from_numpy(rows)
+    return tensor.view(torch.bfloat16) if encoding == "bfloat16" else tensor

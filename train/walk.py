@@ -1,0 +1,162 @@
+"""An order walked step by step: which parts of slices a rank needs, from when to when.
+
+Each slot of each layer gives one row a *round*. A rank's *places* are its slots of all layers in
+the order in which a round visits them, so its share of a step is a run of places, which may go on
+in the next round. Parts are found many steps at a time: arrays over places and parts cost little
+for each row, while a step alone would cost more than reading its rows.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlsae.train.sampler import Int64, Order, Parts, check_world_size, owned_slots
+
+_BLOCK_ROWS = 1 << 16
+"""Rows of a rank's share of the steps that are walked at once, or nearly."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Neighbouring steps, and the parts that one of them is the first to need."""
+
+    steps: range
+    """Of the epoch, from 0."""
+    parts: Parts
+    """By the step that needs them first."""
+    place: Int64
+    """(n,) of each part."""
+    first_round: Int64
+    """(n,) round in which a part gives its first row; it gives one in each round from there on."""
+    opens: Int64
+    """(n,) step that needs the part first: ascending."""
+    closes: Int64
+    """(n,) step that needs the part last."""
+
+
+class Walk:
+    """The steps of a rank, from any step of the epoch to its end; iterates over blocks of them.
+
+    Args:
+        order: of the epoch.
+        start: step to begin with; it opens every part that is under way there.
+        rank: of this process.
+        world_size: number of ranks.
+
+    Raises:
+        InputError: the number of ranks does not divide the lanes.
+    """
+
+    def __init__(self, order: Order, start: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        check_world_size(world_size, order.num_lanes)
+        self.order = order
+        self.start = start
+        items = np.arange(order.num_layers * order.num_slots)
+        slot, layer = np.divmod(items, order.num_layers)
+        owned = owned_slots(layer, slot, rank, world_size, order.num_lanes)
+        self.layer: Int64 = layer[owned]
+        """(num_places,) index into the layers of each place."""
+        self._items = items[owned]
+        self._round_items = len(items)
+        self._owned_before = np.concatenate([[0], np.cumsum(owned)])
+        self._cursors = _Cursors(order, self.layer, slot[owned], self._first_round(start))
+
+    def __iter__(self) -> Iterator[Block]:
+        share = self.order.batch_rows * len(self.layer) // self._round_items
+        num_steps = max(1, _BLOCK_ROWS // max(1, share))
+        for start in range(self.start, self.order.num_steps, num_steps):
+            yield self._block(range(start, min(start + num_steps, self.order.num_steps)))
+
+    def batch_rows(self, step: int) -> int:
+        """Rows of a step's batch, over all ranks."""
+        first, stop = self._batch(step)
+        return stop - first
+
+    def layers(self, step: int) -> Int64:
+        """(n,) index into the layers of each row of the rank's share of a step."""
+        first, stop = self._batch(step)
+        runs = [np.zeros(0, np.int64)]
+        for begin in range(first - first % self._round_items, stop, self._round_items):
+            a, b = max(first - begin, 0), min(stop - begin, self._round_items)
+            runs.append(self.layer[self._owned_before[a] : self._owned_before[b]])
+        return np.concatenate(runs)
+
+    def step_of(self, place: Int64, round_: Int64) -> Int64:
+        """The step that needs the row of a place in a round; the arguments broadcast."""
+        return (round_ * self._round_items + self._items[place]) // self.order.batch_rows
+
+    def row_of(self, place: Int64, round_: Int64) -> Int64:
+        """How many rows of the rank come before that of a place in a round, in the epoch."""
+        return round_ * len(self.layer) + place
+
+    def rows_before(self, step: Int64) -> Int64:
+        """Rows of the rank in all steps of the epoch before each of some."""
+        round_, item = np.divmod(step * self.order.batch_rows, self._round_items)
+        before: Int64 = round_ * len(self.layer) + self._owned_before[item]
+        return before
+
+    def _block(self, steps: range) -> Block:
+        place, parts, first_round = self._cursors.open_before(self._first_round(steps.stop))
+        opens = np.maximum(self.step_of(place, first_round), self.start)
+        by_step = np.argsort(opens, kind="stable")
+        place, first_round, opens = place[by_step], first_round[by_step], opens[by_step]
+        parts = Parts(*(column[by_step] for column in parts))
+        closes = self.step_of(place, first_round + parts.num_rows - 1)
+        return Block(steps, parts, place, first_round, opens, closes)
+
+    def _batch(self, step: int) -> tuple[int, int]:
+        order, first = self.order, step * self.order.batch_rows
+        return first, min(first + order.batch_rows, order.num_rows * order.num_layers)
+
+    def _first_round(self, step: int) -> Int64:
+        """(num_places,) the first round in which a place is visited at `step` or later."""
+        return -((self._items - step * self.order.batch_rows) // self._round_items)
+
+
+class _Cursors:
+    """Where each place is in its layer's permuted order: at its next slice.
+
+    Args:
+        order: of the epoch.
+        layer: (num_places,)
+        slot: (num_places,)
+        first_round: (num_places,) rounds that each place has behind it.
+    """
+
+    def __init__(self, order: Order, layer: Int64, slot: Int64, first_round: Int64) -> None:
+        self._order, self._layer = order, layer
+        self._start, self._stop = order.starts[slot], order.starts[slot + 1]
+        self._position, self._before = np.empty_like(slot), np.empty_like(slot)
+        offsets = np.minimum(self._start + first_round, order.num_rows - 1)
+        for number in range(order.num_layers):
+            at = layer == number
+            self._position[at], self._before[at] = order.locate(number, offsets[at])
+        self._next_round = np.maximum(self._before - self._start, 0)
+        self._next_round[self._start + first_round >= self._stop] = np.iinfo(np.int64).max
+
+    def open_before(self, limit: Int64) -> tuple[Int64, Parts, Int64]:
+        """Open, for each place, every part that it needs in a round before its limit.
+
+        Returns:
+            (n,) the place of each part, the parts, and (n,) the round of its first row.
+        """
+        limit = np.minimum(limit, self._stop - self._start)
+        opened = [(np.zeros(0, np.int64),) * 6]
+        at = np.flatnonzero(self._next_round < limit)
+        while len(at):
+            layer, before, start = self._layer[at], self._before[at], self._start[at]
+            slices = self._order.slices(layer, self._position[at])
+            count = self._order.counts[slices].astype(np.int64)
+            first = np.maximum(start - before, 0)
+            num_rows = np.minimum(self._stop[at] - before, count) - first
+            # Slices without an eligible row are passed over.
+            some = num_rows > 0
+            found = at, self._next_round[at], layer, slices, first, num_rows
+            opened.append(tuple(column[some] for column in found))
+            self._position[at] += 1
+            self._before[at] += count
+            self._next_round[at] = np.maximum(before + count - start, 0)
+            at = at[self._next_round[at] < limit[at]]
+        place, next_round, *parts = (np.concatenate(column) for column in zip(*opened, strict=True))
+        return place, Parts(*parts), next_round
