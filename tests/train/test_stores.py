@@ -16,9 +16,13 @@ from safetensors.numpy import load_file
 
 from mlsae.base.errors import InputError
 from mlsae.sae import load
-from mlsae.store import NotAStoreError, Store, create, open_corpus, open_store
+from mlsae.store import Calibrator, NotAStoreError, Store, create, open_corpus, open_store
 from mlsae.store.corpus import Location
+from mlsae.store.split import validation_of
 from mlsae.train import TrainConfig, run
+from mlsae.train.evaluate import evaluate
+from mlsae.train.loader import Loader
+from mlsae.train.rows import Mixture
 
 Cache = Location | tuple[Location, ...]
 SETTINGS: dict[str, Any] = {
@@ -38,6 +42,12 @@ def write(
     num_tokens = 16 * num_sequences
     tokens = generator.integers(0, 100, num_tokens)
     scale = np.where(np.arange(num_tokens) % 16 == 0, 30.0, 1.0)[:, None]
+    values = generator.normal(size=(len(layers), num_tokens, 12)) * scale + seed
+    rows = {("resid_post", n): x.astype(np.float32) for n, x in zip(layers, values, strict=True)}
+    if options.get("encoding") == "int8":
+        calibrator = Calibrator(rows, 12)
+        calibrator.add(rows)
+        options["calibration"] = calibrator.result()
     with create(
         path,
         tokens=tokens,
@@ -47,10 +57,8 @@ def write(
         token_flags=(tokens < 5).astype(np.uint8),
         **options,
     ) as writer:
-        rows = generator.normal(size=(len(layers), num_tokens, 12)) * scale + seed
-        writer.append(
-            {("resid_post", n): x.astype(np.float32) for n, x in zip(layers, rows, strict=True)}
-        )
+        kept = writer.row_tokens(0, writer.num_rows)
+        writer.append({key: x[kept] for key, x in rows.items()})
     return path
 
 
@@ -185,12 +193,20 @@ def joined(path: Path, stores: Sequence[Store]) -> Path:
     return path
 
 
+@pytest.mark.parametrize("encoding", ["float32", "int8"])
 def test_a_corpus_trains_as_one_store_of_the_same_rows_would(
-    train: Callable[..., Path], tmp_path: Path
+    encoding: str, train: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Without rows held out, which are chosen by store; batches meet across the border."""
-    paths = tuple(write(tmp_path / str(seed), seed, 30, encoding="float32") for seed in range(3))
-    one = joined(tmp_path / "one", open_corpus(paths).stores)
+    """Without rows held out, which are chosen by store; batches meet across the borders.
+
+    Stores of int8 have scales of their own.
+    """
+    paths = tuple(
+        write(tmp_path / str(seed), seed, 30, encoding=encoding, compression=compression)
+        for seed, compression in enumerate(("none", "zstd", "none"))
+    )
+    corpus = open_corpus(paths)
+    one = joined(tmp_path / "one", corpus.stores)
     settings = {"validation_fraction": 0.0, "epochs": 2}
     found, expected = (
         load_file(train(name, cache, **settings) / "sae.safetensors")
@@ -198,6 +214,42 @@ def test_a_corpus_trains_as_one_store_of_the_same_rows_would(
     )
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=1e-5)
+    sae = load(tmp_path / "runs/found")
+    metrics = [
+        evaluate(
+            sae,
+            store,
+            "resid_post",
+            (0, 2),
+            np.arange(0, 90, 7),
+            skip_positions=1,
+            rank=0,
+            world_size=1,
+            sum_over_ranks=lambda tensor: tensor,
+        )["position_0_out"]["layers"]
+        for store in (corpus, open_store(one))
+    ]
+    for of_corpus, of_one in zip(*metrics, strict=True):
+        assert of_corpus == pytest.approx(of_one, rel=1e-4)
+
+
+def test_every_row_of_a_corpus_of_kept_positions_is_met_once(tmp_path: Path) -> None:
+    """But for those that are flagged, skipped or held out of their stores; each with its layer."""
+    corpus = open_corpus(
+        [write(tmp_path / f"{n}", n, 30, keep_positions=5, keep_seed=n) for n in range(2)]
+    )
+    held_out = validation_of(corpus, 0.2, 0)
+    mixture = Mixture.plan(
+        corpus, "resid_post", (0, 2), batch_rows=20, seed=0, skip_positions=3, validation=held_out
+    )
+    met: list[list[list[float]]] = [[], []]
+    with Loader(mixture, start=0, stop=mixture.epoch_steps) as batches:
+        for batch in batches:
+            for layer, row in zip(batch.layer.tolist(), batch.x.tolist(), strict=True):
+                met[layer].append(row)
+    trained = corpus.eligible(3) & ~np.isin(np.arange(300) // 5, held_out)
+    for found, layer in zip(met, (0, 2), strict=True):
+        assert sorted(found) == sorted(corpus.read("resid_post", layer)[trained].tolist())
 
 
 def test_stores_that_are_no_corpus_are_refused_and_nothing_is_made(
