@@ -16,6 +16,15 @@ ROOT = Path(__file__).resolve().parents[2]
 REQUIREMENTS = {
     "saelens": ["torch==2.13.0", "sae-lens==6.54.12"],
     "sparsify": ["torch==2.13.0", "eai-sparsify==1.3.3"],
+    "published": [
+        "torch==2.13.0",
+        "einops",
+        "huggingface_hub",
+        "jaxtyping",
+        "loguru",
+        "numpy",
+        "safetensors",
+    ],
     # Its nnsight imports what transformers 5 no longer has; the others are what goes with 4, named
     # so that pip need not try versions for minutes.
     "dictionary_learning": [
