@@ -102,8 +102,9 @@ def accumulate(
     gradients = torch.autograd.grad(aux, (W_enc, W_dec, b))
     for parameter, gradient in zip((sae.W_enc, sae.W_dec), gradients[:2], strict=True):
         assert parameter.grad is not None
-        for rows, part in zip(dead.split(_ROWS), gradient.split(_ROWS), strict=True):
-            parameter.grad[rows] += part
+        for start in range(0, len(dead), _ROWS):
+            rows = slice(start, start + _ROWS)
+            parameter.grad[dead[rows]] += gradient[rows]
     assert sae.b.grad is not None
     sae.b.grad += gradients[2]
     return aux.detach()
