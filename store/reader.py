@@ -135,7 +135,7 @@ class Store:
             done = total - len(pending_shards(objects, self.plan))
             raise IncompleteStoreError(
                 f"{self.place} is incomplete: {done} of {total} shards are committed; "
-                f"run the same harvest again to finish it",
+                f"run the same harvest or copy again to finish it",
                 rule="R-COMPLETE-1",
             )
         self._check_records()

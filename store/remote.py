@@ -98,8 +98,8 @@ def open_writable(location: str, *, patience: Patience | None = None) -> Writabl
         return _open_bucket(location, patience or Patience())
     if scheme == "hf":
         raise InputError(
-            f"{location}: cannot be written directly; copy to a directory, then run `hf "
-            f"upload-large-folder owner/name --repo-type=dataset DIRECTORY`"
+            f"{location}: cannot be written directly; copy to a directory, then run `hf upload "
+            f"owner/name DIRECTORY . --repo-type dataset`"
         )
     if scheme in ("http", "https"):
         raise InputError(

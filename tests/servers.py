@@ -110,7 +110,10 @@ class Handler(BaseHTTPRequestHandler):
     def _answer_range(self, path: Path, name: str, asked: str) -> None:
         size = path.stat().st_size
         first, _, last = asked.removeprefix("bytes=").partition("-")
-        start, stop = int(first), min(int(last) + 1, size) if last else size
+        if first:
+            start, stop = int(first), min(int(last) + 1, size) if last else size
+        else:
+            start, stop = max(size - int(last), 0), size
         if start >= size:
             self.answer(416, b"", {"Content-Range": f"bytes */{size}"})
             return

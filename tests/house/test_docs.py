@@ -11,6 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SERVED = {ROOT / "docs/sharing.md"}
+"""Pages that need servers; tests/house/test_sharing.py runs them."""
 REASON = r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?"
 BLOCK = re.compile(REASON + r"^```(?P<kind>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 
@@ -35,7 +37,11 @@ def blocks(page: Path) -> list[Block]:
 
 
 @pytest.mark.timeout(900)  # README walks the whole path: a minute where nothing else runs.
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page not in SERVED],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_every_command_of_a_page_runs_as_written(page: Path, tmp_path: Path):
     """All blocks of a page in one shell, in an empty directory, stopping at the first failure."""
     script = ["set -euo pipefail"]

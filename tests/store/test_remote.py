@@ -129,8 +129,8 @@ def test_other_locations_are_refused(location, message):
         ("https://host/store", "a web server takes no uploads; copy to a directory that it serves"),
         (
             "hf://datasets/someone/acts",
-            "cannot be written directly; copy to a directory, then run `hf upload-large-folder "
-            "owner/name --repo-type=dataset DIRECTORY`",
+            "cannot be written directly; copy to a directory, then run `hf upload owner/name "
+            "DIRECTORY . --repo-type dataset`",
         ),
         ("gs://bucket/store", "expected s3://bucket/prefix"),
     ],
