@@ -288,8 +288,8 @@ def test_copies_that_share_text_are_refused(tmp_path: Path) -> None:
     whole = make(tmp_path / "whole", 0, num_sequences=11)
     whole_id = open_corpus(whole).store_id
 
-    def copied(name: str, seed: int, derived_from: dict[str, Any]) -> Path:
-        return make(tmp_path / name, seed, num_sequences=4, derived_from=derived_from)
+    def copied(name: str, seed: int, derived_from: dict[str, Any], num_sequences: int = 4) -> Path:
+        return make(tmp_path / name, seed, num_sequences=num_sequences, derived_from=derived_from)
 
     head = copied("head", 1, {"store_id": whole_id, "sequences": [0, 4]})
     tail = copied("tail", 2, {"store_id": whole_id, "sequences": [4, 8]})
@@ -297,7 +297,10 @@ def test_copies_that_share_text_are_refused(tmp_path: Path) -> None:
     chain["derived_from"] = {"store_id": whole_id, "sequences": [2, 9]}
     middle = copied("middle", 3, chain)  # Sequences 3 to 6 of the whole.
     unknown = copied("unknown", 4, {"store_id": whole_id})
-    assert open_corpus([head, tail]).num_sequences == 8
+    before = copied("before", 5, {"store_id": whole_id, "sequences": [0, 3]}, 3)
+    after = copied("after", 6, {"store_id": whole_id, "sequences": [7, 11]})
+    for apart in ([head, tail], [before, middle, after]):
+        assert open_corpus(apart).num_sequences == 4 * len(apart) - (before in apart)
     for paths in [(whole, head), (whole, middle), (tail, middle), (head, middle), (unknown, tail)]:
         with pytest.raises(InputError, match=rf"share text, that of store {whole_id[:12]}, which"):
             open_corpus(paths)
