@@ -57,7 +57,7 @@ def refused(result: Result, message: str, *absent: Path) -> None:
         ({"--layers": "0,9"}, "has no layer 9: its layers are 0 to 5"),
         ({"--max-tokens": "10"}, "is less than one sequence of 32 tokens"),
         ({"--max-disk": "10kB"}, "over --max-disk 10 kB"),
-        ({"--encoding": "int4"}, "--encoding must be auto, float16, bfloat16, float32, got 'int4'"),
+        ({"--encoding": "int4"}, "--encoding must be auto, float16, bfloat16, float32, int8, float16-zstd, "),
     ],
 )
 def test_harvest(demo_model: Path, tmp_path: Path, changes: dict[str, str], message: str):
@@ -114,7 +114,7 @@ def test_train_and_analyze_refuse_stores_that_are_not_whole(walked: Path, tmp_pa
     (incomplete / "commits/00000.json").unlink()
     newer = copy(walked / "acts", tmp_path / "newer")
     plan = read_sealed(newer / "plan.json")
-    (newer / "plan.json").write_bytes(seal({**plan, "schema_version": "1.0"}))
+    (newer / "plan.json").write_bytes(seal({**plan, "schema_version": "2.0"}))
     damaged = copy(walked / "acts", tmp_path / "damaged")
     shard = damaged / "activations/resid_post/3/c.0.0"
     data = bytearray(shard.read_bytes())
@@ -124,7 +124,7 @@ def test_train_and_analyze_refuse_stores_that_are_not_whole(walked: Path, tmp_pa
         (absent, "absent does not exist; expected an activation store"),
         (walked, "is not an activation store: it has no plan.json"),
         (incomplete, "incomplete is incomplete: 0 of 1 shards are committed"),
-        (newer, "the store follows schema 1.0, this mlsae reads 0.2; upgrade mlsae"),
+        (newer, "the store follows schema 2.0, this mlsae reads 1.0; upgrade mlsae"),
         (damaged, "(shard 0 of activations/resid_post/3) is damaged: the checksum of its chunk"),
     ):
         out = tmp_path / "out"

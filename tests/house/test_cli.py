@@ -98,7 +98,7 @@ def test_errors_are_one_line_without_a_traceback(sample, tmp_path: Path):
             "Error: not-a-store is not an activation store: it has",
         ),
         (
-            ["store", "verify", str(sample.path)],
+            ["store", "copy", str(sample.path), "copy"],
             "is incomplete: 5 of 5 shards are committed; run the",
         ),
     ]:
@@ -130,10 +130,10 @@ def test_store_info_and_verify_speak_to_people_and_programs(sample, tmp_path: Pa
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     damaged = run("store", "verify", str(sample.path), cwd=tmp_path)
     assert damaged.returncode == 1
-    assert damaged.stdout.startswith(
-        "R-COMMIT-4 activations/resid_post/1/c.2.0: its SHA-256 is not"
-    )
-    assert "breaks 1 rule of storage_schema.md" in damaged.stderr
+    index, whole = damaged.stdout.splitlines()
+    assert index.startswith("R-SHARD-3 activations/resid_post/1: ")
+    assert whole.startswith("R-COMMIT-4 activations/resid_post/1/c.2.0: its SHA-256 is not")
+    assert "breaks 2 rules of storage_schema.md" in damaged.stderr
 
 
 def test_a_store_elsewhere_is_looked_at_as_it_is_there(
