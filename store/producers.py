@@ -53,7 +53,8 @@ class Producers:
                 raise MixedProducersError(
                     f"{self._objects.place}: shard {shards[0]} was made by {describe(other)}, "
                     f"this process is {describe(producer)}, and the last bits of their values may "
-                    f"differ; go on with the same device and versions, or allow it with --allow-mixed-hardware"
+                    f"differ; go on with the same device and versions, or allow it with "
+                    f"--allow-mixed-hardware"
                 )
 
 

@@ -1,4 +1,4 @@
-"""What a step takes in memory: measured in processes of their own, and held against the estimate."""
+"""What a step takes in memory: measured in processes of their own, against the estimate."""
 
 import subprocess
 import sys
