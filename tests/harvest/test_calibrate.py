@@ -15,7 +15,7 @@ from mlsae.harvest.calibrate import calibrate
 from mlsae.models import Transformer, load
 from mlsae.models.capture import capture
 from mlsae.models.inputs import Inputs
-from mlsae.store import SPECIAL, Calibration
+from mlsae.store import SPECIAL, Calibration, Calibrator
 from mlsae.store.rows import kept_positions
 
 LENGTH, SEQUENCES = 16, 20
@@ -54,19 +54,23 @@ def needing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return act
 
 
-def assert_by_rows(found: Calibration, rows: np.ndarray, chosen: np.ndarray) -> None:
-    """Mean and root mean square about it, float64."""
-    assert found.num_rows == len(chosen)
-    of_site = found.sites["resid_post"]
-    x = rows[:, chosen]
-    np.testing.assert_allclose(of_site.mean, x.mean(axis=1), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(of_site.scale, x.std(axis=1), rtol=1e-5)
+def assert_by_rows(found: Calibration, rows: np.ndarray, *pieces: np.ndarray) -> None:
+    """As the store's own of these rows, in these pieces."""
+    calibrator = Calibrator([("resid_post", 1), ("resid_post", 3)], 32)
+    for chosen in pieces:
+        calibrator.add({("resid_post", 1): rows[0, chosen], ("resid_post", 3): rows[1, chosen]})
+    expected = calibrator.result()
+    assert found.num_rows == expected.num_rows
+    for ours, theirs in ((f, expected.sites[site]) for site, f in found.sites.items()):
+        np.testing.assert_allclose(ours.mean, theirs.mean, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(ours.scale, theirs.scale, rtol=1e-5)
 
 
 def test_short_text_gives_all_its_eligible_rows(transformer: Transformer, rows: np.ndarray) -> None:
     found = calibrate(transformer, BATCHES, FLAGS, (1, 3), ("resid_post",))
     eligible = np.flatnonzero((FLAGS == 0) & (np.arange(len(FLAGS)) % LENGTH > 0))
-    assert_by_rows(found, rows, eligible)
+    first = eligible < 3 * LENGTH
+    assert_by_rows(found, rows, eligible[first], eligible[~first])
 
 
 def test_first_batches_are_enough_and_the_last_is_sampled_evenly(
@@ -87,7 +91,7 @@ def test_first_batches_are_enough_and_the_last_is_sampled_evenly(
     assert len(seen) == 2
     spread = second[np.arange(10) * len(second) // 10]
     assert np.ptp(spread) > 2 * LENGTH
-    assert_by_rows(found, rows, np.concatenate([first, spread]))
+    assert_by_rows(found, rows, first[:7], first[7:], spread)
 
 
 def test_only_stored_positions_count(transformer: Transformer, rows: np.ndarray) -> None:
@@ -95,7 +99,9 @@ def test_only_stored_positions_count(transformer: Transformer, rows: np.ndarray)
     found = calibrate(transformer, kept, FLAGS, (1, 3), ("resid_post",))
     positions = kept_positions(7, 0, SEQUENCES, LENGTH, 5)
     tokens = (positions + LENGTH * np.arange(SEQUENCES)[:, None]).reshape(-1)
-    assert_by_rows(found, rows, tokens[(FLAGS[tokens] == 0) & (tokens % LENGTH > 0)])
+    eligible = tokens[(FLAGS[tokens] == 0) & (tokens % LENGTH > 0)]
+    first = eligible < 3 * LENGTH
+    assert_by_rows(found, rows, eligible[first], eligible[~first])
 
 
 def test_text_without_an_eligible_row_is_refused(transformer: Transformer) -> None:
