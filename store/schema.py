@@ -1,5 +1,6 @@
 """The words of the specification, storage_schema.md: version, names of objects, flags, plan."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,8 +79,8 @@ def shard_moments(shard: int) -> str:
 
 
 def is_provenance(name: str) -> bool:
-    """Whether an object of this name is a record of a run."""
-    return name.startswith(f"{PROVENANCE}/") and name.endswith(".json")
+    """Whether an object of this name, which anybody may have chosen, is a record of a run."""
+    return re.fullmatch(rf"{PROVENANCE}/[^/\0]+\.json", name) is not None
 
 
 def chunk_key(shard: int, num_dimensions: int) -> str:

@@ -27,6 +27,7 @@ from mlsae.store import (
     open_store,
 )
 from mlsae.store.copy import CopyConfig, CopyResult, copy
+from mlsae.store.schema import is_provenance
 from mlsae.store.verify import verify
 
 SIGNALLED = """
@@ -419,6 +420,7 @@ from pathlib import Path
 from mlsae.base.errors import ResourceError
 from mlsae.store.copy import CopyConfig, copy
 from mlsae.store.target import DirectoryTarget
+from mlsae.store.schema import is_provenance
 from mlsae.store.verify import verify
 
 source, disk = sys.argv[1], Path(sys.argv[2])
@@ -469,3 +471,20 @@ def test_a_full_disk_stops_the_copy_and_the_rerun_finishes(sample, tmp_path):
     assert made == "False"
     assert re.fullmatch(r"the disk is full: .* could not be written; what was finished .*", met)
     assert rest == ["partial files: 0", "problems: []"]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_record"),
+    [
+        ("provenance/0123abcd.json", True),
+        ("provenance/one of ours.json", True),
+        ("provenance/../../evil.json", False),
+        ("provenance/sub/evil.json", False),
+        ("provenance/nul\0.json", False),
+        ("x/provenance/a.json", False),
+        ("provenance/a.json.partial", False),
+    ],
+)
+def test_a_name_that_a_place_lists_is_no_path_outside_the_copy(name, is_record):
+    """Anybody may have chosen it."""
+    assert is_provenance(name) == is_record
