@@ -183,9 +183,7 @@ def test_stores_that_are_no_corpus_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["s3", "hub"])
 def test_a_remote_store_that_lists_itself_is_analyzed_as_the_local_one(
-    kind: str,
     stores: tuple[Path, Path],
     sae: Path,
     serve: Callable[[str, Path], str],
@@ -193,7 +191,7 @@ def test_a_remote_store_that_lists_itself_is_analyzed_as_the_local_one(
 ) -> None:
     """Its transformer is found by what the harvest noted."""
     local = analysis(stores[1], sae, tmp_path / "local")
-    location = serve(kind, stores[1])
+    location = serve("hub", stores[1])
     found = analysis(location, sae, tmp_path / "remote", cache_dir=tmp_path / "kept")
     assert found.layers.equals(local.layers)
     assert found.layers["delta_ce"].null_count == 0

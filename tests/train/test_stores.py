@@ -207,9 +207,8 @@ def test_a_corpus_trains_as_one_store_of_the_same_rows_would(
     )
     corpus = open_corpus(paths)
     one = joined(tmp_path / "one", corpus.stores)
-    settings = {"validation_fraction": 0.0, "epochs": 2}
     found, expected = (
-        load_file(train(name, cache, **settings) / "sae.safetensors")
+        load_file(train(name, cache, validation_fraction=0.0) / "sae.safetensors")
         for name, cache in (("found", paths), ("expected", one))
     )
     for name, values in expected.items():
