@@ -3,13 +3,14 @@
 import os
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mlsae.base.files import seal, write_durably
+from mlsae.base.files import fsync_directory, seal, write_durably
 from mlsae.base.resources import require_disk
 from mlsae.store.added_fvu import MAX_ADDED_FVU
 from mlsae.store.calibration import Calibration
@@ -116,6 +117,9 @@ def create(
         require_disk(path, total_bytes, "the store", "harvest fewer tokens or layers")
         path.mkdir(parents=True, exist_ok=True)
         write_durably(path / PLAN, seal(plan))
+        # Whoever may write into a folder may not always look into it.
+        with suppress(PermissionError):
+            fsync_directory(path.parent)
     elif present != plan:
         lines = describe_difference(plan, present)
         raise PlanMismatchError(

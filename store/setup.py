@@ -1,14 +1,14 @@
 """A store before its first shard: Zarr metadata, tokens, documents, flags and their record."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mlsae.base.files import seal, write_durably
+from mlsae.base.files import fsync_directory, seal, write_durably
 from mlsae.store.arrays import ArrayReader
 from mlsae.store.calibration import Calibration
 from mlsae.store.encoding import SiteCalibration, SiteCodec
@@ -35,11 +35,11 @@ def write_setup(
 ) -> None:
     """Write everything but activations; the record of it comes last."""
     plan_id = plan_id_of(plan)
-    metadata = {}
-    for name, data in zarr_metadata(plan, plan_id).items():
-        file = path / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(file, data)
+    contents, metadata = zarr_metadata(plan, plan_id), {}
+    names = [str(Path(name).parent) for name in contents]
+    _make_folders(path, [*names, COMMITS, SHARD_MOMENTS, PROVENANCE])
+    for name, data in contents.items():
+        write_durably(path / name, data)
         metadata[name] = hashlib.sha256(data).hexdigest()
     objects = {}
     for name, (dtype, length) in setup_arrays(plan).items():
@@ -69,11 +69,18 @@ def write_setup(
                 rows = len(values)
                 stored = np.ascontiguousarray(values, "<f4")
                 objects[key] = _write(path / key, iter([stored]), 4 * plan["d_model"], rows, rows)
-    for directory in (COMMITS, SHARD_MOMENTS, PROVENANCE):
-        (path / directory).mkdir(exist_ok=True)
     write_durably(
         path / SETUP, seal({"plan_id": plan_id, "objects": objects, "metadata": metadata})
     )
+
+
+def _make_folders(path: Path, names: Iterable[str]) -> None:
+    """Make folders that outlive a power cut: whatever holds a new one is flushed."""
+    folders = sorted(path / name for name in names)
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    for parent in sorted({folder.parent for folder in folders if folder != path}):
+        fsync_directory(parent)
 
 
 def _write(

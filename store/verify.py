@@ -326,7 +326,11 @@ class _Verification:
         }
         for start in range(shard * store.shard_rows, stop, store.chunk_rows):
             end = min(start + store.chunk_rows, stop)
-            blocks = blocks_of(store.row_groups(start, end), store.d_model)
+            try:
+                groups = store.row_groups(start, end)
+            except DamagedStoreError:
+                return None  # Reported with the tokens.
+            blocks = blocks_of(groups, store.d_model)
             for site in store.sites:
                 stored = []
                 for layer, reader in zip(store.layers, readers[site], strict=True):
