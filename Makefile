@@ -2,18 +2,27 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check test-slow test-external demo-model results scale
+.PHONY: demo test check test-faults reliability test-slow test-external demo-model results scale
 
 demo: .venv/installed
 	$(BIN)/mlsae demo --out demo-run
 
 test: check
-	$(BIN)/python -m pytest -m "not slow and not external"
+	$(BIN)/python -m pytest -m "not slow and not external and not faults"
 
 check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/house/typecheck.py
+
+# Not before every merge: it takes a quarter of an hour.
+test-faults: .venv/installed
+	$(BIN)/python -m pytest tests/faults -m faults
+
+# The same, and its counts into docs/reliability.md.
+reliability: .venv/installed
+	$(BIN)/python -m pytest tests/faults -m faults --counts docs/results/reliability.json
+	$(BIN)/python -m benchmarks.reliability
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
