@@ -124,21 +124,19 @@ class ArrayReader:
             self._read_in_chunk(piece, chunk, first)
             done += take
 
-    def locate(self, start: int, num_rows: int) -> tuple[Descriptor, int] | None:
-        """The file and the byte from which rows lie side by side in it, if they were checked.
+    def locate(self, start: int, num_rows: int) -> tuple[Descriptor, int, int] | None:
+        """Where rows from `start` on lie in a file: the file, the first byte, and how many do.
 
-        None where they must be read by `read_into`: if their chunk is not yet known to be sound,
-        compressed or elsewhere, or if they go on in the next one.
+        These are the rows up to the end of their chunk, or `num_rows`. None where they must be read
+        by `read_into`: if their chunk is compressed, elsewhere, or not yet known to be sound.
         """
         chunk, first = divmod(start, self._chunk_rows)
         number, inner = divmod(chunk, self._chunks_per_shard)
         shard = self._shards.get(number)
-        if self._files is None or shard is None or first + num_rows > self._chunk_rows:
-            return None
-        if not shard.checked[inner]:
+        if self._files is None or shard is None or not shard.checked[inner]:
             return None
         offset = inner * (self._chunk_bytes + CRC_BYTES) + first * self._row_bytes
-        return self._files.descriptor(shard.name), offset
+        return self._files.descriptor(shard.name), offset, min(num_rows, self._chunk_rows - first)
 
     def check_chunk(self, chunk: int, digest: "hashlib._Hash") -> Array:
         """Read one whole chunk, padding included, and check it; (chunk_rows, *row_shape).

@@ -96,13 +96,10 @@ class CorpusReader:
             self._readers[at].read_into(pieces, first)
             done += end - first
 
-    def locate(self, start: int, num_rows: int) -> list[tuple[Descriptor, int]] | None:
-        """For each part the file and the byte from which rows lie side by side in it.
-
-        None where they must be read by `read_into`: see `RowReader.locate`.
-        """
-        (at, first, end), *more = self._borders.spans(start, start + num_rows)
-        return None if more else self._readers[at].locate(first, end - first)
+    def locate(self, start: int, num_rows: int) -> list[tuple[Descriptor, int, int]] | None:
+        """Where rows from `start` on lie in files: for each part as `ArrayReader.locate` says."""
+        at, first, end = next(self._borders.spans(start, start + num_rows))
+        return self._readers[at].locate(first, end - first)
 
 
 @dataclass(frozen=True)

@@ -111,13 +111,15 @@ class RowReader:
         for reader, values in zip(self.arrays, out, strict=True):
             reader.read_into(values, start)
 
-    def locate(self, start: int, num_rows: int) -> list[tuple[Descriptor, int]] | None:
-        """For each part the file and the byte from which rows lie side by side in it.
-
-        None where they must be read by `read_into`: see `ArrayReader.locate`.
-        """
-        found = [reader.locate(start, num_rows) for reader in self.arrays]
-        return [place for place in found if place is not None] if None not in found else None
+    def locate(self, start: int, num_rows: int) -> list[tuple[Descriptor, int, int]] | None:
+        """Where rows from `start` on lie in files: for each part as `ArrayReader.locate` says."""
+        found = []
+        for reader in self.arrays:
+            place = reader.locate(start, num_rows)
+            if place is None:
+                return None
+            found.append(place)
+        return found
 
 
 class Store:

@@ -32,8 +32,8 @@ class Reader(Protocol):
         """Fill arrays with the rows from `start` on."""
         ...
 
-    def locate(self, start: int, num_rows: int) -> list[tuple[Descriptor, int]] | None:
-        """Where rows lie side by side in a file: for each part the file and their first byte."""
+    def locate(self, start: int, num_rows: int) -> list[tuple[Descriptor, int, int]] | None:
+        """For each part a file, the first byte, and how many rows from `start` on lie there."""
         ...
 
 
@@ -85,45 +85,60 @@ class Places:
         Raises:
             DamagedStoreError: a chunk's bytes are missing or differ from its checksum.
         """
-        if queue is None:
-            self._fill_singly(readers, runs, np.arange(len(runs.reader)))
-            return
-        most = MOST_READS // len(self._out)
-        for first in range(0, len(runs.reader), most):
-            some = runs.part(first, first + most)
-            self._fill_singly(readers, some, self._fill_at_once(readers, some, queue))
-
-    def _fill_at_once(self, readers: Sequence[Reader], runs: Runs, queue: Queue) -> Int64:
-        """Read what can be read by one call; returns the indices of the other runs."""
-        taken, files, offsets = [], [], []
-        each = zip(*(values.tolist() for values in runs[:3]), strict=True)
-        for i, (reader, start, num_rows) in enumerate(each):
-            found = readers[reader].locate(start, num_rows)
-            if found is not None and num_rows <= MOST_PIECES:
-                taken.append(i)
-                for file, offset in found:
+        pieces: list[tuple[int, int, int, int]] = []
+        files: list[Descriptor] = []
+        offsets: list[int] = []
+        columns = self._to.shape[1]
+        each = zip(*(values.tolist() for values in runs), strict=True)
+        for reader, start, num_rows, line, column in each:
+            entry, left = line * columns + column, num_rows
+            while left:
+                most = min(left, MOST_PIECES)
+                found = None if queue is None else readers[reader].locate(start, most)
+                if found is None:
+                    self._copy(readers[reader], start, left, entry)
+                    break
+                for file, offset, _ in found:
                     files.append(file)
                     offsets.append(offset)
-        if not taken:
-            return np.arange(len(runs.reader))
-        cell = (runs.line[taken] * self._to.shape[1] + runs.column[taken]) * _PIECE.itemsize
-        num_bytes = queue.read(
+                count = found[0][2]
+                pieces.append((reader, start, count, entry))
+                start, left, entry = start + count, left - count, entry + count
+        if queue is None:
+            return
+        num_parts = len(self._out)
+        most = MOST_READS // num_parts
+        for first in range(0, len(pieces), most):
+            here = slice(first * num_parts, (first + most) * num_parts)
+            some = pieces[first : first + most]
+            self._read(readers, some, files[here], offsets[here], queue)
+
+    def _read(
+        self,
+        readers: Sequence[Reader],
+        pieces: list[tuple[int, int, int, int]],
+        files: list[Descriptor],
+        offsets: list[int],
+        queue: Queue,
+    ) -> None:
+        """Read pieces that lie side by side in files, by one call."""
+        _, _, num_rows, entry = np.array(pieces).T
+        read = queue.read(
             [file.number for file in files],
             offsets,
-            (cell[:, None] + self._addresses).reshape(-1),
-            np.repeat(runs.num_rows[taken], len(self._out)),
+            (entry[:, None] * _PIECE.itemsize + self._addresses).reshape(-1),
+            np.repeat(num_rows, len(self._out)),
         )
-        wanted = runs.num_rows[taken][:, None] * self._row_bytes
-        is_read = (num_bytes.reshape(wanted.shape) == wanted).all(axis=1)
+        is_read = (read.reshape(len(pieces), -1) == num_rows[:, None] * self._row_bytes).all(axis=1)
         # Read again in the usual way, the others say what is wrong.
-        return np.setdiff1d(np.arange(len(runs.reader)), np.array(taken)[is_read])
+        for i in np.flatnonzero(~is_read).tolist():
+            reader, start, count, first = pieces[i]
+            self._copy(readers[reader], start, count, first)
 
-    def _fill_singly(self, readers: Sequence[Reader], runs: Runs, which: Int64) -> None:
-        each = zip(*(values[which].tolist() for values in runs), strict=True)
-        for reader, start, num_rows, line, column in each:
-            parts = readers[reader].parts
-            rows = [np.empty((num_rows, part.width), part.dtype) for part in parts]
-            readers[reader].read_into(rows, start)
-            to = self._to[line, column : column + num_rows]
-            for out, values in zip(self._out, rows, strict=True):
-                out[to] = values
+    def _copy(self, reader: Reader, start: int, num_rows: int, entry: int) -> None:
+        """Read rows as usual and put them in their places."""
+        rows = [np.empty((num_rows, part.width), part.dtype) for part in reader.parts]
+        reader.read_into(rows, start)
+        to = self._to.reshape(-1)[entry : entry + num_rows]
+        for out, values in zip(self._out, rows, strict=True):
+            out[to] = values
