@@ -20,6 +20,7 @@ from mlsae.store.manifest import Manifest
 from mlsae.store.mirror import mirror
 from mlsae.store.objects import LocalObjects, Objects
 from mlsae.store.plan import read_plan
+from mlsae.store.presets import preset_of
 from mlsae.store.reader import Store, open_store
 from mlsae.store.remote import is_remote, open_objects, open_writable
 from mlsae.store.schema import SETUP
@@ -181,11 +182,10 @@ def _directory(location: str | os.PathLike[str]) -> Path:
 
 
 def _content(store: Store) -> str:
-    sites = f" at {len(store.sites)} sites" if len(store.sites) > 1 else ""
-    return (
-        f"{format_count(store.num_rows)} rows of each of {len(store.layers)} layers{sites} in "
-        f"{store.encoding}"
-    )
+    num_layers, num_sites = len(store.layers), len(store.sites)
+    layers = f"each of {num_layers} layers" if num_layers > 1 else "one layer"
+    sites = f" at {num_sites} sites" if num_sites > 1 else ""
+    return f"{format_count(store.num_rows)} rows of {layers}{sites} in {preset_of(store.plan)}"
 
 
 def _stopped(config: CopyConfig, interruption: Interruption) -> InterruptedWorkError:
