@@ -15,6 +15,7 @@ from typing import Any
 from mlsae.base.errors import InputError, ResourceError
 
 SEAL = "sha256"
+_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
 
 
 class DamagedFileError(InputError):
@@ -92,6 +93,38 @@ def write_durably(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
+
+
+def write_new_durably(path: Path, data: bytes) -> bool:
+    """As `write_durably`, but never over a file that is there, not even one of the same instant.
+
+    Returns:
+        Whether `path` was written; False where it was there.
+
+    Raises:
+        ResourceError: the disk is full; `path` is as it was.
+    """
+    partial = partial_path(path)
+    try:
+        with full_disk_explained(path), partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            path.hardlink_to(partial)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            # A file system without links has nothing better: look, then rename.
+            if path.exists():
+                return False
+            partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    fsync_directory(path.parent)
+    return True
 
 
 def canonical_json(value: Any) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlsae.base.files import fsync_directory, seal, write_durably
+from mlsae.base.files import fsync_directory, seal, write_durably, write_new_durably
 from mlsae.base.resources import require_disk
 from mlsae.store.added_fvu import MAX_ADDED_FVU
 from mlsae.store.calibration import Calibration
@@ -116,11 +116,12 @@ def create(
         total_bytes = layout.total_bytes
         require_disk(path, total_bytes, "the store", "harvest fewer tokens or layers")
         path.mkdir(parents=True, exist_ok=True)
-        write_durably(path / PLAN, seal(plan))
+        if not write_new_durably(path / PLAN, seal(plan)):
+            present = find_plan(path)  # Of somebody who began in the same instant.
         # Whoever may write into a folder may not always look into it.
         with suppress(PermissionError):
             fsync_directory(path.parent)
-    elif present != plan:
+    if present is not None and present != plan:
         lines = describe_difference(plan, present)
         raise PlanMismatchError(
             f"{path} holds a store of another plan ({'; '.join(lines[:3])}); "

@@ -1,0 +1,55 @@
+"""Two producers that begin in one directory at the same instant."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlsae.base.files import write_new_durably
+from mlsae.store import PlanMismatchError, create, open_store
+from mlsae.store.verify import verify
+
+
+def produce(path: Path, context_length: int, ready: threading.Barrier, outcomes: list[str]) -> None:
+    """A store of twelve rows."""
+    ready.wait()
+    try:
+        with create(
+            path, tokens=np.arange(12), context_length=context_length, layers=(0,), d_model=2
+        ) as writer:
+            if writer.position is not None:
+                writer.append({("resid_post", 0): np.ones((12, 2), np.float32)})
+    except PlanMismatchError as error:
+        outcomes.append(str(error))
+    else:
+        outcomes.append("made")
+
+
+@pytest.mark.parametrize("lengths", [(3, 4), (4, 4)], ids=["other plans", "one plan"])
+def test_one_plan_wins_and_is_whole(tmp_path: Path, lengths: tuple[int, int]):
+    """The other is refused, naming the difference; of one plan both finish."""
+    for attempt in range(10):
+        path, outcomes = tmp_path / str(attempt), list[str]()
+        ready = threading.Barrier(2)
+        threads = [
+            threading.Thread(target=produce, args=(path, length, ready, outcomes))
+            for length in lengths
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        refusals = [outcome for outcome in outcomes if outcome != "made"]
+        assert len(outcomes) == 2
+        assert len(refusals) == len(set(lengths)) - 1
+        assert all("context_length: " in refusal for refusal in refusals)
+        assert open_store(path).context_length in lengths
+        assert verify(path).problems == []
+
+
+def test_a_file_that_is_there_is_never_replaced(tmp_path: Path):
+    assert write_new_durably(tmp_path / "a", b"first")
+    assert not write_new_durably(tmp_path / "a", b"second")
+    assert (tmp_path / "a").read_bytes() == b"first"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
