@@ -108,8 +108,8 @@ def test_a_copy_has_every_byte_and_the_same_id(sample_maker, tmp_path, options):
     assert files(tmp_path / "deep/copy") == files(source)
     assert open_store(tmp_path / "deep/copy").store_id == store_id
     assert re.fullmatch(
-        rf"copied {source} to {tmp_path}/deep/copy: \d+ rows of each of 3 layers in b?float16(-zstd)?, "
-        rf"[\d.]+ kB in \d+\.\d s, store_id {store_id[:12]} as before\n",
+        rf"copied {source} to {tmp_path}/deep/copy: \d+ rows of each of 3 layers in "
+        rf"b?float16(-zstd)?, [\d.]+ kB in \d+\.\d s, store_id {store_id[:12]} as before\n",
         done.output,
     )
 
