@@ -1,14 +1,24 @@
 """What is planned before anything is read: nothing waits for itself, everything fits its ring."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 
 from mlsae.store import open_store
-from mlsae.train.jobs import jobs
+from mlsae.train.jobs import Job, jobs
 from mlsae.train.ring import Ring
 from mlsae.train.rows import Mixture
+
+
+def filled_steps(job: Job, ring: Ring) -> Iterator[int]:
+    """The steps to whose batches a job writes: the first of their places in the ring to come."""
+    _, _, *runs = (values.tolist() for values in job.runs)
+    for num_rows, line, column in zip(*runs, strict=True):
+        for place in job.to[line, column : column + num_rows].tolist():
+            if place != ring.nowhere:
+                ahead = place // ring.batch_rows - job.share.step
+                yield job.share.step + ahead % ring.num_batches
 
 
 @pytest.mark.parametrize("batch_rows", [3, 7, 33, 200, 5000])
@@ -17,7 +27,7 @@ from mlsae.train.rows import Mixture
 def test_a_job_waits_for_batches_that_are_long_past(
     batch_rows: int, window: int | None, rank: int, world_size: int, sample_maker: Callable
 ) -> None:
-    """So the consumer gets there: two steps lie between. Every step has a job, its share fits."""
+    """So the consumer gets there: two steps lie between. And by then no one uses what it fills."""
     store = open_store(sample_maker().path)
     mixture = Mixture.plan(
         store,
@@ -37,6 +47,8 @@ def test_a_job_waits_for_batches_that_are_long_past(
         steps = []
         for job in jobs(mixture, ring, start, stop, rank, world_size):
             assert job.after <= job.share.step - 3
+            latest = max(filled_steps(job, ring), default=job.share.step)
+            assert latest == job.after + ring.num_batches
             assert len(job.share.layer) <= ring.batch_rows
             steps.append(job.share.step)
         assert sorted(set(steps)) == list(range(start, stop))

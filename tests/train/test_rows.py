@@ -65,6 +65,49 @@ def test_rows_of_kept_positions_are_those_of_the_full_store_that_were_kept(
         assert np.array_equal(ours[rows.mask(0, 259)], theirs[tokens[expected]])
 
 
+@pytest.mark.parametrize("skip_positions", [0, 1, 3])
+@pytest.mark.parametrize("slice_rows", [1, 7, 24, 100])
+@pytest.mark.parametrize("kept", [24, 7])
+def test_places_are_those_of_the_rows_in_their_slices(
+    skip_positions: int, slice_rows: int, kept: int, sample_maker: Callable, thinned: Callable
+) -> None:
+    """Of any slices in any order, the short last one included."""
+    sample = sample_maker(batch_sequences=5)
+    store = open_store(sample.path if kept == 24 else thinned(sample, num=kept))
+    rows = TrainingRows(store, skip_positions, np.array([0, 4, 5, 36]))
+    counts = rows.slice_counts(slice_rows).astype(np.int64)
+    slices = np.random.default_rng(0).permutation(len(counts))
+    mask = np.zeros(len(counts) * slice_rows, np.bool_)
+    mask[: store.num_rows] = rows.mask(0, store.num_rows)
+    found = rows.places(slices, counts[slices], slice_rows)
+    for slice_, places in zip(slices.tolist(), found, strict=True):
+        expected = np.flatnonzero(mask[slice_ * slice_rows : (slice_ + 1) * slice_rows])
+        assert places[: counts[slice_]].tolist() == expected.tolist()
+
+
+def test_flags_are_read_only_where_a_row_has_one(
+    sample_maker: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First positions, sequences held out and the store's end follow from a row's number."""
+    sample = sample_maker()
+    store = open_store(sample.path)
+    rows = TrainingRows(store, 1, np.array([0, 4, 5, 36]))
+    counts = rows.slice_counts(7).astype(np.int64)
+    number = np.arange(len(sample.tokens))
+    counted = (number % 24 >= 1) & ~np.isin(number // 24, [0, 4, 5, 36])
+    with_flags = np.unique(number[counted & (sample.token_flags != 0)] // 7)
+    read, row_flags = [], store.row_flags
+
+    def listen(start: int, stop: int) -> np.ndarray:
+        read.append(start // 7)
+        return row_flags(start, stop)
+
+    monkeypatch.setattr(store, "row_flags", listen)
+    rows.places(np.arange(len(counts)), counts, 7)
+    assert 0 < len(with_flags) < len(counts) / 2
+    assert read == with_flags.tolist()
+
+
 def test_a_window_sets_the_slices(sample_maker: Callable) -> None:
     """A smaller window means shorter slices; with the batches held it is kept to."""
     store = open_store(sample_maker(encoding="float32", d_model=32).path)
