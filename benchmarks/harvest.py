@@ -29,10 +29,13 @@ import torch
 import transformers
 
 from mlsae.base.interruption import interruptible
+from mlsae.harvest.batches import Batches
+from mlsae.harvest.calibrate import calibrate
 from mlsae.harvest.ranks import Ranks
-from mlsae.harvest.shards import batches_of, harvest_shards
+from mlsae.harvest.shards import harvest_shards
 from mlsae.models import Transformer, load
-from mlsae.store import Writer, create, open_store
+from mlsae.store import Writer, create
+from mlsae.store.encoding import check_encoding, parts_of
 
 CONTEXT = 512
 BATCH = 16
@@ -79,13 +82,24 @@ class Rounds:
         self.size, self.encoding, self.work = size, encoding, work
         self.tokens = np.random.default_rng(0).integers(0, 50_000, size.tokens, dtype=np.uint32)
         self.turn = 0
-        self._writer(work / "plan")
-        batches = batches_of(open_store(work / "plan", incomplete=True))
+        batches = Batches(
+            tokens=lambda start, stop: self.tokens[start:stop],
+            documents=None,
+            token_flags=None,
+            context_length=CONTEXT,
+            batch_sequences=BATCH,
+        )
         self.inputs = [
             batches.batch(start, BATCH) for start in range(0, size.tokens // CONTEXT, BATCH)
         ]
-        itemsize = 4 if encoding == "float32" else 2
-        self.num_bytes = size.tokens * size.d_model * itemsize * size.num_layers
+        self.calibration = None
+        if encoding == "int8":
+            flags = np.zeros(size.tokens, np.uint8)
+            self.calibration = calibrate(
+                self.model, batches, flags, range(size.num_layers), ("resid_post",)
+            )
+        row_bytes = sum(part.row_bytes for part in parts_of(check_encoding(encoding), size.d_model))
+        self.num_bytes = size.tokens * row_bytes * size.num_layers
         rng = np.random.default_rng(1)
         self.noise = rng.integers(0, 255, self.num_bytes // size.num_layers, dtype=np.uint8)
 
@@ -97,6 +111,7 @@ class Rounds:
             layers=range(self.size.num_layers),
             d_model=self.size.d_model,
             encoding=self.encoding,
+            calibration=self.calibration,
             batch_sequences=BATCH,
             source={"packing": {"packing": "concatenate", "isolate_documents": False}},
         )
@@ -188,6 +203,7 @@ def cases(sizes: str) -> Iterator[tuple[str, str, str]]:
     for name in sizes.split(","):
         yield name, "float32", "float16"
         yield name, "bfloat16", "bfloat16"
+        yield name, "bfloat16", "int8"
 
 
 def main() -> None:

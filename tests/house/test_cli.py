@@ -67,6 +67,19 @@ def test_every_option_has_help():
                 assert parameter.help, f"{name} {parameter.name}"
 
 
+def test_help_and_docs_say_what_each_encoding_costs():
+    """A line each."""
+    from mlsae.store.presets import PRESETS
+
+    shown = CliRunner().invoke(main, ["harvest", "--help"]).output
+    lines = [line.split() for line in shown.splitlines()]
+    page = (Path(__file__).resolve().parents[2] / "docs/harvest.md").read_text()
+    for name in PRESETS:
+        (figures,) = [words[1:4] for words in lines if words[:1] == [name]]
+        assert float(figures[0]) > 0
+        assert f"| `{name}` | {' | '.join(figures)} | " in page
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
