@@ -61,9 +61,15 @@ class Places:
     Args:
         out: for each part of a row the memory, (num_places, width), C-contiguous.
         to: (lines, columns) int64, the place of each row; kept, and not to be changed.
+
+    Raises:
+        IndexError: there is no such place. The kernel would write elsewhere in our memory.
     """
 
     def __init__(self, out: Sequence[Array], to: Int64) -> None:
+        num_places = min((len(rows) for rows in out), default=0)
+        if to.size and not 0 <= to.min() <= to.max() < num_places:
+            raise IndexError(f"places {to.min()} to {to.max()} are not in 0 to {num_places - 1}")
         self._out, self._to = out, to
         self._row_bytes = np.array([rows.shape[1] * rows.itemsize for rows in out])
         self._pieces = [np.empty(to.shape, _PIECE) for _ in out]
@@ -84,11 +90,15 @@ class Places:
 
         Raises:
             DamagedStoreError: a chunk's bytes are missing or differ from its checksum.
+            IndexError: a run is not within its line.
         """
+        lines, columns = self._to.shape
+        ends = runs.column + runs.num_rows
+        if not ((ends <= columns) & (runs.column >= 0) & (runs.line < lines)).all():
+            raise IndexError(f"a run is not within a line of a table of {lines} × {columns}")
         pieces: list[tuple[int, int, int, int]] = []
         files: list[Descriptor] = []
         offsets: list[int] = []
-        columns = self._to.shape[1]
         each = zip(*(values.tolist() for values in runs), strict=True)
         for reader, start, num_rows, line, column in each:
             entry, left = line * columns + column, num_rows

@@ -88,6 +88,19 @@ def test_rows_lie_where_the_table_says(
     check(make(encoding, compression), runs, to, open_queue() if has_queue else None)
 
 
+def test_nothing_is_written_outside_the_memory_given(make: Callable[..., Store]) -> None:
+    """Places and runs that are not there are refused before the kernel hears of them."""
+    store, out = make(), [np.zeros((10, 70), np.float16)]
+    for place in (-1, 10):
+        with pytest.raises(IndexError, match=f"{place} to .*not in 0 to 9|0 to {place} are not"):
+            Places(out, np.array([[0, place]]))
+    places = Places(out, np.zeros((2, 5), np.int64))
+    for num_rows, line, column in [(1, 2, 0), (6, 0, 0), (1, 0, 5), (2, 1, 4), (1, 0, -1)]:
+        runs = Runs(*(np.array([value]) for value in (0, 0, num_rows, line, column)))
+        with pytest.raises(IndexError, match="not within a line of a table of 2 × 5"):
+            places.fill([store.reader(*KEYS[0])], runs, open_queue())
+
+
 def test_damage_is_found_as_in_reading(make: Callable[..., Store]) -> None:
     """A chunk that was never checked is; one whose file ended since is missed."""
     store = make()
