@@ -120,4 +120,5 @@ def _runs(
     row[(turn >= parts.num_rows[:, None]) | (since < 0)] = size
     to = np.full((len(starts), size + 1), ring.nowhere)
     to.reshape(-1)[row + line[:, None] * (size + 1)] = at
+    to[:, size] = ring.nowhere
     return Runs(parts.layer, starts + first, last + 1 - first, line, first), to
