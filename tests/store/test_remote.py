@@ -267,8 +267,7 @@ def test_credentials_come_from_a_profile(s3, authorizations, monkeypatch, tmp_pa
 def test_credentials_come_from_a_command_by_way_of_boto3(s3, authorizations, tmp_path):
     script = tmp_path / "keys"
     script.write_text(
-        f"#!{sys.executable}\n"
-        'print(\'{"Version": 1, "AccessKeyId": "MADE", "SecretAccessKey": "secret"}\')\n'
+        '#!/bin/sh\necho \'{"Version": 1, "AccessKeyId": "MADE", "SecretAccessKey": "secret"}\'\n'
     )
     script.chmod(0o755)
     (tmp_path / "config").write_text(

@@ -77,7 +77,15 @@ def test_reading_never_returns_flipped_activations(sample):
         file.write_bytes(data)
 
 
-@pytest.mark.parametrize("harm", ["missing", "truncated", "longer", "swapped"])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "missing",
+        pytest.param("truncated", marks=pytest.mark.slow),
+        pytest.param("longer", marks=pytest.mark.slow),
+        "swapped",
+    ],
+)
 def test_missing_truncated_longer_or_swapped_files_are_found(sample, harm):
     """Each file of the store in turn, but the card, which its owner may edit."""
     files = [file for file in files_of(sample.path) if file.name != "README.md"]

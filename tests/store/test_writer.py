@@ -187,8 +187,8 @@ def test_a_store_that_would_not_fit_is_refused_before_it_starts(tmp_path: Path):
             tmp_path / "a",
             tokens=np.zeros(100_000, int),
             context_length=1,
-            layers=range(1000),
-            d_model=2_000_000,
+            layers=range(50),
+            d_model=100_000,
         )
     assert not (tmp_path / "a").exists()
 

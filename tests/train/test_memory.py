@@ -60,6 +60,7 @@ def grown(
     return int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 class TestPeak:
     def test_no_tensor_of_rows_times_latents_outlives_a_block(self) -> None:

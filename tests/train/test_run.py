@@ -341,6 +341,7 @@ def test_two_ranks_train_as_one_does(
         np.testing.assert_allclose(a["fvu"], b["fvu"], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_store_of_kept_positions_trains_resumes_and_is_shared_by_ranks(
     sample: Any, thinned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -267,6 +267,7 @@ def test_stores_that_are_no_corpus_are_refused_and_nothing_is_made(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_ranks_read_remote_stores_and_only_one_speaks(
     home: Home,
     serve: Callable[[str, Path], str],
