@@ -1,5 +1,6 @@
 """What the machine has left: memory and disk, asked before work that needs them."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -26,6 +27,26 @@ def free_disk(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def require_writable(path: Path, option: str) -> None:
+    """Refuse work whose result could not be written, before it starts.
+
+    Args:
+        path: file or directory to be written; where it does not exist, its nearest parent counts.
+        option: what the user gave it as.
+
+    Raises:
+        ResourceError: naming the directory that cannot be written.
+    """
+    held = path.absolute()
+    while not held.exists():
+        held = held.parent
+    if not os.access(held, os.W_OK):
+        raise ResourceError(
+            f"{option} {path} cannot be written: {held} is read-only here; change its permissions "
+            f"or give another directory"
+        )
 
 
 def require_memory(num_bytes: int, what: str, remedy: str) -> None:

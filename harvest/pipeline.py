@@ -13,6 +13,7 @@ from mlsae.base.interruption import (
     StopNow,
     interruptible,
 )
+from mlsae.base.resources import require_writable
 from mlsae.harvest.batch_size import choose_batch_size
 from mlsae.harvest.batches import Batches
 from mlsae.harvest.calibrate import calibrate
@@ -74,7 +75,8 @@ def run(config: HarvestConfig) -> HarvestResult | None:
     Raises:
         InputError: model, text or settings are not usable or do not fit together; a store of
             another plan is at `out`; activations are not finite.
-        ResourceError: too little disk or memory, or the device is absent.
+        ResourceError: too little disk or memory, the directory cannot be written, or the device is
+            absent.
         InterruptedWorkError: SIGINT or SIGTERM came; what is committed stays.
     """
     with interruptible() as interruption:
@@ -89,6 +91,8 @@ def _run(config: HarvestConfig, interruption: Interruption) -> HarvestResult | N
     ranks = Ranks.from_environment()
     device = resolve_device(config.device)
     find_plan(config.out)
+    if not config.dry_run:
+        require_writable(config.out, "--out")
     model = outline(config.model, revision=config.revision, blocks=config.blocks)
     request = resolve(config, model, device.type)
     packed = _pack_and_check_room(request, model, ranks)

@@ -5,6 +5,7 @@ its JSON was never finished and does not count.
 """
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mlsae.base.errors import InputError
 from mlsae.base.files import (
     DamagedFileError,
     fsync_directory,
+    full_disk_explained,
     read_sealed,
     seal,
     sha256_file,
@@ -42,17 +44,26 @@ class Checkpoints:
     directory: Path
 
     def save(self, trainer: Trainer) -> None:
-        """Write the state after the last step durably, and remove all but the last two."""
+        """Write the state after the last step durably, and remove all but the last two.
+
+        Raises:
+            ResourceError: the disk is full; earlier checkpoints are as they were.
+        """
         self.directory.mkdir(parents=True, exist_ok=True)
         fsync_directory(self.directory.parent)
         name = f"step-{trainer.step_number:010d}"
         tensors = self.directory / f"{name}.safetensors"
         partial = tensors.with_suffix(".partial")
-        safetensors.torch.save_file(_state(trainer), partial)
-        with partial.open("rb") as file:
-            digest = sha256_file(partial)
-            os.fsync(file.fileno())
-        partial.rename(tensors)
+        try:
+            with full_disk_explained(tensors):
+                _write(_state(trainer), partial)
+                with partial.open("rb") as file:
+                    digest = sha256_file(partial)
+                    os.fsync(file.fileno())
+            partial.rename(tensors)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
         fsync_directory(self.directory)
         record = {
             "step": trainer.step_number,
@@ -99,6 +110,17 @@ class Checkpoints:
 
     def _complete(self) -> list[Path]:
         return sorted(self.directory.glob("step-*.json"))
+
+
+def _write(state: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        safetensors.torch.save_file(state, path)
+    except safetensors.SafetensorError as error:
+        # It tells what the system said in words alone.
+        if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _state(trainer: Trainer) -> dict[str, torch.Tensor]:
