@@ -17,11 +17,11 @@ check: .venv/installed
 
 # Not before every merge: it takes a quarter of an hour.
 test-faults: .venv/installed
-	$(BIN)/python -m pytest tests/faults -m faults
+	$(BIN)/python -m pytest tests/faults -m faults -o faulthandler_timeout=1200
 
 # The same, and its counts into docs/reliability.md.
 reliability: .venv/installed
-	$(BIN)/python -m pytest tests/faults -m faults --counts docs/results/reliability.json
+	$(BIN)/python -m pytest tests/faults -m faults -o faulthandler_timeout=1200 --counts docs/results/reliability.json
 	$(BIN)/python -m benchmarks.reliability
 
 test-slow: .venv/installed
