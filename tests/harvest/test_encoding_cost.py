@@ -156,3 +156,15 @@ def test_rows_that_are_all_alike_have_no_variance(measure: Measure) -> None:
         assert 1e-8 < deciles[0] < 1e-4
         expected = brute_force(mixed, decoded(codecs, KEYS[0], mixed))
         assert layer["total"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_two_kinds_of_equal_rows_have_variance_between_them_alone(measure: Measure) -> None:
+    """Far from the centre, what float32 leaves of a sum of squares is no variance of a decile."""
+    codecs = codecs_for("bfloat16", SITES, LAYERS, WIDTH, None)
+    generator = np.random.default_rng(1)
+    few, many = generator.normal(size=(2, WIDTH)).astype(np.float32) * [[1], [30]]
+    x = np.where(np.arange(1000)[:, None] % 2, few, many).astype(np.float32)
+    found = measure(codecs, [(np.full(1000, 19, np.int8), dict.fromkeys(KEYS, x))])
+    layer = found["resid_post"]["0"]
+    assert layer["by_decile"] == [None] * 10
+    assert layer["total"] == pytest.approx(brute_force(x, decoded(codecs, KEYS[0], x)), rel=1e-5)
