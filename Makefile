@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check test-faults reliability test-slow test-external demo-model results scale
+.PHONY: demo test check test-faults test-slow test-external demo-model results scale
 
 demo: .venv/installed
 	$(BIN)/mlsae demo --out demo-run
@@ -18,11 +18,6 @@ check: .venv/installed
 # Not before every merge: it takes a quarter of an hour.
 test-faults: .venv/installed
 	$(BIN)/python -m pytest tests/faults -m faults -o faulthandler_timeout=1200
-
-# The same, and its counts into docs/reliability.md.
-reliability: .venv/installed
-	$(BIN)/python -m pytest tests/faults -m faults -o faulthandler_timeout=1200 --counts docs/results/reliability.json
-	$(BIN)/python -m benchmarks.reliability
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
