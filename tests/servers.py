@@ -266,11 +266,11 @@ def _running(server: Any) -> Iterator[str]:
 
 
 @contextmanager
-def serving_files(root: Path) -> Iterator[WebServer]:
-    """A web server of `root` on a port of its own until the block ends."""
+def serving_files(root: Path, port: int = 0) -> Iterator[WebServer]:
+    """A web server of `root` until the block ends, on a port of its own unless one is given."""
     web = WebServer(root)
     handler = type("BoundHandler", (Handler,), {"web": web})
-    with _running(_Server(("127.0.0.1", 0), handler)) as web.url:
+    with _running(_Server(("127.0.0.1", port), handler)) as web.url:
         yield web
 
 

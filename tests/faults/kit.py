@@ -46,17 +46,22 @@ class Harvest:
         ]  # fmt: skip
 
     def start(self) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            self.arguments,
-            env=ENVIRONMENT | self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        return start(self.arguments, **self.environment)
 
     def run(self) -> "subprocess.CompletedProcess[str]":
         return run(self.arguments, **self.environment)
+
+
+def start(arguments: Sequence[object], **environment: str) -> "subprocess.Popen[str]":
+    """A command that goes on by itself."""
+    return subprocess.Popen(
+        [str(argument) for argument in arguments],
+        env=ENVIRONMENT | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def run(
