@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.util import module_from_spec, spec_from_file_location
@@ -25,12 +26,12 @@ class Counts:
     """What each campaign met and survived, for docs/reliability.md."""
 
     def __init__(self) -> None:
-        self.campaigns: dict[str, dict[str, Any]] = {}
+        self.campaigns: dict[str, Counter[str]] = {}
 
-    def record(self, campaign: str, **counts: Any) -> None:
+    def add(self, campaign: str, **numbers: int) -> None:
         """Add to a campaign's counts, and show them."""
-        self.campaigns.setdefault(campaign, {}).update(counts)
-        print(f"{campaign}: {json.dumps(counts)}")
+        self.campaigns.setdefault(campaign, Counter()).update(numbers)
+        print(f"{campaign}: {json.dumps(numbers)}")
 
 
 @pytest.fixture(scope="session")

@@ -144,7 +144,7 @@ def main() -> None:
             if torn and lines[-1]["op"] != "write":
                 continue
             assert status == -signal.SIGKILL, f"step {number}: {status}"
-            counts["torn writes" if torn else "kills"] += 1
+            counts["torn_writes" if torn else "kills"] += 1
             # A write that was torn was begun: what there is of it was never made durable.
             done = lines if torn else lines[:-1]
             places = {"killed": path}
@@ -154,7 +154,7 @@ def main() -> None:
                 if path.exists():
                     shutil.copytree(path, places[name])
                     cut_power(places[name], done, keep_names=keep_names)
-                    counts["power cuts"] += 1
+                    counts["power_cuts"] += 1
             for what, place in places.items():
                 # The same files, whatever a temporary name says, are the same store.
                 if (fingerprint := fingerprint_of(place)) in seen:

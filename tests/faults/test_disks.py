@@ -45,7 +45,7 @@ def test_a_disk_that_fills(
     assert store_id
     found = on_small_disk(kit, tmp_path / "disk", "24m", "full_disk.py", unbroken, sae)
     assert found == {"harvest": 5, "train": 3, "analyze": 2}
-    counts.record("full disk", **found)
+    counts.add("full disk", **found)
 
 
 def test_a_disk_that_cannot_be_written(
@@ -55,4 +55,4 @@ def test_a_disk_that_cannot_be_written(
         kit, tmp_path / "disk", "64m", "read_only.py", unbroken, sae, tmp_path / "out"
     )
     assert found == {"refused": 6, "worked": 4}
-    counts.record("read-only disk", **found)
+    counts.add("read-only disk", **found)

@@ -137,10 +137,8 @@ def test_every_flip_is_found_and_none_is_read(counts: Any, stores: dict[str, Pat
         assert verify(path).problems == []
     total = sum(by_kind.values())
     assert total == NUM_FLIPS
-    counts.record(
-        "flips", flips=total, found=total, readings_refused=refused, readings_true=unharmed,
-        by_kind=dict(by_kind),
-    )  # fmt: skip
+    counts.add("flips", flips=total, refused=refused, unharmed=unharmed)
+    counts.add("flips by kind", **by_kind)
 
 
 @pytest.fixture(scope="module")
@@ -185,4 +183,4 @@ def test_training_and_analysis_stop_in_one_line_that_names_the_shard(
         shutil.rmtree(path)
 
     kit.side_by_side(harm, range(len(chosen)))
-    counts.record("flips", train_and_analyze=2 * len(chosen))
+    counts.add("flips", train=len(chosen), analyze=len(chosen))

@@ -51,7 +51,7 @@ def test_at_every_step_of_making_a_small_store(kit: Any, counts: Any, tmp_path: 
     totals = sum(
         (Counter({k: v for k, v in of.items() if k != "kinds"}) for of in found), Counter()
     )
-    counts.record("steps of create", **totals)
+    counts.add("steps", **totals)
 
 
 def test_at_steps_of_a_harvest(kit: Any, counts: Any, store_id: str, tmp_path: Path) -> None:
@@ -83,4 +83,5 @@ def test_at_steps_of_a_harvest(kit: Any, counts: Any, store_id: str, tmp_path: P
         shutil.rmtree(path)
 
     kit.side_by_side(kill, chosen)
-    counts.record("steps of harvest", steps=num_steps, kills=len(chosen), found=dict(states))
+    assert states.keys() >= {"begun", "shards"}, states
+    counts.add("steps", harvest_steps=num_steps, harvest_kills=len(chosen))

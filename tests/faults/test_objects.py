@@ -127,7 +127,7 @@ def test_cut_short_emptied_longer_or_missing(counts: Any, stores: list[Path]) ->
                     met += 1
                 file.write_bytes(data)
         assert verify(path).problems == []
-    counts.record("objects", cut_or_missing=met)
+    counts.add("objects", cut_or_missing=met)
 
 
 def test_objects_that_do_not_belong(counts: Any, stores: list[Path]) -> None:
@@ -152,7 +152,7 @@ def test_objects_that_do_not_belong(counts: Any, stores: list[Path]) -> None:
             met += 1
         shutil.rmtree(path / "activations/resid_post/99")
         assert verify(path).problems == []
-    counts.record("objects", extra=met)
+    counts.add("objects", extra=met)
 
 
 def pairs(path: Path) -> Iterator[tuple[Path, Path]]:
@@ -185,4 +185,4 @@ def test_two_objects_in_one_anothers_place(counts: Any, stores: list[Path]) -> N
             met += 1
         assert verify(path).problems == []
     assert met > 20
-    counts.record("objects", swapped=met)
+    counts.add("objects", swapped=met)

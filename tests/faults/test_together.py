@@ -78,7 +78,7 @@ def test_of_two_ranks_one_is_killed(kit: Any, counts: Any, store_id: str, tmp_pa
         kit.assert_sound(path, store_id)
         shutil.rmtree(path)
     assert sum(killed.values()) >= len(MOMENTS)
-    counts.record("ranks", kills=sum(killed.values()), moments=dict(killed))
+    counts.add("ranks", kills=sum(killed.values()))
 
 
 def test_without_a_launcher_the_other_rank_waits(
@@ -104,7 +104,7 @@ def test_without_a_launcher_the_other_rank_waits(
     outputs = [process.communicate(timeout=kit.PATIENCE_SECONDS) for process in (first, third)]
     assert [first.returncode, third.returncode] == [0, 0], outputs
     kit.assert_sound(path, store_id)
-    counts.record("ranks", waited=1)
+    counts.add("ranks", kills=1)
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.3, 2.0])
@@ -119,7 +119,7 @@ def test_two_harvests_of_one_plan_both_finish(
     outputs = [process.communicate(timeout=kit.PATIENCE_SECONDS) for process in (first, second)]
     assert [first.returncode, second.returncode] == [0, 0], outputs
     kit.assert_sound(path, store_id)
-    counts.record("together", **{f"same plan, {delay} s apart": 1})
+    counts.add("together", one_plan=1)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -137,7 +137,7 @@ def test_of_two_harvests_one_is_killed(
     _, errors = both[0].communicate(timeout=kit.PATIENCE_SECONDS)
     assert both[0].returncode == 0, errors
     kit.assert_sound(path, store_id)
-    counts.record("together", **{f"one killed, {seed}": victim.returncode == -signal.SIGKILL})
+    counts.add("together", one_killed=1)
 
 
 def test_another_plan_is_refused_and_harms_nothing(
@@ -165,7 +165,7 @@ def test_another_plan_is_refused_and_harms_nothing(
     assert first.returncode == 0, errors
     refuse("layers")
     kit.assert_sound(path, store_id)
-    counts.record("together", **{"other plans refused": len(others) + 1})
+    counts.add("together", other_plan=len(others) + 1)
 
 
 def test_two_plans_at_the_same_instant(kit: Any, counts: Any, tmp_path: Path) -> None:
@@ -178,4 +178,4 @@ def test_two_plans_at_the_same_instant(kit: Any, counts: Any, tmp_path: Path) ->
     assert "holds a store of another plan (layers: " in refused
     assert verify(path).problems == []
     assert len(open_store(path).layers) == 1
-    counts.record("together", **{"two plans at once": 1})
+    counts.add("together", other_plan=1)
