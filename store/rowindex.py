@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.store.arrays import ArrayReader
+from mlsae.store.errors import InvalidStoreError
 from mlsae.store.moments import group_of_rows
 from mlsae.store.objects import Objects
 from mlsae.store.rows import num_rows_of, rows_per_sequence_of
@@ -24,11 +25,25 @@ class RowIndex:
         self.rows_per_sequence = rows_per_sequence_of(plan)
         self.num_rows = num_rows_of(plan)
         self._context_length: int = plan["context_length"]
+        self._num_tokens: int = plan["num_tokens"]
+        self._place = objects.place
 
     def tokens(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """(stop − start,) index of each row's token."""
+        """(stop − start,) index of each row's token.
+
+        Raises:
+            InvalidStoreError: the store has no such token.
+        """
         if ROW_TOKEN in self.readers:
-            return self.readers[ROW_TOKEN].read(start, stop).astype(np.int64)
+            tokens = self.readers[ROW_TOKEN].read(start, stop)
+            if tokens.max(initial=0) >= self._num_tokens:
+                raise InvalidStoreError(
+                    f"{self._place}/{ROW_TOKEN}: rows {start} to {stop} name tokens that the store "
+                    f"does not have; restore it from a copy",
+                    rule="R-ROW-3",
+                )
+            found: npt.NDArray[np.int64] = tokens.astype(np.int64)
+            return found
         return np.arange(start, stop, dtype=np.int64)
 
     def positions(self, start: int, stop: int) -> npt.NDArray[np.int64]:

@@ -284,6 +284,8 @@ class _Verification:
                     self.report("R-COMMIT-4", key, f"its SHA-256 is not {digest[:16]}…")
             except FileNotFoundError:
                 self.report("R-COMMIT-4", key, f"is missing; {record} names it")
+            except DamagedStoreError as error:
+                self._report(error, key)
         return len(self.problems) == num_problems
 
     def _sha256(self, name: str) -> str:
@@ -328,7 +330,7 @@ class _Verification:
             end = min(start + store.chunk_rows, stop)
             try:
                 groups = store.row_groups(start, end)
-            except DamagedStoreError:
+            except StoreError:
                 return None  # Reported with the tokens.
             blocks = blocks_of(groups, store.d_model)
             for site in store.sites:

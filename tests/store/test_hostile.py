@@ -78,6 +78,22 @@ def test_a_file_in_a_folders_place_is_a_missing_object(sample):
         open_store(sample.path)
 
 
+def test_a_folder_in_an_objects_place_does_not_hide_what_else_is_wrong(sample):
+    """Nor does an array whose description is damaged."""
+    shard = sample.path / "activations/resid_post/1/c.0.0"
+    shard.unlink()
+    shard.mkdir()
+    (shard.parent / "zarr.json").write_text("null")
+    setup = read_sealed(sample.path / "commits/setup.json")
+    name = "activations/resid_post/1/zarr.json"
+    setup["metadata"][name] = hashlib.sha256(b"null").hexdigest()
+    (sample.path / "commits/setup.json").write_bytes(seal(setup))
+    (sample.path / "activations/resid_post/0/c.0.0").unlink()
+    named = {problem.path for problem in verify(sample.path).problems}
+    assert {name, f"{shard.parent.relative_to(sample.path)}/c.0.0"} <= named
+    assert "activations/resid_post/0/c.0.0" in named
+
+
 @pytest.mark.parametrize(
     "data",
     [

@@ -9,7 +9,7 @@ import zarr
 
 from mlsae.base.errors import InputError
 from mlsae.base.files import read_sealed, seal
-from mlsae.store import PADDING, SPECIAL, create, open_store
+from mlsae.store import PADDING, SPECIAL, InvalidStoreError, create, open_store
 from mlsae.store.layout import plan_layout
 from mlsae.store.rows import kept_positions
 from mlsae.store.verify import verify
@@ -138,6 +138,21 @@ def test_rows_that_are_not_the_plans_choice_are_found(tmp_path: Path):
     rules = {(p.rule, p.path) for p in verify(path).problems}
     assert ("R-ROW-3", "row_token") in rules
     assert plan["keep_positions"] == {"num": KEPT, "seed": 2}
+
+
+def test_rows_of_tokens_that_are_not_there_are_refused(tmp_path: Path):
+    """Even where every hash around them is right."""
+    path, _, _ = make(tmp_path / "acts")
+    zarr.open_array(path / "row_token", mode="r+")[-1] = LENGTH * NUM_SEQUENCES
+    setup = read_sealed(path / "commits/setup.json")
+    changed = (path / "row_token/c.0").read_bytes()
+    setup["objects"]["row_token/c.0"] = hashlib.sha256(changed).hexdigest()
+    (path / "commits/setup.json").write_bytes(seal(setup))
+    store = open_store(path)
+    for read in (store.row_tokens, store.row_flags, store.positions, store.eligible):
+        with pytest.raises(InvalidStoreError, match="name tokens that the store does not have"):
+            read()
+    assert "R-ROW-3" in {problem.rule for problem in verify(path).problems}
 
 
 @pytest.mark.parametrize("num", [0, LENGTH + 1, -1])
