@@ -3,6 +3,7 @@
 Gradients of the pieces of a batch → AuxK → sum over ranks → Adam and unit decoder rows.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,24 @@ from mlsae.train.schedule import Schedule
 
 
 class DivergedError(MlsaeError, ArithmeticError):
-    """The loss is no longer a finite number."""
+    """The loss is no longer a finite number.
+
+    Args:
+        loss: what it is.
+        step: in which it came about, counted from 0.
+        lr: learning rate of that step.
+        layers: those whose errors are not finite, by number or, as the trainer has them, by index.
+    """
+
+    def __init__(self, loss: float, step: int, lr: float, layers: Sequence[int]) -> None:
+        self.loss, self.step, self.lr, self.layers = loss, step, lr, tuple(layers)
+        where = "in AuxK"
+        if self.layers:
+            where = f"at layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+        super().__init__(
+            f"the loss is {loss} {where} at step {step} with learning rate {lr:.3g}: training has "
+            f"diverged; lower --lr. The last checkpoint is kept"
+        )
 
 
 class StepResult(NamedTuple):
@@ -104,10 +122,9 @@ class Trainer:
         aux_sum, main, num_active, *by_layer = counted.tolist()
         loss, lr = main + aux_sum, self.schedule(self.step_number)
         if not loss < float("inf"):
-            raise DivergedError(
-                f"the loss is {loss} at step {self.step_number} with learning rate {lr:.3g}: "
-                f"training has diverged; lower --lr. The last checkpoint is kept"
-            )
+            sums = by_layer[: len(by_layer) // 2]
+            layers = [i for i, errors in enumerate(sums) if not errors < float("inf")]
+            raise DivergedError(loss, self.step_number, lr, layers)
         self.optimizer.step(lr)
         self.dead.update(fired, batch.num_rows)
         self.step_number += 1
