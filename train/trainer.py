@@ -31,12 +31,12 @@ class DivergedError(MlsaeError, ArithmeticError):
 
     def __init__(self, loss: float, step: int, lr: float, layers: Sequence[int]) -> None:
         self.loss, self.step, self.lr, self.layers = loss, step, lr, tuple(layers)
-        where = "in AuxK"
+        where = "AuxK"
         if self.layers:
-            where = f"at layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+            where = f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
         super().__init__(
-            f"the loss is {loss} {where} at step {step} with learning rate {lr:.3g}: training has "
-            f"diverged; lower --lr. The last checkpoint is kept"
+            f"the loss is {loss} at step {step} with learning rate {lr:.3g}, from {where}: "
+            f"training has diverged; lower --lr. The last checkpoint is kept"
         )
 
 
