@@ -9,6 +9,7 @@ so the system calls are made by number. Where they are missing or forbidden ther
 import ctypes
 import platform
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,8 @@ import numpy.typing as npt
 
 MOST_READS = 128
 """Reads of one call."""
-MOST_PIECES = 1024
-"""Pieces of memory that one read can fill (UIO_MAXIOV)."""
-
 _CALLS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}
 """Machine → numbers of io_setup, io_destroy, io_getevents, io_submit."""
-_PREADV = 7
 _READ = np.dtype(
     [
         ("number", "<u8"),
@@ -30,8 +27,8 @@ _READ = np.dtype(
         ("operation", "<u2"),
         ("priority", "<i2"),
         ("file", "<u4"),
-        ("pieces", "<u8"),
-        ("num_pieces", "<u8"),
+        ("address", "<u8"),
+        ("num_bytes", "<u8"),
         ("offset", "<i8"),
         ("reserved", "<u8"),
         ("more_flags", "<u4"),
@@ -51,7 +48,7 @@ class Queue:
         if call(setup, ctypes.c_long(MOST_READS), ctypes.byref(self._context)) != 0:
             raise OSError(ctypes.get_errno(), "io_setup")
         self._reads = np.zeros(MOST_READS, _READ)
-        self._reads["operation"] = _PREADV
+        # Operation 0, as all are here, is pread.
         self._reads["number"] = np.arange(MOST_READS)
         self._addresses = self._reads.ctypes.data + np.arange(MOST_READS) * _READ.itemsize
         self._events = np.empty((MOST_READS, 4), np.int64)
@@ -62,18 +59,18 @@ class Queue:
 
     def read(
         self,
-        files: list[int],
-        offsets: list[int],
-        pieces: npt.NDArray[np.int64],
-        num_pieces: npt.NDArray[np.int64],
+        files: Sequence[int],
+        offsets: Sequence[int],
+        addresses: Sequence[int],
+        sizes: Sequence[int],
     ) -> npt.NDArray[np.int64]:
         """Read, and wait until all is read.
 
         Args:
             files: descriptor of each read; at most `MOST_READS`.
             offsets: first byte of each in its file.
-            pieces: address of each read's array of struct iovec.
-            num_pieces: entries of that array.
+            addresses: where its bytes go, in memory that is the caller's.
+            sizes: bytes of each.
 
         Returns:
             (n,) bytes that each has read, or negative numbers where it failed.
@@ -81,7 +78,7 @@ class Queue:
         count = len(files)
         reads = self._reads[:count]
         reads["file"], reads["offset"] = files, offsets
-        reads["pieces"], reads["num_pieces"] = pieces, num_pieces
+        reads["address"], reads["num_bytes"] = addresses, sizes
         found = np.full(count, -1)
         submitted = self._call(
             self._submit,

@@ -1,7 +1,7 @@
 """What to read for each step, and where each row goes: settled many steps at a time.
 
-Rows go from the store straight to the batches that they belong to, so a slice is read when the
-first of its rows is due, into as many batches as it has rows. Nothing here reads an activation.
+A slice is read when the first of its rows is due, and its rows are put into as many batches as it
+has rows. Nothing here reads an activation.
 """
 
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mlsae.store.scatter import Places, Runs
+from mlsae.store.runs import Runs
 from mlsae.train.ring import Ring
 from mlsae.train.rows import Mixture
 from mlsae.train.walk import Block, Walk
 
 Int64 = npt.NDArray[np.int64]
 
-_JOB_RUNS = 128
+JOB_RUNS = 64
 """Most slices that one thread reads at once."""
 
 
@@ -43,11 +43,10 @@ class Job(NamedTuple):
     """The step that needs them first."""
     after: int
     """The step whose batch must not be in use any more, nor any before it."""
-    places: Places
-    to: Int64
-    """The table of the places."""
     runs: Runs
     """Readers are those of the layers of the run."""
+    to: Int64
+    """(runs, slice_rows) place in the ring of each row of their lines."""
 
 
 def jobs(
@@ -80,24 +79,23 @@ def _block_jobs(
     mixture: Mixture, ring: Ring, walk: Walk, block: Block, epoch_start: int
 ) -> Iterator[Job]:
     runs, to = _runs(mixture, ring, walk, block, epoch_start)
-    places = Places(ring.arrays, to)
     ends = np.searchsorted(block.opens, np.arange(block.steps.start, block.steps.stop) + 1)
     closes = block.closes + epoch_start
     first = 0
     for step, end in zip(block.steps, ends.tolist(), strict=True):
-        num_jobs = max(1, -(-(end - first) // _JOB_RUNS))
+        num_jobs = max(1, -(-(end - first) // JOB_RUNS))
         share = Share(epoch_start + step, walk.batch_rows(step), walk.layers(step), num_jobs)
-        for begin in range(first, max(end, first + 1), _JOB_RUNS):
-            stop = min(begin + _JOB_RUNS, end)
+        for begin in range(first, max(end, first + 1), JOB_RUNS):
+            stop = min(begin + JOB_RUNS, end)
             last = int(closes[begin:stop].max(initial=share.step))
-            yield Job(share, last - ring.num_batches, places, to, runs.part(begin, stop))
+            yield Job(share, last - ring.num_batches, runs.part(begin, stop), to[begin:stop])
         first = end
 
 
 def _runs(
     mixture: Mixture, ring: Ring, walk: Walk, block: Block, epoch_start: int
 ) -> tuple[Runs, Int64]:
-    """The runs of rows of a block's parts, and (n, slice_rows + 1) where they go."""
+    """The runs of rows of a block's parts, and (n, slice_rows) where they go."""
     parts, size = block.parts, mixture.slice_rows
     row = walk.order.part_order(parts)
     starts = parts.slice * size
@@ -120,5 +118,4 @@ def _runs(
     row[(turn >= parts.num_rows[:, None]) | (since < 0)] = size
     to = np.full((len(starts), size + 1), ring.nowhere)
     to.reshape(-1)[row + line[:, None] * (size + 1)] = at
-    to[:, size] = ring.nowhere
-    return Runs(parts.layer, starts + first, last + 1 - first, line, first), to
+    return Runs(parts.layer, starts + first, last + 1 - first, first), to[:, :size]

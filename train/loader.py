@@ -1,4 +1,4 @@
-"""From the store to batches: threads read rows straight into the batches of the next steps."""
+"""From the store to batches: threads read slices and deal their rows to the next batches."""
 
 import threading
 from types import TracebackType
@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from mlsae.store import AnyStore
-from mlsae.store.aio import open_queue
+from mlsae.store.runs import Lines
 from mlsae.train.decode import Parts
-from mlsae.train.jobs import Job, jobs
+from mlsae.train.jobs import JOB_RUNS, Job, jobs
 from mlsae.train.reading import Reading
 from mlsae.train.ring import Ring
 from mlsae.train.rows import Mixture
@@ -65,6 +65,7 @@ class Loader:
         threads: int | None = None,
     ) -> None:
         self._readers = [mixture.store.reader(mixture.site, layer) for layer in mixture.layers]
+        self._parts = mixture.store.parts
         self._row_origin = mixture.store.row_origin
         self._local = threading.local()
         self._ring = Ring(mixture, rank, world_size, pin=pin)
@@ -98,11 +99,15 @@ class Loader:
         self._ring.close()
 
     def _read(self, job: Job) -> None:
-        if not hasattr(self._local, "queue"):
-            self._local.queue = open_queue()
-        job.places.fill(self._readers, job.runs, self._local.queue)
+        if not hasattr(self._local, "lines"):
+            self._local.lines = Lines(self._parts, JOB_RUNS, job.to.shape[1])
+        lines: Lines = self._local.lines
+        lines.read(self._readers, job.runs)
+        to = job.to.reshape(-1)
+        for batches, rows in zip(self._ring.arrays, lines.rows, strict=True):
+            batches[to] = rows[: len(job.to)].reshape(-1, rows.shape[2])
         if self._ring.origin is not None:
             _, *runs = (values.tolist() for values in job.runs)
-            for start, num_rows, line, column in zip(*runs, strict=True):
-                to = job.to[line, column : column + num_rows]
-                self._ring.origin[to] = self._row_origin(np.arange(start, start + num_rows))
+            for start, num_rows, column, places in zip(*runs, job.to, strict=True):
+                origin = self._row_origin(np.arange(start, start + num_rows))
+                self._ring.origin[places[column : column + num_rows]] = origin

@@ -13,12 +13,9 @@ from mlsae.train.rows import Mixture
 
 def filled_steps(job: Job, ring: Ring) -> Iterator[int]:
     """The steps to whose batches a job writes: the first of their places in the ring to come."""
-    _, _, *runs = (values.tolist() for values in job.runs)
-    for num_rows, line, column in zip(*runs, strict=True):
-        for place in job.to[line, column : column + num_rows].tolist():
-            if place != ring.nowhere:
-                ahead = place // ring.batch_rows - job.share.step
-                yield job.share.step + ahead % ring.num_batches
+    for place in job.to[job.to != ring.nowhere].tolist():
+        ahead = place // ring.batch_rows - job.share.step
+        yield job.share.step + ahead % ring.num_batches
 
 
 @pytest.mark.parametrize("batch_rows", [3, 7, 33, 200, 5000])

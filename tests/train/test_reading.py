@@ -6,12 +6,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from mlsae.store.scatter import Places, Runs
+from mlsae.store.runs import Runs
 from mlsae.train.jobs import Job, Share
 from mlsae.train.reading import Reading
 
 NOTHING = np.zeros(0, np.int64)
-PLACES = Places([], np.zeros((0, 0), np.int64))
 RING = 4
 
 
@@ -20,7 +19,7 @@ def jobs_of(steps: int) -> Iterator[Job]:
     for step in range(steps):
         share = Share(step, 1, NOTHING, 1 + step % 3)
         for _ in range(share.num_jobs):
-            yield Job(share, step + 3 - RING - 1, PLACES, NOTHING, Runs(*[NOTHING] * 5))
+            yield Job(share, step + 3 - RING - 1, Runs(*[NOTHING] * 4), NOTHING)
 
 
 def take_all(reading: Reading, steps: list[int]) -> None:

@@ -1,0 +1,144 @@
+"""Many runs read by one call are the rows that reading gives, however they are read."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlsae.store import DamagedStoreError, Store, create, open_store
+from mlsae.store import runs as module
+from mlsae.store.aio import MOST_READS, open_queue
+from mlsae.store.calibration import Calibrator
+from mlsae.store.runs import Lines, Runs
+
+KEYS = [("resid_post", 0), ("resid_post", 3)]
+NUM_ROWS = 2000
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., Store]:
+    """Make a store of two layers: `make(encoding="int8", compression="zstd")`."""
+
+    def make(encoding: str = "float16", compression: str = "none") -> Store:
+        generator = np.random.default_rng(0)
+        rows = {key: generator.normal(size=(NUM_ROWS, 70)).astype(np.float32) for key in KEYS}
+        calibrator = Calibrator(KEYS, 70)
+        calibrator.add(rows)
+        with create(
+            tmp_path / "acts",
+            tokens=np.arange(NUM_ROWS),
+            context_length=10,
+            layers=(0, 3),
+            d_model=70,
+            encoding=encoding,
+            compression=compression,
+            calibration=calibrator.result() if encoding == "int8" else None,
+            shard_bytes=100_000,
+        ) as writer:
+            writer.append(rows)
+        return open_store(tmp_path / "acts")
+
+    return make
+
+
+def random_runs(generator: np.random.Generator, longest: int) -> Runs:
+    """Runs of any length up to the longest, anywhere in lines that are a little longer."""
+    count = 150 if longest < 1000 else 9
+    num_rows = generator.integers(1, longest + 1, count)
+    num_rows[:3] = 1, longest, longest
+    start = generator.integers(0, NUM_ROWS - num_rows + 1)
+    column = generator.integers(0, longest + 2 - num_rows)
+    return Runs(generator.integers(0, 2, count), start, num_rows, column)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "compression"),
+    [("float16", "none"), ("int8", "none"), ("float32", "none"), ("int8", "zstd")],
+)
+@pytest.mark.parametrize("has_queue", [True, False])
+@pytest.mark.parametrize("longest", [5, 120, 1500])
+def test_a_line_holds_its_run(
+    encoding: str,
+    compression: str,
+    has_queue: bool,
+    longest: int,
+    make: Callable[..., Store],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Runs within chunks, over their borders and over shards', and nothing beside them."""
+    if not has_queue:
+        monkeypatch.setattr(module, "open_queue", lambda: None)
+    store, runs = make(encoding, compression), random_runs(np.random.default_rng(longest), longest)
+    readers = [store.reader(*key) for key in KEYS]
+    stored = [reader.read() for reader in readers]
+    for fresh in (False, True):
+        at = [open_store(store.place).reader(*key) for key in KEYS] if fresh else readers
+        lines = Lines(store.parts, len(runs.start), longest + 2)
+        expected = [rows.copy() for rows in lines.rows]
+        each = zip(*(values.tolist() for values in runs), strict=True)
+        for line, (reader, start, num_rows, column) in enumerate(each):
+            for values, rows in zip(expected, stored[reader], strict=True):
+                values[line, column : column + num_rows] = rows[start : start + num_rows]
+        lines.read(at, runs)
+        for found, values in zip(lines.rows, expected, strict=True):
+            assert np.array_equal(found.view(np.uint8), values.view(np.uint8))
+
+
+def test_nothing_is_written_outside_the_lines(make: Callable[..., Store]) -> None:
+    """Runs that do not fit are refused before the kernel hears of them."""
+    store = make()
+    readers, lines = [store.reader(*KEYS[0])], Lines(store.parts, 2, 5)
+    for num_rows, column in [(6, 0), (1, 5), (2, 4), (1, -1)]:
+        with pytest.raises(IndexError, match="do not fit into 2 lines of 5 rows"):
+            lines.read(readers, Runs(*(np.array([value]) for value in (0, 0, num_rows, column))))
+    with pytest.raises(IndexError, match="do not fit into 2 lines of 5 rows"):
+        lines.read(readers, Runs(*(np.array([value] * 3) for value in (0, 0, 1, 0))))
+
+
+def test_damage_is_found_as_in_reading(make: Callable[..., Store]) -> None:
+    """A chunk that was never checked is; one whose file ended since is missed."""
+    store, runs = make(), random_runs(np.random.default_rng(0), 5)
+    readers = [store.reader(*key) for key in KEYS]
+    lines = Lines(store.parts, len(runs.start), 7)
+    for reader in readers:
+        reader.read()
+    lines.read(readers, runs)
+    path = Path(store.place) / "activations/resid_post/3/c.1.0"
+    data = bytearray(path.read_bytes())
+    data[5000] ^= 4
+    path.write_bytes(data)
+    fresh = [open_store(store.place).reader(*key) for key in KEYS]
+    with pytest.raises(DamagedStoreError, match=r"resid_post/3/c\.1\.0 .* checksum"):
+        lines.read(fresh, runs)
+    os.truncate(path, 100)
+    with pytest.raises(DamagedStoreError, match=r"resid_post/3/c\.1\.0 .* ends too early"):
+        lines.read(readers, runs)
+
+
+def test_a_queue_says_what_each_read_gave(tmp_path: Path) -> None:
+    """Bytes, fewer at a file's end; below 0 from a file that cannot be read on."""
+    queue = open_queue()
+    assert queue is not None
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(100)))
+    memory = np.zeros((MOST_READS, 10), np.uint8)
+    addresses = [memory.ctypes.data + 10 * i for i in range(MOST_READS)]
+
+    def read(files: list[int], offsets: list[int]) -> list[int]:
+        count = len(files)
+        found: Any = queue.read(files, offsets, addresses[:count], [10] * count)
+        return found.tolist()
+
+    with path.open("rb") as file:
+        number = file.fileno()
+        assert read([number] * 3, [0, 95, 200]) == [10, 5, 0]
+        assert memory[0].tolist() == list(range(10))
+        assert memory[1].tolist() == [*range(95, 100), 0, 0, 0, 0, 0]
+        assert read([number] * MOST_READS, [7] * MOST_READS) == [10] * MOST_READS
+        found = read([number, 10**6, number], [0, 0, 0])
+        assert found[0] == 10
+        assert found[1] < 0
+        assert (memory[3:] == memory[3]).all()
