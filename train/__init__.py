@@ -8,6 +8,7 @@ result = run(TrainConfig(cache=Path("acts"), out=Path("runs/a"), expansion_facto
 """
 
 from mlsae.train.config import TrainConfig
-from mlsae.train.pipeline import TrainResult, run
+from mlsae.train.pipeline import TrainResult, run, run_sweep
+from mlsae.train.sweep import Sweep
 
-__all__ = ["TrainConfig", "TrainResult", "run"]
+__all__ = ["Sweep", "TrainConfig", "TrainResult", "run", "run_sweep"]

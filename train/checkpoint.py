@@ -6,6 +6,7 @@ its JSON was never finished and does not count.
 
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from mlsae.base.files import (
 )
 from mlsae.train.trainer import Trainer
 
-KEPT = 2
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -35,23 +35,29 @@ class DamagedCheckpointError(InputError):
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of a run.
+    """The checkpoints of one SAE of a run.
 
     Args:
         directory: holds nothing else.
+        keep: how many `prune` leaves.
     """
 
     directory: Path
+    keep: int = 2
 
-    def save(self, trainer: Trainer) -> None:
-        """Write the state after the last step durably, and remove all but the last two.
+    def save(self, trainer: Trainer, progress: Mapping[str, Any] | None = None) -> None:
+        """Write the state after the last step durably.
+
+        Args:
+            trainer: whose state.
+            progress: what `restore` gives back, as JSON.
 
         Raises:
             ResourceError: the disk is full; earlier checkpoints are as they were.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         fsync_directory(self.directory.parent)
-        name = f"step-{trainer.step_number:010d}"
+        name = _name(trainer.step_number)
         tensors = self.directory / f"{name}.safetensors"
         partial = tensors.with_suffix(".partial")
         try:
@@ -68,24 +74,33 @@ class Checkpoints:
         record = {
             "step": trainer.step_number,
             "num_rows": trainer.dead.num_rows,
+            "progress": dict(progress or {}),
             "tensors_sha256": digest,
         }
         write_durably(self.directory / f"{name}.json", seal(record))
-        kept = {record.stem for record in self._complete()[-KEPT:]}
+
+    def prune(self) -> None:
+        """Remove all but the last.
+
+        Apart from `save`, because SAEs that share a pass go on from a step that all of them have:
+        none may lose its last but one before every other has its last.
+        """
+        kept = {_name(step) for step in self.steps()[-self.keep :]}
         for path in sorted(self.directory.iterdir()):  # A record goes before its tensors.
             if path.stem not in kept:
                 path.unlink()
 
-    def restore(self, trainer: Trainer) -> bool:
-        """Put the last checkpoint's state into a fresh trainer; False if there is none.
+    def steps(self) -> list[int]:
+        """Steps after which there is a whole checkpoint, ascending."""
+        return sorted(int(path.stem[5:]) for path in self.directory.glob("step-*.json"))
+
+    def restore(self, trainer: Trainer, step: int) -> dict[str, Any]:
+        """Put the state after a step into a fresh trainer, and give what was saved with it.
 
         Raises:
             DamagedCheckpointError: its bytes are not those that were written.
         """
-        complete = self._complete()
-        if not complete:
-            return False
-        record_path = complete[-1]
+        record_path = self.directory / f"{_name(step)}.json"
         tensors = record_path.with_suffix(".safetensors")
         try:
             record = read_sealed(record_path)
@@ -93,23 +108,35 @@ class Checkpoints:
         except DamagedFileError:
             intact = False
         if not intact:
-            earlier = f"the one before it, {complete[-2].stem}," if complete[1:] else "the start"
+            before = [_name(other) for other in self.steps() if other < step]
+            earlier = f"the one before it, {before[-1]}," if before else "the start"
             raise DamagedCheckpointError(
                 f"the checkpoint {tensors} is damaged: delete it and {record_path.name} to resume "
                 f"from {earlier} instead"
             )
         _restore(trainer, safetensors.torch.load_file(tensors), record)
-        return True
+        progress: dict[str, Any] = record["progress"]
+        return progress
 
-    def remove(self) -> None:
-        """Delete all checkpoints: the run is finished."""
-        if self.directory.exists():
-            for path in self.directory.iterdir():
+    def remove(self, after: int | None = None) -> None:
+        """Delete the checkpoints after a step, from which the run does not go on; or all."""
+        if not self.directory.exists():
+            return
+        kept = set() if after is None else {_name(s) for s in self.steps() if s <= after}
+        for path in sorted(self.directory.iterdir()):
+            if path.stem not in kept:
                 path.unlink()
+        if after is None:
             self.directory.rmdir()
 
-    def _complete(self) -> list[Path]:
-        return sorted(self.directory.glob("step-*.json"))
+
+def common_step(saes: Sequence[Checkpoints]) -> int:
+    """The last step after which each of some SAEs has a checkpoint; 0 if there is none."""
+    return max(set.intersection(*(set(sae.steps()) for sae in saes)), default=0)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:010d}"
 
 
 def _write(state: dict[str, torch.Tensor], path: Path) -> None:

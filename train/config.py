@@ -9,6 +9,7 @@ from mlsae.store.corpus import Location
 from mlsae.train.objective import LOSS_SPACES
 
 PRECISIONS = ("float32", "bfloat16")
+DISTRIBUTE = ("rows", "saes")
 DEFAULT_EXPANSION_FACTOR = 64
 _PEAK_LR, _LR_LATENTS = 2e-4, 2**14
 
@@ -60,7 +61,9 @@ class TrainConfig:
     window: int | None = None
     """Bytes of slices in memory, over all ranks; None for slices of 64 KiB."""
     seed: int = 0
-    """Of the initial weights, the order of the rows and the validation split."""
+    """Of the initial weights."""
+    data_seed: int | None = None
+    """Of the order of the rows and the validation split; None for `seed`."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:N`, or `auto` for CUDA where there is any."""
     precision: str = "float32"
@@ -70,6 +73,10 @@ class TrainConfig:
     """Continue the run in `out` from its last checkpoint."""
     checkpoint_seconds: float = 300.0
     """Least time between checkpoints."""
+    keep: int = 2
+    """Checkpoints that are kept: the last ones."""
+    distribute: str = "rows"
+    """What several ranks share: the `rows` of each batch, or the `saes` of a sweep."""
     cache_dir: Path | None = None
     """Where parts of remote stores are kept; None for the user's cache."""
     cache_size: int | None = None
@@ -80,7 +87,7 @@ class TrainConfig:
             if getattr(self, first) is not None and getattr(self, second) is not None:
                 raise InputError(f"give {_flag(first)} or {_flag(second)}, not both")
         counts = ("expansion_factor", "num_latents", "k", "epochs", "max_rows")
-        for name in (*counts, "batch_size", "micro_batch"):
+        for name in (*counts, "batch_size", "micro_batch", "keep"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{_flag(name)} must be at least 1, got {value}")
@@ -91,7 +98,11 @@ class TrainConfig:
                 raise InputError(
                     f"{_flag(name)} is a share of the steps from 0 to 1, got {getattr(self, name)}"
                 )
-        for name, choices in (("loss_space", LOSS_SPACES), ("precision", PRECISIONS)):
+        for name, choices in (
+            ("loss_space", LOSS_SPACES),
+            ("precision", PRECISIONS),
+            ("distribute", DISTRIBUTE),
+        ):
             if getattr(self, name) not in choices:
                 raise InputError(
                     f"{_flag(name)} must be {' or '.join(choices)}, got {getattr(self, name)!r}"
@@ -102,6 +113,11 @@ class TrainConfig:
         if self.num_latents is not None:
             return self.num_latents
         return d_in * (self.expansion_factor or DEFAULT_EXPANSION_FACTOR)
+
+    @property
+    def order_seed(self) -> int:
+        """Seed of the order of the rows and the validation split."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     def peak_lr(self, num_latents: int) -> float:
         """Learning rate of the plateau."""

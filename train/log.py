@@ -1,12 +1,12 @@
 """log.jsonl, one line for every so many steps, and curves.png drawn from it."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from mlsae.base.files import write_durably
 from mlsae.train.trainer import StepResult
 
 LINES = 1000
@@ -17,27 +17,50 @@ class Averages:
     """What happened since the last line of the log."""
 
     def __init__(self) -> None:
-        self._results: list[StepResult] = []
+        self._sums: dict[str, Any] = {}
 
     def add(self, result: StepResult) -> None:
         """Count a step."""
-        self._results.append(result)
+        seen = {
+            "steps": 1,
+            "loss": result.loss,
+            "aux": result.aux,
+            "active": result.num_active,
+            "errors": result.layer_errors.tolist(),
+            "rows": result.layer_rows.tolist(),
+        }
+        before = self._sums or {
+            name: [0] * len(v) if isinstance(v, list) else 0 for name, v in seen.items()
+        }
+        self._sums = {name: _plus(before[name], value) for name, value in seen.items()}
+        self._sums["num_dead"] = result.num_dead
 
-    def take(self) -> dict[str, Any]:
-        """Means over the steps since the last call; `fvu` is the main term over all rows."""
-        results, self._results = self._results, []
-        errors = torch.stack([result.layer_errors for result in results]).sum(0)
-        rows = torch.stack([result.layer_rows for result in results]).sum(0)
-        total = float(rows.sum())
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to keep, as JSON."""
+        return self._sums
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self._sums = dict(state)
+
+    def take(self) -> dict[str, Any] | None:
+        """Means over the steps since the last call; `fvu` is the main term over all rows.
+
+        None where there was no step.
+        """
+        sums, self._sums = self._sums, {}
+        if not sums:
+            return None
+        total = sum(sums["rows"])
         return {
-            "loss": sum(result.loss for result in results) / len(results),
-            "aux": sum(result.aux for result in results) / len(results),
-            "fvu": float(errors.sum()) / total,
+            "loss": sums["loss"] / sums["steps"],
+            "aux": sums["aux"] / sums["steps"],
+            "fvu": sum(sums["errors"]) / total,
             "fvu_by_layer": [
-                e / n if n else None for e, n in zip(errors.tolist(), rows.tolist(), strict=True)
+                e / n if n else None for e, n in zip(sums["errors"], sums["rows"], strict=True)
             ],
-            "l0": sum(result.num_active for result in results) / total,
-            "num_dead": results[-1].num_dead,
+            "l0": sums["active"] / total,
+            "num_dead": sums["num_dead"],
         }
 
 
@@ -51,13 +74,18 @@ class Log:
 
     def __init__(self, path: Path, step: int) -> None:
         kept = [line for line in read_log(path) if line["step"] <= step] if path.exists() else []
-        path.write_text("".join(_line(line) for line in kept))
+        write_durably(path, "".join(_line(line) for line in kept).encode())
         self._path = path
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line."""
         with self._path.open("a") as file:
             file.write(_line(line))
+
+    def sync(self) -> None:
+        """Make all lines durable: a checkpoint that follows has none of them to make again."""
+        with self._path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -102,6 +130,10 @@ def _colours(count: int) -> list[Any]:
     from matplotlib import colormaps
 
     return [colormaps["viridis"](0.9 * i / max(1, count - 1)) for i in range(count)]
+
+
+def _plus(a: Any, b: Any) -> Any:
+    return [x + y for x, y in zip(a, b, strict=True)] if isinstance(a, list) else a + b
 
 
 def _line(content: Mapping[str, Any]) -> str:

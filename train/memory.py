@@ -1,7 +1,7 @@
 """What a run will hold in memory, refused before anything is written if it is too much."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -17,19 +17,33 @@ from mlsae.train.plan import Plan
 _FLOAT = 4
 
 
-def estimate(plan: Plan, rank: int, world_size: int) -> dict[str, int]:
-    """Bytes by purpose of one rank: the `window` on the host, the rest on the device."""
-    rows = plan.mixture.rank_slots(rank, world_size)
-    return {
-        "window": plan.mixture.window_bytes(rank, world_size),
-        **step_memory(
+def estimate(plans: Sequence[Plan], rank: int, world_size: int) -> dict[str, int]:
+    """Bytes by purpose of one rank: the `window` on the host, the rest on the device.
+
+    Args:
+        plans: of the SAEs that the rank trains, of one pass.
+        rank: among those that share the rows of a batch.
+        world_size: number of those.
+    """
+    mixture = plans[0].mixture
+    rows = mixture.rank_slots(rank, world_size)
+    total = {"window": mixture.window_bytes(rank, world_size)}
+    for plan in plans:
+        parts = step_memory(
             plan.sae,
             min(rows, plan.config.micro_batch or rows),
             max(SAMPLE_ROWS, int(rows * SAMPLE_SHARE)),
             mixed=plan.config.precision == "bfloat16",
             world_size=world_size,
-        ),
-    }
+        )
+        for name, size in parts.items():
+            # SAEs take their steps one after another; what they keep adds up.
+            kept = name in ("weights", "Adam and gradients")
+            before = total.get(name, 0)
+            total[name] = before + size if kept else max(before, size)
+    if len(plans) > 1:
+        total["decoded rows"] = rows * plans[0].sae.d_in * _FLOAT
+    return total
 
 
 def step_memory(
@@ -64,16 +78,27 @@ def _rows_memory(rows: int, d_in: int, k: int) -> int:
     return rows * (12 * d_in + 18 * k) * _FLOAT
 
 
-def require_training_memory(plan: Plan, accelerator: Accelerator) -> None:
+def require_training_memory(
+    plans: Sequence[Plan], accelerator: Accelerator, rank: int, world_size: int
+) -> None:
     """Refuse a run that this machine's memory, or its GPU's, cannot hold.
+
+    Args:
+        plans: of the SAEs that this process trains.
+        accelerator: its device.
+        rank: as for `estimate`.
+        world_size: as for `estimate`.
 
     Raises:
         ResourceError: with the number of bytes for each purpose.
     """
-    parts = estimate(plan, accelerator.process_index, accelerator.num_processes)
+    parts = estimate(plans, rank, world_size)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     share = f" in each of {processes} processes" if processes > 1 else ""
     remedy = "lower --window, --batch-size, --micro-batch or --num-latents"
+    if len(plans) > 1:
+        share = f" of {len(plans)} SAEs{share}"
+        remedy += ", or train fewer SAEs at once"
     if accelerator.device.type == "cuda":
         window = {"window": parts.pop("window")}
         free, _ = torch.cuda.mem_get_info(accelerator.device)

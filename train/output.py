@@ -5,16 +5,28 @@ from pathlib import Path
 from typing import Any
 
 from mlsae.base.errors import InputError
-from mlsae.base.files import read_sealed, seal, write_durably
+from mlsae.base.files import read_sealed, remove_stale_partials, seal, write_durably
 from mlsae.sae.directory import CONFIG
+from mlsae.train.sweep import SWEEP
 
 RUN = "run.json"
 LOG = "log.jsonl"
 CHECKPOINTS = "checkpoints"
+CURVES = "curves.png"
+DIVERGED = "diverged.json"
 
 
-def check_output(out: Path, settings: Mapping[str, Any], *, resume: bool) -> bool:
+def check_output(
+    out: Path, settings: Mapping[str, Any], *, resume: bool, record: str = RUN, last: str = CONFIG
+) -> bool:
     """See whether a run with these settings may write to `out`.
+
+    Args:
+        out: the directory.
+        settings: of the run.
+        resume: whether to go on with this very run.
+        record: file that says whose the directory is.
+        last: file that is written last.
 
     Returns:
         True if that very run is there and finished.
@@ -23,14 +35,18 @@ def check_output(out: Path, settings: Mapping[str, Any], *, resume: bool) -> boo
         InputError: `out` holds something else, another run, or this run although `resume` was not
             asked for.
     """
-    if not out.exists() or not any(out.iterdir()):
+    # A run that was killed while it made the directory its own leaves a temporary file.
+    names = [p.name for p in out.iterdir() if p.suffix != ".partial"] if out.exists() else []
+    if not names:
         return False
-    if not (out / RUN).is_file():
+    if record not in names:
         raise InputError(
-            f"{out} holds other files ({min(p.name for p in out.iterdir())}) and no training "
-            f"run: choose another --out"
+            f"{out} holds other files ({min(names)}) and no training run: choose another --out"
+            if RUN not in names and SWEEP not in names
+            else f"{out} holds {'one SAE' if RUN in names else 'several SAEs of a sweep'}, not "
+            f"{'one' if record == RUN else 'a sweep'}: choose another --out"
         )
-    theirs = read_sealed(out / RUN)
+    theirs = read_sealed(out / record)
     different = [
         f"{name} {_show(theirs.get(name))} there, {_show(settings.get(name))} here"
         for name in sorted(theirs.keys() | settings.keys())
@@ -45,13 +61,14 @@ def check_output(out: Path, settings: Mapping[str, Any], *, resume: bool) -> boo
         raise InputError(
             f"{out} holds this run already: add --resume to continue it, or choose another --out"
         )
-    return (out / CONFIG).is_file()
+    return (out / last).is_file()
 
 
-def claim(out: Path, settings: Mapping[str, Any]) -> None:
+def claim(out: Path, settings: Mapping[str, Any], record: str = RUN) -> None:
     """Make `out` this run's."""
     out.mkdir(parents=True, exist_ok=True)
-    write_durably(out / RUN, seal(settings))
+    remove_stale_partials(out)
+    write_durably(out / record, seal(settings))
 
 
 def _show(value: object) -> str:

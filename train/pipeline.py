@@ -1,41 +1,45 @@
-"""A training run from its configuration to the SAE directory."""
+"""A training run from its configuration to the directories of its SAEs."""
 
 import logging
-import time
-from collections.abc import Mapping
+import signal
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
-from mlsae import __version__
-from mlsae.base.files import read_sealed
+from mlsae.base.errors import InputError, MlsaeError
+from mlsae.base.files import read_sealed, seal, write_durably
 from mlsae.base.heap import keep_freed_memory
-from mlsae.base.units import format_count
-from mlsae.sae import SAE
+from mlsae.base.interruption import (
+    InterruptedWorkError,
+    Interruption,
+    StopNow,
+    interruptible,
+)
 from mlsae.sae.directory import TRAINING
 from mlsae.store import open_corpus
-from mlsae.train.checkpoint import Checkpoints
+from mlsae.train.checkpoint import Checkpoints, common_step
 from mlsae.train.config import TrainConfig
-from mlsae.train.dead import DeadLatents
 from mlsae.train.decode import Decoder
 from mlsae.train.devices import make_accelerator
-from mlsae.train.evaluate import POSITION_0_IN, POSITION_0_OUT, evaluate
-from mlsae.train.loader import Loader
-from mlsae.train.log import LINES, Averages, Log, draw_curves, read_log
+from mlsae.train.evaluate import evaluate
+from mlsae.train.log import draw_curves, read_log
+from mlsae.train.member import Member, divergence, is_finished
 from mlsae.train.memory import require_training_memory
-from mlsae.train.objective import Objective, layer_variances
-from mlsae.train.output import CHECKPOINTS, LOG, check_output, claim
-from mlsae.train.plan import Plan, make_plan
+from mlsae.train.output import CHECKPOINTS, CURVES, LOG, check_output, claim
+from mlsae.train.passing import Pass
+from mlsae.train.plan import Plan, make_plans
+from mlsae.train.ranks import Alone
+from mlsae.train.record import format_summary, format_sweep, sweep_entry, training_record
 from mlsae.train.sampler import check_world_size
-from mlsae.train.trainer import Trainer
+from mlsae.train.sweep import SUMMARY, SWEEP, Sweep
 
-CURVES = "curves.png"
+
+class DivergedSAEsError(MlsaeError, ArithmeticError):
+    """Of some SAEs of a sweep the loss is no longer a finite number."""
 
 
 @dataclass(frozen=True)
@@ -64,229 +68,192 @@ def run(config: TrainConfig) -> TrainResult:
         ResourceError: too little memory, or no such device.
         StoreError: the store cannot be read.
         DivergedError: the loss became infinite or no number.
+        InterruptedWorkError: Ctrl-C or SIGTERM came; the state is kept.
     """
-    accelerator = make_accelerator(config.device)
-    result = _run(config, accelerator)
+    return run_sweep(Sweep(config=config))[0]
+
+
+def run_sweep(sweep: Sweep) -> list[TrainResult]:
+    """Train several SAEs in one pass over the rows, each in a directory of its own.
+
+    What one of them becomes does not depend on the others: an SAE that is trained alone with its
+    settings has the same weights, bit for bit, on one rank.
+
+    Args:
+        sweep: what to do.
+
+    Returns:
+        Of each SAE, in the order of the values, where it is and how good it is.
+
+    Raises:
+        DivergedSAEsError: of some SAEs the loss became infinite or no number; the others are there.
+        Exception: as `run`.
+    """
+    with interruptible() as interruption:
+        try:
+            accelerator = make_accelerator(sweep.config.device)
+            results = _Run(sweep, accelerator, interruption).results()
+        except StopNow:
+            raise _stopped(interruption, "stopped") from None
     # torch warns of a process group that is still open when the interpreter ends.
     accelerator.end_training()
-    return result
+    return results
 
 
-def _run(config: TrainConfig, accelerator: Accelerator) -> TrainResult:
-    check_world_size(accelerator.num_processes)
-    keep_freed_memory()
-    if not accelerator.is_local_main_process:
-        # Every process reads the stores; what that warns of is said once a machine.
-        logging.getLogger("mlsae").setLevel(logging.ERROR)
-    store = open_corpus(config.cache, cache_dir=config.cache_dir, cache_bytes=config.cache_size)
-    plan = make_plan(config, store)
-    settings = plan.settings()
-    if check_output(config.out, settings, resume=config.resume):
-        _say(accelerator, f"{config.out} is finished already")
-        return _result(config.out)
-    require_training_memory(plan, accelerator)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        claim(config.out, settings)
-    trainer = _make_trainer(plan, accelerator)
-    checkpoints = Checkpoints(config.out / CHECKPOINTS)
-    if checkpoints.restore(trainer):
-        _say(accelerator, f"resuming after step {trainer.step_number} of {plan.num_steps}")
-    seconds = _train(plan, trainer, checkpoints, accelerator)
-    _finish(plan, trainer, accelerator, seconds)
-    accelerator.wait_for_everyone()
-    return _result(config.out)
+class _Run:
+    """The SAEs of a run, and the processes that train them."""
 
+    def __init__(self, sweep: Sweep, accelerator: Accelerator, interruption: Interruption) -> None:
+        self._sweep, self._config = sweep, sweep.config
+        self._accelerator, self._interruption = accelerator, interruption
+        self._shares_rows = sweep.config.distribute == "rows"
 
-def _make_trainer(plan: Plan, accelerator: Accelerator) -> Trainer:
-    config = plan.config
-    moments = plan.store.moments(plan.site, config.skip_positions)
-    sae = SAE(plan.sae, torch.Generator().manual_seed(config.seed))
-    at = [moments.layers.index(layer) for layer in plan.layers]
-    with torch.no_grad():
-        # Every layer has equally many eligible rows, so this is the mean over all of them.
-        sae.b.copy_(torch.from_numpy(moments.u_mean[at].mean(axis=0)))
-    sae.to(accelerator.device)
-    objective = Objective(
-        sae,
-        layer_variances(moments, plan.layers, config.loss_space),
-        config.loss_space,
-        mixed=config.precision == "bfloat16",
-        seed=config.seed,
-    )
-    dead = DeadLatents(plan.sae.num_latents, plan.dead_after, accelerator.device)
-    return Trainer(
-        sae,
-        objective,
-        plan.schedule,
-        dead,
-        accelerator,
-        config.micro_batch,
-        Decoder(plan.store, plan.site, plan.layers, accelerator.device),
-    )
+    def results(self) -> list[TrainResult]:
+        config, accelerator = self._config, self._accelerator
+        if self._shares_rows:
+            check_world_size(accelerator.num_processes)
+        keep_freed_memory()
+        if not accelerator.is_local_main_process:
+            # Every process reads the stores; what that warns of is said once a machine.
+            logging.getLogger("mlsae").setLevel(logging.ERROR)
+        store = open_corpus(config.cache, cache_dir=config.cache_dir, cache_bytes=config.cache_size)
+        plans = make_plans(self._sweep, store)
+        self._check_outputs(plans)
+        left = [p for p in plans if not is_finished(p) and divergence(p) is None]
+        if left:
+            self._train(left)
+        elif self._sweep.is_single and is_finished(plans[0]):
+            self._say(f"{config.out} is finished already")
+        accelerator.wait_for_everyone()
+        return self._sum_up(plans)
 
-
-def _train(
-    plan: Plan, trainer: Trainer, checkpoints: Checkpoints, accelerator: Accelerator
-) -> float:
-    """Run the steps that are left; returns the seconds they took."""
-    config, is_main = plan.config, accelerator.is_main_process
-    start, averages = trainer.step_number, Averages()
-    log = Log(config.out / LOG, start) if is_main else None
-    log_every = max(1, plan.num_steps // LINES)
-    began = last_checkpoint = time.monotonic()
-    rows_before = trainer.dead.num_rows
-    with (
-        Loader(
-            plan.mixture,
-            start=start,
-            stop=plan.num_steps,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            pin=accelerator.device.type == "cuda",
-        ) as loader,
-        tqdm(
-            total=plan.num_rows,
-            initial=rows_before,
-            unit="row",
-            unit_scale=True,
-            desc="train",
-            disable=None if is_main else True,
-        ) as bar,
-    ):
-        for batch in loader:
-            averages.add(trainer.step(batch))
-            bar.update(batch.num_rows)
-            step = trainer.step_number
-            if step % log_every and step != plan.num_steps:
-                continue
-            line, now = averages.take(), time.monotonic()
-            bar.set_postfix(
-                fvu=f"{line['fvu']:.4f}",
-                dead=f"{line['num_dead'] / plan.sae.num_latents:.1%}",
-                refresh=False,
+    def _check_outputs(self, plans: Sequence[Plan]) -> None:
+        config = self._config
+        if not self._sweep.is_single:
+            check_output(
+                config.out,
+                self._sweep.settings(),
+                resume=config.resume,
+                record=SWEEP,
             )
-            if log is not None:
-                speed = (trainer.dead.num_rows - rows_before) / (now - began)
-                log.write(
-                    {
-                        "step": step,
-                        "rows": trainer.dead.num_rows,
-                        "epoch": (step - 1) // plan.mixture.epoch_steps,
-                        **line,
-                        "lr": plan.schedule(step - 1),
-                        "rows_per_second": speed,
-                    }
-                )
-                # At lines of the log alone, so that a resumed log goes on where it stopped.
-                if now - last_checkpoint >= config.checkpoint_seconds and step < plan.num_steps:
-                    checkpoints.save(trainer)
-                    last_checkpoint = now
-    return time.monotonic() - began
+        for plan in plans:
+            check_output(plan.config.out, plan.settings(), resume=config.resume)
 
+    def _train(self, plans: Sequence[Plan]) -> None:
+        accelerator, shares = self._accelerator, self._shares_rows
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        ranks = accelerator if shares else Alone(accelerator.device)
+        mine = plans if shares else plans[rank::world_size]
+        if len(plans) < world_size and not shares:
+            raise InputError(
+                f"{world_size} ranks cannot share {len(plans)} SAEs: start at most {len(plans)}, "
+                f"or give --distribute rows"
+            )
+        require_training_memory(mine, accelerator, ranks.process_index, ranks.num_processes)
+        start = common_step([_checkpoints(plan) for plan in plans])
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            if not self._sweep.is_single:
+                claim(self._config.out, self._sweep.settings(), SWEEP)
+            for plan in plans:
+                claim(plan.config.out, plan.settings())
+        accelerator.wait_for_everyone()
+        # One SAE alone decodes piece by piece, as its memory allows.
+        mixture = mine[0].mixture
+        decode = Decoder(mixture.store, mixture.site, mixture.layers, accelerator.device)
+        is_shared = len(mine) > 1 or mine[0].only is not None
+        writes = accelerator.is_main_process or not shares
+        members = [
+            Member(plan, ranks, None if is_shared else decode, writes=writes) for plan in mine
+        ]
+        for member in members:
+            member.begin(start)
+        if start:
+            self._say(f"resuming after step {start} of {mine[0].num_steps}")
+        work = Pass(members, accelerator, decode if is_shared else None, shares_rows=shares)
+        done = work.run(start, self._interruption)
+        if done.was_stopped:
+            how_far = f"stopped after step {done.step} of {mine[0].num_steps}"
+            raise _stopped(self._interruption, how_far)
+        try:
+            while work.members:
+                self._finish(work.members[0], done.seconds)
+                del work.members[0]
+        except StopNow:
+            work.save()
+            raise
 
-def _finish(plan: Plan, trainer: Trainer, accelerator: Accelerator, seconds: float) -> None:
-    """Evaluate, write the SAE directory, draw the curves and print the summary."""
-    config, metrics = plan.config, None
-    if len(plan.validation):
-        metrics = evaluate(
-            trainer.sae,
-            plan.store,
-            plan.site,
-            plan.layers,
-            plan.validation,
-            skip_positions=config.skip_positions,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            sum_over_ranks=lambda tensor: accelerator.reduce(tensor, "sum"),
+    def _finish(self, member: Member, seconds: float) -> None:
+        """Evaluate an SAE, draw its curves, write its directory and print its summary."""
+        plan, trainer, ranks = member.plan, member.trainer, member.ranks
+        config, metrics = plan.config, None
+        if len(plan.validation):
+            metrics = evaluate(
+                trainer.sae,
+                plan.store,
+                plan.site,
+                plan.layers,
+                plan.validation,
+                skip_positions=config.skip_positions,
+                rank=ranks.process_index,
+                world_size=ranks.num_processes,
+                sum_over_ranks=lambda tensor: ranks.reduce(tensor, "sum"),
+            )
+        if not member.writes:
+            return
+        lines = read_log(config.out / LOG)
+        draw_curves(lines, plan.layers, config.out / CURVES)
+        record = training_record(
+            plan,
+            trainer,
+            metrics,
+            lines[-1],
+            world_size=self._accelerator.num_processes,
+            seconds=seconds,
         )
-    if not accelerator.is_main_process:
-        return
-    lines = read_log(config.out / LOG)
-    draw_curves(lines, plan.layers, config.out / CURVES)
-    trainer.sae.save(config.out, _record(plan, trainer, accelerator, metrics, lines[-1], seconds))
-    Checkpoints(config.out / CHECKPOINTS).remove()
-    click.echo(format_summary(metrics))
-    click.echo(f"SAE: {config.out}")
+        trainer.sae.save(config.out, record)
+        member.checkpoints.remove()
+        if self._sweep.is_single:
+            click.echo(format_summary(metrics))
+            click.echo(f"SAE: {config.out}")
+
+    def _sum_up(self, plans: Sequence[Plan]) -> list[TrainResult]:
+        """Read what every SAE has become; the table of a sweep is written and printed."""
+        results, entries, diverged = [], [], []
+        for plan in plans:
+            found: Mapping[str, Any] | str
+            if (error := divergence(plan)) is not None:
+                if self._sweep.is_single:
+                    raise error
+                diverged.append(f"{plan.name}: {error}")
+                found = str(error)
+            else:
+                _checkpoints(plan).remove()
+                found = read_sealed(plan.config.out / TRAINING)
+                results.append(TrainResult(plan.config.out, found["metrics"]))
+            entries.append(sweep_entry(plan, found))
+        if self._accelerator.is_main_process and not self._sweep.is_single:
+            write_durably(self._config.out / SUMMARY, seal({"saes": entries}))
+            click.echo(format_sweep(entries))
+            click.echo(f"SAEs: {self._config.out}")
+        if diverged:
+            raise DivergedSAEsError(
+                f"{len(diverged)} of {len(plans)} SAEs have diverged, the others are finished: "
+                f"{'; '.join(diverged)}"
+            )
+        return results
+
+    def _say(self, text: str) -> None:
+        if self._accelerator.is_main_process:
+            click.echo(text)
 
 
-def _record(
-    plan: Plan,
-    trainer: Trainer,
-    accelerator: Accelerator,
-    metrics: Mapping[str, Any] | None,
-    last_line: Mapping[str, Any],
-    seconds: float,
-) -> dict[str, Any]:
-    """training.json: how the SAE came about, and what an analysis has to know of it."""
-    store, config = plan.store, plan.config
-    model = store.source.get("model")
-    return {
-        "settings": plan.settings(),
-        "store_id": store.store_id,
-        "plan_id": store.plan_id,
-        "stores": [
-            {
-                "store_id": member.store_id,
-                "plan_id": member.plan_id,
-                "tokens_sha256": member.plan["tokens_sha256"],
-                "num_sequences": member.num_sequences,
-            }
-            for member in store.stores
-        ],
-        "model_fingerprint": model.get("fingerprint") if isinstance(model, Mapping) else None,
-        "site": plan.site,
-        "layers": list(plan.layers),
-        "skip_positions": config.skip_positions,
-        "validation": {
-            "fraction": config.validation_fraction,
-            "seed": config.seed,
-            "num_sequences": store.num_sequences,
-            "num_held_out": len(plan.validation),
-        },
-        "position": {
-            "step": trainer.step_number,
-            "rows": trainer.dead.num_rows,
-            "epoch_rows": plan.mixture.epoch_rows,
-        },
-        "training": {key: last_line[key] for key in ("fvu", "fvu_by_layer", "l0", "num_dead")},
-        "metrics": metrics,
-        "environment": {
-            "mlsae": __version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "device": accelerator.device.type,
-            "world_size": accelerator.num_processes,
-            "threads": torch.get_num_threads(),
-            "last_session_seconds": round(seconds, 3),
-        },
-    }
+def _checkpoints(plan: Plan) -> Checkpoints:
+    return Checkpoints(plan.config.out / CHECKPOINTS, plan.config.keep)
 
 
-def format_summary(metrics: Mapping[str, Any] | None) -> str:
-    """The validation rows by layer, for people."""
-    if metrics is None:
-        return "No sequence was held out: no summary of validation rows."
-    outside, inside = metrics[POSITION_0_OUT], metrics[POSITION_0_IN]
-    lines = ["layer      FVU   FVU of u     L0   FVU with position 0"]
-    for a, b in zip(outside["layers"], inside["layers"], strict=True):
-        columns = [_number(v) for v in (a["fvu"], a["fvu_standardized"], a["l0"], b["fvu"])]
-        lines.append("{:>5} {:>8} {:>10} {:>6} {:>21}".format(a["layer"], *columns))
-    lines.append(
-        f"dead: {outside['num_dead']} latents ({outside['dead_fraction']:.2%}) unused by all "
-        f"{format_count(outside['num_rows'])} validation rows"
-    )
-    return "\n".join(lines)
-
-
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4f}" if value < 1 else f"{value:.2f}"
-
-
-def _result(out: Path) -> TrainResult:
-    return TrainResult(out, read_sealed(out / TRAINING)["metrics"])
-
-
-def _say(accelerator: Accelerator, text: str) -> None:
-    if accelerator.is_main_process:
-        click.echo(text)
+def _stopped(interruption: Interruption, how_far: str) -> InterruptedWorkError:
+    """What the user is told, in one line."""
+    # A signal to one of several processes stops them all.
+    number = interruption.signal_number or signal.SIGTERM
+    return InterruptedWorkError(f"{how_far}: add --resume to the same command to go on", number)

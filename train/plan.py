@@ -1,6 +1,6 @@
 """From what was asked for and what the store holds to what a run does: every default resolved."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from mlsae.train.config import TrainConfig
 from mlsae.train.dead import default_dead_after
 from mlsae.train.rows import Mixture
 from mlsae.train.schedule import Schedule
+from mlsae.train.sweep import Sweep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,24 +23,55 @@ class Plan:
     """A run, resolved."""
 
     config: TrainConfig
+    name: str
+    """Of the SAE among those of its run; empty where there is no other."""
     store: AnyStore
     site: str
     layers: tuple[int, ...]
+    """Layers whose rows the SAE sees: those of the mixture, or one of them."""
     sae: SAEConfig
     validation: npt.NDArray[np.int64]
     """Ascending indices of the sequences held out."""
     mixture: Mixture
+    """The rows of the run, which other SAEs may share."""
     num_steps: int
     num_rows: int
-    """Rows of the run, over layers and epochs."""
+    """Rows that the SAE sees, over layers and epochs."""
     schedule: Schedule
     dead_after: int
     """Rows without use after which a latent is dead."""
 
+    @property
+    def only(self) -> int | None:
+        """Index into the mixture's layers of the one that the SAE sees; None for all."""
+        if self.layers == self.mixture.layers:
+            return None
+        return self.mixture.layers.index(self.layers[0])
+
+    def batch_rows(self, step: int) -> int:
+        """Rows that the SAE sees of the batch of a step, over ranks."""
+        first = step % self.mixture.epoch_steps * self.mixture.batch_rows
+        stop = min(first + self.mixture.batch_rows, self.mixture.epoch_rows)
+        return self._rows_before(stop) - self._rows_before(first)
+
+    def rows_until(self, step: int) -> int:
+        """Rows that the SAE sees in so many first steps."""
+        epochs, rest = divmod(step, self.mixture.epoch_steps)
+        whole = epochs * self.mixture.num_rows * len(self.layers)
+        return whole + self._rows_before(rest * self.mixture.batch_rows)
+
+    def _rows_before(self, item: int) -> int:
+        """Rows that the SAE sees of so many first items of an epoch: layers take turns there."""
+        if self.only is None:
+            return item
+        return max(0, -((self.only - item) // len(self.mixture.layers)))
+
     def settings(self) -> dict[str, Any]:
         """Everything that decides the result, as JSON: two runs with equal settings are equal."""
         config = self.config
+        of_run = {} if self.only is None else {"batch_layers": list(self.mixture.layers)}
         return {
+            **of_run,
             "store_id": self.store.store_id,
             "site": self.site,
             "layers": list(self.layers),
@@ -57,53 +89,78 @@ class Plan:
             "k_aux": default_k_aux(self.sae.d_in),
             "dead_after": self.dead_after,
             "seed": config.seed,
+            "data_seed": config.order_seed,
             "precision": config.precision,
         }
 
 
 def make_plan(config: TrainConfig, store: AnyStore) -> Plan:
-    """Resolve a configuration.
+    """Resolve the configuration of one SAE.
 
     Raises:
         InputError: it asks for what cannot be, or for what the store does not hold.
     """
+    return make_plans(Sweep(config=config), store)[0]
+
+
+def make_plans(sweep: Sweep, store: AnyStore) -> list[Plan]:
+    """Resolve the configurations of SAEs that are trained in one pass; they share its mixture.
+
+    Raises:
+        InputError: one asks for what cannot be, or for what the store does not hold.
+    """
+    config = sweep.config
     site, layers = _site(config, store), store.check_layers(config.layers)
-    sae = SAEConfig(d_in=store.d_model, num_latents=config.latents(store.d_model), k=config.k)
+    members = sweep.members(layers)
+    saes = [_sae(member.config, store) for member in members]
     if config.batch_size < len(layers):
         raise InputError(
             f"--batch-size must be at least the number of layers: got {config.batch_size} rows "
             f"for {len(layers)} layers"
         )
     store.moments(site, config.skip_positions)  # Refuses what skip_positions cannot be.
-    validation = validation_of(store, config.validation_fraction, config.seed)
+    seed = members[0].config.order_seed
+    validation = validation_of(store, config.validation_fraction, seed)
     mixture = Mixture.plan(
         store,
         site,
         layers,
         batch_rows=config.batch_size,
-        seed=config.seed,
+        seed=seed,
         skip_positions=config.skip_positions,
         validation=validation,
         window=config.window,
     )
     num_steps = _num_steps(config, mixture)
-    epochs, rest = divmod(num_steps, mixture.epoch_steps)
-    num_rows = epochs * mixture.epoch_rows + rest * config.batch_size
-    return Plan(
-        config=config,
-        store=store,
-        site=site,
-        layers=layers,
-        sae=sae,
-        validation=validation,
-        mixture=mixture,
-        num_steps=num_steps,
-        num_rows=num_rows,
-        schedule=Schedule(
-            config.peak_lr(sae.num_latents), num_steps, config.warmup, config.lr_decay
-        ),
-        dead_after=default_dead_after(len(layers), num_rows),
-    )
+    plans = []
+    for member, sae in zip(members, saes, strict=True):
+        own = layers if member.layer is None else (member.layer,)
+        plan = Plan(
+            config=member.config,
+            name=member.name,
+            store=store,
+            site=site,
+            layers=own,
+            sae=sae,
+            validation=validation,
+            mixture=mixture,
+            num_steps=num_steps,
+            num_rows=0,
+            schedule=_schedule(member.config, sae, num_steps),
+            dead_after=1,
+        )
+        rows = plan.rows_until(num_steps)
+        dead_after = default_dead_after(len(own), rows)
+        plans.append(replace(plan, num_rows=rows, dead_after=dead_after))
+    return plans
+
+
+def _sae(config: TrainConfig, store: AnyStore) -> SAEConfig:
+    return SAEConfig(d_in=store.d_model, num_latents=config.latents(store.d_model), k=config.k)
+
+
+def _schedule(config: TrainConfig, sae: SAEConfig, num_steps: int) -> Schedule:
+    return Schedule(config.peak_lr(sae.num_latents), num_steps, config.warmup, config.lr_decay)
 
 
 def _site(config: TrainConfig, store: AnyStore) -> str:

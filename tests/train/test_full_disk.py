@@ -36,7 +36,7 @@ for number in range(1, 9):
         print(error)
         break
 print(sorted(path.name for path in checkpoints.directory.iterdir()))
-print(checkpoints.restore(trainer), trainer.step_number)
+print(checkpoints.restore(trainer, 2), trainer.step_number)
 """
 
 
@@ -60,5 +60,5 @@ def test_the_checkpoint_before_stays(tmp_path: Path):
         "written; what was finished before is safe, free some space and run the same command again",
         "['step-0000000001.json', 'step-0000000001.safetensors', 'step-0000000002.json', "
         "'step-0000000002.safetensors']",
-        "True 2",
+        "{} 2",
     ]

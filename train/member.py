@@ -1,0 +1,154 @@
+"""One SAE of a pass: what is trained, and where its log and its checkpoints go."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from mlsae.base.files import read_sealed, seal, write_durably
+from mlsae.sae import SAE
+from mlsae.sae.directory import CONFIG
+from mlsae.train.checkpoint import Checkpoints
+from mlsae.train.dead import DeadLatents
+from mlsae.train.decode import Decoder
+from mlsae.train.loader import Batch
+from mlsae.train.log import Averages, Log
+from mlsae.train.objective import Objective, layer_variances
+from mlsae.train.output import CHECKPOINTS, DIVERGED, LOG
+from mlsae.train.plan import Plan
+from mlsae.train.ranks import Alone
+from mlsae.train.trainer import DivergedError, Trainer
+
+
+class Member:
+    """An SAE in training.
+
+    Args:
+        plan: of it.
+        ranks: that share its batches.
+        decode: of the store's rows; None where batches hold floats.
+        writes: whether this process keeps its log and its checkpoints.
+    """
+
+    def __init__(
+        self, plan: Plan, ranks: Accelerator | Alone, decode: Decoder | None, *, writes: bool
+    ) -> None:
+        self.plan = plan
+        self.ranks = ranks
+        self.trainer = _make_trainer(plan, ranks, decode)
+        self.checkpoints = Checkpoints(plan.config.out / CHECKPOINTS, plan.config.keep)
+        self.writes = writes
+        self.last_line: dict[str, Any] | None = None
+        """Of the log."""
+        self._averages = Averages()
+        self._log: Log | None = None
+        self._rows_before = 0
+
+    def begin(self, step: int) -> None:
+        """Go on after a step that there is a checkpoint of, or begin with step 0.
+
+        Raises:
+            DamagedCheckpointError: that checkpoint is damaged.
+        """
+        if step:
+            self._averages.restore(self.checkpoints.restore(self.trainer, step))
+        self._rows_before = self.trainer.dead.num_rows
+        if self.writes:
+            self.checkpoints.remove(after=step)
+            self._log = Log(self.plan.config.out / LOG, step)
+
+    def step(self, batch: Batch) -> None:
+        """Train on the rows of a batch that the SAE sees.
+
+        Raises:
+            DivergedError: the loss is not finite; the SAE is as it was before the step. The
+                directory has a record of it.
+        """
+        if (only := self.plan.only) is not None:
+            num_rows = self.plan.batch_rows(self.trainer.step_number)
+            if num_rows == 0:
+                # The short last batch of an epoch may have no row of the layer.
+                self.trainer.step_number += 1
+                return
+            x = batch.x[batch.layer == only]
+            batch = Batch(x, batch.layer.new_zeros(len(x)), num_rows)
+        try:
+            self._averages.add(self.trainer.step(batch))
+        except DivergedError as error:
+            layers = [self.plan.layers[i] for i in error.layers]
+            if self.writes:
+                record = {
+                    "loss": str(error.loss),
+                    "step": error.step,
+                    "lr": error.lr,
+                    "layers": layers,
+                }
+                write_durably(self.plan.config.out / DIVERGED, seal(record))
+            raise
+
+    def end_line(self, epoch: int, seconds: float) -> None:
+        """Write a line of the log: means over the steps since the last one.
+
+        Args:
+            epoch: of the last step, from 0.
+            seconds: since `begin`.
+        """
+        means = self._averages.take()
+        if means is None:
+            return
+        step, rows = self.trainer.step_number, self.trainer.dead.num_rows
+        self.last_line = {
+            "step": step,
+            "rows": rows,
+            "epoch": epoch,
+            **means,
+            "lr": self.plan.schedule(step - 1),
+            "rows_per_second": (rows - self._rows_before) / seconds,
+        }
+        if self._log is not None:
+            self._log.write(self.last_line)
+
+    def save(self) -> None:
+        """Write a checkpoint after the last step; earlier ones stay until they are pruned."""
+        if self._log is not None:
+            self._log.sync()
+            self.checkpoints.save(self.trainer, self._averages.state())
+
+    def prune(self) -> None:
+        """Remove all checkpoints but the last."""
+        if self.writes:
+            self.checkpoints.prune()
+
+
+def is_finished(plan: Plan) -> bool:
+    """Whether the SAE is there already."""
+    return (plan.config.out / CONFIG).is_file()
+
+
+def divergence(plan: Plan) -> DivergedError | None:
+    """What ended the SAE's training before its end, if anything did: it would again."""
+    try:
+        found = read_sealed(plan.config.out / DIVERGED)
+    except FileNotFoundError:
+        return None
+    return DivergedError(float(found["loss"]), found["step"], found["lr"], found["layers"])
+
+
+def _make_trainer(plan: Plan, ranks: Accelerator | Alone, decode: Decoder | None) -> Trainer:
+    config = plan.config
+    moments = plan.store.moments(plan.site, config.skip_positions)
+    sae = SAE(plan.sae, torch.Generator().manual_seed(config.seed))
+    at = [moments.layers.index(layer) for layer in plan.layers]
+    with torch.no_grad():
+        # Every layer has equally many eligible rows, so this is the mean over all of them.
+        sae.b.copy_(torch.from_numpy(moments.u_mean[at].mean(axis=0)))
+    sae.to(ranks.device)
+    objective = Objective(
+        sae,
+        layer_variances(moments, plan.layers, config.loss_space),
+        config.loss_space,
+        mixed=config.precision == "bfloat16",
+        seed=config.seed,
+    )
+    dead = DeadLatents(plan.sae.num_latents, plan.dead_after, ranks.device)
+    return Trainer(sae, objective, plan.schedule, dead, ranks, config.micro_batch, decode)

@@ -1,0 +1,155 @@
+"""One pass over the rows for all SAEs of a run: each batch is read and decoded once."""
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from mlsae.base.interruption import Interruption
+from mlsae.train.decode import Decoder
+from mlsae.train.loader import Batch, Loader
+from mlsae.train.log import LINES
+from mlsae.train.member import Member
+from mlsae.train.rows import Mixture
+from mlsae.train.trainer import DivergedError
+
+STOPPING = "stopping after this step, once its checkpoint is written; again to stop at once"
+
+
+class Done(NamedTuple):
+    """How far a pass went."""
+
+    step: int
+    seconds: float
+    was_stopped: bool
+    """Whether the user stopped it; its checkpoints are written."""
+
+
+class Pass:
+    """The steps of a run.
+
+    Args:
+        members: the SAEs that this process trains, at least one.
+        accelerator: this process and its peers.
+        decode: of the rows of the pass; None where the one SAE does so itself, piece by piece.
+        shares_rows: whether peers share each batch; else each has SAEs of its own.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        accelerator: Accelerator,
+        decode: Decoder | None,
+        *,
+        shares_rows: bool,
+    ) -> None:
+        self.members = list(members)
+        """Those that have neither diverged nor been taken off."""
+        self._plan = members[0].plan
+        self._accelerator = accelerator
+        self._decode = decode
+        self._shares_rows = shares_rows
+
+    def run(self, start: int, interruption: Interruption) -> Done:
+        """Take the steps from `start` on, while an SAE is left and the user does not stop it."""
+        plan, mixture = self._plan, self._plan.mixture
+        log_every = max(1, plan.num_steps // LINES)
+        began = last_checkpoint = time.monotonic()
+        step, stop = start, False
+        with (
+            self._loader(start) as loader,
+            tqdm(
+                total=_rows(mixture, plan.num_steps),
+                initial=_rows(mixture, start),
+                unit="row",
+                unit_scale=True,
+                desc="train",
+                disable=None if self._accelerator.is_main_process else True,
+            ) as bar,
+            interruption.deferred(STOPPING),
+        ):
+            for batch in loader:
+                self._step(batch)
+                step += 1
+                bar.update(batch.num_rows)
+                now = time.monotonic()
+                if step % log_every == 0 or step == plan.num_steps:
+                    for member in self.members:
+                        member.end_line((step - 1) // mixture.epoch_steps, now - began)
+                    bar.set_postfix(_shown(self.members), refresh=False)
+                due = now - last_checkpoint >= plan.config.checkpoint_seconds
+                stop, due = self._agree(interruption.requested, due and step < plan.num_steps)
+                if stop or due:
+                    self.save()
+                    last_checkpoint = now
+                if stop or not self._any_left():
+                    break
+        return Done(step, time.monotonic() - began, was_stopped=stop)
+
+    def save(self) -> None:
+        """Write a checkpoint of each SAE, then remove the oldest of each."""
+        for member in self.members:
+            member.save()
+        if not self._shares_rows:
+            self._accelerator.wait_for_everyone()
+        for member in self.members:
+            member.prune()
+
+    def _loader(self, start: int) -> Loader:
+        accelerator, shares = self._accelerator, self._shares_rows
+        return Loader(
+            self._plan.mixture,
+            start=start,
+            stop=self._plan.num_steps,
+            rank=accelerator.process_index if shares else 0,
+            world_size=accelerator.num_processes if shares else 1,
+            pin=accelerator.device.type == "cuda",
+        )
+
+    def _step(self, batch: Batch) -> None:
+        if self._decode is not None:
+            layer = batch.layer.to(self._accelerator.device)
+            x = self._decode((batch.x, *batch.more), layer, batch.origin)
+            batch = Batch(x, layer, batch.num_rows)
+        for member in list(self.members):
+            try:
+                member.step(batch)
+            except DivergedError:
+                self.members.remove(member)
+
+    def _agree(self, *said: bool) -> tuple[bool, ...]:
+        """Whether any rank says each of these: they must leave off at one step."""
+        if self._accelerator.num_processes == 1:
+            return said
+        device = self._accelerator.device
+        told = self._accelerator.reduce(torch.tensor(said, dtype=torch.int32, device=device), "sum")
+        return tuple(count > 0 for count in told.tolist())
+
+    def _any_left(self) -> bool:
+        # Ranks with SAEs of their own go on for each other's sake.
+        return self._agree(bool(self.members))[0]
+
+
+def _rows(mixture: Mixture, step: int) -> int:
+    """Rows of so many first steps."""
+    epochs, rest = divmod(step, mixture.epoch_steps)
+    return epochs * mixture.epoch_rows + rest * mixture.batch_rows
+
+
+def _shown(members: Sequence[Member]) -> dict[str, str]:
+    """FVU, L0 and dead latents since the last line; of several SAEs from the least on."""
+    lines = [(m.last_line, m.plan.sae.num_latents) for m in members if m.last_line is not None]
+    columns = {
+        "fvu": ([line["fvu"] for line, _ in lines], "{:.4f}"),
+        "L0": ([line["l0"] for line, _ in lines], "{:.1f}"),
+        "dead": ([line["num_dead"] / latents for line, latents in lines], "{:.1%}"),
+    }
+    return {name: _range(values, shape) for name, (values, shape) in columns.items() if values}
+
+
+def _range(values: Sequence[float], shape: str) -> str:
+    ends = [shape.format(min(values)), shape.format(max(values))]
+    return ends[0] if ends[0] == ends[1] else "–".join(ends)

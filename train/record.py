@@ -1,0 +1,143 @@
+"""What a run says of itself at its end: training.json, the summary by layer, the sweep's table."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from mlsae import __version__
+from mlsae.base.units import format_count
+from mlsae.train.evaluate import POSITION_0_IN, POSITION_0_OUT
+from mlsae.train.plan import Plan
+from mlsae.train.trainer import Trainer
+
+
+def training_record(
+    plan: Plan,
+    trainer: Trainer,
+    metrics: Mapping[str, Any] | None,
+    last_line: Mapping[str, Any],
+    *,
+    world_size: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """training.json: how the SAE came about, and what an analysis has to know of it."""
+    store, config = plan.store, plan.config
+    model = store.source.get("model")
+    return {
+        "settings": plan.settings(),
+        "store_id": store.store_id,
+        "plan_id": store.plan_id,
+        "stores": [
+            {
+                "store_id": member.store_id,
+                "plan_id": member.plan_id,
+                "tokens_sha256": member.plan["tokens_sha256"],
+                "num_sequences": member.num_sequences,
+            }
+            for member in store.stores
+        ],
+        "model_fingerprint": model.get("fingerprint") if isinstance(model, Mapping) else None,
+        "site": plan.site,
+        "layers": list(plan.layers),
+        "skip_positions": config.skip_positions,
+        "validation": {
+            "fraction": config.validation_fraction,
+            "seed": config.order_seed,
+            "num_sequences": store.num_sequences,
+            "num_held_out": len(plan.validation),
+        },
+        "position": {
+            "step": trainer.step_number,
+            "rows": trainer.dead.num_rows,
+            "epoch_rows": plan.mixture.num_rows * len(plan.layers),
+        },
+        "training": {key: last_line[key] for key in ("fvu", "fvu_by_layer", "l0", "num_dead")},
+        "metrics": metrics,
+        "environment": {
+            "mlsae": __version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "device": trainer.sae.b.device.type,
+            "world_size": world_size,
+            "threads": torch.get_num_threads(),
+            "last_session_seconds": round(seconds, 3),
+        },
+    }
+
+
+def format_summary(metrics: Mapping[str, Any] | None) -> str:
+    """The validation rows by layer, for people."""
+    if metrics is None:
+        return "No sequence was held out: no summary of validation rows."
+    outside, inside = metrics[POSITION_0_OUT], metrics[POSITION_0_IN]
+    lines = ["layer      FVU   FVU of u     L0   FVU with position 0"]
+    for a, b in zip(outside["layers"], inside["layers"], strict=True):
+        columns = [_number(v) for v in (a["fvu"], a["fvu_standardized"], a["l0"], b["fvu"])]
+        lines.append("{:>5} {:>8} {:>10} {:>6} {:>21}".format(a["layer"], *columns))
+    lines.append(
+        f"dead: {outside['num_dead']} latents ({outside['dead_fraction']:.2%}) unused by all "
+        f"{format_count(outside['num_rows'])} validation rows"
+    )
+    return "\n".join(lines)
+
+
+def sweep_entry(plan: Plan, training: Mapping[str, Any] | str) -> dict[str, Any]:
+    """An SAE's line of summary.json.
+
+    Args:
+        plan: of the SAE.
+        training: its training.json, or why there is none.
+    """
+    entry: dict[str, Any] = {
+        "name": plan.name,
+        "layers": list(plan.layers),
+        "num_latents": plan.sae.num_latents,
+        "k": plan.sae.k,
+        "lr": plan.schedule.peak,
+        "seed": plan.config.seed,
+    }
+    if isinstance(training, str):
+        return {**entry, "diverged": training}
+    metrics = training["metrics"]
+    if metrics is None:
+        seen = training["training"]
+        means = {"fvu": None, "fvu_by_layer": None, "l0": seen["l0"], "dead_fraction": None}
+        return {**entry, **means, "training_fvu": seen["fvu"]}
+    outside = metrics[POSITION_0_OUT]
+    by_layer = [layer["fvu"] for layer in outside["layers"]]
+    return {
+        **entry,
+        "fvu": _mean(by_layer),
+        "fvu_by_layer": by_layer,
+        "l0": _mean([layer["l0"] for layer in outside["layers"]]),
+        "dead_fraction": outside["dead_fraction"],
+        "training_fvu": training["training"]["fvu"],
+    }
+
+
+def format_sweep(entries: Sequence[Mapping[str, Any]]) -> str:
+    """The SAEs of a sweep, for people: validation rows, means over layers."""
+    width = max(4, *(len(entry["name"]) for entry in entries))
+    lines = [f"{'SAE':<{width}}  latents      k      lr      FVU     L0    dead"]
+    for entry in entries:
+        start = f"{entry['name']:<{width}}  {entry['num_latents']:>7} {entry['k']:>6}"
+        start += f" {entry['lr']:>7.2g}"
+        if "diverged" in entry:
+            lines.append(f"{start}  diverged")
+            continue
+        dead = entry["dead_fraction"]
+        shown = "none" if dead is None else f"{dead:.2%}"
+        lines.append(f"{start} {_number(entry['fvu']):>8} {_number(entry['l0']):>6} {shown:>7}")
+    lines.append("validation rows, means over layers, position 0 out")
+    return "\n".join(lines)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}" if value < 1 else f"{value:.2f}"

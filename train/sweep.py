@@ -1,0 +1,104 @@
+"""Several SAEs from one pass over the rows: the product of the values of some settings."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mlsae.base.errors import InputError
+from mlsae.train.config import TrainConfig
+
+SUMMARY, SWEEP = "summary.json", "sweep.json"
+_SHORT = {"k": "k", "expansion_factor": "R", "num_latents": "N", "lr": "lr", "seed": "seed"}
+"""What stands before a value in a name; for every other setting its flag and a dash."""
+SWEPT = (
+    "k",
+    "expansion_factor",
+    "num_latents",
+    "lr",
+    "seed",
+    "loss_space",
+    "lr_decay",
+    "warmup",
+    "precision",
+)
+"""Settings in which SAEs of one pass may differ; the others are of the pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One SAE of a sweep, as it was asked for."""
+
+    name: str
+    """Of its directory, by what sets it apart; empty where there is no other."""
+    config: TrainConfig
+    layer: int | None = None
+    """The one layer that it is trained on; None for all of the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """SAEs that are trained in one pass.
+
+    Raises:
+        InputError: a setting is none of an SAE, or a value is given twice.
+    """
+
+    config: TrainConfig
+    """What they have in common; `out` holds a directory for each."""
+    axes: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Values of fields of `config`: every combination is an SAE."""
+    each_layer: bool = False
+    """Train each SAE once more for each single layer, on that layer's rows of each batch."""
+
+    def __post_init__(self) -> None:
+        for name, values in self.axes.items():
+            if name not in SWEPT:
+                raise InputError(
+                    f"SAEs of one run cannot differ in {name!r}; expected {', '.join(SWEPT)}"
+                )
+            if not values or len(set(values)) < len(values):
+                given = ", ".join(map(str, values))
+                raise InputError(f"{_flag(name)} takes each value once, got {given or 'none'}")
+
+    @property
+    def is_single(self) -> bool:
+        """Whether it is one SAE, whose directory is `out` itself."""
+        return not self.each_layer and all(len(values) == 1 for values in self.axes.values())
+
+    def members(self, layers: tuple[int, ...]) -> list[Member]:
+        """The SAEs, in the order of the values.
+
+        The order of the rows and the sequences held out are the same for all: those of
+        `data_seed`, or of the first seed.
+
+        Args:
+            layers: of the run.
+        """
+        seeds = self.axes.get("seed", (self.config.seed,))
+        data_seed = self.config.data_seed if self.config.data_seed is not None else seeds[0]
+        found = []
+        for values in itertools.product(*self.axes.values()):
+            chosen = dict(zip(self.axes, values, strict=True))
+            words = [_word(name, chosen[name]) for name in self.axes if len(self.axes[name]) > 1]
+            for layer in (None, *layers) if self.each_layer else (None,):
+                last = ["all" if layer is None else f"layer{layer}"] if self.each_layer else []
+                name = "-".join([*words, *last])
+                out = self.config.out / name
+                config = replace(self.config, **chosen, data_seed=data_seed, out=out)
+                found.append(Member(name=name, config=config, layer=layer))
+        return found
+
+    def settings(self) -> dict[str, Any]:
+        """What tells one sweep from another in one directory, as JSON."""
+        axes = {name: list(values) for name, values in self.axes.items()}
+        return {"axes": axes, "each_layer": self.each_layer}
+
+
+def _word(name: str, value: Any) -> str:
+    shown = f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{_SHORT[name]}{shown}" if name in _SHORT else f"{_flag(name)[2:]}-{shown}"
+
+
+def _flag(name: str) -> str:
+    return "-k" if name == "k" else "--" + name.replace("_", "-")
