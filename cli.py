@@ -4,6 +4,7 @@ Everything heavy is imported inside its command, so that help is quick and `mlsa
 transformers.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -74,6 +75,55 @@ def _reads_stores(command: Callable[..., Any]) -> Callable[..., Any]:
     ):
         command = option(command)
     return command
+
+
+class _Several(click.ParamType[Any]):
+    """Values with commas between them."""
+
+    def __init__(self, one: click.ParamType[Any]) -> None:
+        self.name = f"{one.name},…"
+        self._one = one
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        return tuple(self._one.convert(word.strip(), param, ctx) for word in value.split(","))
+
+
+def _swept(
+    *names: str, what: str, one: click.ParamType[Any] = click.STRING
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """An option of which several values may be given: a tuple of them, empty if there is none."""
+    return click.option(
+        *names,
+        multiple=True,
+        type=_Several(one),
+        callback=lambda _ctx, _param, values: tuple(itertools.chain(*values)),
+        help=f"{what} Several: an SAE for each.",
+    )
+
+
+def _training_layers(text: str) -> Any:
+    from mlsae.train.options import parse_training_layers
+
+    return parse_training_layers(text)
+
+
+def _use_run_file(ctx: click.Context, _param: click.Parameter, path: Path | None) -> None:
+    """Take the defaults of a command's options from a YAML file."""
+    if path is None:
+        return
+    from mlsae.train.options import read_run_file
+
+    names = {
+        str(option.name): isinstance(option, click.Option) and option.multiple
+        for option in ctx.command.params
+        if option.expose_value
+    }
+    try:
+        ctx.default_map = read_run_file(path, names)
+    except InputError as error:
+        raise click.UsageError(str(error), ctx) from None
 
 
 class _OneLineErrors(click.Group):
@@ -192,40 +242,72 @@ def harvest(**settings: Any) -> None:
 
 @main.command()
 @_reads_stores
-@click.option("--out", required=True, type=DIRECTORY, help="Directory of the SAE.")
+@click.option(
+    "--config",
+    "run_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    is_eager=True,
+    expose_value=False,
+    callback=_use_run_file,
+    help="YAML file of these options, such as a run's run.yaml; what is given here comes first.",
+)
+@click.option("--out", required=True, type=DIRECTORY, help="Directory of the SAE, or of several.")
 @click.option("--site", help="Site to train on; needed where the store holds several.")
-@click.option("--layers", type=LAYERS, help="Layers to train on, such as 0-5; all if not given.")
-@click.option("--expansion-factor", "-R", type=COUNT, help="Latents a channel; 64 if not given.")
-@click.option("--num-latents", type=COUNT, help="Latents, instead of an expansion factor.")
-@click.option("-k", "--k", type=COUNT, default=32, help="Active latents a row.")
+@click.option(
+    "--layers",
+    type=_Parsed("layers", _training_layers),
+    help="Layers to train on, such as 0-5; all if not given; `each` adds an SAE for each layer.",
+)
+@_swept("--expansion-factor", "-R", one=COUNT, what="Latents a channel; 64 if not given.")
+@_swept("--num-latents", one=COUNT, what="Latents, instead of an expansion factor.")
+@_swept("-k", "--k", one=COUNT, what="Active latents a row; 32 if not given.")
 @click.option("--batch-size", type=COUNT, default=16384, help="Rows a step, over all layers.")
 @click.option(
     "--micro-batch", type=COUNT, help="Rows of a batch in memory at once; all if not given."
 )
 @click.option("--epochs", type=COUNT, help="Passes over the store; 1 if not given.")
 @click.option("--max-rows", type=COUNT, help="Rows to train on, such as 100M, instead of epochs.")
-@click.option(
-    "--lr", type=float, help="Peak learning rate; 2e-4 / √(num_latents / 2¹⁴) if not given."
+@_swept(
+    "--lr", one=click.FLOAT, what="Peak learning rate; 2e-4 / √(num_latents / 2¹⁴) if not given."
 )
-@click.option(
-    "--lr-decay", type=float, default=0.2, help="Last share of the steps that decays to 0."
+@_swept("--schedule", what="linear (if not given), cosine or constant.")
+@_swept(
+    "--lr-decay",
+    one=click.FLOAT,
+    what="Last share of the steps that decays to 0; 0.2, or all after the warm-up for cosine.",
 )
-@click.option("--warmup", type=float, default=0.01, help="First share of the steps that warms up.")
+@_swept(
+    "--warmup", one=click.FLOAT, what="First share of the steps that warms up; 0.01 if not given."
+)
+@click.option("--clip-grad-norm", type=float, help="Largest norm of a gradient; any if not given.")
 @click.option(
     "--validation-fraction", type=float, default=0.01, help="Share of held-out sequences."
 )
 @click.option("--skip-positions", type=COUNT, default=1, help="First positions left out, 0 to 16.")
-@click.option("--loss-space", default="standardized", help="standardized or raw.")
+@_swept("--loss-space", what="standardized (if not given) or raw.")
 @click.option("--window", type=BYTES, help="Memory of the shuffling window, such as 1GiB.")
-@click.option("--seed", type=int, default=0, help="Seed of the weights, the order and the split.")
+@_swept("--seed", one=click.INT, what="Seed of the weights; 0 if not given.")
+@click.option(
+    "--data-seed", type=int, help="Seed of the order and the split; the first --seed if not given."
+)
 @click.option("--device", default="auto", help="cpu, cuda, cuda:N, or auto.")
-@click.option("--precision", default="float32", help="float32 or bfloat16.")
+@_swept("--precision", what="float32 (if not given) or bfloat16.")
+@click.option(
+    "--distribute", default="rows", help="What several processes share: rows of a batch, or saes."
+)
 @click.option("--resume", is_flag=True, help="Continue the run in --out from its last checkpoint.")
+@click.option("--keep", type=COUNT, default=2, help="Checkpoints to keep.")
+@click.option("--checkpoint-seconds", type=float, default=300, help="Time between checkpoints.")
 def train(**settings: Any) -> None:
-    """Train a sparse autoencoder on all layers of a store, without the transformer."""
-    from mlsae.train import TrainConfig, run
+    """Train sparse autoencoders on all layers of a store, without the transformer.
 
-    run(TrainConfig(**settings))
+    Options that say so take several values, as in -k 16,32 or -k 16 -k 32: every combination is an
+    SAE, in a directory of its own below --out, and all are trained in one pass over the store.
+    """
+    from mlsae.train import run_sweep
+    from mlsae.train.options import make_sweep
+
+    run_sweep(make_sweep(settings))
 
 
 @main.command()

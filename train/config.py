@@ -7,6 +7,7 @@ from pathlib import Path
 from mlsae.base.errors import InputError
 from mlsae.store.corpus import Location
 from mlsae.train.objective import LOSS_SPACES
+from mlsae.train.schedule import SCHEDULES
 
 PRECISIONS = ("float32", "bfloat16")
 DISTRIBUTE = ("rows", "saes")
@@ -48,10 +49,15 @@ class TrainConfig:
     """Rows to train on, a row of each layer counting for itself; ends at a whole batch."""
     lr: float | None = None
     """Peak learning rate; None for 2e-4 / √(num_latents / 2¹⁴) (Gao et al., 2024, figure 3)."""
-    lr_decay: float = 0.2
-    """Last share of the steps, over which the learning rate falls to 0."""
+    schedule: str = "linear"
+    """How the learning rate falls: `linear`, `cosine`, or `constant` for not at all."""
+    lr_decay: float | None = None
+    """Last share of the steps, over which the learning rate falls to 0; None for 0.2 where it is
+    linear, and for all after the warm-up where it is a cosine."""
     warmup: float = 0.01
     """First share of the steps, over which the learning rate rises."""
+    clip_grad_norm: float | None = None
+    """Largest L2 norm of a step's gradient; None for any."""
     validation_fraction: float = 0.01
     """Share of the sequences held out, 0 ≤ fraction < 1."""
     skip_positions: int = 1
@@ -91,17 +97,23 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{_flag(name)} must be at least 1, got {value}")
-        if self.lr is not None and not 0 < self.lr < math.inf:
-            raise InputError(f"--lr must be above 0, got {self.lr}")
+        for name in ("lr", "clip_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{_flag(name)} must be above 0, got {value}")
         for name in ("lr_decay", "warmup"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(
-                    f"{_flag(name)} is a share of the steps from 0 to 1, got {getattr(self, name)}"
-                )
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise InputError(f"{_flag(name)} is a share of the steps from 0 to 1, got {value}")
+        if self.schedule == "constant" and self.lr_decay:
+            raise InputError(
+                f"a constant --schedule has no decay, got --lr-decay {self.lr_decay}: leave one out"
+            )
         for name, choices in (
             ("loss_space", LOSS_SPACES),
             ("precision", PRECISIONS),
             ("distribute", DISTRIBUTE),
+            ("schedule", SCHEDULES),
         ):
             if getattr(self, name) not in choices:
                 raise InputError(
@@ -113,6 +125,13 @@ class TrainConfig:
         if self.num_latents is not None:
             return self.num_latents
         return d_in * (self.expansion_factor or DEFAULT_EXPANSION_FACTOR)
+
+    @property
+    def decay(self) -> float:
+        """Last share of the steps, over which the learning rate falls."""
+        if self.lr_decay is not None:
+            return self.lr_decay
+        return {"constant": 0.0, "linear": 0.2, "cosine": 1 - self.warmup}[self.schedule]
 
     @property
     def order_seed(self) -> int:

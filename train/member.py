@@ -9,6 +9,7 @@ from mlsae.base.files import read_sealed, seal, write_durably
 from mlsae.sae import SAE
 from mlsae.sae.directory import CONFIG
 from mlsae.train.checkpoint import Checkpoints
+from mlsae.train.clip import ClippedOptimizer
 from mlsae.train.dead import DeadLatents
 from mlsae.train.decode import Decoder
 from mlsae.train.loader import Batch
@@ -151,4 +152,7 @@ def _make_trainer(plan: Plan, ranks: Accelerator | Alone, decode: Decoder | None
         seed=config.seed,
     )
     dead = DeadLatents(plan.sae.num_latents, plan.dead_after, ranks.device)
-    return Trainer(sae, objective, plan.schedule, dead, ranks, config.micro_batch, decode)
+    trainer = Trainer(sae, objective, plan.schedule, dead, ranks, config.micro_batch, decode)
+    if config.clip_grad_norm is not None:
+        trainer.optimizer = ClippedOptimizer(sae, config.clip_grad_norm)
+    return trainer

@@ -29,6 +29,7 @@ from mlsae.train.evaluate import evaluate
 from mlsae.train.log import draw_curves, read_log
 from mlsae.train.member import Member, divergence, is_finished
 from mlsae.train.memory import require_training_memory
+from mlsae.train.options import write_run_file
 from mlsae.train.output import CHECKPOINTS, CURVES, LOG, check_output, claim
 from mlsae.train.passing import Pass
 from mlsae.train.plan import Plan, make_plans
@@ -121,7 +122,7 @@ class _Run:
         self._check_outputs(plans)
         left = [p for p in plans if not is_finished(p) and divergence(p) is None]
         if left:
-            self._train(left)
+            self._train(plans, left)
         elif self._sweep.is_single and is_finished(plans[0]):
             self._say(f"{config.out} is finished already")
         accelerator.wait_for_everyone()
@@ -139,24 +140,25 @@ class _Run:
         for plan in plans:
             check_output(plan.config.out, plan.settings(), resume=config.resume)
 
-    def _train(self, plans: Sequence[Plan]) -> None:
+    def _train(self, plans: Sequence[Plan], left: Sequence[Plan]) -> None:
         accelerator, shares = self._accelerator, self._shares_rows
         rank, world_size = accelerator.process_index, accelerator.num_processes
         ranks = accelerator if shares else Alone(accelerator.device)
-        mine = plans if shares else plans[rank::world_size]
-        if len(plans) < world_size and not shares:
+        mine = left if shares else left[rank::world_size]
+        if len(left) < world_size and not shares:
             raise InputError(
-                f"{world_size} ranks cannot share {len(plans)} SAEs: start at most {len(plans)}, "
+                f"{world_size} ranks cannot share {len(left)} SAEs: start at most {len(left)}, "
                 f"or give --distribute rows"
             )
         require_training_memory(mine, accelerator, ranks.process_index, ranks.num_processes)
-        start = common_step([_checkpoints(plan) for plan in plans])
+        start = common_step([_checkpoints(plan) for plan in left])
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             if not self._sweep.is_single:
                 claim(self._config.out, self._sweep.settings(), SWEEP)
-            for plan in plans:
+            for plan in left:
                 claim(plan.config.out, plan.settings())
+            write_run_file(self._sweep, plans)
         accelerator.wait_for_everyone()
         # One SAE alone decodes piece by piece, as its memory allows.
         mixture = mine[0].mixture

@@ -81,7 +81,8 @@ class Plan:
             "num_rows": self.num_rows,
             "slice_rows": self.mixture.slice_rows,
             "lr": self.schedule.peak,
-            "lr_decay": config.lr_decay,
+            "schedule": config.schedule,
+            "lr_decay": config.decay,
             "warmup": config.warmup,
             "validation_fraction": config.validation_fraction,
             "skip_positions": config.skip_positions,
@@ -90,6 +91,7 @@ class Plan:
             "dead_after": self.dead_after,
             "seed": config.seed,
             "data_seed": config.order_seed,
+            "clip_grad_norm": config.clip_grad_norm,
             "precision": config.precision,
         }
 
@@ -160,7 +162,9 @@ def _sae(config: TrainConfig, store: AnyStore) -> SAEConfig:
 
 
 def _schedule(config: TrainConfig, sae: SAEConfig, num_steps: int) -> Schedule:
-    return Schedule(config.peak_lr(sae.num_latents), num_steps, config.warmup, config.lr_decay)
+    return Schedule(
+        config.peak_lr(sae.num_latents), num_steps, config.warmup, config.decay, config.schedule
+    )
 
 
 def _site(config: TrainConfig, store: AnyStore) -> str:

@@ -1,11 +1,14 @@
 """The learning rate: a function of the step alone, so that a resumed run needs no state for it."""
 
+import math
 from dataclasses import dataclass
+
+SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up, a plateau, and a linear decay to zero."""
+    """Linear warm-up, a plateau, and a decay to zero, linear or along a half cosine."""
 
     peak: float
     """Learning rate of the plateau."""
@@ -15,6 +18,8 @@ class Schedule:
     """First share of the steps, over which the rate rises."""
     decay: float
     """Last share of the steps, over which it falls; the step after the last would have 0."""
+    shape: str = "linear"
+    """How it falls: `linear` or `cosine`; with `constant` it does not."""
 
     def __call__(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -23,6 +28,9 @@ class Schedule:
         factor = 1.0
         if step < rise:
             factor = (step + 1) / (rise + 1)
-        if step >= self.num_steps - fall:
-            factor = min(factor, (self.num_steps - step) / (fall + 1))
+        if self.shape != "constant" and step >= self.num_steps - fall:
+            left = (self.num_steps - step) / (fall + 1)
+            if self.shape == "cosine":
+                left = (1 - math.cos(math.pi * left)) / 2
+            factor = min(factor, left)
         return self.peak * factor

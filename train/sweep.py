@@ -18,6 +18,7 @@ SWEPT = (
     "lr",
     "seed",
     "loss_space",
+    "schedule",
     "lr_decay",
     "warmup",
     "precision",

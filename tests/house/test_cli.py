@@ -18,9 +18,10 @@ OPTIONS = {
     "text-column tokens-column max-tokens max-disk context-length packing bos isolate-documents "
     "layers sites keep-positions keep-seed encoding max-encoding-fvu model-dtype "
     "attn-implementation batch-size shard-size device device-map allow-mixed-hardware dry-run",
-    "train": "cache cache-dir cache-size out site layers expansion-factor num-latents k batch-size "
-    "micro-batch epochs max-rows lr lr-decay warmup validation-fraction skip-positions loss-space "
-    "window seed device precision resume",
+    "train": "cache cache-dir cache-size config out site layers expansion-factor num-latents k "
+    "batch-size micro-batch epochs max-rows lr schedule lr-decay warmup clip-grad-norm "
+    "validation-fraction skip-positions loss-space window seed data-seed device precision "
+    "distribute resume keep checkpoint-seconds",
     "analyze": "cache cache-dir cache-size sae out rows max-tokens model batch-size device",
     "export": "run out to model",
     "import": "source out site layers",
