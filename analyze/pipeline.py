@@ -140,11 +140,15 @@ def _plan_events(
     directory: Path,
     provenance: Mapping[str, str],
 ) -> EventsPlan:
-    store, k = pairing.store, pairing.sae.config.k
+    store = pairing.store
     covered = first_tokens(sequences, config.events_max_tokens, store.context_length)
     require_disk(
         directory,
-        len(covered) * store.rows_per_sequence * len(pairing.layers) * k * BYTES_PER_EVENT,
+        len(covered)
+        * store.rows_per_sequence
+        * len(pairing.layers)
+        * pairing.sae.expected_active
+        * BYTES_PER_EVENT,
         "the table of activations",
         "lower --max-tokens or choose another --out",
     )

@@ -51,7 +51,7 @@ def ours(num_latents: int, d_in: int, k: int, *, mixed: bool, dead: bool) -> Ste
     from accelerate import Accelerator
 
     from mlsae.base.heap import keep_freed_memory
-    from mlsae.sae import SAE, SAEConfig, model
+    from mlsae.sae import SAE, SAEConfig, topk
     from mlsae.train.dead import DeadLatents
     from mlsae.train.loader import Batch
     from mlsae.train.objective import Objective
@@ -78,7 +78,7 @@ def ours(num_latents: int, d_in: int, k: int, *, mixed: bool, dead: bool) -> Ste
 
         setattr(owner, attribute, outer)
 
-    timed(model, "select_mixed" if mixed else "select", "selection")
+    timed(topk, "select_mixed" if mixed else "select", "selection")
     timed(SAE, "reconstruct", "decode")
     timed(torch.autograd, "backward", "backward")
     timed(Objective, "accumulate_auxiliary", "AuxK")

@@ -1,4 +1,4 @@
-"""What an SAE is: its shape, its activation function's k, and how it normalises a row."""
+"""What an SAE is: its shape, its architecture, and how it normalises a row."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -6,32 +6,61 @@ from typing import Any
 
 from mlsae.base.errors import InputError
 
-NORMALIZE = ("standardize", "none")
-_WITH_DEFAULT = frozenset({"encoder_bias"})
-"""Keys that a file may lack: it is then of an SAE that has no such thing."""
+ARCHITECTURES = ("topk", "relu")
+NORMALIZE = ("standardize", "none", "scale", "center")
+LAYER_SCALES = ("none", "log", "sqrt", "linear")
+_DEFAULTS = {
+    "architecture": "topk",
+    "encoder_bias": False,
+    "k": None,
+    "layer_scale": "none",
+    "layers": None,
+}
+"""Keys that a file lacks where they are so."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SAEConfig:
-    """Shape and architecture of a TopK sparse autoencoder.
+    """Shape, architecture and normalisation of a sparse autoencoder.
 
     Raises:
-        InputError: a value is out of range, e.g. k larger than num_latents.
+        InputError: a value is out of range, e.g. k larger than num_latents, or two exclude each
+            other.
     """
 
     d_in: int
     """Channels of a row."""
     num_latents: int
     """Latents, shared by every layer."""
-    k: int
-    """Latents a row may use: the k largest pre-activations, those above 0."""
+    k: int | None = None
+    """Latents a row may use, of `topk`: the k largest pre-activations, those above 0."""
     normalize: str = "standardize"
-    """How a row is normalised before encoding: `standardize`, or `none` for rows as they are."""
+    """How a row is normalised before encoding: `standardize`, `none` for rows as they are, `scale`
+    by one factor a layer, or `center` by the mean of its layer."""
     encoder_bias: bool = False
     """Whether each latent has a bias of its own, added to its pre-activation."""
+    architecture: str = "topk"
+    """`topk`, or `relu`, of which a row uses every latent with a pre-activation above 0."""
+    layer_scale: str = "none"
+    """How rows were put on one scale by the mean norms of layers: `log`, `sqrt` or `linear`."""
+    layers: tuple[int, ...] | None = None
+    """The block index of each row of the state that depends on the layer; None without any."""
 
     def __post_init__(self) -> None:
-        for name in ("d_in", "num_latents", "k"):
+        for name, choices in (
+            ("architecture", ARCHITECTURES),
+            ("normalize", NORMALIZE),
+            ("layer_scale", LAYER_SCALES),
+        ):
+            if getattr(self, name) not in choices:
+                raise InputError(
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        if self.architecture != "topk" and self.k is not None:
+            raise InputError(
+                f"k is of topk SAEs, and this one is {self.architecture}: leave it out"
+            )
+        for name in ("d_in", "num_latents", *(["k"] if self.architecture == "topk" else [])):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
@@ -41,22 +70,43 @@ class SAEConfig:
             )
         if not isinstance(self.encoder_bias, bool):
             raise InputError(f"encoder_bias must be true or false, got {self.encoder_bias!r}")
-        if self.k > self.num_latents:
+        if self.k is not None and self.k > self.num_latents:
             raise InputError(
                 f"k must be at most num_latents: got k {self.k} and {self.num_latents} latents; "
                 f"lower -k or raise --num-latents or --expansion-factor"
             )
-        if self.normalize not in NORMALIZE:
+        if self.layer_scale != "none" and self.normalize != "none":
             raise InputError(
-                f"normalize must be one of {', '.join(NORMALIZE)}, got {self.normalize!r}"
+                f"a layer scale takes rows as they are: layer_scale {self.layer_scale} needs "
+                f"normalize none, got {self.normalize}"
             )
+        if self.depends_on_layer != bool(self.layers):
+            raise InputError(
+                f"layers name the rows of state that depends on the layer: with normalize "
+                f"{self.normalize} and layer_scale {self.layer_scale} there is "
+                f"{'such state' if self.depends_on_layer else 'none'}, got layers {self.layers}"
+            )
+
+    @property
+    def depends_on_layer(self) -> bool:
+        """Whether encoding a row takes its layer."""
+        return self.normalize in ("scale", "center") or self.layer_scale != "none"
+
+    @property
+    def most_active(self) -> int:
+        """The most latents that a row may use."""
+        return self.num_latents if self.k is None else self.k
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
         content = asdict(self)
-        if not self.encoder_bias:
-            del content["encoder_bias"]
-        return content
+        if self.layers is not None:
+            content["layers"] = list(self.layers)
+        return {
+            key: value
+            for key, value in content.items()
+            if key not in _DEFAULTS or value != _DEFAULTS[key]
+        }
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], where: str) -> "SAEConfig":
@@ -70,13 +120,19 @@ class SAEConfig:
             InputError: a key is missing, or unknown (it may change what the SAE computes).
         """
         known = {field.name for field in fields(cls)}
+        optional = _DEFAULTS.keys() - ({"k"} if _is_topk(content) else set())
         for problem, keys in (
             ("has unknown keys", set(content) - known),
-            ("lacks keys", known - _WITH_DEFAULT - set(content)),
+            ("lacks keys", known - optional - set(content)),
         ):
             if keys:
                 raise InputError(
                     f"{where} {problem}: {', '.join(sorted(keys))}; expected "
                     f"{', '.join(sorted(known))}; this SAE needs another version of mlsae"
                 )
-        return cls(**content)
+        layers = content.get("layers")
+        return cls(**{**content, "layers": None if layers is None else tuple(layers)})
+
+
+def _is_topk(content: Mapping[str, Any]) -> bool:
+    return bool(content.get("architecture", "topk") == "topk")

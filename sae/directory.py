@@ -13,12 +13,12 @@ import safetensors.torch
 import torch
 
 from mlsae.base.files import DamagedFileError, read_sealed, seal, sha256_file, write_durably
-from mlsae.sae.config import SAEConfig
+from mlsae.sae.config import ARCHITECTURES, SAEConfig
 from mlsae.sae.errors import DamagedSAEError, NotAnSAEError
 
 WEIGHTS, CONFIG, TRAINING = "sae.safetensors", "config.json", "training.json"
 FILES = (WEIGHTS, CONFIG, TRAINING)
-_ARCHITECTURE = "mlsae/topk"
+_ARCHITECTURES = {f"mlsae/{name}": name for name in ARCHITECTURES}
 
 
 def write(
@@ -32,7 +32,8 @@ def write(
     Args:
         directory: made if it is not there.
         config: goes into config.json.
-        tensors: W_enc (N, D), W_dec (N, D), b (D,), and b_enc (N,) with an encoder bias.
+        tensors: W_enc (N, D), W_dec (N, D), b (D,), b_enc (N,) with an encoder bias, and the state
+            of layers (sae/normalize.py).
         training: training.json's content.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -43,7 +44,7 @@ def write(
     write_durably(directory / TRAINING, seal(training))
     content = {
         **config.to_dict(),
-        "architecture": _ARCHITECTURE,
+        "architecture": f"mlsae/{config.architecture}",
         "weights_sha256": sha256_file(directory / WEIGHTS),
     }
     write_durably(directory / CONFIG, seal(content))
@@ -63,7 +64,7 @@ def read(directory: Path) -> tuple[SAEConfig, dict[str, torch.Tensor], dict[str,
     path = directory / CONFIG
     content = _read_config(directory)
     expected_digest = content.pop("weights_sha256")
-    del content["architecture"]
+    content["architecture"] = _ARCHITECTURES[content["architecture"]]
     config = SAEConfig.from_dict(content, str(path))
     for name in (WEIGHTS, TRAINING):
         if not (directory / name).is_file():
@@ -94,13 +95,13 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"expected the --out of a finished `mlsae train`"
         )
     try:
-        foreign = json.loads(path.read_bytes()).get("architecture") != _ARCHITECTURE
-    except (ValueError, AttributeError):
+        foreign = json.loads(path.read_bytes()).get("architecture") not in _ARCHITECTURES
+    except (ValueError, AttributeError, TypeError):
         foreign = False  # Not even JSON: read_sealed says so.
     if foreign:
         raise NotAnSAEError(
             f"{path} does not describe an SAE of mlsae: expected architecture "
-            f"{_ARCHITECTURE!r}; `mlsae import` converts SAEs of other tools"
+            f"{' or '.join(map(repr, _ARCHITECTURES))}; `mlsae import` converts SAEs of other tools"
         )
     try:
         return read_sealed(path)

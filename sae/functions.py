@@ -1,4 +1,4 @@
-"""The two sparse steps of a TopK SAE with their gradients, which touch the selected latents alone.
+"""The two sparse steps of an SAE with their gradients, which touch the latents in use alone.
 
 Dense autograd would make four more products as large as the encoder's. Both functions take the
 support as given: selection has no gradient.
@@ -21,6 +21,7 @@ class _Preactivations(torch.autograd.Function):
         u_BD: torch.Tensor,
         W_enc_ND: torch.Tensor,
         b_D: torch.Tensor,
+        b_enc_N: torch.Tensor | None,  # noqa: ARG004
         values_BK: torch.Tensor,
         support: Support,
     ) -> torch.Tensor:
@@ -33,15 +34,17 @@ class _Preactivations(torch.autograd.Function):
         (grad_BK,) = grads
         u_BD, W_enc_ND, b_D = ctx.saved_tensors
         support: Support = ctx.support
-        need_u, need_W, need_b = ctx.needs_input_grad[:3]
+        need_u, need_W, need_b, need_b_enc = ctx.needs_input_grad[:4]
         grad_u = support.product(grad_BK, W_enc_ND) if need_u else None
         grad_W = support.transpose_product(grad_BK, u_BD - b_D) if need_W else None
-        grad_b = None
-        if need_b:
+        grad_b = grad_b_enc = None
+        if need_b or need_b_enc:
             # Summed over rows first: one vector through W_enc instead of a bag for each row.
             ones_B1 = u_BD.new_ones(u_BD.shape[0], 1)
-            grad_b = -(support.transpose_product(grad_BK, ones_B1)[:, 0] @ W_enc_ND)
-        return grad_u, grad_W, grad_b, None, None
+            summed_N = support.transpose_product(grad_BK, ones_B1)[:, 0]
+            grad_b = -(summed_N @ W_enc_ND) if need_b else None
+            grad_b_enc = summed_N if need_b_enc else None
+        return grad_u, grad_W, grad_b, grad_b_enc, None, None
 
 
 class _Bag(torch.autograd.Function):
@@ -70,8 +73,9 @@ def preactivations(
     b_D: torch.Tensor,
     values_BK: torch.Tensor,
     support: Support,
+    b_enc_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """W_enc (u − b) at the support, (B, K), with gradients for u, W_enc and b.
+    """W_enc (u − b) + b_enc at the support, (B, K), with gradients for u and all weights.
 
     Args:
         u_BD: (B, D) standardised rows.
@@ -79,9 +83,10 @@ def preactivations(
         b_D: (D,) the bias that is subtracted.
         values_BK: (B, K) the pre-activations themselves, which selection has computed already.
         support: their places.
+        b_enc_N: (N,) what is added to each latent's; None for nothing.
     """
     apply: Callable[..., torch.Tensor] = _Preactivations.apply  # torch leaves it untyped
-    return apply(u_BD, W_enc_ND, b_D, values_BK, support)
+    return apply(u_BD, W_enc_ND, b_D, b_enc_N, values_BK, support)
 
 
 def bag(values_BK: torch.Tensor, W_dec_ND: torch.Tensor, support: Support) -> torch.Tensor:

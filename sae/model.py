@@ -1,13 +1,14 @@
-"""The TopK sparse autoencoder: one dictionary for the rows of every layer.
+"""The sparse autoencoder: one dictionary for the rows of every layer.
 
-z = ReLU(TopK_k(W_enc (u − b))),  û = W_dec z + b,  x̂ = û · s(x) + m(x), where u is the standardised
-row; where rows are not normalised, u = x, s = 1 and m = 0. SAEs of other tools may have an encoder
-bias as well: z = ReLU(TopK_k(W_enc (u − b) + b_enc)). Source: Gao et al. (2024), arXiv 2406.04093;
-one dictionary for all layers: Lawson et al. (2024), arXiv 2409.04185.
+z = act(W_enc (u − b) + b_enc),  û = W_dec z + b,  x̂ = û · s + m, where u = (x − m) / s is the
+normalised row (sae/normalize.py) and act is that of the architecture (sae/topk.py, sae/relu.py).
+Source of one dictionary for all layers: Lawson et al. (2024), arXiv 2409.04185.
 
-Shape suffixes: B rows, D channels, N latents, K selected latents; `...` any leading shape.
+Shape suffixes: B rows, D channels, N latents, K selected latents; L layers; `...` any
+leading shape.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,33 +16,39 @@ from typing import Any, NamedTuple
 import torch
 
 from mlsae.base.errors import InputError
+from mlsae.sae.architecture import Architecture, Weights
 from mlsae.sae.config import SAEConfig
 from mlsae.sae.directory import FILES, read, write
-from mlsae.sae.functions import bag, preactivations
+from mlsae.sae.functions import bag
 from mlsae.sae.location import find
-from mlsae.sae.normalize import Standardized, leave, restore, standardize
-from mlsae.sae.select import select, select_mixed
-from mlsae.sae.sparse import Support
+from mlsae.sae.normalize import Standardized, by_layer, restore, standardize
+from mlsae.sae.relu import ReLU, listed
+from mlsae.sae.sparse import FullSupport, Support
+from mlsae.sae.topk import TopK
 
 
 class Latents(NamedTuple):
-    """What rows become: at most k latents each, and the row statistics that decoding needs."""
+    """What rows become: a few latents each, and the row statistics that decoding needs.
+
+    K is k of a topk SAE; of a relu SAE, the most latents that any of the rows uses.
+    """
 
     values: torch.Tensor
-    """(..., K) ≥ 0; 0 where fewer than k pre-activations were positive. The SAE's dtype."""
+    """(..., K) ≥ 0; 0 where fewer than K pre-activations were positive. The SAE's dtype."""
     indices: torch.Tensor
     """(..., K) int64 latent indices, each once a row, in no order."""
     mean: torch.Tensor
-    """(..., 1) mean over each row's channels."""
+    """(..., 1) mean over each row's channels; (..., d_in) that of its layer, of centred rows."""
     scale: torch.Tensor
-    """(..., 1) unbiased standard deviation over each row's channels."""
+    """(..., 1) unbiased standard deviation over each row's channels, or 1 over what it was
+    multiplied by."""
 
 
 class SAE(torch.nn.Module):
-    """A TopK SAE with unit decoder rows.
+    """A sparse autoencoder; the decoder rows of a topk SAE have unit length.
 
     Args:
-        config: shape and k.
+        config: shape, architecture and normalisation.
         generator: source of the initial encoder (uniform in ±1/√d_in, as torch's linear layers);
             the global one if None. The decoder starts as the encoder's transpose, b at 0.
     """
@@ -59,81 +66,141 @@ class SAE(torch.nn.Module):
         self.b_enc = (
             torch.nn.Parameter(torch.zeros(config.num_latents)) if config.encoder_bias else None
         )
+        self.architecture: Architecture = ReLU() if config.k is None else TopK(config.k)
+        num_layers = len(config.layers or ())
+        has_factor = config.normalize == "scale" or config.layer_scale != "none"
+        has_shift = config.normalize == "center"
+        self.layer_factor: torch.Tensor | None
+        self.register_buffer("layer_factor", torch.ones(num_layers) if has_factor else None)
+        """(L,) what rows of each of `config.layers` are multiplied by."""
+        self.layer_shift: torch.Tensor | None
+        shift = torch.zeros(num_layers, config.d_in) if has_shift else None
+        self.register_buffer("layer_shift", shift)
+        """(L, d_in) what is subtracted from rows of each of `config.layers`."""
         self.normalize_decoder()
+
+    @property
+    def expected_active(self) -> int:
+        """About how many latents a row uses: k, or what training has seen last; at most, if any."""
+        seen = self.training_record.get("training")
+        if self.config.k is None and isinstance(seen, Mapping) and "l0" in seen:
+            return math.ceil(float(seen["l0"]))
+        return self.config.most_active
+
+    @property
+    def weights(self) -> Weights:
+        """The parameters."""
+        return Weights(self.W_enc, self.W_dec, self.b, self.b_enc)
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Scale every decoder row to unit length."""
         self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True))
 
-    def standardize(self, x_BD: torch.Tensor) -> Standardized:
-        """Rows as the encoder takes them, in the SAE's dtype: standardised, or as they are."""
-        x_BD = x_BD.to(self.W_enc.dtype)
-        return leave(x_BD) if self.config.normalize == "none" else standardize(x_BD)
-
-    def activate(self, u_BD: torch.Tensor, *, mixed: bool = False) -> tuple[torch.Tensor, Support]:
-        """The latents of standardised rows, with gradients for the encoder and b.
+    def standardize(self, x_BD: torch.Tensor, at: torch.Tensor | int | None = None) -> Standardized:
+        """Rows as the encoder takes them, in the SAE's dtype: normalised.
 
         Args:
-            u_BD: (B, D) standardised rows, in the SAE's dtype.
+            x_BD: (B, D) rows, any floating dtype.
+            at: their layers as indices into `config.layers`, (B,) or one for them all; needed where
+                the normalisation depends on the layer.
+        """
+        x_BD = x_BD.to(self.W_enc.dtype)
+        if self.config.normalize == "standardize":
+            return standardize(x_BD)
+        if at is None:
+            self._check_layer_given(at)
+            at = 0
+        return by_layer(x_BD, at, self.layer_shift, self.layer_factor)
+
+    def activate(self, u_BD: torch.Tensor, *, mixed: bool = False) -> tuple[torch.Tensor, Support]:
+        """The latents of normalised rows, with gradients for the encoder and its biases.
+
+        Args:
+            u_BD: (B, D) normalised rows, in the SAE's dtype.
             mixed: select with a bfloat16 product and re-scored candidates instead of exactly.
 
         Returns:
             (B, K) values ≥ 0 and their places.
         """
-        choose = select_mixed if mixed else select
-        W_enc: torch.Tensor = self.W_enc
-        b: torch.Tensor = self.b
-        if self.b_enc is not None:
-            # A channel of ones carries the bias through the same products.
-            W_enc = torch.cat([W_enc, self.b_enc[:, None]], dim=1)
-            b = torch.cat([b, b.new_zeros(1)])
-            u_BD = torch.cat([u_BD, u_BD.new_ones(len(u_BD), 1)], dim=1)
-        with torch.no_grad():
-            pre_BK, indices_BK = choose(u_BD - b, W_enc, self.config.k)
-        support = Support(indices_BK, self.config.num_latents)
-        return preactivations(u_BD, W_enc, b, pre_BK, support).relu(), support
+        return self.architecture.activate(u_BD, self.weights, mixed=mixed)
 
     def reconstruct(self, values_BK: torch.Tensor, support: Support) -> torch.Tensor:
-        """û = W_dec z + b, (B, D) standardised, with gradients for values, decoder and b."""
+        """û = W_dec z + b, (B, D) normalised, with gradients for values, decoder and b."""
         return bag(values_BK, self.W_dec, support) + self.b
 
-    def encode(self, x: torch.Tensor) -> Latents:
+    def encode(self, x: torch.Tensor, layer: torch.Tensor | int | None = None) -> Latents:
         """The latents of rows; selection is exact.
 
         Args:
             x: (..., d_in) activations in their own units, any floating dtype.
+            layer: the block index of the rows: one, or a tensor that broadcasts to (...). Needed
+                where the normalisation depends on the layer, and of no account elsewhere.
 
         Raises:
-            InputError: the last axis is not d_in wide.
+            InputError: the last axis is not d_in wide, or a layer is needed and is not given, or is
+                none of the SAE's.
         """
         if x.shape[-1] != self.config.d_in:
             raise InputError(
                 f"rows of {x.shape[-1]} channels do not fit this SAE: expected {self.config.d_in}"
             )
         lead = x.shape[:-1]
-        u_BD, mean_B1, scale_B1 = self.standardize(x.reshape(-1, self.config.d_in))
+        u_BD, mean_BD, scale_B1 = self.standardize(
+            x.reshape(-1, self.config.d_in), self._at(layer, lead)
+        )
         values_BK, support = self.activate(u_BD)
-        k = self.config.k
+        indices_BK = support.indices_BK
+        if isinstance(support, FullSupport):
+            _, indices_BK = listed([values_BK.detach()], self.config.num_latents)
+            values_BK = values_BK.gather(1, indices_BK)
+        k = indices_BK.shape[1]
         return Latents(
             values_BK.view(*lead, k),
-            support.indices_BK.view(*lead, k),
-            mean_B1.view(*lead, 1),
-            scale_B1.view(*lead, 1),
+            indices_BK.view(*lead, k),
+            mean_BD.reshape(*lead, mean_BD.shape[1]),
+            scale_B1.reshape(*lead, 1),
         )
+
+    def _at(self, layer: torch.Tensor | int | None, lead: torch.Size) -> torch.Tensor | int | None:
+        """Block indices as indices into `config.layers`, one or one a row."""
+        known = self.config.layers
+        if known is None:
+            return None
+        self._check_layer_given(layer)
+        if not isinstance(layer, torch.Tensor):
+            if layer not in known:
+                raise InputError(f"{self._its_layers()}, got {layer}")
+            return known.index(layer)
+        layers = torch.tensor(known, device=self.b.device)
+        found = layer.to(layers.device)[..., None] == layers
+        if not found.any(dim=-1).all():
+            others = layer[~found.any(dim=-1).to(layer.device)]
+            raise InputError(f"{self._its_layers()}, got {others.reshape(-1)[0].item()}")
+        return found.long().argmax(dim=-1).expand(lead).reshape(-1)
+
+    def _check_layer_given(self, layer: object) -> None:
+        if layer is None and self.config.layers is not None:
+            raise InputError(
+                f"this SAE normalises the rows of each layer by themselves: give the layer of the "
+                f"rows, encode(x, layer), one of {', '.join(map(str, self.config.layers))}"
+            )
+
+    def _its_layers(self) -> str:
+        return f"this SAE is of the layers {', '.join(map(str, self.config.layers or ()))}"
 
     def decode(self, latents: Latents) -> torch.Tensor:
         """x̂ (..., d_in) in the rows' own units, in the SAE's dtype."""
         lead, k = latents.values.shape[:-1], latents.values.shape[-1]
         support = Support(latents.indices.reshape(-1, k), self.config.num_latents)
         u_hat_BD = self.reconstruct(latents.values.reshape(-1, k), support)
-        return restore(u_hat_BD, latents.mean.reshape(-1, 1), latents.scale.reshape(-1, 1)).view(
-            *lead, self.config.d_in
-        )
+        mean_BD = latents.mean.reshape(-1, latents.mean.shape[-1])
+        x_hat_BD = restore(u_hat_BD, mean_BD, latents.scale.reshape(-1, 1))
+        return x_hat_BD.view(*lead, self.config.d_in)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x̂ for x, both (..., d_in)."""
-        return self.decode(self.encode(x))
+    def forward(self, x: torch.Tensor, layer: torch.Tensor | int | None = None) -> torch.Tensor:
+        """x̂ for x, both (..., d_in); `layer` as for `encode`."""
+        return self.decode(self.encode(x, layer))
 
     def save(self, directory: Path, training: Mapping[str, Any]) -> None:
         """Write the SAE directory: sae.safetensors, training.json and, last, config.json.

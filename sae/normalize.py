@@ -1,6 +1,16 @@
-"""Row normalisation: every row is put on one scale, whatever its layer.
+"""Row normalisation: what is encoded of a row, and the way back to its own units.
 
-Shape suffixes: B rows, D channels.
+- `standardize`: by the row's own mean and standard deviation, whatever its layer.
+- `none`: u = x.
+- `scale`: u = f_l x, f_l = √(d / E‖x‖²) over the rows of layer l, so that E‖u‖² = d there.
+- `center`: u = x − μ_l, the mean of layer l.
+- a layer scale, beside `none`: u = s_l x with s_l = mean_l'(f(n_l')) / f(n_l), n_l the mean norm of
+  layer l and f the logarithm, the square root or the identity. Source: collingray's multi-layer
+  SAEs on MLP outputs, https://github.com/collingray/autoencoders.
+
+The last three have state by layer: `layer_factor` (L,) holds f_l or s_l, `layer_shift` (L, D) μ_l.
+
+Shape suffixes: B rows, D channels, L layers.
 """
 
 from typing import NamedTuple
@@ -15,11 +25,11 @@ class Standardized(NamedTuple):
     """A batch of rows in units of their own spread, and what leads back."""
 
     u: torch.Tensor
-    """(B, D) (x − mean) / (scale + EPS); x itself where rows are not normalised."""
+    """(B, D) (x − mean) / (scale + EPS) of standardised rows, (x − mean) / scale of others."""
     mean: torch.Tensor
-    """(B, 1) mean over the row's channels; 0 where rows are not normalised."""
+    """(B, 1) mean over the row's channels, or 0; (B, D) of its layer where rows are centred so."""
     scale: torch.Tensor
-    """(B, 1) unbiased standard deviation over the row's channels; 1 where not normalised."""
+    """(B, 1) unbiased standard deviation over the row's channels; 1 over its layer's factor."""
 
 
 def standardize(x_BD: torch.Tensor) -> Standardized:
@@ -35,12 +45,33 @@ def standardize(x_BD: torch.Tensor) -> Standardized:
     return Standardized(centred_BD / (scale_B1 + EPS), mean_B1, scale_B1)
 
 
-def leave(x_BD: torch.Tensor) -> Standardized:
-    """Rows that are not normalised: u = x, so that `restore` changes nothing either."""
-    zeros_B1 = x_BD.new_zeros(len(x_BD), 1)
-    return Standardized(x_BD, zeros_B1, zeros_B1 + 1)
+def by_layer(
+    x_BD: torch.Tensor,
+    at: torch.Tensor | int,
+    shift_LD: torch.Tensor | None,
+    factor_L: torch.Tensor | None,
+) -> Standardized:
+    """u = factor_l (x − shift_l).
+
+    Args:
+        x_BD: (B, D) rows.
+        at: which row of the state is their layer's: (B,), or one for them all.
+        shift_LD: (L, D); None for 0.
+        factor_L: (L,); None for 1.
+    """
+    mean_BD = zeros_B1 = x_BD.new_zeros(len(x_BD), 1)
+    scale_B1 = zeros_B1 + 1
+    u_BD = x_BD
+    if shift_LD is not None:
+        mean_BD = shift_LD[at].expand(x_BD.shape)
+        u_BD = u_BD - mean_BD
+    if factor_L is not None:
+        factor_B1 = factor_L[at].reshape(-1, 1).expand(len(x_BD), 1)
+        scale_B1 = 1 / factor_B1
+        u_BD = u_BD * factor_B1
+    return Standardized(u_BD, mean_BD, scale_B1)
 
 
-def restore(u_BD: torch.Tensor, mean_B1: torch.Tensor, scale_B1: torch.Tensor) -> torch.Tensor:
+def restore(u_BD: torch.Tensor, mean_BD: torch.Tensor, scale_B1: torch.Tensor) -> torch.Tensor:
     """x̂ = û · s + m: (B, D) in the rows' own units."""
-    return u_BD * scale_B1 + mean_B1
+    return u_BD * scale_B1 + mean_BD

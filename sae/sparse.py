@@ -1,7 +1,8 @@
-"""Products with a sparse (rows × latents) matrix that is known by its support.
+"""Products with a (rows × latents) matrix that is known by its support.
 
-All three run as bags of gathered rows or sampled dot products, on CPU and CUDA, in float32 and
-float64; their cost does not grow with the number of latents.
+Where that is some latents of each row, all three run as bags of gathered rows or sampled dot
+products, on CPU and CUDA, in float32 and float64; their cost does not grow with the number of
+latents. Where it is every latent they are dense products.
 
 Shape suffixes: B rows, D channels, N latents, K selected latents.
 """
@@ -61,6 +62,32 @@ class Support:
         )
         sampled: torch.Tensor = torch.sparse.sampled_addmm(places, x_BD, W_ND.T, beta=0.0)
         return sampled.values().view(num_rows, k)
+
+
+class FullSupport(Support):
+    """Every latent of each row: for values that are mostly not zero.
+
+    Args:
+        num_rows: B.
+        num_latents: N, which is K, too.
+        device: of the products.
+    """
+
+    def __init__(self, num_rows: int, num_latents: int, device: torch.device) -> None:
+        one = torch.arange(num_latents, device=device)
+        super().__init__(one.expand(num_rows, num_latents), num_latents)
+
+    def transpose_product(self, values_BK: torch.Tensor, dense_BD: torch.Tensor) -> torch.Tensor:
+        """Zᵀ X: (N, D)."""
+        return values_BK.T @ dense_BD
+
+    def product(self, values_BK: torch.Tensor, W_ND: torch.Tensor) -> torch.Tensor:
+        """Z W: (B, D)."""
+        return values_BK @ W_ND
+
+    def sampled_product(self, x_BD: torch.Tensor, W_ND: torch.Tensor) -> torch.Tensor:
+        """x Wᵀ: (B, N)."""
+        return x_BD @ W_ND.T
 
 
 @functools.cache

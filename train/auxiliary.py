@@ -65,12 +65,16 @@ def sample(x_BD: torch.Tensor, batch_rows: int, seed: int, step: int) -> torch.T
     share = max(SAMPLE_SHARE, SAMPLE_ROWS / batch_rows)
     if share >= 1:
         return torch.ones(len(x_BD), dtype=torch.bool, device=x_BD.device)
+    return hashed(x_BD, seed, step) < math.floor((share - 0.5) * 2**32)
+
+
+def hashed(x_BD: torch.Tensor, seed: int, step: int) -> torch.Tensor:
+    """(B,) int64 from −2³¹ up to 2³¹: a hash of each row's own values, another one at each step."""
     stride = -(-x_BD.shape[1] // _HASHED_CHANNELS)
     bits = x_BD[:, ::stride].float().contiguous().view(torch.int32).long()
     generator = np.random.default_rng((seed, step))
     odd = torch.from_numpy(generator.integers(-(2**62), 2**62, bits.shape[1]) * 2 + 1)
-    hashed = (bits * odd.to(bits.device)).sum(dim=1) >> 32
-    return hashed < math.floor((share - 0.5) * 2**32)
+    return (bits * odd.to(bits.device)).sum(dim=1) >> 32
 
 
 def accumulate(

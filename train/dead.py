@@ -34,3 +34,7 @@ class DeadLatents:
     def indices(self) -> torch.Tensor:
         """Ascending indices of the latents that are dead now."""
         return torch.nonzero(self.num_rows - self.last_used >= self.dead_after)[:, 0]
+
+    def revive(self, latents: torch.Tensor) -> None:
+        """Count latents that were drawn anew as used now."""
+        self.last_used[latents] = self.num_rows

@@ -96,12 +96,15 @@ def evaluate(
     by_layer: dict[str, list[dict[str, Any]]] = {POSITION_0_IN: [], POSITION_0_OUT: []}
     for layer in layers:
         at = moments.layers.index(layer)
-        about = [torch.from_numpy(m[at]).to(device) for m in (moments.mean, moments.u_mean)]
+        mean, u_mean = (torch.from_numpy(m[at]).to(device) for m in (moments.mean, moments.u_mean))
+        if sae.config.normalize != "standardize":
+            u_mean = sae.standardize(mean[None], layers.index(layer)).u[0].double()
+        about = mean, u_mean
         sums = [_LayerSums(about[0], about[1]) for _ in by_layer]
         for stored, position, origin in _blocks(store, site, layer, mine):
             x = decode(stored, layers.index(layer), origin).to(sae.b.dtype)
             keep = (position >= 0, position >= first_out)
-            _count(sae, x, [mask.to(device) for mask in keep], sums, used)
+            _count(sae, x, layers.index(layer), [mask.to(device) for mask in keep], sums, used)
         for name, total in zip(by_layer, sums, strict=True):
             total.sums = sum_over_ranks(total.sums)
             by_layer[name].append({"layer": layer, **total.result()})
@@ -121,11 +124,12 @@ def evaluate(
 def _count(
     sae: SAE,
     x: torch.Tensor,
+    at: int,
     keep: list[torch.Tensor],
     sums: list[_LayerSums],
     used: torch.Tensor,
 ) -> None:
-    u, mean, scale = sae.standardize(x)
+    u, mean, scale = sae.standardize(x, at)
     values, support = sae.activate(u)
     u_hat = sae.reconstruct(values, support)
     x_hat = u_hat * scale + mean

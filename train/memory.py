@@ -59,12 +59,15 @@ def step_memory(
         world_size: number of ranks.
     """
     weights = 2 * sae.num_latents * sae.d_in * _FLOAT
+    active = sae.most_active
+    if sae.k is None:  # A block of rows × latents at once.
+        rows = min(rows, max(1, BLOCK_BYTES // (_FLOAT * sae.num_latents)))
     return {
         "weights": weights,
         "Adam and gradients": (3 if world_size == 1 else 4) * weights,
         # A block of pre-activations, what selecting from it takes and what the product keeps for
         # itself; the encoder in bfloat16.
-        "activations": _rows_memory(rows, sae.d_in, sae.k * 5 // 4 if mixed else sae.k)
+        "activations": _rows_memory(rows, sae.d_in, active * 5 // 4 if mixed else active)
         + 3 * BLOCK_BYTES
         + (weights // 4 if mixed else 0),
         # Should every latent be dead: their weights and gradients beside the others'.

@@ -1,13 +1,16 @@
-"""What training minimises: reconstruction in units of each layer's variance, and AuxK.
+"""What training minimises: reconstruction in units of each layer's variance, and what latents cost.
 
-(1/B) Σ_rows ‖u − û‖² / V_l + aux, with V_l = Σ_d Var(u_d) over all eligible rows of layer l. Both
-terms are sums over rows once B and the totals in them are those of the whole batch, so that pieces
-of a batch, on one rank or several, add up to it exactly. AuxK: see `train/auxiliary.py`.
+(1/B) Σ_rows [w_l ‖u − û‖² / V_l + λ_l penalty] + aux, with V_l = Σ_d Var(u_d) over all eligible
+rows of layer l, and weights w_l that are 1 unless asked for. The penalty is the architecture's,
+with λ_l = λ · (multiplier of the layer), rising from 0 over the first steps. All terms are sums
+over rows once B and the totals in them are those of the whole batch, so that pieces of a batch, on
+one rank or several, add up to it exactly. AuxK, of topk alone: see `train/auxiliary.py`.
 
 Shape suffixes: B rows, D channels, N latents, L layers, S sampled rows.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -17,9 +20,11 @@ import torch
 from mlsae.base.errors import InputError
 from mlsae.sae import SAE
 from mlsae.sae.normalize import EPS
+from mlsae.sae.sparse import Support
 from mlsae.store import Moments
-from mlsae.train import auxiliary
+from mlsae.train import auxiliary, resample
 from mlsae.train.auxiliary import Residual, Sum
+from mlsae.train.resample import Candidates, Resampling
 
 LOSS_SPACES = ("standardized", "raw")
 
@@ -28,7 +33,9 @@ class Losses(NamedTuple):
     """The main term of a piece of a batch, and what is counted on the way."""
 
     main: torch.Tensor
-    """() the reconstruction term."""
+    """() the reconstruction term and the penalty."""
+    penalty: torch.Tensor
+    """() the penalty's part of it."""
     layer_errors: torch.Tensor
     """(L,) Σ ‖u − û‖² / V_l over the rows of each layer."""
     layer_rows: torch.Tensor
@@ -39,18 +46,40 @@ class Losses(NamedTuple):
     """(N,) 1 for a latent with a value above 0 on any row, else 0."""
     residual: Residual | None
     """What AuxK will explain; None without dead latents."""
+    candidates: Candidates | None
+    """Rows for dead latents to be drawn from; None where none are resampled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Penalty:
+    """The weight of what latents cost."""
+
+    weight: float
+    """λ."""
+    by_layer: tuple[float, ...] | None = None
+    """(L,) what λ is multiplied by at each layer; None for 1."""
+    rise: int = 0
+    """First steps, over which λ rises from 0."""
+
+    def at(self, step: int) -> float:
+        """λ of a step, counted from 0."""
+        return self.weight * (min(1.0, step / self.rise) if self.rise else 1.0)
 
 
 def layer_variances(
-    moments: Moments, layers: tuple[int, ...], loss_space: str
+    moments: Moments, layers: tuple[int, ...], loss_space: str, normalize: str = "standardize"
 ) -> npt.NDArray[np.float64]:
-    """(L,) V_l = Σ_d Var(u_d), or Σ_d Var(x_d) for raw loss, over the rows of the moments.
+    """(L,) Σ_d Var(u_d) of standardised rows, else Σ_d Var(x_d), over the rows of the moments.
+
+    Where rows are multiplied by a factor of their layer, so are errors: ‖u − û‖² / V_l is
+    ‖x − x̂‖² / Σ_d Var(x_d), and the objective counts it so.
 
     Raises:
         InputError: a layer does not vary.
     """
     at = [moments.layers.index(layer) for layer in layers]
-    m2 = moments.m2 if loss_space == "raw" else moments.u_m2
+    in_u = loss_space != "raw" and normalize == "standardize"
+    m2 = moments.u_m2 if in_u else moments.m2
     variances: npt.NDArray[np.float64] = m2[at].sum(axis=1) / moments.count
     for layer, variance in zip(layers, variances.tolist(), strict=True):
         if not variance > 0:
@@ -66,10 +95,13 @@ class Objective:
 
     Args:
         sae: what is trained.
-        variances: (L,) V_l in the loss's space.
+        variances: (L,) what `layer_variances` gives.
         loss_space: `standardized` or `raw`: where the main term is measured.
         mixed: select latents by a bfloat16 product.
-        seed: of the rows that AuxK sees.
+        seed: of the rows that AuxK sees, and that resampling draws.
+        layer_weights: (L,) w_l; None for 1.
+        penalty: λ; None without a penalty.
+        resampling: when dead latents are drawn anew; None for never. Without it, AuxK.
     """
 
     def __init__(
@@ -80,17 +112,48 @@ class Objective:
         *,
         mixed: bool = False,
         seed: int = 0,
+        layer_weights: Sequence[float] | None = None,
+        penalty: Penalty | None = None,
+        resampling: Resampling | None = None,
     ) -> None:
         self._sae = sae
         weights = torch.from_numpy(1 / variances)
         self._weights_L = weights.to(sae.b.device, sae.b.dtype)
-        self._raw = loss_space == "raw"
+        self._terms_L = None if layer_weights is None else self._of_layers(layer_weights)
+        self._penalty = penalty
+        by_layer = None if penalty is None else penalty.by_layer
+        self._multipliers_L = None if by_layer is None else self._of_layers(by_layer)
+        self.resampling = resampling
+        # Rows that are standardised have two spaces; others one error, in units of its variance.
+        self._raw = loss_space == "raw" or sae.config.normalize != "standardize"
+        self._eps = EPS if sae.config.normalize == "standardize" else 0.0
         self._mixed = mixed
         self._seed = seed
         self.k_aux = auxiliary.default_k_aux(sae.config.d_in)
 
+    def _of_layers(self, values: Sequence[float]) -> torch.Tensor:
+        return self._weights_L.new_tensor(values)
+
+    @property
+    def most_rows(self) -> int | None:
+        """Rows that one call of `accumulate` is best given; None for any number."""
+        sae = self._sae
+        return sae.architecture.most_rows(sae.config.num_latents, sae.b.element_size())
+
+    @property
+    def has_auxiliary(self) -> bool:
+        """Whether AuxK revives dead latents."""
+        return self._sae.config.architecture == "topk"
+
     def accumulate(
-        self, x_BD: torch.Tensor, layer_B: torch.Tensor, batch_rows: int, aux_step: int | None
+        self,
+        x_BD: torch.Tensor,
+        layer_B: torch.Tensor,
+        batch_rows: int,
+        aux_step: int | None,
+        *,
+        step: int = 0,
+        num_candidates: int = 0,
     ) -> Losses:
         """The main term of some rows; its gradient is added to the parameters'.
 
@@ -99,15 +162,22 @@ class Objective:
             layer_B: (B,) their layers' indices.
             batch_rows: rows of the whole batch.
             aux_step: the step, where some latent is dead and AuxK will follow; else None.
+            step: of the run, from 0.
+            num_candidates: how many rows resampling asks for.
         """
         sae = self._sae
-        u_BD, _, scale_B1 = sae.standardize(x_BD)
+        u_BD, _, scale_B1 = sae.standardize(x_BD, layer_B)
         values_BK, support = sae.activate(u_BD, mixed=self._mixed)
         e_BD = u_BD - sae.reconstruct(values_BK, support)
         # In raw units x − x̂ = u (s + ε) − û s.
-        loss_e_BD = torch.addcmul(EPS * u_BD, e_BD, scale_B1) if self._raw else e_BD
+        loss_e_BD = torch.addcmul(self._eps * u_BD, e_BD, scale_B1) if self._raw else e_BD
         errors_B = loss_e_BD.square().sum(dim=1) * self._weights_L[layer_B]
-        main = errors_B.sum() / batch_rows
+        loss_B = errors_B if self._terms_L is None else errors_B * self._terms_L[layer_B]
+        cost = errors_B.new_zeros(())
+        if (cost_B := self._cost(values_BK, support, layer_B, step)) is not None:
+            loss_B = loss_B + cost_B
+            cost = cost_B.detach().sum() / batch_rows
+        main = loss_B.sum() / batch_rows
         torch.autograd.backward(main)
         num_layers = len(self._weights_L)
         fired = torch.zeros_like(sae.W_enc[:, 0])
@@ -115,18 +185,36 @@ class Objective:
             active = values_BK > 0
             fired[support.indices_BK[active]] = 1
             layer_errors = fired.new_zeros(num_layers).index_add_(0, layer_B, errors_B)
-            residual = None
+            residual = candidates = None
             if aux_step is not None:
                 chosen = auxiliary.sample(x_BD, batch_rows, self._seed, aux_step)
                 residual = Residual(u_BD[chosen], e_BD[chosen])
+            if num_candidates:
+                keys_B = resample.keys(x_BD, loss_B, self._seed, step)
+                candidates = Candidates(keys_B, u_BD - sae.b).first(num_candidates)
         return Losses(
             main=main.detach(),
+            penalty=cost,
             layer_errors=layer_errors,
             layer_rows=torch.bincount(layer_B, minlength=num_layers),
             num_active=active.sum(),
             fired=fired,
             residual=residual,
+            candidates=candidates,
         )
+
+    def _cost(
+        self, values_BK: torch.Tensor, support: Support, layer_B: torch.Tensor, step: int
+    ) -> torch.Tensor | None:
+        """(B,) λ_l times the penalty of each row."""
+        if self._penalty is None:
+            return None
+        sae = self._sae
+        cost_B = sae.architecture.penalty(values_BK, support, sae.weights)
+        if cost_B is None:
+            return None
+        cost_B = cost_B * self._penalty.at(step)
+        return cost_B if self._multipliers_L is None else cost_B * self._multipliers_L[layer_B]
 
     def accumulate_auxiliary(
         self, residuals: Sequence[Residual], dead: torch.Tensor, sum_over_ranks: Sum

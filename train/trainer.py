@@ -1,6 +1,7 @@
 """One step of training, on one or several ranks.
 
-Gradients of the pieces of a batch → AuxK → sum over ranks → Adam and unit decoder rows.
+Gradients of the pieces of a batch → AuxK → sum over ranks → Adam and unit decoder rows → dead
+latents drawn anew, where the objective asks for it.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from mlsae.train.decode import Decoder
 from mlsae.train.loader import Batch
 from mlsae.train.objective import Losses, Objective
 from mlsae.train.optimizer import Optimizer
+from mlsae.train.resample import resample
 from mlsae.train.schedule import Schedule
 
 
@@ -44,7 +46,7 @@ class StepResult(NamedTuple):
     """What a step saw, over all ranks."""
 
     loss: float
-    """Main term plus AuxK."""
+    """Reconstruction and penalty plus AuxK."""
     aux: float
     """AuxK, coefficient included."""
     layer_errors: torch.Tensor
@@ -55,6 +57,8 @@ class StepResult(NamedTuple):
     """Σ over rows of values above 0."""
     num_dead: int
     """Dead latents before the step."""
+    penalty: float = 0.0
+    """What latents cost, λ included."""
 
 
 class Trainer:
@@ -99,9 +103,15 @@ class Trainer:
         """
         sae = self.sae
         dead = self.dead.indices()
+        has_dead = len(dead) > 0
+        resampling = self._objective.resampling
+        resamples = has_dead and resampling is not None and resampling.due(self.step_number)
         for parameter in sae.parameters():
             parameter.grad = None
-        pieces = [self._piece(batch, rows, len(dead) > 0) for rows in self._cuts(len(batch.layer))]
+        pieces = [
+            self._piece(batch, rows, has_dead, len(dead) if resamples else 0)
+            for rows in self._cuts(len(batch.layer))
+        ]
         residuals = [piece.residual for piece in pieces if piece.residual is not None]
         aux = pieces[0].main.new_zeros(())
         if residuals:
@@ -109,7 +119,7 @@ class Trainer:
         counted = sum(
             torch.cat(
                 [
-                    torch.stack([piece.main, piece.num_active]),
+                    torch.stack([piece.main, piece.penalty, piece.num_active]),
                     piece.layer_errors,
                     piece.layer_rows,
                 ]
@@ -119,7 +129,7 @@ class Trainer:
         assert isinstance(counted, torch.Tensor)
         fired = torch.stack([piece.fired for piece in pieces]).amax(dim=0)
         counted, fired = self._sum_step(torch.cat([aux.double()[None], counted]), fired)
-        aux_sum, main, num_active, *by_layer = counted.tolist()
+        aux_sum, main, penalty, num_active, *by_layer = counted.tolist()
         loss, lr = main + aux_sum, self.schedule(self.step_number)
         if not loss < float("inf"):
             sums = by_layer[: len(by_layer) // 2]
@@ -127,16 +137,19 @@ class Trainer:
             raise DivergedError(loss, self.step_number, lr, layers)
         self.optimizer.step(lr)
         self.dead.update(fired, batch.num_rows)
+        if resamples:
+            self._resample(pieces, dead)
         self.step_number += 1
         errors, rows = torch.tensor(by_layer, dtype=torch.float64).view(2, -1)
-        return StepResult(loss, aux_sum, errors, rows, num_active, len(dead))
+        return StepResult(loss, aux_sum, errors, rows, num_active, len(dead), penalty)
 
     def _cuts(self, num_rows: int) -> list[slice]:
         """This rank's share in pieces of `micro_batch` rows; a share without rows is one piece."""
         size = self._micro_batch or max(num_rows, 1)
+        size = min(size, self._objective.most_rows or size)
         return [slice(start, start + size) for start in range(0, max(num_rows, 1), size)]
 
-    def _piece(self, batch: Batch, rows: slice, has_dead: bool) -> Losses:
+    def _piece(self, batch: Batch, rows: slice, has_dead: bool, num_candidates: int) -> Losses:
         device = self.sae.b.device
         layer = batch.layer[rows].to(device)
         if self._decode is None:
@@ -148,8 +161,22 @@ class Trainer:
             x,
             layer,
             batch.num_rows,
-            self.step_number if has_dead else None,
+            self.step_number if has_dead and self._objective.has_auxiliary else None,
+            step=self.step_number,
+            num_candidates=num_candidates,
         )
+
+    def _resample(self, pieces: Sequence[Losses], dead: torch.Tensor) -> None:
+        drawn = resample(
+            self.sae,
+            self.optimizer,
+            dead,
+            [piece.candidates for piece in pieces if piece.candidates is not None],
+            self._accelerator.process_index,
+            self._accelerator.num_processes,
+            self._sum,
+        )
+        self.dead.revive(drawn)
 
     def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._accelerator.num_processes == 1:

@@ -78,8 +78,8 @@ def test_unknown_and_missing_keys_are_named(directory: Path) -> None:
     """A setting this version does not know may change what the SAE computes."""
     path = directory / "config.json"
     content = read_sealed(path)
-    path.write_bytes(seal({**content, "layer_scale": "log"}))
-    with pytest.raises(InputError, match=r"config\.json has unknown keys: layer_scale; expected"):
+    path.write_bytes(seal({**content, "lens": "log"}))
+    with pytest.raises(InputError, match=r"config\.json has unknown keys: lens; expected"):
         load(directory)
     del content["normalize"]
     path.write_bytes(seal(content))

@@ -88,7 +88,10 @@ def test_rows_of_another_width_are_refused() -> None:
         ({"k": 0}, r"k must be a whole number of at least 1, got 0"),
         ({"num_latents": 2.5}, r"num_latents must be a whole number of at least 1, got 2\.5"),
         ({"d_in": 1}, r"d_in must be at least 2 to standardise a row"),
-        ({"normalize": "layer"}, r"normalize must be one of standardize, none, got 'layer'"),
+        (
+            {"normalize": "layer"},
+            r"normalize must be one of standardize, none, scale, center, got 'layer'",
+        ),
     ],
 )
 def test_impossible_shapes_are_refused(change: dict[str, object], message: str) -> None:
