@@ -5,17 +5,17 @@ Tests are no package: they load kit.py by its path, here.
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+BEGAN = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,33 +29,51 @@ class Counts:
         self.campaigns: dict[str, Counter[str]] = {}
 
     def add(self, campaign: str, **numbers: int) -> None:
-        """Add to a campaign's counts, and show them."""
+        """Add to a campaign's counts."""
         self.campaigns.setdefault(campaign, Counter()).update(numbers)
-        print(f"{campaign}: {json.dumps(numbers)}")
+
+    def record(self) -> dict[str, Any]:
+        """The counts, and how they were made."""
+        from benchmarks.made import commit, machine
+
+        return {
+            "campaigns": self.campaigns,
+            "command": "make reliability",
+            "commit": commit(),
+            "cpu_seconds": round(sum(os.times()[:4])),
+            "date": datetime.now(UTC).date().isoformat(),
+            "machine": machine(),
+            "seconds": round(time.monotonic() - BEGAN),
+        }
+
+
+COUNTS = pytest.StashKey[Counts]()
 
 
 @pytest.fixture(scope="session")
-def counts(request: pytest.FixtureRequest) -> Iterator[Counts]:
-    found, began = Counts(), time.monotonic()
-    yield found
-    path = request.config.getoption("--counts", None)
-    if path is not None and not request.session.testsfailed:
-        content = {
-            "date": datetime.now(UTC).date().isoformat(),
-            "commit": _commit(),
-            "seconds": round(time.monotonic() - began),
-            "cores": os.cpu_count(),
-            "campaigns": found.campaigns,
-        }
-        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+def counts(pytestconfig: pytest.Config) -> Counts:
+    return pytestconfig.stash.setdefault(COUNTS, Counts())
 
 
-def _commit() -> str:
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """What was done, a line a campaign; and the record, if all of it was done."""
+    if (found := config.stash.get(COUNTS, None)) is None:
+        return
+    terminalreporter.section("what was done and survived")
+    for campaign, numbers in found.campaigns.items():
+        told = ", ".join(f"{what.replace('_', ' ')} {n:,}" for what, n in numbers.items())
+        terminalreporter.write_line(f"{campaign}: {told}")
+    if (path := config.getoption("--counts", None)) is None:
+        return
+    if missed := [
+        word
+        for word in ("failed", "error", "skipped", "deselected")
+        if terminalreporter.stats.get(word)
+    ]:
+        terminalreporter.write_line(f"{path} is left as it was: some tests {', '.join(missed)}")
+        return
+    path.write_text(json.dumps(found.record(), indent=2, sort_keys=True) + "\n")
+    terminalreporter.write_line(f"written to {path}")
 
 
 @pytest.fixture(scope="session")

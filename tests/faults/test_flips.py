@@ -1,5 +1,6 @@
 """One byte flipped at random places: found by verify, and never read as if it were true."""
 
+import hashlib
 import random
 import re
 import shutil
@@ -11,9 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from mlsae.analyze.selection import read_rows
 from mlsae.store import StoreError, open_store
 from mlsae.store.verify import verify
+from mlsae.train.loader import Loader
+from mlsae.train.rows import Mixture
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
@@ -32,6 +37,7 @@ STORES = {
         "0.01",
     ),
 }
+USES = ("train", "analyze")
 TRAIN = ("-R", "4", "-k", "8", "--batch-size", "1024", "--device", "cpu")
 
 
@@ -72,9 +78,39 @@ def readings(path: Path) -> dict[str, Callable[[], Any]]:
     for site in store.sites:
         for layer in store.layers:
             found[f"{site} {layer}"] = lambda at=(site, layer): open_store(path).read(*at)  # type: ignore[misc]
+        found[f"train {site}"] = lambda site=site: trained_on(path, site)  # type: ignore[misc]
+        found[f"analyze {site}"] = lambda site=site: analyzed(path, site)  # type: ignore[misc]
         found[f"moments {site}"] = lambda site=site: np.concatenate(  # type: ignore[misc]
             [np.ravel(value) for value in vars(open_store(path).moments(site)).values()]
         )
+    return found
+
+
+def trained_on(path: Path, site: str) -> tuple[bytes, int]:
+    """All that training is given of a site in an epoch, hashed in order, and its batches."""
+    store, none = open_store(path), np.empty(0, np.int64)
+    mixture = Mixture.plan(
+        store, site, store.layers, batch_rows=300, seed=0, skip_positions=1, validation=none
+    )
+    digest, num_batches = hashlib.sha256(), 0
+    with Loader(mixture, start=0, stop=mixture.epoch_steps) as batches:
+        for batch in batches:
+            num_batches += 1
+            for values in (batch.layer, batch.x, *batch.more):
+                digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.digest(), num_batches
+
+
+def analyzed(path: Path, site: str) -> list[tuple[int, bytes]]:
+    """Of each layer all that analysis is given, its rows counted, and hashed."""
+    store, found = open_store(path), []
+    for layer in store.layers:
+        digest, num_rows = hashlib.sha256(), 0
+        for rows in read_rows(store, site, layer, np.arange(store.num_sequences), 300):
+            num_rows += len(rows[0])
+            for values in rows:
+                digest.update(values.tobytes())
+        found.append((num_rows, digest.digest()))
     return found
 
 
@@ -84,6 +120,11 @@ def attempt(read: Callable[[], Any]) -> tuple[str | None, Any]:
         return None, read()
     except StoreError as error:
         return str(error), None
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two readings gave one thing."""
+    return np.array_equal(one, other) if isinstance(one, np.ndarray) else bool(one == other)
 
 
 def places(files: list[Path], generator: random.Random) -> Iterator[tuple[Path, int]]:
@@ -126,11 +167,14 @@ def test_every_flip_is_found_and_none_is_read(counts: Any, stores: dict[str, Pat
                 where = f"byte {at} of {file}"
                 assert problems, where
                 assert any(name in problem for problem in problems), (where, problems)
+                is_activation = kind_of(name) in ("activations", "block exponents")
                 for what, read in ways.items():
                     error, values = attempt(read)
+                    if is_activation and what in (f"{do} {name.split('/')[1]}" for do in USES):
+                        assert error, (where, what)
                     # A shard is named, and so is every file that is read whole.
                     assert error is None or name in error, (where, what, error)
-                    assert error or np.array_equal(values, truth[what]), (where, what)
+                    assert error or same(values, truth[what]), (where, what)
                     refused += error is not None
                     unharmed += error is None
             by_kind[kind_of(name)] += 1
