@@ -25,6 +25,7 @@ class Averages:
             "steps": 1,
             "loss": result.loss,
             "aux": result.aux,
+            "penalty": result.penalty,
             "active": result.num_active,
             "errors": result.layer_errors.tolist(),
             "rows": result.layer_rows.tolist(),
@@ -55,6 +56,7 @@ class Averages:
         return {
             "loss": sums["loss"] / sums["steps"],
             "aux": sums["aux"] / sums["steps"],
+            "penalty": sums["penalty"] / sums["steps"],
             "fvu": sum(sums["errors"]) / total,
             "fvu_by_layer": [
                 e / n if n else None for e, n in zip(sums["errors"], sums["rows"], strict=True)
@@ -105,7 +107,7 @@ def draw_curves(lines: list[dict[str, Any]], layers: tuple[int, ...], path: Path
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
-    figure = Figure(figsize=(7, 7), layout="constrained")
+    figure = Figure(figsize=(7, 7))
     FigureCanvasAgg(figure)
     above, middle, below = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
     rows = [line["rows"] for line in lines]
@@ -123,6 +125,9 @@ def draw_curves(lines: list[dict[str, Any]], layers: tuple[int, ...], path: Path
     below.plot(rows, [line["lr"] for line in lines], "k-", linewidth=1)
     below.set(ylabel="learning rate", xlabel="rows, over all layers", ylim=(0, None))
     below.xaxis.set_major_formatter(EngFormatter())
+    # A layout that is found by drawing takes as long as the drawing.
+    figure.subplots_adjust(left=0.12, right=0.97, bottom=0.08, top=0.98, hspace=0.08)
+    figure.align_ylabels()
     figure.savefig(path, dpi=120)
 
 
