@@ -9,7 +9,6 @@ import os
 import resource
 import stat
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -100,7 +99,7 @@ class LocalObjects:
         self.place = str(directory)
         self._prefix = f"{directory}/"
         self._limit = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
-        self._open: OrderedDict[str, Descriptor] = OrderedDict()
+        self._open: dict[str, Descriptor] = {}
         self._lock = threading.Lock()
 
     def read(self, name: str, limit: int) -> bytes:
@@ -148,15 +147,17 @@ class LocalObjects:
         Raises:
             FileNotFoundError: there is no such object.
         """
+        # Without the lock, and without a note of who was used last: reads are in random order, so
+        # the oldest is as good to close as any other.
+        if (found := self._open.get(name)) is not None:
+            return found
         with self._lock:
-            if (found := self._open.get(name)) is not None:
-                self._open.move_to_end(name)
-                return found
-            opened = self._open[name] = Descriptor(self._prefix + name)
-            # Well under the process's limit, which others need too.
-            if len(self._open) > self._limit:
-                self._open.popitem(last=False)
-            return opened
+            if (found := self._open.get(name)) is None:
+                found = self._open[name] = Descriptor(self._prefix + name)
+                # Well under the process's limit, which others need too.
+                if len(self._open) > self._limit:
+                    del self._open[next(iter(self._open))]
+            return found
 
 
 class Descriptor:

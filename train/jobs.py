@@ -14,6 +14,7 @@ import numpy.typing as npt
 from mlsae.store.runs import Runs
 from mlsae.train.ring import Ring
 from mlsae.train.rows import Mixture
+from mlsae.train.sampler import Order
 from mlsae.train.walk import Block, Walk
 
 Int64 = npt.NDArray[np.int64]
@@ -30,8 +31,8 @@ class Share:
     """Counted over epochs."""
     num_rows: int
     """Rows of the whole batch, over ranks."""
-    layer: Int64
-    """(n,) index into the layers of the run; n may be 0."""
+    num_mine: int
+    """Rows of the rank's share; may be 0."""
     num_jobs: int
     """Jobs of this step that are still to be done."""
 
@@ -78,13 +79,13 @@ def jobs(
 def _block_jobs(
     mixture: Mixture, ring: Ring, walk: Walk, block: Block, epoch_start: int
 ) -> Iterator[Job]:
-    runs, to = _runs(mixture, ring, walk, block, epoch_start)
+    runs, to = _runs(mixture, ring, walk.order, block, epoch_start)
     ends = np.searchsorted(block.opens, np.arange(block.steps.start, block.steps.stop) + 1)
     closes = block.closes + epoch_start
     first = 0
     for step, end in zip(block.steps, ends.tolist(), strict=True):
         num_jobs = max(1, -(-(end - first) // JOB_RUNS))
-        share = Share(epoch_start + step, walk.batch_rows(step), walk.layers(step), num_jobs)
+        share = Share(epoch_start + step, walk.batch_rows(step), walk.share_rows(step), num_jobs)
         for begin in range(first, max(end, first + 1), JOB_RUNS):
             stop = min(begin + JOB_RUNS, end)
             last = int(closes[begin:stop].max(initial=share.step))
@@ -93,11 +94,11 @@ def _block_jobs(
 
 
 def _runs(
-    mixture: Mixture, ring: Ring, walk: Walk, block: Block, epoch_start: int
+    mixture: Mixture, ring: Ring, order: Order, block: Block, epoch_start: int
 ) -> tuple[Runs, Int64]:
     """The runs of rows of a block's parts, and (n, slice_rows) where they go."""
     parts, size = block.parts, mixture.slice_rows
-    row = walk.order.part_order(parts)
+    row = order.part_order(parts)
     starts = parts.slice * size
     first, last = parts.first.copy(), parts.first + parts.num_rows - 1
     counts = mixture.counts[parts.slice].astype(np.int64)
@@ -107,15 +108,10 @@ def _runs(
         row[gaps] = np.take_along_axis(places, np.minimum(row[gaps], size - 1), axis=1)
         each = np.arange(len(gaps))
         first[gaps], last[gaps] = places[each, first[gaps]], places[each, last[gaps]]
-    line, turn = np.arange(len(starts)), np.arange(row.shape[1])
-    round_, place = block.first_round[:, None] + turn, block.place[:, None]
-    since = walk.step_of(place, round_) - block.steps.start
-    steps = np.arange(block.steps.start, int(block.closes.max(initial=block.steps.start)) + 1)
-    offset = (steps + epoch_start) % ring.num_batches * ring.batch_rows - walk.rows_before(steps)
-    at = np.take(offset, since, mode="clip") + walk.row_of(place, round_)
-    # What is no row of the part goes to a column of its own. Where an epoch is entered in its
-    # midst, parts have rows that were visited before it.
-    row[(turn >= parts.num_rows[:, None]) | (since < 0)] = size
+    at = (block.step + epoch_start) % ring.num_batches * ring.batch_rows + block.position
+    # What is no row of the part goes to a column of its own.
+    row[block.step < 0] = size
+    line = np.arange(len(starts))[:, None]
     to = np.full((len(starts), size + 1), ring.nowhere)
-    to.reshape(-1)[row + line[:, None] * (size + 1)] = at
+    to.reshape(-1)[row + line * (size + 1)] = at
     return Runs(parts.layer, starts + first, last + 1 - first, first), to[:, :size]

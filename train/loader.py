@@ -83,8 +83,8 @@ class Loader:
         share = self._reading.next()
         if share is None:
             raise StopIteration
-        (x, *more), origin = self._ring.batch(share.step, len(share.layer))
-        return Batch(x, torch.from_numpy(share.layer), share.num_rows, tuple(more), origin)
+        (x, *more), layer, origin = self._ring.batch(share.step, share.num_mine)
+        return Batch(x, layer, share.num_rows, tuple(more), origin)
 
     def __enter__(self) -> "Loader":
         return self
@@ -106,6 +106,7 @@ class Loader:
         to = job.to.reshape(-1)
         for batches, rows in zip(self._ring.arrays, lines.rows, strict=True):
             batches[to] = rows[: len(job.to)].reshape(-1, rows.shape[2])
+        self._ring.layer[job.to] = job.runs.reader[:, None]
         if self._ring.origin is not None:
             _, *runs = (values.tolist() for values in job.runs)
             for start, num_rows, column, places in zip(*runs, job.to, strict=True):

@@ -32,6 +32,8 @@ class Ring:
             np.empty((self.nowhere + 1, part.width), part.dtype) for part in parts
         ]
         """(num_batches · batch_rows + 1, width) for each part of a row, batch after batch."""
+        self.layer = np.zeros(self.nowhere + 1, np.int64)
+        """(num_batches · batch_rows + 1,) index into the layers of the run of each row."""
         # None where decoding does not ask for it.
         self.origin = origin_of(mixture.store, np.zeros(self.nowhere + 1, np.int64))
         """(num_batches · batch_rows + 1,) which of the store's `stores` each row is of."""
@@ -43,12 +45,12 @@ class Ring:
         while self._pinned:
             _cuda_runtime().cudaHostUnregister(self._pinned.pop().ctypes.data)
 
-    def batch(self, step: int, num_rows: int) -> tuple[Parts, torch.Tensor | None]:
-        """The first rows of the batch of a step, and what `origin` says of them."""
+    def batch(self, step: int, num_rows: int) -> tuple[Parts, torch.Tensor, torch.Tensor | None]:
+        """The first rows of the batch of a step, and what `layer` and `origin` say of them."""
         start = step % self.num_batches * self.batch_rows
         here = slice(start, start + num_rows)
         origin = None if self.origin is None else torch.from_numpy(self.origin[here])
-        return tuple(rows[here] for rows in self._rows), origin
+        return tuple(rows[here] for rows in self._rows), torch.from_numpy(self.layer[here]), origin
 
 
 def _pin(rows: npt.NDArray[Any]) -> bool:

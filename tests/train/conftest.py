@@ -111,18 +111,16 @@ class Played:
         pending = np.zeros((5, 0), np.int64)
         for block in walk:
             parts, order = block.parts, self.order.part_order(block.parts)
-            turn = np.arange(order.shape[1])
-            round_, place = block.first_round[:, None] + turn, block.place[:, None]
-            at = walk.step_of(place, round_)
-            given = (turn < parts.num_rows[:, None]) & (at >= step)
-            number = walk.row_of(place, round_) - walk.rows_before(at)
             row = rows[np.minimum(starts[parts.slice][:, None] + order, len(rows) - 1)]
-            columns = at, number, walk.layer[place], row, parts.slice[:, None]
-            found = [np.broadcast_to(column, at.shape)[given] for column in columns]
-            first = walk.step_of(block.place, block.first_round)
-            assert np.array_equal(block.opens, np.maximum(first, step))
-            last = walk.step_of(block.place, block.first_round + parts.num_rows - 1)
-            assert np.array_equal(block.closes, last)
+            given = block.step >= 0
+            columns = block.step, block.position, parts.layer[:, None], row, parts.slice[:, None]
+            found = [np.broadcast_to(column, given.shape)[given] for column in columns]
+            last = self.order.num_steps
+            first = np.where(given, block.step, last).min(axis=1, initial=last)
+            # Parts under way when the walk begins are opened then, whenever they are due.
+            assert np.array_equal(block.opens, np.where(block.opens == step, step, first))
+            assert (block.opens <= first).all()
+            assert np.array_equal(block.closes, block.step.max(axis=1, initial=-1))
             pending = np.concatenate([pending, found], axis=1)
             pending = pending[:, np.lexsort(pending[1::-1])]
             ends = np.searchsorted(pending[0], np.arange(block.steps.start, block.steps.stop + 1))
@@ -130,7 +128,7 @@ class Played:
             for number, first, stop in zip(block.steps, ends[:-1], ends[1:], strict=True):
                 _, place_in_batch, layer, row, slice_ = pending[:, first:stop]
                 assert np.array_equal(place_in_batch, np.arange(stop - first))
-                assert np.array_equal(layer, walk.layers(number))
+                assert walk.share_rows(number) == stop - first
                 yield Batch(layer, row, slice_, walk.batch_rows(number))
             pending = pending[:, ends[-1] :]
 

@@ -46,7 +46,7 @@ def test_a_job_waits_for_batches_that_are_long_past(
             assert job.after <= job.share.step - 3
             latest = max(filled_steps(job, ring), default=job.share.step)
             assert latest == job.after + ring.num_batches
-            assert len(job.share.layer) <= ring.batch_rows
+            assert job.share.num_mine <= ring.batch_rows
             steps.append(job.share.step)
         assert sorted(set(steps)) == list(range(start, stop))
         assert steps == sorted(steps)

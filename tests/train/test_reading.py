@@ -17,7 +17,7 @@ RING = 4
 def jobs_of(steps: int) -> Iterator[Job]:
     """One to three jobs a step, which fill batches up to three steps ahead."""
     for step in range(steps):
-        share = Share(step, 1, NOTHING, 1 + step % 3)
+        share = Share(step, 1, 0, 1 + step % 3)
         for _ in range(share.num_jobs):
             yield Job(share, step + 3 - RING - 1, Runs(*[NOTHING] * 4), NOTHING)
 
