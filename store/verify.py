@@ -145,10 +145,9 @@ class _Verification:
 
     def metadata(self) -> None:
         for name, expected in zarr_metadata(self.plan, self.store.plan_id).items():
-            found = self.store.objects.read(name, len(expected) * 4 + 2**16)
             try:
-                theirs = json.loads(found)
-            except (ValueError, RecursionError):
+                theirs = json.loads(self.store.objects.read(name, len(expected) * 4 + 2**16))
+            except (ValueError, RecursionError, DamagedStoreError):
                 theirs = None
             if rule := _broken_metadata(name, theirs, json.loads(expected)):
                 self.report(rule, name, "differs from what the plan asks for")

@@ -78,15 +78,16 @@ def test_a_file_in_a_folders_place_is_a_missing_object(sample):
         open_store(sample.path)
 
 
-def test_a_folder_in_an_objects_place_does_not_hide_what_else_is_wrong(sample):
+@pytest.mark.parametrize("description", [b"null", b" " * 100_000], ids=["other", "too long"])
+def test_a_folder_in_an_objects_place_does_not_hide_what_else_is_wrong(sample, description: bytes):
     """Nor does an array whose description is damaged."""
     shard = sample.path / "activations/resid_post/1/c.0.0"
     shard.unlink()
     shard.mkdir()
-    (shard.parent / "zarr.json").write_text("null")
+    (shard.parent / "zarr.json").write_bytes(description)
     setup = read_sealed(sample.path / "commits/setup.json")
     name = "activations/resid_post/1/zarr.json"
-    setup["metadata"][name] = hashlib.sha256(b"null").hexdigest()
+    setup["metadata"][name] = hashlib.sha256(description).hexdigest()
     (sample.path / "commits/setup.json").write_bytes(seal(setup))
     (sample.path / "activations/resid_post/0/c.0.0").unlink()
     named = {problem.path for problem in verify(sample.path).problems}
