@@ -8,7 +8,8 @@ demo: .venv/installed
 	$(BIN)/mlsae demo --out demo-run
 
 test: check
-	$(BIN)/python -m pytest -m "not slow and not external and not faults"
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
+		-m "not slow and not external and not faults"
 
 check: .venv/installed
 	$(BIN)/ruff check .
