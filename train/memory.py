@@ -17,13 +17,16 @@ from mlsae.train.plan import Plan
 _FLOAT = 4
 
 
-def estimate(plans: Sequence[Plan], rank: int, world_size: int) -> dict[str, int]:
+def estimate(
+    plans: Sequence[Plan], rank: int, world_size: int, num_workers: int = 1
+) -> dict[str, int]:
     """Bytes by purpose of one rank: the `window` on the host, the rest on the device.
 
     Args:
         plans: of the SAEs that the rank trains, of one pass.
         rank: among those that share the rows of a batch.
         world_size: number of those.
+        num_workers: SAEs that take a step at the same time.
     """
     mixture = plans[0].mixture
     rows = mixture.rank_slots(rank, world_size)
@@ -37,10 +40,10 @@ def estimate(plans: Sequence[Plan], rank: int, world_size: int) -> dict[str, int
             world_size=world_size,
         )
         for name, size in parts.items():
-            # SAEs take their steps one after another; what they keep adds up.
+            # What SAEs keep adds up; what a step takes is there for those at work.
             kept = name in ("weights", "Adam and gradients")
             before = total.get(name, 0)
-            total[name] = before + size if kept else max(before, size)
+            total[name] = before + size if kept else max(before, num_workers * size)
     if len(plans) > 1:
         total["decoded rows"] = rows * plans[0].sae.d_in * _FLOAT
     return total
@@ -82,7 +85,11 @@ def _rows_memory(rows: int, d_in: int, k: int) -> int:
 
 
 def require_training_memory(
-    plans: Sequence[Plan], accelerator: Accelerator, rank: int, world_size: int
+    plans: Sequence[Plan],
+    accelerator: Accelerator,
+    rank: int,
+    world_size: int,
+    num_workers: int,
 ) -> None:
     """Refuse a run that this machine's memory, or its GPU's, cannot hold.
 
@@ -91,11 +98,12 @@ def require_training_memory(
         accelerator: its device.
         rank: as for `estimate`.
         world_size: as for `estimate`.
+        num_workers: as for `estimate`.
 
     Raises:
         ResourceError: with the number of bytes for each purpose.
     """
-    parts = estimate(plans, rank, world_size)
+    parts = estimate(plans, rank, world_size, num_workers)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     share = f" in each of {processes} processes" if processes > 1 else ""
     remedy = "lower --window, --batch-size, --micro-batch or --num-latents"

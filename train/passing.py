@@ -14,6 +14,7 @@ from mlsae.train.loader import Batch, Loader
 from mlsae.train.log import LINES
 from mlsae.train.member import Member
 from mlsae.train.rows import Mixture
+from mlsae.train.team import Team
 from mlsae.train.trainer import DivergedError
 
 STOPPING = "stopping after this step, once its checkpoint is written; again to stop at once"
@@ -35,6 +36,7 @@ class Pass:
         members: the SAEs that this process trains, at least one.
         accelerator: this process and its peers.
         decode: of the rows of the pass; None where the one SAE does so itself, piece by piece.
+        team: takes the steps of the SAEs.
         shares_rows: whether peers share each batch; else each has SAEs of its own.
     """
 
@@ -43,6 +45,7 @@ class Pass:
         members: Sequence[Member],
         accelerator: Accelerator,
         decode: Decoder | None,
+        team: Team,
         *,
         shares_rows: bool,
     ) -> None:
@@ -51,6 +54,7 @@ class Pass:
         self._plan = members[0].plan
         self._accelerator = accelerator
         self._decode = decode
+        self._team = team
         self._shares_rows = shares_rows
 
     def run(self, start: int, interruption: Interruption) -> Done:
@@ -114,11 +118,8 @@ class Pass:
             layer = batch.layer.to(self._accelerator.device)
             x = self._decode((batch.x, *batch.more), layer, batch.origin)
             batch = Batch(x, layer, batch.num_rows)
-        for member in list(self.members):
-            try:
-                member.step(batch)
-            except DivergedError:
-                self.members.remove(member)
+        goes_on = self._team.map(lambda member: _try(member, batch), self.members)
+        self.members = [m for m, well in zip(self.members, goes_on, strict=True) if well]
 
     def _agree(self, *said: bool) -> tuple[bool, ...]:
         """Whether any rank says each of these: they must leave off at one step."""
@@ -131,6 +132,15 @@ class Pass:
     def _any_left(self) -> bool:
         # Ranks with SAEs of their own go on for each other's sake.
         return self._agree(bool(self.members))[0]
+
+
+def _try(member: Member, batch: Batch) -> bool:
+    """Take a step of an SAE; False if it has diverged, which its directory then says."""
+    try:
+        member.step(batch)
+    except DivergedError:
+        return False
+    return True
 
 
 def _rows(mixture: Mixture, step: int) -> int:

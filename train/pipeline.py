@@ -37,6 +37,7 @@ from mlsae.train.ranks import Alone
 from mlsae.train.record import format_summary, format_sweep, sweep_entry, training_record
 from mlsae.train.sampler import check_world_size
 from mlsae.train.sweep import SUMMARY, SWEEP, Sweep
+from mlsae.train.team import Shape, Team, team_shape
 
 
 class DivergedSAEsError(MlsaeError, ArithmeticError):
@@ -150,7 +151,12 @@ class _Run:
                 f"{world_size} ranks cannot share {len(left)} SAEs: start at most {len(left)}, "
                 f"or give --distribute rows"
             )
-        require_training_memory(mine, accelerator, ranks.process_index, ranks.num_processes)
+        # Of all SAEs of the run, so that one that goes on after others has as many threads.
+        num_saes = len(plans) if shares else -(-len(plans) // world_size)
+        shape = team_shape(num_saes, accelerator.device, ranks.num_processes)
+        require_training_memory(
+            mine, accelerator, ranks.process_index, ranks.num_processes, shape.num_workers
+        )
         start = common_step([_checkpoints(plan) for plan in left])
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -172,52 +178,46 @@ class _Run:
             member.begin(start)
         if start:
             self._say(f"resuming after step {start} of {mine[0].num_steps}")
-        work = Pass(members, accelerator, decode if is_shared else None, shares_rows=shares)
-        done = work.run(start, self._interruption)
-        if done.was_stopped:
-            how_far = f"stopped after step {done.step} of {mine[0].num_steps}"
-            raise _stopped(self._interruption, how_far)
-        try:
-            while work.members:
-                self._finish(work.members[0], done.seconds)
-                del work.members[0]
-        except StopNow:
-            work.save()
-            raise
-
-    def _finish(self, member: Member, seconds: float) -> None:
-        """Evaluate an SAE, draw its curves, write its directory and print its summary."""
-        plan, trainer, ranks = member.plan, member.trainer, member.ranks
-        config, metrics = plan.config, None
-        if len(plan.validation):
-            metrics = evaluate(
-                trainer.sae,
-                plan.store,
-                plan.site,
-                plan.layers,
-                plan.validation,
-                skip_positions=config.skip_positions,
-                rank=ranks.process_index,
-                world_size=ranks.num_processes,
-                sum_over_ranks=lambda tensor: ranks.reduce(tensor, "sum"),
+        with Team(shape) as team:
+            work = Pass(
+                members, accelerator, decode if is_shared else None, team, shares_rows=shares
             )
+            done = work.run(start, self._interruption)
+            if done.was_stopped:
+                how_far = f"stopped after step {done.step} of {mine[0].num_steps}"
+                raise _stopped(self._interruption, how_far)
+            try:
+                metrics = team.map(_evaluate, work.members)
+                while work.members:
+                    self._finish(work.members[0], metrics.pop(0), shape, done.seconds)
+                    del work.members[0]
+            except StopNow:
+                work.save()
+                raise
+
+    def _finish(
+        self, member: Member, metrics: Mapping[str, Any] | None, shape: Shape, seconds: float
+    ) -> None:
+        """Draw an SAE's curves, write its directory and print its summary."""
         if not member.writes:
             return
-        lines = read_log(config.out / LOG)
-        draw_curves(lines, plan.layers, config.out / CURVES)
+        plan, out = member.plan, member.plan.config.out
+        lines = read_log(out / LOG)
+        draw_curves(lines, plan.layers, out / CURVES)
         record = training_record(
             plan,
-            trainer,
+            member.trainer,
             metrics,
             lines[-1],
             world_size=self._accelerator.num_processes,
+            threads=shape.num_threads,
             seconds=seconds,
         )
-        trainer.sae.save(config.out, record)
+        member.trainer.sae.save(out, record)
         member.checkpoints.remove()
         if self._sweep.is_single:
             click.echo(format_summary(metrics))
-            click.echo(f"SAE: {config.out}")
+            click.echo(f"SAE: {out}")
 
     def _sum_up(self, plans: Sequence[Plan]) -> list[TrainResult]:
         """Read what every SAE has become; the table of a sweep is written and printed."""
@@ -248,6 +248,24 @@ class _Run:
     def _say(self, text: str) -> None:
         if self._accelerator.is_main_process:
             click.echo(text)
+
+
+def _evaluate(member: Member) -> Mapping[str, Any] | None:
+    """How well an SAE does on the rows held out; None if there are none."""
+    plan, ranks = member.plan, member.ranks
+    if not len(plan.validation):
+        return None
+    return evaluate(
+        member.trainer.sae,
+        plan.store,
+        plan.site,
+        plan.layers,
+        plan.validation,
+        skip_positions=plan.config.skip_positions,
+        rank=ranks.process_index,
+        world_size=ranks.num_processes,
+        sum_over_ranks=lambda tensor: ranks.reduce(tensor, "sum"),
+    )
 
 
 def _checkpoints(plan: Plan) -> Checkpoints:

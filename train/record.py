@@ -20,6 +20,7 @@ def training_record(
     last_line: Mapping[str, Any],
     *,
     world_size: int,
+    threads: int,
     seconds: float,
 ) -> dict[str, Any]:
     """training.json: how the SAE came about, and what an analysis has to know of it."""
@@ -61,7 +62,7 @@ def training_record(
             "numpy": np.__version__,
             "device": trainer.sae.b.device.type,
             "world_size": world_size,
-            "threads": torch.get_num_threads(),
+            "threads": threads,
             "last_session_seconds": round(seconds, 3),
         },
     }
