@@ -1,7 +1,7 @@
 """A producer that kills itself at one chosen step of its writing.
 
 A step is a call that changes a file system below one folder: open for writing, write, fsync,
-rename, mkdir, unlink. The calls are counted in Python; what they do, and SIGKILL, are real.
+rename, link, mkdir, unlink. The calls are counted in Python; what they do, and SIGKILL, are real.
 
     python stepping.py --root acts --journal J --at 17 [--torn] -- harvest --model …
 
@@ -46,7 +46,8 @@ class Stepper:
 
     def install(self) -> None:
         """Replace the functions of `os`, and the `open` that paths use by one that calls them."""
-        real_open, real_close, real_rename = os.open, os.close, os.rename
+        real_open, real_close = os.open, os.close
+        real_rename, real_link = os.rename, os.link
 
         def stepping_open(path: Any, flags: int, mode: int = 0o777, **options: Any) -> int:
             with self._lock:
@@ -78,8 +79,14 @@ class Stepper:
                     self._step({"op": "rename", "name": name, "to": to, "replaces": replaces})
                 real_rename(source, target, **options)
 
+        def stepping_link(source: Any, target: Any, **options: Any) -> None:
+            with self._lock:
+                if (name := self._name(source)) is not None:
+                    self._step({"op": "link", "name": name, "to": self._name(target)})
+                real_link(source, target, **options)
+
         os.open, os.close, os.write = stepping_open, stepping_close, stepping_write
-        os.rename = stepping_rename
+        os.rename, os.link = stepping_rename, stepping_link
         os.fsync = self._stepping("fsync", os.fsync)
         os.mkdir = self._stepping("mkdir", os.mkdir)
         os.unlink = self._stepping("unlink", os.unlink)
@@ -150,6 +157,9 @@ def cut_power(root: Path, done: list[Line], *, keep_names: bool) -> None:
                 unsynced.remove(name)
                 unsynced.add(line["to"])
             fresh.append(line)
+        elif op == "link":
+            unsynced |= {line["to"]} if name in unsynced else set()
+            fresh.append(line)
         elif op in ("open", "mkdir") and name != ".":
             fresh.append(line)
         elif op == "fsync":
@@ -162,7 +172,7 @@ def cut_power(root: Path, done: list[Line], *, keep_names: bool) -> None:
             if line["to"] in unsynced:
                 unsynced.remove(line["to"])
                 unsynced.add(line["name"])
-        elif line["op"] == "open":
+        elif line["op"] in ("open", "link"):
             made.unlink(missing_ok=True)
         elif line["op"] == "mkdir":
             shutil.rmtree(made, ignore_errors=True)
@@ -172,7 +182,7 @@ def cut_power(root: Path, done: list[Line], *, keep_names: bool) -> None:
 
 
 def _made(line: Line) -> str:
-    name: str = line["to"] if line["op"] == "rename" else line["name"]
+    name: str = line["to"] if line["op"] in ("rename", "link") else line["name"]
     return name
 
 

@@ -20,7 +20,7 @@ STEPS = {
     "open of plan",
     "write of plan",
     "fsync of plan",
-    "rename of plan",
+    "link of plan",
     "mkdir of a folder",
     "fsync of a folder",
     *(
