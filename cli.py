@@ -22,6 +22,7 @@ from mlsae.base.units import (
     parse_count_or_auto,
     parse_layers,
     parse_names,
+    parse_numbers,
     parse_range,
 )
 
@@ -45,6 +46,7 @@ BYTES = _Parsed("bytes", parse_bytes)
 COUNT_OR_AUTO = _Parsed("count", parse_count_or_auto)
 LAYERS = _Parsed("layers", parse_layers)
 NAMES = _Parsed("names", parse_names)
+NUMBERS = _Parsed("numbers", parse_numbers)
 ROWS = _Parsed("rows", parse_range)
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
 LOCATION = _Parsed("location", str)
@@ -261,6 +263,23 @@ def harvest(**settings: Any) -> None:
 @_swept("--expansion-factor", "-R", one=COUNT, what="Latents a channel; 64 if not given.")
 @_swept("--num-latents", one=COUNT, what="Latents, instead of an expansion factor.")
 @_swept("-k", "--k", one=COUNT, what="Active latents a row; 32 if not given.")
+@_swept("--architecture", what="topk (if not given) or relu.")
+@_swept("--l1", one=click.FLOAT, what="Weight of relu's penalty.")
+@_swept(
+    "--l1-warmup",
+    one=click.FLOAT,
+    what="First share of the steps over which --l1 rises; 0.05 if not given.",
+)
+@_swept(
+    "--resample-every",
+    one=COUNT,
+    what="Steps after which relu's dead latents are drawn anew; 0 for never, an eighth of all if "
+    "not given.",
+)
+@_swept("--normalize", what="standardize (if not given), none, scale or center.")
+@_swept("--layer-scale", what="none (if not given), log, sqrt or linear, with --normalize none.")
+@click.option("--layer-weights", type=NUMBERS, help="Weight of each layer in the loss, as 1,1,2.")
+@click.option("--layer-l1", type=NUMBERS, help="What --l1 is multiplied by at each layer.")
 @click.option("--batch-size", type=COUNT, default=16384, help="Rows a step, over all layers.")
 @click.option(
     "--micro-batch", type=COUNT, help="Rows of a batch in memory at once; all if not given."

@@ -105,6 +105,18 @@ def parse_names(text: str) -> tuple[str, ...]:
     return names
 
 
+def parse_numbers(text: str) -> tuple[float, ...]:
+    """`1,0.5,2` → numbers, in the order given.
+
+    Raises:
+        InputError: not such a list.
+    """
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"expected numbers such as 1,0.5,2, got {text!r}") from None
+
+
 def parse_count_or_auto(text: str) -> int | None:
     """A count as `parse_count` reads it, or None for `auto`."""
     return None if text.strip().lower() == "auto" else parse_count(text)

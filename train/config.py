@@ -8,6 +8,7 @@ from mlsae.base.errors import InputError
 from mlsae.store.corpus import Location
 from mlsae.train.objective import LOSS_SPACES
 from mlsae.train.schedule import SCHEDULES
+from mlsae.train.wanted import WantedSAE
 
 PRECISIONS = ("float32", "bfloat16")
 DISTRIBUTE = ("rows", "saes")
@@ -16,7 +17,7 @@ _PEAK_LR, _LR_LATENTS = 2e-4, 2**14
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(WantedSAE):
     """Settings of a training run; every size is in the unit that its docstring names.
 
     Raises:
@@ -37,7 +38,7 @@ class TrainConfig:
     num_latents: int | None = None
     """Latents, instead of an expansion factor."""
     k: int = 32
-    """Latents a row may use."""
+    """Latents a row may use, of topk."""
     batch_size: int = 16384
     """Rows of a step, over all layers and ranks."""
     micro_batch: int | None = None
@@ -119,6 +120,8 @@ class TrainConfig:
                 raise InputError(
                     f"{_flag(name)} must be {' or '.join(choices)}, got {getattr(self, name)!r}"
                 )
+
+        self.check_wanted(self.precision)
 
     def latents(self, d_in: int) -> int:
         """Number of latents for rows of `d_in` channels."""

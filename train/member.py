@@ -2,19 +2,17 @@
 
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from mlsae.base.files import read_sealed, seal, write_durably
-from mlsae.sae import SAE
 from mlsae.sae.directory import CONFIG
 from mlsae.train.checkpoint import Checkpoints
 from mlsae.train.clip import ClippedOptimizer
 from mlsae.train.dead import DeadLatents
 from mlsae.train.decode import Decoder
+from mlsae.train.initial import initial_sae, make_objective
 from mlsae.train.loader import Batch
 from mlsae.train.log import Averages, Log
-from mlsae.train.objective import Objective, layer_variances
 from mlsae.train.output import CHECKPOINTS, DIVERGED, LOG
 from mlsae.train.plan import Plan
 from mlsae.train.ranks import Alone
@@ -138,18 +136,9 @@ def divergence(plan: Plan) -> DivergedError | None:
 def _make_trainer(plan: Plan, ranks: Accelerator | Alone, decode: Decoder | None) -> Trainer:
     config = plan.config
     moments = plan.store.moments(plan.site, config.skip_positions)
-    sae = SAE(plan.sae, torch.Generator().manual_seed(config.seed))
-    at = [moments.layers.index(layer) for layer in plan.layers]
-    with torch.no_grad():
-        # Every layer has equally many eligible rows, so this is the mean over all of them.
-        sae.b.copy_(torch.from_numpy(moments.u_mean[at].mean(axis=0)))
-    sae.to(ranks.device)
-    objective = Objective(
-        sae,
-        layer_variances(moments, plan.layers, config.loss_space),
-        config.loss_space,
-        mixed=config.precision == "bfloat16",
-        seed=config.seed,
+    sae = initial_sae(plan.sae, moments, plan.layers, config.seed).to(ranks.device)
+    objective = make_objective(
+        sae, config, moments, plan.layers, plan.num_steps, plan.objective_settings()
     )
     dead = DeadLatents(plan.sae.num_latents, plan.dead_after, ranks.device)
     trainer = Trainer(sae, objective, plan.schedule, dead, ranks, config.micro_batch, decode)

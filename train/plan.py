@@ -13,6 +13,7 @@ from mlsae.store.split import validation_of
 from mlsae.train.auxiliary import default_k_aux
 from mlsae.train.config import TrainConfig
 from mlsae.train.dead import default_dead_after
+from mlsae.train.initial import layer_factors, objective_settings, resample_every, sae_config
 from mlsae.train.rows import Mixture
 from mlsae.train.schedule import Schedule
 from mlsae.train.sweep import Sweep
@@ -66,6 +67,10 @@ class Plan:
             return item
         return max(0, -((self.only - item) // len(self.mixture.layers)))
 
+    def objective_settings(self) -> dict[str, Any]:
+        """What decides the loss beside the SAE itself, as JSON."""
+        return objective_settings(self.config, self.num_steps, self.mixture.layers, self.layers)
+
     def settings(self) -> dict[str, Any]:
         """Everything that decides the result, as JSON: two runs with equal settings are equal."""
         config = self.config
@@ -76,6 +81,7 @@ class Plan:
             "site": self.site,
             "layers": list(self.layers),
             **self.sae.to_dict(),
+            **self.objective_settings(),
             "batch_size": config.batch_size,
             "num_steps": self.num_steps,
             "num_rows": self.num_rows,
@@ -114,13 +120,17 @@ def make_plans(sweep: Sweep, store: AnyStore) -> list[Plan]:
     config = sweep.config
     site, layers = _site(config, store), store.check_layers(config.layers)
     members = sweep.members(layers)
-    saes = [_sae(member.config, store) for member in members]
+    saes = [
+        sae_config(m.config, store.d_model, layers if m.layer is None else (m.layer,))
+        for m in members
+    ]
     if config.batch_size < len(layers):
         raise InputError(
             f"--batch-size must be at least the number of layers: got {config.batch_size} rows "
             f"for {len(layers)} layers"
         )
-    store.moments(site, config.skip_positions)  # Refuses what skip_positions cannot be.
+    # Refuses what skip_positions cannot be.
+    moments = store.moments(site, config.skip_positions)
     seed = members[0].config.order_seed
     validation = validation_of(store, config.validation_fraction, seed)
     mixture = Mixture.plan(
@@ -151,14 +161,15 @@ def make_plans(sweep: Sweep, store: AnyStore) -> list[Plan]:
             schedule=_schedule(member.config, sae, num_steps),
             dead_after=1,
         )
+        layer_factors(sae, moments, own)  # Refuses what a layer scale cannot be.
+        plan.objective_settings()  # Refuses what is not of its layers.
         rows = plan.rows_until(num_steps)
         dead_after = default_dead_after(len(own), rows)
+        if every := resample_every(member.config, num_steps):
+            # As published: unused for half the time between resamplings.
+            dead_after = max(1, plan.rows_until(every) // 2)
         plans.append(replace(plan, num_rows=rows, dead_after=dead_after))
     return plans
-
-
-def _sae(config: TrainConfig, store: AnyStore) -> SAEConfig:
-    return SAEConfig(d_in=store.d_model, num_latents=config.latents(store.d_model), k=config.k)
 
 
 def _schedule(config: TrainConfig, sae: SAEConfig, num_steps: int) -> Schedule:

@@ -22,6 +22,12 @@ SWEPT = (
     "lr_decay",
     "warmup",
     "precision",
+    "architecture",
+    "l1",
+    "l1_warmup",
+    "resample_every",
+    "normalize",
+    "layer_scale",
 )
 """Settings in which SAEs of one pass may differ; the others are of the pass."""
 

@@ -1,0 +1,192 @@
+"""From a plan and a store's moments to an SAE before its first step, and its objective.
+
+Shape suffixes: L layers, D channels.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mlsae.base.errors import InputError
+from mlsae.sae import SAE, SAEConfig
+from mlsae.store import Moments
+from mlsae.train.config import TrainConfig
+from mlsae.train.objective import Objective, Penalty, layer_variances
+from mlsae.train.resample import PUBLISHED_TIMES, Resampling
+
+Float64 = npt.NDArray[np.float64]
+
+_FUNCTIONS = {"log": np.log, "sqrt": np.sqrt, "linear": np.positive}
+
+
+def sae_config(config: TrainConfig, d_in: int, layers: tuple[int, ...]) -> SAEConfig:
+    """The SAE that is asked for.
+
+    Args:
+        config: what is asked for.
+        d_in: channels of a row.
+        layers: that it is trained on.
+
+    Raises:
+        InputError: there is no such SAE.
+    """
+    is_topk = config.architecture == "topk"
+    by_layer = config.normalize in ("scale", "center") or config.layer_scale != "none"
+    return SAEConfig(
+        d_in=d_in,
+        num_latents=config.latents(d_in),
+        k=config.k if is_topk else None,
+        normalize=config.normalize,
+        encoder_bias=not is_topk,
+        architecture=config.architecture,
+        layer_scale=config.layer_scale,
+        layers=layers if by_layer else None,
+    )
+
+
+def layer_factors(sae: SAEConfig, moments: Moments, layers: tuple[int, ...]) -> Float64 | None:
+    """(L,) what rows of each layer are multiplied by; None where the SAE has no such state.
+
+    Raises:
+        InputError: a layer's mean norm has no such scale.
+    """
+    at = [moments.layers.index(layer) for layer in layers]
+    if sae.normalize == "scale":
+        squares_L = moments.m2[at].sum(axis=1) / moments.count
+        squares_L += np.square(moments.mean[at]).sum(axis=1)
+        factors: Float64 = np.sqrt(sae.d_in / squares_L)
+        return factors
+    if sae.layer_scale == "none":
+        return None
+    norms_L = moments.norm_mean[at]
+    least = 1.0 if sae.layer_scale == "log" else 0.0
+    for layer, norm in zip(layers, norms_L.tolist(), strict=True):
+        if not norm > least:
+            raise InputError(
+                f"--layer-scale {sae.layer_scale} needs mean norms above {least:g}, and that of "
+                f"layer {layer} is {norm:.3g}: take another scale, or leave the layer out with "
+                f"--layers"
+            )
+    scaled_L = _FUNCTIONS[sae.layer_scale](norms_L)
+    scales: Float64 = scaled_L.mean() / scaled_L
+    return scales
+
+
+def initial_sae(sae: SAEConfig, moments: Moments, layers: tuple[int, ...], seed: int) -> SAE:
+    """The SAE before its first step: random directions, b at the mean of normalised rows.
+
+    Args:
+        sae: of it.
+        moments: of the rows that it is trained on.
+        layers: of it.
+        seed: of the directions.
+
+    Raises:
+        InputError: as of `layer_factors`.
+    """
+    made = SAE(sae, torch.Generator().manual_seed(seed))
+    at = [moments.layers.index(layer) for layer in layers]
+    means_LD = moments.mean[at]
+    factors_L = layer_factors(sae, moments, layers)
+    with torch.no_grad():
+        if made.layer_shift is not None:
+            made.layer_shift.copy_(torch.from_numpy(means_LD))
+            means_LD = means_LD * 0
+        if made.layer_factor is not None and factors_L is not None:
+            made.layer_factor.copy_(torch.from_numpy(factors_L))
+            means_LD = means_LD * factors_L[:, None]
+        if sae.normalize == "standardize":
+            means_LD = moments.u_mean[at]
+        # Every layer has equally many eligible rows, so this is the mean over all of them.
+        made.b.copy_(torch.from_numpy(means_LD.mean(axis=0)))
+    return made
+
+
+def resample_every(config: TrainConfig, num_steps: int) -> int:
+    """Steps between resamplings; 0 for none."""
+    if config.architecture != "relu":
+        return 0
+    if config.resample_every is not None:
+        return config.resample_every
+    return num_steps // PUBLISHED_TIMES
+
+
+def of_layers(
+    values: Sequence[float] | None, run_layers: tuple[int, ...], layers: tuple[int, ...], flag: str
+) -> tuple[float, ...] | None:
+    """The values of an SAE's layers among those of its run.
+
+    Raises:
+        InputError: there are more or fewer values than layers of the run.
+    """
+    if values is None:
+        return None
+    if len(values) != len(run_layers):
+        raise InputError(
+            f"{flag} takes a number for each layer: got {len(values)} for the layers "
+            f"{', '.join(map(str, run_layers))}"
+        )
+    return tuple(values[run_layers.index(layer)] for layer in layers)
+
+
+def objective_settings(
+    config: TrainConfig, num_steps: int, run_layers: tuple[int, ...], layers: tuple[int, ...]
+) -> dict[str, Any]:
+    """What decides the loss beside the SAE itself, as JSON: nothing of what is not asked for.
+
+    Raises:
+        InputError: as of `of_layers`.
+    """
+    found: dict[str, Any] = {}
+    for name, flag in (("layer_weights", "--layer-weights"), ("layer_l1", "--layer-l1")):
+        values = of_layers(getattr(config, name), run_layers, layers, flag)
+        if values is not None:
+            found[name] = list(values)
+    if config.architecture == "relu":
+        found |= {
+            "l1": config.l1,
+            "l1_warmup": config.l1_warmup,
+            "resample_every": resample_every(config, num_steps),
+        }
+    return found
+
+
+def make_objective(
+    sae: SAE,
+    config: TrainConfig,
+    moments: Moments,
+    layers: tuple[int, ...],
+    num_steps: int,
+    settings: dict[str, Any],
+) -> Objective:
+    """The loss that is asked for.
+
+    Args:
+        sae: on its device.
+        config: what is asked for.
+        moments: of the rows that it is trained on.
+        layers: of the SAE.
+        num_steps: of the run.
+        settings: what `objective_settings` gave.
+    """
+    penalty = None
+    if config.l1 is not None:
+        penalty = Penalty(
+            weight=config.l1,
+            by_layer=settings.get("layer_l1"),
+            rise=round(config.l1_warmup * num_steps),
+        )
+    every = resample_every(config, num_steps)
+    return Objective(
+        sae,
+        layer_variances(moments, layers, config.loss_space, config.normalize),
+        config.loss_space,
+        mixed=config.precision == "bfloat16",
+        seed=config.seed,
+        layer_weights=settings.get("layer_weights"),
+        penalty=penalty,
+        resampling=Resampling(every, num_steps) if every else None,
+    )
