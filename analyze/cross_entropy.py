@@ -62,12 +62,12 @@ def loss_sum(log_p_NV: Tensor, targets_N: Tensor) -> float:
     return float(-log_p_NV.gather(-1, targets_N[:, None]).double().sum())
 
 
-def reconstruct_where(sae: SAE, eligible_BT: Tensor) -> Callable[[Tensor], Tensor]:
+def reconstruct_where(sae: SAE, eligible_BT: Tensor, layer: int) -> Callable[[Tensor], Tensor]:
     """A replacement that puts the SAE's reconstruction at eligible rows and keeps the others."""
 
     def replace(x_BTD: Tensor) -> Tensor:
         out = x_BTD.clone()
-        out[eligible_BT] = sae(x_BTD[eligible_BT].float()).to(x_BTD.dtype)
+        out[eligible_BT] = sae(x_BTD[eligible_BT].float(), layer).to(x_BTD.dtype)
         return out
 
     return replace
@@ -124,7 +124,7 @@ def measure(
                 put_stored = stored_where(stored, eligible)
                 kept = spliced(transformer, inputs, layer, put_stored, pairing.site)
                 ce_store[i] += loss_sum(next_log_probs(kept, counted), targets)
-            put_rebuilt = reconstruct_where(sae, eligible)
+            put_rebuilt = reconstruct_where(sae, eligible, layer)
             rebuilt = spliced(transformer, inputs, layer, put_rebuilt, pairing.site)
             log_q = next_log_probs(rebuilt, counted)
             ce_sae[i] += loss_sum(log_q, targets)

@@ -73,7 +73,7 @@ def sweep_layer(
     with EventsWriter(events.directory / f"layer-{layer}.parquet", events.schema, layer) as writer:
         for rows, tokens, stored in read_rows(store, pairing.site, layer, sequences, batch_rows):
             x = torch.from_numpy(stored).to(device)
-            encoded = sae.encode(x)
+            encoded = sae.encode(x, layer)
             x_hat = sae.decode(encoded)
             positions = tokens % store.context_length
             is_first, is_eligible = positions == 0, positions >= pairing.skip_positions

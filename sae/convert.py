@@ -97,7 +97,7 @@ def import_sae(
         The SAE, loaded from `out`.
 
     Raises:
-        ConversionError: it is of another architecture than a TopK SAE, it is damaged, or it says
+        ConversionError: it is of an architecture that is not known here, it is damaged, or it says
             another site or other layers than these.
         NotAnSAEError: there is none.
         InputError: `out` is in use.
@@ -122,9 +122,10 @@ def format_imported(sae: SAE, out: Path) -> str:
     """What was imported, for people."""
     config, record = sae.config, sae.training_record
     imported = record["imported"]
+    kind = config.architecture if config.k is None else f"k {config.k}"
     lines = [
         f"{imported['format']}: {config.num_latents:,} latents of {config.d_in} channels, "
-        f"k {config.k}, normalize {config.normalize}"
+        f"{kind}, normalize {config.normalize}"
     ]
     lines += [f"note: {change}" for change in imported["changes"]]
     unknown = [key for key in ("site", "layers") if key not in record]

@@ -1,7 +1,10 @@
-"""The format of dictionary_learning's AutoEncoderTopK: config.json and ae.pt, a folder a layer.
+"""The format of dictionary_learning: config.json and ae.pt, a folder a layer.
 
-It has no place for a normalisation of rows: the factor that its trainer may scale activations by is
-put into the biases when it saves. Source: `dictionary_learning/trainers/top_k.py` and `utils.py` of
+Its AutoEncoderTopK is our topk, its AutoEncoder our relu (whose decoder rows its own loader makes
+unit, and scales latents to match: the same function, rounded again). It has no place for a
+normalisation of rows: the factor that its trainer may scale activations by is put into the biases
+when it saves. Source: `dictionary_learning/dictionary.py`, `trainers/top_k.py`,
+`trainers/standard.py` and `utils.py` of
 https://github.com/saprmarks/dictionary_learning.
 
 Shape suffixes: D channels, N latents.
@@ -27,6 +30,7 @@ from mlsae.sae.foreign import (
     assemble,
     encoder_bias,
     layers_of,
+    no_place,
     require,
     take,
     trained_on,
@@ -34,7 +38,10 @@ from mlsae.sae.foreign import (
 from mlsae.sae.model import SAE
 
 _CONFIG, _WEIGHTS = "config.json", "ae.pt"
-_CLASS = "AutoEncoderTopK"
+_CLASSES = {"topk": "AutoEncoderTopK", "relu": "AutoEncoder"}
+"""Architecture → the class there."""
+_TRAINERS = {"topk": "TopKTrainer", "relu": "StandardTrainer"}
+_BIAS = {"topk": "b_dec", "relu": "bias"}
 _SUBMODULE = re.compile(rf"({'|'.join(SITES)})_layer_(\d+)")
 
 
@@ -42,11 +49,13 @@ def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
     path = directory / _CONFIG
     trainer = require(config, "trainer", path, dict)
     found_class = trainer.get("dict_class")
-    if found_class != _CLASS:
+    architectures = [name for name, theirs in _CLASSES.items() if theirs == found_class]
+    if not architectures:
         raise ConversionError(
-            f"{path} cannot be imported exactly: it is a {found_class}, and a TopK SAE is an "
-            f"{_CLASS}"
+            f"{path} cannot be imported exactly: it is a {found_class}, and what is understood is "
+            f"{' and '.join(_CLASSES.values())}"
         )
+    (architecture,) = architectures
     weights = directory / _WEIGHTS
     state = _load(weights)
     if "ae" in state:
@@ -54,21 +63,23 @@ def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
             f"{weights} is the backup of a run that did not finish; import the {_WEIGHTS} of one "
             f"that did"
         )
-    k = require(trainer, "k", path, int)
+    bias = _BIAS[architecture]
+    k = require(trainer, "k", path, int) if architecture == "topk" else None
     shape = _shape(state, weights)
     shapes = {
         "encoder.weight": shape,
         "encoder.bias": shape[:1],
         "decoder.weight": shape[::-1],
-        "b_dec": shape[1:],
+        bias: shape[1:],
     }
-    found = take(state, shapes, weights, ignored=("k", "threshold"))
-    if "k" in state and (theirs := state["k"].tolist()) != k:
+    ignored = ("k", "threshold") if architecture == "topk" else ()
+    found = take(state, shapes, weights, ignored=ignored)
+    if k is not None and "k" in state and (theirs := state["k"].tolist()) != k:
         raise ConversionError(f"{path} says k {k}, {weights} has {theirs}")
     tensors = {
         "W_enc": found["encoder.weight"],
         "W_dec": found["decoder.weight"].T.contiguous(),
-        "b": found["b_dec"],
+        "b": found[bias],
         "b_enc": found["encoder.bias"],
     }
     return assemble(tensors, k, "none", _origin(trainer))
@@ -111,22 +122,21 @@ def _origin(trainer: Mapping[str, Any]) -> Origin:
 
 
 def _obstacle(sae: SAE, _origin: Origin) -> str | None:
-    if sae.config.normalize != "none":
-        return (
-            "the SAE standardises each row, and that format has no place for a normalisation; "
-            "saelens and mlsae have"
-        )
-    return None
+    return no_place(sae, architectures=tuple(_CLASSES), normalize=("none",))
 
 
 def _weights(sae: SAE) -> bytes:
-    tensors = {
-        "k": torch.tensor(sae.config.k, dtype=torch.int32),
-        "threshold": torch.tensor(-1.0),
+    tensors: Tensors = {}
+    if sae.config.k is not None:
+        tensors = {
+            "k": torch.tensor(sae.config.k, dtype=torch.int32),
+            "threshold": torch.tensor(-1.0),
+        }
+    tensors |= {
         "encoder.weight": sae.W_enc,
         "encoder.bias": encoder_bias(sae),
         "decoder.weight": sae.W_dec.T,
-        "b_dec": sae.b,
+        _BIAS[sae.config.architecture]: sae.b,
     }
     buffer = io.BytesIO()
     # A copy of each, or the whole storage behind a view would be saved.
@@ -137,11 +147,11 @@ def _weights(sae: SAE) -> bytes:
 def _configuration(sae: SAE, origin: Origin, layer: int | None) -> dict[str, Any]:
     return {
         "trainer": {
-            "trainer_class": "TopKTrainer",
-            "dict_class": _CLASS,
+            "trainer_class": _TRAINERS[sae.config.architecture],
+            "dict_class": _CLASSES[sae.config.architecture],
             "activation_dim": sae.config.d_in,
             "dict_size": sae.config.num_latents,
-            "k": sae.config.k,
+            **({} if sae.config.k is None else {"k": sae.config.k}),
             "layer": layer,
             "lm_name": origin.model,
             "submodule_name": f"{origin.site}_layer_{layer}",

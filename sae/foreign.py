@@ -160,12 +160,15 @@ def take(
 
 def assemble(
     tensors: Mapping[str, torch.Tensor],
-    k: int,
+    k: int | None,
     normalize: str,
     origin: Origin,
     changes: tuple[str, ...] = (),
 ) -> Foreign:
-    """An SAE of W_enc (N, D), W_dec (N, D), b (D,), b_enc (N,); a b_enc of zeros is left out."""
+    """An SAE of W_enc (N, D), W_dec (N, D), b (D,), b_enc (N,); a b_enc of zeros is left out.
+
+    Without a k it is a ReLU SAE.
+    """
     kept = {name: tensor for name, tensor in tensors.items() if name != "b_enc" or tensor.any()}
     num_latents, d_in = kept["W_enc"].shape
     config = SAEConfig(
@@ -174,6 +177,7 @@ def assemble(
         k=k,
         normalize=normalize,
         encoder_bias="b_enc" in kept,
+        architecture="relu" if k is None else "topk",
     )
     return Foreign(config=config, tensors=kept, origin=origin, changes=changes)
 
@@ -181,6 +185,32 @@ def assemble(
 def encoder_bias(sae: SAE) -> torch.Tensor:
     """b_enc (N,), zeros where the SAE has none, for formats that always have one."""
     return sae.W_enc.new_zeros(sae.config.num_latents) if sae.b_enc is None else sae.b_enc
+
+
+def no_place(sae: SAE, *, architectures: Collection[str], normalize: Collection[str]) -> str | None:
+    """Why a format with these has no place for an SAE; None where it has."""
+    config = sae.config
+    if config.architecture not in architectures:
+        return (
+            f"the SAE is of architecture {config.architecture}, and that format is of "
+            f"{' and '.join(architectures)} alone"
+        )
+    if config.layer_scale != "none":
+        return (
+            f"the SAE multiplies rows by a factor of their layer (layer scale "
+            f"{config.layer_scale}), and that format has no place for one"
+        )
+    if config.depends_on_layer:
+        return (
+            f"the SAE normalises rows by their layer ({config.normalize}), and that format has no "
+            f"place for it"
+        )
+    if config.normalize not in normalize:
+        return (
+            "the SAE standardises each row, and that format has no place for a normalisation; "
+            "saelens and mlsae have"
+        )
+    return None
 
 
 def trained_on(record: object, model: str | None, fallback: Origin) -> Origin:

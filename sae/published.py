@@ -22,6 +22,7 @@ from mlsae.sae.foreign import (
     Origin,
     assemble,
     layers_of,
+    no_place,
     read_safetensors,
     require,
     take,
@@ -85,6 +86,9 @@ def _origin(config: Mapping[str, Any], names: list[str]) -> Origin:
 
 
 def _obstacle(sae: SAE, origin: Origin) -> str | None:
+    normalize = ("standardize", "none")
+    if obstacle := no_place(sae, architectures=("topk",), normalize=normalize):
+        return obstacle
     if sae.b_enc is not None:
         return "the SAE has an encoder bias, and that format has no place for one"
     if origin.site not in (None, _SITE):

@@ -1,8 +1,8 @@
 """The format of SAELens, from version 6 on: cfg.json and sae_weights.safetensors, a folder a layer.
 
 Its `layer_norm` divides by the unbiased standard deviation plus 1e-5 and multiplies by the standard
-deviation alone on the way back: our standardisation exactly. Source: `sae_lens/saes/sae.py` and
-`topk_sae.py` of https://github.com/jbloomAus/SAELens.
+deviation alone on the way back: our standardisation exactly. Its `standard` architecture is our
+relu. Source: `sae_lens/saes/sae.py`, `topk_sae.py` and `standard_sae.py` of https://github.com/jbloomAus/SAELens.
 
 Shape suffixes: D channels, N latents.
 """
@@ -25,6 +25,7 @@ from mlsae.sae.foreign import (
     Tensors,
     assemble,
     encoder_bias,
+    no_place,
     origin_of_module,
     read_safetensors,
     require,
@@ -38,6 +39,8 @@ _VERSION = "6.0.0"
 """A configuration without a version, or with an earlier one, is taken for the older layout."""
 _NORM, _SHAPE = "normalize_activations", "reshape_activations"
 _NORMALIZE = {"standardize": "layer_norm", "none": "none"}
+_ARCHITECTURES = {"topk": "topk", "relu": "standard"}
+"""Ours → the name there."""
 _HOOK = re.compile(rf"blocks\.(\d+)\.hook_({'|'.join(SITES)})")
 
 
@@ -63,16 +66,21 @@ def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
     if config.get("rescale_acts_by_decoder_norm"):
         tensors, changes = _folded(tensors)
     normalize = "standardize" if config.get(_NORM) == "layer_norm" else "none"
-    return assemble(
-        tensors, require(config, "k", path, int), normalize, _origin(metadata), changes=changes
-    )
+    is_topk = config.get("architecture", "standard") == "topk"
+    k = require(config, "k", path, int) if is_topk else None
+    return assemble(tensors, k, normalize, _origin(metadata), changes=changes)
 
 
 def _check(config: Mapping[str, Any], path: Path) -> None:
-    """Refuse what a TopK SAE here would not compute as SAELens does."""
+    """Refuse what an SAE here would not compute as SAELens does."""
     # Reason, key, what SAELens takes an absent key for, what is understood.
     for reason, key, default, understood in (
-        ("of architecture {}, and a TopK SAE has 'topk'", "architecture", "standard", ("topk",)),
+        (
+            "of architecture {}; topk and standard are understood",
+            "architecture",
+            "standard",
+            tuple(_ARCHITECTURES.values()),
+        ),
         (
             "normalised by {}, which needs more than its files hold, or another formula; none and "
             "layer_norm are understood",
@@ -122,6 +130,10 @@ def _origin(metadata: Mapping[str, Any]) -> Origin:
     return trained_on(metadata.get(OURS), model if isinstance(model, str) else None, origin)
 
 
+def _obstacle(sae: SAE, _origin: Origin) -> str | None:
+    return no_place(sae, architectures=tuple(_ARCHITECTURES), normalize=tuple(_NORMALIZE))
+
+
 def _weights(sae: SAE) -> bytes:
     tensors = {
         "W_enc": sae.W_enc.T,
@@ -133,12 +145,12 @@ def _weights(sae: SAE) -> bytes:
 
 
 def _configuration(sae: SAE, origin: Origin, layer: int | None) -> dict[str, Any]:
+    of_topk = {"k": sae.config.k, "rescale_acts_by_decoder_norm": False}
     return {
-        "architecture": "topk",
+        "architecture": _ARCHITECTURES[sae.config.architecture],
         "d_in": sae.config.d_in,
         "d_sae": sae.config.num_latents,
-        "k": sae.config.k,
-        "rescale_acts_by_decoder_norm": False,
+        **(of_topk if sae.config.architecture == "topk" else {}),
         "dtype": str(sae.W_enc.dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": True,
@@ -163,7 +175,7 @@ FORMAT = Format(
     config_file=_CONFIG,
     weights_file=_WEIGHTS,
     read=_read,
-    obstacle=lambda _sae, _origin: None,
+    obstacle=_obstacle,
     weights=_weights,
     configuration=_configuration,
     folder=lambda site, layer: f"blocks.{layer}.hook_{site}",

@@ -21,6 +21,7 @@ from mlsae.sae.foreign import (
     Origin,
     assemble,
     encoder_bias,
+    no_place,
     origin_of_module,
     read_safetensors,
     require,
@@ -67,11 +68,8 @@ def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
 
 
 def _obstacle(sae: SAE, origin: Origin) -> str | None:
-    if sae.config.normalize != "none":
-        return (
-            "the SAE standardises each row, and that format has no place for a normalisation; "
-            "saelens and mlsae have"
-        )
+    if obstacle := no_place(sae, architectures=("topk",), normalize=("none",)):
+        return obstacle
     if origin.site not in _MODULES:
         return (
             f"that format names the module whose output was encoded, and {origin.site} is none "

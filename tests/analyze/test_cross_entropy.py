@@ -120,6 +120,13 @@ def test_the_columns_are_those_of_an_independent_run(
         assert row["ce_store"] != row["ce"]
 
 
+class Unchanged(torch.nn.Module):
+    """Reconstructs every row exactly."""
+
+    def forward(self, x: torch.Tensor, _layer: int) -> torch.Tensor:
+        return x
+
+
 def _pairing(world: Any, directory: Path, reconstruct: torch.nn.Module) -> Pairing:
     return replace(pair(world.store, directory, CPU), sae=reconstruct)
 
@@ -127,7 +134,7 @@ def _pairing(world: Any, directory: Path, reconstruct: torch.nn.Module) -> Pairi
 def test_splicing_the_exact_activation_costs_exactly_nothing(
     world: Any, sae_maker: Callable[..., Path]
 ) -> None:
-    pairing = _pairing(world, sae_maker(world.store, skip_positions=0), torch.nn.Identity())
+    pairing = _pairing(world, sae_maker(world.store, skip_positions=0), Unchanged())
     transformer = load(world.model)
     found = measure(
         transformer, pairing, np.arange(12), batch_rows=5 * LENGTH, progress=lambda _n: None
@@ -171,7 +178,7 @@ def test_a_separator_may_be_the_input_that_its_document_is_predicted_from() -> N
 def test_only_eligible_rows_are_replaced() -> None:
     x, stored = torch.arange(24.0).view(2, 3, 4), torch.full((2, 3, 4), -1.0)
     eligible = torch.tensor([[False, True, False], [False, False, True]])
-    doubled = reconstruct_where(lambda rows: 2 * rows, eligible)(x)  # type: ignore[arg-type]
+    doubled = reconstruct_where(lambda rows, _layer: 2 * rows, eligible, 1)(x)  # type: ignore[arg-type]
     of_store = stored_where(stored, eligible)(x)
     assert torch.equal(doubled, torch.where(eligible[..., None], 2 * x, x))
     assert torch.equal(of_store, torch.where(eligible[..., None], stored, x))

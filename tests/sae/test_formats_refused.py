@@ -93,7 +93,7 @@ def test_an_sae_without_layers_has_no_place_in_a_format_of_single_layers(
 @pytest.mark.parametrize(
     ("form", "changes", "message"),
     [
-        ("saelens", {"architecture": "jumprelu"}, "an SAE of architecture 'jumprelu', and a TopK"),
+        ("saelens", {"architecture": "jumprelu"}, "of architecture 'jumprelu'; topk and standard"),
         (
             "saelens",
             {"normalize_activations": "expected_average_only_in"},
@@ -111,7 +111,7 @@ def test_an_sae_without_layers_has_no_place_in_a_format_of_single_layers(
         (
             "dictionary-learning",
             {"trainer": {"dict_class": "BatchTopKSAE", "k": K}},
-            "it is a BatchTopKSAE, and a TopK SAE is an AutoEncoderTopK",
+            "it is a BatchTopKSAE, and what is understood is AutoEncoderTopK and AutoEncoder",
         ),
         (
             "dictionary-learning",

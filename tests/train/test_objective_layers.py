@@ -1,0 +1,200 @@
+"""State that depends on the layer: from a store's moments to runs, directories and analyses."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mlsae.base.errors import InputError
+from mlsae.sae import load
+from mlsae.store import open_store
+from mlsae.train import TrainConfig, run
+from mlsae.train.config import TrainConfig as Config
+from mlsae.train.initial import initial_sae, layer_factors, objective_settings, sae_config
+
+LAYERS = (0, 1, 3)
+CHANGES: dict[str, dict[str, Any]] = {
+    "standardize": {},
+    "none": {"normalize": "none"},
+    "scale": {"normalize": "scale"},
+    "center": {"normalize": "center"},
+    "log": {"normalize": "none", "layer_scale": "log"},
+    "sqrt": {"normalize": "none", "layer_scale": "sqrt"},
+    "linear": {"normalize": "none", "layer_scale": "linear"},
+    "relu": {"architecture": "relu", "l1": 0.01},
+    "relu, center": {"architecture": "relu", "l1": 0.01, "normalize": "center"},
+}
+
+
+def config(sample: Any, out: Path, **changes: Any) -> TrainConfig:
+    settings: dict[str, Any] = {
+        "num_latents": 64,
+        "k": 4,
+        "batch_size": 60,
+        "lr": 3e-3,
+        "validation_fraction": 0.1,
+        "device": "cpu",
+    }
+    return TrainConfig(cache=sample.path, out=out, **settings | changes)
+
+
+def eligible_rows(sample: Any, layer: int) -> np.ndarray[Any, Any]:
+    store = open_store(sample.path)
+    return store.read("resid_post", layer)[store.eligible(1)].astype(np.float64)
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES.keys())
+def test_a_run_of_every_kind(changes: dict[str, Any], sample: Any, tmp_path: Path) -> None:
+    """Its FVU is that of the rows' own units, by brute force; read back, it needs its layers."""
+    sae = load(run(config(sample, tmp_path / "sae", **changes)).directory)
+    assert sae.config.layers == (LAYERS if sae.config.depends_on_layer else None)
+    store, record = open_store(sample.path), sae.training_record
+    held_out = load_validation(store, record)
+    for entry in record["metrics"]["position_0_out"]["layers"]:
+        rows = store.read("resid_post", entry["layer"])[held_out].astype(np.float32)
+        x = torch.from_numpy(rows)
+        with torch.no_grad():
+            error = (x - sae(x, entry["layer"])).double().square().sum()
+        spread = np.square(rows - rows.mean(0, dtype=np.float64)).sum()
+        assert entry["fvu"] == pytest.approx(float(error) / spread, rel=1e-4)
+
+
+def load_validation(store: Any, record: dict[str, Any]) -> np.ndarray[Any, Any]:
+    from mlsae.store.split import validation_of
+
+    split = record["validation"]
+    sequences = validation_of(store, split["fraction"], split["seed"])
+    chosen = np.zeros(store.num_sequences, dtype=bool)
+    chosen[sequences] = True
+    rows = np.repeat(chosen, store.rows_per_sequence) & store.eligible(1)
+    return np.asarray(rows)
+
+
+@pytest.mark.parametrize("scale", ["log", "sqrt", "linear"])
+def test_layer_scales_are_those_of_the_formula(scale: str, sample: Any, tmp_path: Path) -> None:
+    """s_l = mean(f(n)) / f(n_l) with the mean norms of eligible rows; u and x̂ as defined."""
+    wanted = config(sample, tmp_path / "out", normalize="none", layer_scale=scale)
+    moments = open_store(sample.path).moments("resid_post", 1)
+    sae_shape = sae_config(wanted, sample_width(sample), LAYERS)
+    norms = [np.linalg.norm(eligible_rows(sample, n), axis=1).mean() for n in LAYERS]
+    f = {"log": np.log, "sqrt": np.sqrt, "linear": np.asarray}[scale](norms)
+    expected = f.mean() / f
+    found = layer_factors(sae_shape, moments, LAYERS)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    sae = initial_sae(sae_shape, moments, LAYERS, 0).double()
+    x = torch.from_numpy(eligible_rows(sample, 3)[:20])
+    pre = (expected[2] * x - sae.b) @ sae.W_enc.T
+    at = pre.topk(4, dim=1).indices
+    z = torch.zeros_like(pre).scatter(1, at, pre.gather(1, at)).relu()
+    torch.testing.assert_close(
+        sae(x, 3), (z @ sae.W_dec + sae.b) / expected[2], rtol=1e-5, atol=1e-5
+    )
+
+
+def sample_width(sample: Any) -> int:
+    return open_store(sample.path).d_model
+
+
+def test_scale_and_center_are_of_the_layers_moments(sample: Any, tmp_path: Path) -> None:
+    """E‖u‖² = d at each layer; E u = 0. The bias starts at the mean of u."""
+    moments, d = open_store(sample.path).moments("resid_post", 1), sample_width(sample)
+    for normalize in ("scale", "center"):
+        shape = sae_config(config(sample, tmp_path, normalize=normalize), d, LAYERS)
+        sae = initial_sae(shape, moments, LAYERS, 0).double()
+        means = []
+        for at, layer in enumerate(LAYERS):
+            u = sae.standardize(torch.from_numpy(eligible_rows(sample, layer)), at).u.numpy()
+            means.append(u.mean(0))
+            if normalize == "scale":
+                np.testing.assert_allclose(np.square(u).sum(1).mean(), d, rtol=1e-5)
+            else:
+                np.testing.assert_allclose(u.mean(0), 0, atol=1e-4)
+        np.testing.assert_allclose(sae.b.detach(), np.mean(means, axis=0), atol=1e-4)
+
+
+def test_the_layer_has_to_be_given(sample: Any, tmp_path: Path) -> None:
+    """Missing or another: named. A tensor gives one a row, of any shape that broadcasts."""
+    moments = open_store(sample.path).moments("resid_post", 1)
+    d = sample_width(sample)
+    shape = sae_config(config(sample, tmp_path, normalize="center"), d, LAYERS)
+    sae = initial_sae(shape, moments, LAYERS, 0)
+    x = torch.randn(3, 5, d)
+    message = r"give the layer of the rows, encode\(x, layer\), one of 0, 1, 3"
+    for call in (lambda: sae.encode(x), lambda: sae(x), lambda: sae.standardize(x[0])):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(InputError, match="this SAE is of the layers 0, 1, 3, got 2"):
+        sae.encode(x, 2)
+    layers = torch.tensor([[3], [0], [1]])
+    with pytest.raises(InputError, match="this SAE is of the layers 0, 1, 3, got 7"):
+        sae.encode(x, torch.where(layers == 1, 7, layers))
+    together = sae(x, layers)
+    for i, layer in enumerate(layers[:, 0].tolist()):
+        torch.testing.assert_close(together[i], sae(x[i], layer))
+    assert sae.encode(x, layers).mean.shape == (3, 5, d)
+
+
+def test_log_is_refused_where_a_norm_is_not_above_1(sample: Any, tmp_path: Path) -> None:
+    """The layer, its norm and the way out."""
+    moments = open_store(sample.path).moments("resid_post", 1)
+    shape = sae_config(
+        config(sample, tmp_path, normalize="none", layer_scale="log"), sample_width(sample), LAYERS
+    )
+    norms = moments.norm_mean.copy()
+    norms[moments.layers.index(1)] = 0.5
+    small = dataclasses.replace(moments, norm_mean=norms)
+    message = r"--layer-scale log needs mean norms above 1, and that of layer 1 is 0\.5: take anoth"
+    with pytest.raises(InputError, match=message):
+        layer_factors(shape, small, LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "gated"}, "--architecture must be topk or relu, got 'gated'"),
+        ({"architecture": "relu"}, "--architecture relu needs --l1, the weight of its penalty"),
+        ({"l1": 0.1}, "--l1 is of --architecture relu, got topk"),
+        ({"layer_l1": (1.0, 2.0)}, "--layer-l1 is of --architecture relu, got topk"),
+        ({"architecture": "relu", "l1": -1.0}, "--l1 must be at least 0, got -1"),
+        (
+            {"architecture": "relu", "l1": 0.1, "precision": "bfloat16"},
+            "--precision bfloat16 selects candidates of topk: relu takes float32",
+        ),
+        (
+            {"architecture": "relu", "l1": 0.1, "l1_warmup": 2.0},
+            "--l1-warmup is a share of the steps from 0 to 1, got 2",
+        ),
+        (
+            {"architecture": "relu", "l1": 0.1, "resample_every": -1},
+            "--resample-every must be at least 0, got -1",
+        ),
+        ({"normalize": "unit"}, "--normalize must be standardize or none or scale or center"),
+        (
+            {"layer_scale": "cube"},
+            "--layer-scale must be none or log or sqrt or linear, got 'cube'",
+        ),
+        ({"layer_scale": "log"}, "--layer-scale log takes rows as they are: it needs --normalize"),
+        ({"layer_weights": (1.0, -2.0)}, "--layer-weights takes numbers of at least 0, got 1,-2"),
+    ],
+)
+def test_what_cannot_be_asked_for(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """The flag, and what would do."""
+    with pytest.raises(InputError) as caught:
+        Config(cache=tmp_path, out=tmp_path / "out", **changes)
+    assert message in str(caught.value)
+
+
+def test_values_of_layers_are_as_many_as_layers(sample: Any, tmp_path: Path) -> None:
+    """Of the run's layers; an SAE of one of them has its own."""
+    wanted = config(sample, tmp_path / "out", layer_weights=(1.0, 2.0))
+    message = "--layer-weights takes a number for each layer: got 2 for the layers 0, 1, 3"
+    with pytest.raises(InputError, match=message):
+        run(wanted)
+    assert not (tmp_path / "out").exists()
+    wanted = dataclasses.replace(wanted, layer_weights=(1.0, 2.0, 4.0))
+    assert objective_settings(wanted, 10, LAYERS, (3,)) == {"layer_weights": [4.0]}
