@@ -18,7 +18,7 @@ from mlsae.base.errors import InputError
 from mlsae.sae import load
 from mlsae.store import open_store
 from mlsae.store.split import validation_of
-from mlsae.train import TrainConfig, run
+from mlsae.train import Sweep, TrainConfig, run, run_sweep
 from mlsae.train.checkpoint import DamagedCheckpointError
 from mlsae.train.trainer import Trainer
 
@@ -69,6 +69,7 @@ def test_a_run_leaves_an_sae_its_record_a_log_and_curves(finished: Path, sample:
         "config.json",
         "training.json",
         "run.json",
+        "run.yaml",
         "log.jsonl",
         "curves.png",
     }
@@ -291,11 +292,14 @@ def test_a_killed_process_resumes_to_the_same_weights(
     assert_equal_runs(killed, whole)
 
 
-def launch(*words: str) -> str:
-    """Start two processes as a user would, and give what they print."""
+FOUR = pytest.param(4, marks=pytest.mark.slow)
+
+
+def launch(*words: str, ranks: int = 2) -> str:
+    """Start processes as a user would, and give what they print."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [*torchrun, "--nproc-per-node", "2", *words],
+        [*torchrun, "--nproc-per-node", str(ranks), *words],
         capture_output=True,
         text=True,
         check=False,
@@ -304,23 +308,26 @@ def launch(*words: str) -> str:
     return done.stdout
 
 
-def test_losses_and_gradients_of_two_ranks_are_those_of_one(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("ranks", [2, FOUR])
+def test_losses_and_gradients_of_ranks_are_those_of_one(
+    ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To 1e-9 in float64 over 50 steps, with dead latents, unequal and empty shares."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert launch(str(Path(__file__).with_name("ranks_agree.py"))) == "ranks agree\n"
+    script = str(Path(__file__).with_name("ranks_agree.py"))
+    assert launch(script, ranks=ranks) == "ranks agree\n"
 
 
-def test_two_ranks_train_as_one_does(
-    sample: Any, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ranks", [2, FOUR])
+def test_ranks_train_as_one_does(
+    ranks: int, sample: Any, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torchrun really starts two; final weights and metrics agree to float tolerance."""
+    """torchrun really starts them; losses, dead counts, final weights and metrics agree."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    printed = launch(*command(sample.path, tmp_path / "two"))
+    printed = launch(*command(sample.path, tmp_path / "two"), ranks=ranks)
     assert printed.count("SAE: ") == 1
     two, one = load(tmp_path / "two"), load(finished)
-    assert two.training_record["environment"]["world_size"] == 2
+    assert two.training_record["environment"]["world_size"] == ranks
     assert one.training_record["environment"]["world_size"] == 1
     for name, tensor in one.state_dict().items():
         torch.testing.assert_close(two.state_dict()[name], tensor, rtol=1e-2, atol=1e-3)
@@ -331,7 +338,9 @@ def test_two_ranks_train_as_one_does(
     for a, b in zip(*logs, strict=True):
         assert (a["step"], a["rows"]) == (b["step"], b["rows"])
         np.testing.assert_allclose(b["fvu_by_layer"], a["fvu_by_layer"], rtol=1e-3)
+        assert a["num_dead"] == b["num_dead"]
     np.testing.assert_allclose(logs[1][4]["loss"], logs[0][4]["loss"], rtol=1e-6)
+    np.testing.assert_allclose(logs[1][49]["loss"], logs[0][49]["loss"], rtol=1e-3)
     for a, b in zip(
         one.training_record["metrics"]["position_0_out"]["layers"],
         two.training_record["metrics"]["position_0_out"]["layers"],
@@ -339,6 +348,35 @@ def test_two_ranks_train_as_one_does(
     ):
         assert a["num_rows"] == b["num_rows"]
         np.testing.assert_allclose(a["fvu"], b["fvu"], rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_ranks_with_saes_of_their_own_give_what_one_process_gives(
+    sample: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: each SAE has whole batches; a third one makes the shares unequal."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    words = [*command(sample.path, tmp_path / "two"), "-k", "3,5", "--distribute", "saes"]
+    printed = launch(*words)
+    assert printed.count("SAEs: ") == 1
+    sweep = Sweep(config=config(sample, tmp_path / "one"), axes={"k": (4, 3, 5)})
+    for result in run_sweep(sweep):
+        other = tmp_path / "two" / result.directory.name
+        assert_equal_runs(result.directory, other)
+        assert load(other).training_record["environment"]["world_size"] == 2
+    names = {path.name for path in (tmp_path / "two").iterdir()}
+    assert names == {path.name for path in (tmp_path / "one").iterdir()}
+
+
+@pytest.mark.slow
+def test_more_ranks_than_saes_to_distribute_are_refused(
+    sample: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is made."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with pytest.raises(AssertionError, match="2 ranks cannot share 1 SAEs: start at most 1, or gi"):
+        launch(*command(sample.path, tmp_path / "two"), "--distribute", "saes")
+    assert not (tmp_path / "two").exists()
 
 
 @pytest.mark.slow
