@@ -24,6 +24,7 @@ REQUIREMENTS = {
         "loguru",
         "numpy",
         "safetensors",
+        "torchmetrics",
     ],
     # Its nnsight imports what transformers 5 no longer has; the others are what goes with 4, named
     # so that pip need not try versions for minutes.

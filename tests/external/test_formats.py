@@ -36,9 +36,17 @@ def ours(sae: SAE, x: Path) -> npt.NDArray[np.float64]:
     return np.asarray(sae.double()(torch.from_numpy(np.load(x))).detach().numpy())
 
 
-def random_sae(path: Path, normalize: str, *, bias: bool) -> Path:
+def random_sae(path: Path, normalize: str, *, bias: bool, architecture: str = "topk") -> Path:
     """An SAE of two layers with every weight random."""
-    sae = SAE(SAEConfig(d_in=D, num_latents=N, k=K, normalize=normalize, encoder_bias=bias))
+    config = SAEConfig(
+        d_in=D,
+        num_latents=N,
+        k=K if architecture == "topk" else None,
+        normalize=normalize,
+        encoder_bias=bias,
+        architecture=architecture,
+    )
+    sae = SAE(config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in sae.parameters():
@@ -69,6 +77,30 @@ def test_the_tool_reads_an_export(
         peer(tool, "forward", directory, x, tmp_path / "y.npy")
         expected = ours(load(run), x)
         np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("tool", "normalize", "close"),
+    [
+        ("saelens", "standardize", CLOSE),
+        ("saelens", "none", CLOSE),
+        # Its loader makes decoder rows unit, in float32.
+        ("dictionary_learning", "none", ROUNDED),
+    ],
+)
+def test_the_tool_reads_an_export_of_relu(
+    tool: str,
+    normalize: str,
+    close: dict[str, float],
+    peer: Callable[..., str],
+    x: Path,
+    tmp_path: Path,
+) -> None:
+    """Of an architecture that both have under other names."""
+    run = random_sae(tmp_path / "run", normalize, bias=True, architecture="relu")
+    for directory in export_sae(run, tool.replace("_", "-"), tmp_path / "out", model="gpt2"):
+        peer(tool, "forward", directory, x, tmp_path / "y.npy")
+        np.testing.assert_allclose(np.load(tmp_path / "y.npy"), ours(load(run), x), **close)
 
 
 @pytest.mark.parametrize(
