@@ -1,0 +1,129 @@
+"""Options of a run from lists, from YAML files, and back to one that repeats it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from mlsae.base.errors import InputError
+from mlsae.cli import main
+from mlsae.train.options import parse_training_layers
+
+COMMON = "--batch-size 60 --validation-fraction 0.1 --device cpu --max-rows 300"
+
+
+def train(*words: object) -> Any:
+    return CliRunner().invoke(main, ["train", *map(str, words)])
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("0-2,5", ((0, 1, 2, 5), False)),
+        ("each", (None, True)),
+        ("each, 3,0", ((0, 3), True)),
+    ],
+)
+def test_layers_may_be_asked_for_each(text: str, found: Any) -> None:
+    """Beside a list of them, or of all."""
+    assert parse_training_layers(text) == found
+
+
+def test_layers_that_are_none_are_refused() -> None:
+    """In one line that says what else could stand there."""
+    with pytest.raises(InputError, match=r"expected layers such as .* got 'every'; `each` adds an"):
+        parse_training_layers("every")
+
+
+def test_lists_and_repeats_are_a_product(sample: Any, tmp_path: Path) -> None:
+    """In the order given."""
+    words = ["--cache", sample.path, "--out", tmp_path / "out", *COMMON.split()]
+    done = train(*words, "-k", "2,3", "-k", "4", "--lr", "1e-3,2e-3", "--num-latents", "40")
+    assert done.exit_code == 0, done.output
+    names = [line.split()[0] for line in done.output.splitlines() if line.startswith("k")]
+    assert names == [f"k{k}-lr{lr}" for k in (2, 3, 4) for lr in ("0.001", "0.002")]
+
+
+def test_a_file_gives_options_and_the_command_line_comes_first(sample: Any, tmp_path: Path) -> None:
+    """Numbers, texts and lists; run.yaml of what came of it repeats it."""
+    content = {
+        "cache": str(sample.path),
+        "num-latents": 40,
+        "k": [2, 3],
+        "lr": "1e-3",
+        "layers": [0, 3],
+        "batch_size": 60,
+        "max-rows": "300",
+        "validation-fraction": 0.1,
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    first, again = tmp_path / "first", tmp_path / "again"
+    done = train("--config", tmp_path / "mine.yaml", "--out", first, "-k", "4")
+    assert done.exit_code == 0, done.output
+    resolved = yaml.safe_load((first / "run.yaml").read_text())
+    wanted = {"k": 4, "layers": [0, 3], "lr": 0.001, "site": "resid_post", "data-seed": 0}
+    assert wanted.items() <= resolved.items()
+    done = train("--config", first / "run.yaml", "--out", again)
+    assert done.exit_code == 0, done.output
+    ours, theirs = (load_file(path / "sae.safetensors") for path in (first, again))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert {**yaml.safe_load((again / "run.yaml").read_text()), "out": str(first)} == resolved
+
+
+def test_the_file_of_a_sweep_repeats_all_of_it(sample: Any, tmp_path: Path) -> None:
+    """Lists, `each`, and the settings that follow from them."""
+    first, again = tmp_path / "first", tmp_path / "again"
+    done = train(
+        "--cache",
+        sample.path,
+        "--out",
+        first,
+        *COMMON.split(),
+        "-R",
+        "2,3",
+        "--layers",
+        "0,1,each",
+        "-k",
+        "2",
+    )
+    assert done.exit_code == 0, done.output
+    done = train("--config", first / "run.yaml", "--out", again)
+    assert done.exit_code == 0, done.output
+    saes = sorted(path.parent.name for path in first.glob("*/sae.safetensors"))
+    assert saes == [f"R{r}-{of}" for r in (2, 3) for of in ("all", "layer0", "layer1")]
+    for name in saes:
+        assert (first / name / "run.json").read_bytes() == (again / name / "run.json").read_bytes()
+        ours, theirs = (load_file(path / name / "sae.safetensors") for path in (first, again))
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning: 3", "run.yaml gives 'learning', which is no option; expected "),
+        ("- 3", "run.yaml must map options to values, such as `batch-size: 4096`"),
+        ("k: [", "run.yaml is no YAML file: while parsing"),
+        ("k: few", "expected a number of items such as 10M, 1e7 or 16384, got 'few'"),
+    ],
+)
+def test_a_file_that_is_none_is_refused(
+    text: str, message: str, sample: Any, tmp_path: Path
+) -> None:
+    """As wrong usage, and nothing is made."""
+    (tmp_path / "run.yaml").write_text(text)
+    words = ["--cache", sample.path, "--out", tmp_path / "out"]
+    done = train("--config", tmp_path / "run.yaml", *words)
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    """By name."""
+    done = train("--config", tmp_path / "run.yaml")
+    assert done.exit_code == 2
+    assert "run.yaml does not exist" in " ".join(done.output.split())
