@@ -263,6 +263,7 @@ def harvest(**settings: Any) -> None:
 @_swept("--expansion-factor", "-R", one=COUNT, what="Latents a channel; 64 if not given.")
 @_swept("--num-latents", one=COUNT, what="Latents, instead of an expansion factor.")
 @_swept("-k", "--k", one=COUNT, what="Active latents a row; 32 if not given.")
+@click.option("--preset", help="paper: the step of the published multi-layer SAEs.")
 @_swept("--architecture", what="topk (if not given) or relu.")
 @_swept("--l1", one=click.FLOAT, what="Weight of relu's penalty.")
 @_swept(

@@ -140,7 +140,7 @@ def objective_settings(
     Raises:
         InputError: as of `of_layers`.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {} if config.preset is None else {"preset": config.preset}
     for name, flag in (("layer_weights", "--layer-weights"), ("layer_l1", "--layer-l1")):
         values = of_layers(getattr(config, name), run_layers, layers, flag)
         if values is not None:

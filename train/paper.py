@@ -83,7 +83,7 @@ class PaperTrainer:
             DivergedError: the loss is not finite; Adam has not taken the step.
         """
         self._adam.zero_grad()
-        seen = []
+        seen: list[PaperResult] = []
         for x_LTD in micro_batches:
             if self.step_number == 0 and not seen:
                 with torch.no_grad():
@@ -118,8 +118,7 @@ class PaperTrainer:
         values_RK, support = sae.activate(u_RD)
         x_hat_RD = restore(sae.reconstruct(values_RK, support), mean_R1, scale_R1)
         e_RD = x_RD - x_hat_RD
-        used = support.indices_BK[values_RK > THRESHOLD].unique()
-        self._unused_N[used] = 0
+        self._unused_N[support.indices_BK[values_RK > THRESHOLD]] = 0
         self._unused_N += 1
         dead = torch.nonzero(self._unused_N >= self._dead_after)[:, 0]
         errors_L = e_RD.view_as(x_LTD).square().mean(dim=(1, 2))

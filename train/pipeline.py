@@ -31,6 +31,7 @@ from mlsae.train.member import Member, divergence, is_finished
 from mlsae.train.memory import require_training_memory
 from mlsae.train.options import write_run_file
 from mlsae.train.output import CHECKPOINTS, CURVES, LOG, check_output, claim
+from mlsae.train.paper_run import run_paper
 from mlsae.train.passing import Pass
 from mlsae.train.plan import Plan, make_plans
 from mlsae.train.ranks import Alone
@@ -91,6 +92,8 @@ def run_sweep(sweep: Sweep) -> list[TrainResult]:
         DivergedSAEsError: of some SAEs the loss became infinite or no number; the others are there.
         Exception: as `run`.
     """
+    if sweep.config.preset is not None:
+        return [TrainResult(sweep.config.out, run_paper(sweep))]
     with interruptible() as interruption:
         try:
             accelerator = make_accelerator(sweep.config.device)
@@ -206,7 +209,9 @@ class _Run:
         draw_curves(lines, plan.layers, out / CURVES)
         record = training_record(
             plan,
-            member.trainer,
+            member.trainer.sae,
+            member.trainer.step_number,
+            member.trainer.dead.num_rows,
             metrics,
             lines[-1],
             world_size=self._accelerator.num_processes,

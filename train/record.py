@@ -8,14 +8,16 @@ import torch
 
 from mlsae import __version__
 from mlsae.base.units import format_count
+from mlsae.sae import SAE
 from mlsae.train.evaluate import POSITION_0_IN, POSITION_0_OUT
 from mlsae.train.plan import Plan
-from mlsae.train.trainer import Trainer
 
 
 def training_record(
     plan: Plan,
-    trainer: Trainer,
+    sae: SAE,
+    step: int,
+    rows: int,
     metrics: Mapping[str, Any] | None,
     last_line: Mapping[str, Any],
     *,
@@ -50,8 +52,8 @@ def training_record(
             "num_held_out": len(plan.validation),
         },
         "position": {
-            "step": trainer.step_number,
-            "rows": trainer.dead.num_rows,
+            "step": step,
+            "rows": rows,
             "epoch_rows": plan.mixture.num_rows * len(plan.layers),
         },
         "training": {key: last_line[key] for key in ("fvu", "fvu_by_layer", "l0", "num_dead")},
@@ -60,7 +62,7 @@ def training_record(
             "mlsae": __version__,
             "torch": torch.__version__,
             "numpy": np.__version__,
-            "device": trainer.sae.b.device.type,
+            "device": sae.b.device.type,
             "world_size": world_size,
             "threads": threads,
             "last_session_seconds": round(seconds, 3),

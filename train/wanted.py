@@ -6,6 +6,14 @@ from dataclasses import dataclass
 from mlsae.base.errors import InputError
 from mlsae.sae.config import ARCHITECTURES, LAYER_SCALES, NORMALIZE
 
+_OF_PAPER: dict[str, tuple[object, ...]] = {
+    "architecture": ("topk",),
+    "normalize": ("standardize", "none"),
+    "layer_scale": ("none",),
+    "layer_weights": (None,),
+}
+"""What the preset can be combined with."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class WantedSAE:
@@ -15,6 +23,8 @@ class WantedSAE:
         InputError: a value is out of range, or two exclude each other.
     """
 
+    preset: str | None = None
+    """`paper` for the step of the published multi-layer SAEs (train/paper.py)."""
     architecture: str = "topk"
     """`topk`, or `relu` with an L1 penalty."""
     l1: float | None = None
@@ -52,6 +62,16 @@ class WantedSAE:
                     f"--{name.replace('_', '-')} must be {' or '.join(choices)}, got "
                     f"{getattr(self, name)!r}"
                 )
+        if self.preset not in (None, "paper"):
+            raise InputError(f"--preset must be paper, got {self.preset!r}")
+        if self.preset is not None:
+            for name, values in _OF_PAPER.items():
+                if getattr(self, name) not in values:
+                    allowed = ["nothing" if value is None else str(value) for value in values]
+                    raise InputError(
+                        f"--preset paper has {' or '.join(allowed)} for "
+                        f"--{name.replace('_', '-')}, got {getattr(self, name)}: leave it out"
+                    )
         if self.architecture == "relu" and self.l1 is None:
             raise InputError(
                 "--architecture relu needs --l1, the weight of its penalty, as in 0.01"

@@ -19,7 +19,7 @@ OPTIONS = {
     "layers sites keep-positions keep-seed encoding max-encoding-fvu model-dtype "
     "attn-implementation batch-size shard-size device device-map allow-mixed-hardware dry-run",
     "train": "cache cache-dir cache-size config out site layers expansion-factor num-latents k "
-    "architecture l1 l1-warmup resample-every normalize layer-scale layer-weights layer-l1 "
+    "preset architecture l1 l1-warmup resample-every normalize layer-scale layer-weights layer-l1 "
     "batch-size micro-batch epochs max-rows lr schedule lr-decay warmup clip-grad-norm "
     "validation-fraction skip-positions loss-space window seed data-seed device precision "
     "distribute resume keep checkpoint-seconds",

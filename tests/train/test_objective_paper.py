@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from mlsae.sae import SAE, SAEConfig
+from mlsae.base.errors import InputError
+from mlsae.sae import SAE, SAEConfig, load
+from mlsae.store import open_store
+from mlsae.store.split import validation_of
+from mlsae.train import TrainConfig, run
 from mlsae.train.paper import PaperTrainer, geometric_median
 from mlsae.train.trainer import DivergedError
 
@@ -102,3 +110,66 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_change() -> None:
     with pytest.raises(DivergedError, match=r"the loss is nan at step 0"):
         trainer.step(x, MICRO)
     assert torch.equal(sae.W_enc, before)
+
+
+def config(sample: Any, out: Path, **changes: Any) -> TrainConfig:
+    settings: dict[str, Any] = {
+        "num_latents": 64,
+        "k": 4,
+        "batch_size": 400,
+        "lr": 3e-3,
+        "epochs": 2,
+        "validation_fraction": 0.1,
+        "device": "cpu",
+        "preset": "paper",
+    }
+    return TrainConfig(cache=sample.path, out=out, **settings | changes)
+
+
+def test_a_run_is_of_whole_sequences_in_the_order_of_the_text(sample: Any, tmp_path: Path) -> None:
+    """Special tokens are 0 there and not in the store; the losses are the trainer's."""
+    out = run(config(sample, tmp_path / "sae")).directory
+    store, sae = open_store(sample.path), load(out)
+    length, layers = store.context_length, store.layers
+    before = store.read("resid_post", 1)
+    split = sae.training_record["validation"]
+    held_out = validation_of(store, split["fraction"], split["seed"])
+    order = [s for s in range(store.num_sequences) if s not in held_out]
+    count = 400 // (length * len(layers))
+    assert count >= 2
+    fresh = SAE(sae.config, torch.Generator().manual_seed(0))
+    trainer = PaperTrainer(fresh, 3e-3, dead_after=round(155_648 / length))
+    losses = []
+    for _ in range(2):
+        for first in range(0, len(order) - count + 1, count):
+            batch = []
+            for s in order[first : first + count]:
+                span = (s * length, (s + 1) * length)
+                x = np.stack([store.read("resid_post", n, *span) for n in layers])
+                x[:, store.row_flags(*span) != 0] = 0
+                batch.append(torch.from_numpy(x))
+            losses.append(trainer.step(batch, count).loss)
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    np.testing.assert_allclose([line["loss"] for line in lines], losses, rtol=1e-5)
+    torch.testing.assert_close(sae.W_enc, fresh.W_enc)
+    assert (store.read("resid_post", 1) == before).all()
+    assert sae.training_record["settings"]["preset"] == "paper"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preset": "essay"}, "--preset must be paper, got 'essay'"),
+        ({"normalize": "center"}, "--preset paper has standardize or none for --normalize, got"),
+        ({"layer_weights": (1.0, 2.0)}, "--preset paper has nothing for --layer-weights"),
+        ({"resume": True}, "--preset paper keeps no checkpoints: leave --resume out"),
+    ],
+)
+def test_what_the_preset_has_not(
+    changes: dict[str, Any], message: str, sample: Any, tmp_path: Path
+) -> None:
+    """The flag, and what would do."""
+    with pytest.raises(InputError) as caught:
+        run(config(sample, tmp_path / "out", **changes))
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()

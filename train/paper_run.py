@@ -1,0 +1,162 @@
+"""A run of the preset `paper`: whole sequences in the order of the text, one process, one go."""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+import torch
+from tqdm import tqdm
+
+from mlsae.base.errors import InputError
+from mlsae.sae import SAE
+from mlsae.store import AnyStore, open_corpus
+from mlsae.train.devices import make_accelerator
+from mlsae.train.evaluate import evaluate
+from mlsae.train.log import LINES, Log, draw_curves, read_log
+from mlsae.train.output import CURVES, LOG, check_output, claim
+from mlsae.train.paper import DEAD_AFTER, LR, PaperTrainer
+from mlsae.train.plan import Plan, make_plans
+from mlsae.train.record import format_summary, training_record
+from mlsae.train.sweep import Sweep
+
+_PUBLISHED_LENGTH = 2048
+
+
+def run_paper(sweep: Sweep) -> Mapping[str, Any] | None:
+    """Train one SAE as the published ones were.
+
+    A micro-batch is a sequence at every layer; a step has as many as fit into the batch size.
+
+    Args:
+        sweep: of one SAE.
+
+    Returns:
+        Metrics of the validation rows; None without any.
+
+    Raises:
+        InputError: it asks for what the preset has not.
+        DivergedError: the loss became infinite or no number.
+    """
+    if not sweep.is_single:
+        raise InputError("--preset paper trains one SAE a run: give each option one value")
+    if sweep.config.resume:
+        raise InputError("--preset paper keeps no checkpoints: leave --resume out, and start anew")
+    accelerator = make_accelerator(sweep.config.device)
+    if accelerator.num_processes > 1:
+        raise InputError(
+            f"--preset paper takes one process, got {accelerator.num_processes}: the published "
+            f"code trains all of several on the same rows"
+        )
+    plan, order, count = _plan(sweep)
+    config = plan.config
+    check_output(config.out, plan.settings(), resume=False)
+    claim(config.out, plan.settings())
+    sae = SAE(plan.sae, torch.Generator().manual_seed(config.seed)).to(accelerator.device)
+    length = plan.store.rows_per_sequence
+    dead_after = max(1, round(DEAD_AFTER * _PUBLISHED_LENGTH / length))
+    trainer = PaperTrainer(sae, plan.schedule.peak, dead_after=dead_after)
+    log, began = Log(config.out / LOG, 0), time.monotonic()
+    log_every = max(1, plan.num_steps // LINES)
+    rows = 0
+    with tqdm(total=plan.num_rows, unit="row", unit_scale=True, desc="train", disable=None) as bar:
+        for step in range(plan.num_steps):
+            first = step * count % len(order)
+            sequences = order[first : first + count]
+            result = trainer.step(_micro_batches(plan, sequences), len(sequences))
+            rows += len(sequences) * length * len(plan.layers)
+            bar.update(rows - bar.n)
+            if (step + 1) % log_every and step + 1 < plan.num_steps:
+                continue
+            log.write(
+                {
+                    "step": step + 1,
+                    "rows": rows,
+                    "epoch": step * count // len(order),
+                    "loss": result.loss,
+                    "fvu": float(result.fvu_by_layer.mean()),
+                    "fvu_by_layer": result.fvu_by_layer.tolist(),
+                    "l0": result.l0,
+                    "num_dead": trainer.num_dead,
+                    "lr": plan.schedule.peak,
+                    "rows_per_second": rows / (time.monotonic() - began),
+                }
+            )
+    return _finish(plan, trainer, rows, time.monotonic() - began)
+
+
+def _plan(sweep: Sweep) -> tuple[Plan, npt.NDArray[np.int64], int]:
+    """The run, the sequences of an epoch in their order, and how many make a step."""
+    config = sweep.config
+    config = replace(
+        config,
+        lr=LR if config.lr is None else config.lr,
+        schedule="constant",
+        lr_decay=None,
+        warmup=0.0,
+        loss_space="raw",
+    )
+    store: AnyStore = open_corpus(
+        config.cache, cache_dir=config.cache_dir, cache_bytes=config.cache_size
+    )
+    (plan,) = make_plans(replace(sweep, config=config), store)
+    order = np.setdiff1d(np.arange(store.num_sequences), plan.validation)
+    sequence_rows = store.rows_per_sequence * len(plan.layers)
+    count = max(1, config.batch_size // sequence_rows)
+    # Whole steps alone, as in the published code, whose data set is cut to whole batches.
+    count = min(count, len(order))
+    order = order[: len(order) // count * count]
+    num_steps = (config.epochs or 1) * len(order) // count
+    if config.max_rows is not None:
+        num_steps = -(-config.max_rows // (count * sequence_rows))
+    rows = num_steps * count * sequence_rows
+    return replace(plan, num_steps=num_steps, num_rows=rows), order, count
+
+
+def _micro_batches(plan: Plan, sequences: npt.NDArray[np.int64]) -> Iterator[torch.Tensor]:
+    """(L, T, D) float32 of each sequence, rows with a flag set to 0."""
+    store, length = plan.store, plan.store.rows_per_sequence
+    for start in (sequences * length).tolist():
+        stop = start + length
+        rows = [store.read(plan.site, layer, start, stop) for layer in plan.layers]
+        x_LTD = torch.from_numpy(np.stack(rows)).float()
+        x_LTD[:, torch.from_numpy(store.row_flags(start, stop) != 0)] = 0
+        yield x_LTD
+
+
+def _finish(
+    plan: Plan, trainer: PaperTrainer, rows: int, seconds: float
+) -> Mapping[str, Any] | None:
+    config, out, metrics = plan.config, plan.config.out, None
+    if len(plan.validation):
+        metrics = evaluate(
+            trainer.sae,
+            plan.store,
+            plan.site,
+            plan.layers,
+            plan.validation,
+            skip_positions=config.skip_positions,
+            rank=0,
+            world_size=1,
+            sum_over_ranks=lambda tensor: tensor,
+        )
+    lines = read_log(out / LOG)
+    draw_curves(lines, plan.layers, out / CURVES)
+    record = training_record(
+        plan,
+        trainer.sae,
+        trainer.step_number,
+        rows,
+        metrics,
+        lines[-1],
+        world_size=1,
+        threads=torch.get_num_threads(),
+        seconds=seconds,
+    )
+    trainer.sae.save(out, record)
+    click.echo(format_summary(metrics))
+    click.echo(f"SAE: {out}")
+    return metrics
