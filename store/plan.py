@@ -140,17 +140,17 @@ def find_plan(path: Path) -> dict[str, Any] | None:
     """
     if path.exists() and not path.is_dir():
         raise NotAStoreError(f"{path} is a file; give a directory for the store")
+    others = [
+        entry.name
+        for entry in (path.iterdir() if path.exists() else ())
+        if entry.name not in IGNORED and not entry.name.endswith(PARTIAL)
+    ]
+    # Looked for last: who begins a store in this instant writes its plan before all else.
     if (path / PLAN).exists():
         return read_plan(LocalObjects(path))
-    if path.exists():
-        others = [
-            entry.name
-            for entry in path.iterdir()
-            if entry.name not in IGNORED and not entry.name.endswith(PARTIAL)
-        ]
-        if others:
-            raise NotAStoreError(
-                f"{path} is not empty and holds no store (it has {sorted(others)[0]}); "
-                f"give an empty or new directory"
-            )
+    if others:
+        raise NotAStoreError(
+            f"{path} is not empty and holds no store (it has {sorted(others)[0]}); "
+            f"give an empty or new directory"
+        )
     return None

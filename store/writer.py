@@ -198,8 +198,11 @@ class Writer:
         """
         if not self._closed:
             try:
-                if not self.pending() and not (self.path / COMPLETE).exists():
-                    complete(self.path, self.plan)
+                if not self.pending():
+                    # Of processes that shared the work and were killed meanwhile.
+                    remove_stale_partials(self.path)
+                    if not (self.path / COMPLETE).exists():
+                        complete(self.path, self.plan)
             finally:
                 self._stop()
 

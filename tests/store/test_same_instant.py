@@ -1,6 +1,7 @@
 """Two producers that begin in one directory at the same instant."""
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,24 @@ def test_one_plan_wins_and_is_whole(tmp_path: Path, lengths: tuple[int, int]):
         assert all("context_length: " in refusal for refusal in refusals)
         assert open_store(path).context_length in lengths
         assert verify(path).problems == []
+
+
+def test_a_store_that_begins_while_one_looks_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its files are not taken for those of somebody else."""
+    path, outcomes, list_directory = tmp_path / "a", list[str](), Path.iterdir
+    path.mkdir()
+
+    def begin_then_list(directory: Path) -> Iterator[Path]:
+        monkeypatch.undo()
+        produce(directory, 4, threading.Barrier(1), outcomes)
+        return list_directory(directory)
+
+    monkeypatch.setattr(Path, "iterdir", begin_then_list)
+    produce(path, 4, threading.Barrier(1), outcomes)
+    assert outcomes == ["made", "made"]
+    assert verify(path).problems == []
 
 
 def test_a_file_that_is_there_is_never_replaced(tmp_path: Path):

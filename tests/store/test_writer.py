@@ -305,15 +305,31 @@ def test_killed_setups_leave_nothing_behind(tmp_path: Path):
     with create(tmp_path / "a", tokens=TOKENS, **SHAPE) as writer:
         writer.append(rows(64))
     (tmp_path / "a/complete.json").unlink()
+    stale, alive = leave_partials(tmp_path / "a")
+    resume(tmp_path / "a")
+    assert [path for path in (*stale, alive) if path.exists()] == [alive]
+
+
+def test_who_completes_a_store_takes_away_what_others_left_meanwhile(tmp_path: Path):
+    """Of two writers one is killed while the other is at work, which finishes alone."""
+    with create(tmp_path / "a", tokens=TOKENS, **SHAPE) as writer:
+        writer.append(rows(64))
+        stale, alive = leave_partials(tmp_path / "a")
+    assert [path for path in (*stale, alive) if path.exists()] == [alive]
+    alive.unlink()
+    assert verify(tmp_path / "a").problems == []
+
+
+def leave_partials(path: Path) -> tuple[list[Path], Path]:
+    """Temporary files of a process that is dead, and one of a living one."""
     host = socket.gethostname()
     with subprocess.Popen([sys.executable, "-c", ""]) as dead:
         dead.wait()
     stale = [
-        tmp_path / "a" / folder / f"x.{host}-{dead.pid}-0011.partial"
+        path / folder / f"x.{host}-{dead.pid}-0011.partial"
         for folder in ("", "commits", "moments", "provenance", "activations/resid_post/1", "tokens")
     ]
-    alive = tmp_path / "a" / f"x.{host}-{os.getpid()}-0011.partial"
-    for path in (*stale, alive):
-        path.touch()
-    resume(tmp_path / "a").close()
-    assert [path for path in (*stale, alive) if path.exists()] == [alive]
+    alive = path / f"x.{host}-{os.getpid()}-0011.partial"
+    for file in (*stale, alive):
+        file.touch()
+    return stale, alive
