@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -15,11 +16,11 @@ from typing import Any
 
 import pytest
 
-BEGAN = time.monotonic()
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--counts", type=Path, help="Write the campaigns' counts to this JSON file.")
+    parser.addoption(
+        "--counts", type=Path, help="Put the counts of whole campaigns into this JSON file."
+    )
 
 
 class Counts:
@@ -32,20 +33,6 @@ class Counts:
         """Add to a campaign's counts."""
         self.campaigns.setdefault(campaign, Counter()).update(numbers)
 
-    def record(self) -> dict[str, Any]:
-        """The counts, and how they were made."""
-        from benchmarks.made import commit, machine
-
-        return {
-            "campaigns": self.campaigns,
-            "command": "make reliability",
-            "commit": commit(),
-            "cpu_seconds": round(sum(os.times()[:4])),
-            "date": datetime.now(UTC).date().isoformat(),
-            "machine": machine(),
-            "seconds": round(time.monotonic() - BEGAN),
-        }
-
 
 COUNTS = pytest.StashKey[Counts]()
 
@@ -55,25 +42,39 @@ def counts(pytestconfig: pytest.Config) -> Counts:
     return pytestconfig.stash.setdefault(COUNTS, Counts())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def recorded(request: pytest.FixtureRequest, counts: Counts) -> Iterator[None]:
+    """A file of campaigns is put into the record when every test of it was run and has passed."""
+    path = request.config.getoption("--counts", None)
+    known, failed = set(counts.campaigns), request.session.testsfailed
+    began, used = time.monotonic(), sum(os.times()[:4])
+    yield
+    is_part = request.config.getoption("keyword") or any("::" in of for of in request.config.args)
+    campaigns = {name: of for name, of in counts.campaigns.items() if name not in known}
+    if path is None or is_part or not campaigns or request.session.testsfailed > failed:
+        return
+    from benchmarks.made import commit, machine
+
+    record = json.loads(path.read_text()) if path.exists() else {}
+    record[request.path.stem] = {
+        "campaigns": campaigns,
+        "commit": commit(),
+        "cpu_seconds": round(sum(os.times()[:4]) - used),
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "seconds": round(time.monotonic() - began),
+    }
+    path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """What was done, a line a campaign; and the record, if all of it was done."""
+    """What was done, a line a campaign."""
     if (found := config.stash.get(COUNTS, None)) is None:
         return
     terminalreporter.section("what was done and survived")
     for campaign, numbers in found.campaigns.items():
         told = ", ".join(f"{what.replace('_', ' ')} {n:,}" for what, n in numbers.items())
         terminalreporter.write_line(f"{campaign}: {told}")
-    if (path := config.getoption("--counts", None)) is None:
-        return
-    if missed := [
-        word
-        for word in ("failed", "error", "skipped", "deselected")
-        if terminalreporter.stats.get(word)
-    ]:
-        terminalreporter.write_line(f"{path} is left as it was: some tests {', '.join(missed)}")
-        return
-    path.write_text(json.dumps(found.record(), indent=2, sort_keys=True) + "\n")
-    terminalreporter.write_line(f"written to {path}")
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import pytest
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
 
 HERE = Path(__file__).parent
-NUM_STEPS = 24
+NUM_STEPS = 16
 STEPS = {
     "open of plan",
     "write of plan",
