@@ -81,7 +81,8 @@ def read_run_file(path: Path, options: Mapping[str, bool]) -> dict[str, Any]:
     if unknown := sorted(found.keys() - options.keys()):
         known = ", ".join(sorted(name.replace("_", "-") for name in options))
         raise InputError(
-            f"--config {path} has no option of train in {unknown[0]!r}; it has {known}"
+            f"--config {path} gives {unknown[0].replace('_', '-')!r}, which is no option; expected "
+            f"{known}"
         )
     return {
         name: _as_given(value, again=options[name])

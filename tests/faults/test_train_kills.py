@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
-NUM_KILLS = 20
+NUM_KILLS = {"one": 20, "sweep": 10}
 CHAIN = 5
 """Kills of one run before it may finish."""
 SWEEP = ("k8", "k4")
@@ -93,7 +93,7 @@ def test_killed_at_random_instants_it_ends_as_the_unbroken_run(
         return kills
 
     kills, number = 0, 0
-    while kills < NUM_KILLS:
+    while kills < NUM_KILLS[kind]:
         kills += sum(kit.side_by_side(chain, range(number, number + kit.WORKERS)))
         number += kit.WORKERS
     assert found["checkpoint"] > 0, found
