@@ -195,7 +195,9 @@ class _Run:
                     self._finish(work.members[0], metrics.pop(0), shape, done.seconds)
                     del work.members[0]
             except StopNow:
-                work.save()
+                # Other ranks may have none left, so none waits here for another.
+                for member in work.members:
+                    member.save()
                 raise
 
     def _finish(

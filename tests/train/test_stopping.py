@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM in real processes: a checkpoint first, then one line how to go on."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -14,8 +15,9 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from mlsae.base.interruption import InterruptedWorkError
 from mlsae.cli import main
-from mlsae.train import TrainConfig, passing, run
+from mlsae.train import TrainConfig, passing, pipeline, run
 from mlsae.train.trainer import Trainer
 
 FLAGS = "--num-latents 64 -k 4 --batch-size 60 --lr 3e-3 --validation-fraction 0.1 --device cpu"
@@ -122,3 +124,33 @@ def test_a_checkpoint_between_two_lines_of_the_log_keeps_their_means(
     whole = run(replace(config, out=tmp_path / "whole")).directory
     assert_equal(config.out, whole)
     assert len((whole / "log.jsonl").read_text().splitlines()) in (4, 5)
+
+
+def test_a_signal_while_saes_are_evaluated_keeps_their_last_step(
+    sample: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No step is taken again."""
+    config = TrainConfig(
+        cache=sample.path,
+        out=tmp_path / "out",
+        num_latents=40,
+        k=3,
+        batch_size=60,
+        validation_fraction=0.1,
+        device="cpu",
+    )
+
+    def interrupted(*_arguments: Any, **_options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "evaluate", interrupted)
+        with pytest.raises(
+            InterruptedWorkError, match=r"^stopped: add --resume to the same"
+        ) as stop:
+            run(config)
+    assert stop.value.exit_status == 143
+    monkeypatch.setattr(Trainer, "step", None)
+    run(replace(config, resume=True))
+    monkeypatch.undo()
+    assert_equal(config.out, run(replace(config, out=tmp_path / "whole")).directory)

@@ -124,6 +124,26 @@ def test_each_layer_gets_an_sae_of_its_own_rows(config: Any) -> None:
     assert_equal_saes(run(config("alone", epochs=2)).directory, results[0].directory)
 
 
+def test_an_sae_of_a_layer_sees_the_rows_of_its_layer(
+    config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those and no others, of every batch."""
+    batches: list[Any] = []
+    step = Trainer.step
+
+    def seen(self: Trainer, batch: Any) -> Any:
+        batches.append(batch)
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "step", seen)
+    run_sweep(Sweep(config=config("sweep", max_rows=122), each_layer=True))
+    for whole, *each in (batches[:4], batches[4:]):
+        for index, batch in enumerate(each):
+            assert torch.equal(batch.x, whole.x[whole.layer == index])
+            assert batch.num_rows == len(batch.x) > 0
+            assert not batch.layer.any()
+
+
 def test_rows_of_a_layer_are_counted_without_seeing_them(config: Any, sample: Any) -> None:
     """Of every batch, the short last one of an epoch included."""
     sweep = Sweep(config=config("sweep", epochs=2), each_layer=True)
@@ -217,7 +237,10 @@ class StopError(Exception):
 
 @pytest.mark.parametrize("keep", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_sweep_that_was_cut_short_anywhere_resumes_exactly(
-    keep: int, config: Any, monkeypatch: pytest.MonkeyPatch
+    keep: int,
+    config: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Between two SAEs' checkpoints of one step, again in a step, again while SAEs are finished."""
     sweep = Sweep(config=config("sweep", keep=keep, max_rows=61 * 13), each_layer=True)
@@ -234,6 +257,8 @@ def test_a_sweep_that_was_cut_short_anywhere_resumes_exactly(
             with pytest.raises(StopError):
                 run_sweep(often)
     results = run_sweep(often)
+    said = [line for line in capsys.readouterr().out.splitlines() if "resuming" in line]
+    assert said == [f"resuming after step {step} of 13" for step in (5, 8, 11, 12)]
     for result, other in zip(results, whole, strict=True):
         assert_equal_saes(result.directory, other.directory)
         assert {path.name for path in result.directory.iterdir()} == {
