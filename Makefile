@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check test-faults test-slow test-external demo-model results scale
+.PHONY: demo test check test-faults test-slow test-external demo-model results scale reliability
 
 demo: .venv/installed
 	$(BIN)/mlsae demo --out demo-run
@@ -34,6 +34,12 @@ results: .venv/installed
 
 scale: .venv/installed
 	$(BIN)/python benchmarks/scale.py
+
+# All of test-faults, and docs/reliability.md from what it counted.
+reliability: .venv/installed
+	$(BIN)/python -m pytest tests/faults -m faults -o faulthandler_timeout=1200 \
+		--counts docs/results/reliability.json
+	$(BIN)/python -m benchmarks.reliability
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "mlsae needs Python >= 3.11, this is " + sys.version.split()[0] + ": run make PYTHON=python3.11 (or newer)")'
