@@ -121,7 +121,7 @@ class TrainConfig(WantedSAE):
                     f"{_flag(name)} must be {' or '.join(choices)}, got {getattr(self, name)!r}"
                 )
 
-        self.check_wanted(self.precision)
+        self.check_wanted()
 
     def latents(self, d_in: int) -> int:
         """Number of latents for rows of `d_in` channels."""

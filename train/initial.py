@@ -33,6 +33,7 @@ def sae_config(config: TrainConfig, d_in: int, layers: tuple[int, ...]) -> SAECo
     Raises:
         InputError: there is no such SAE.
     """
+    config.check_together(config.precision)
     is_topk = config.architecture == "topk"
     by_layer = config.normalize in ("scale", "center") or config.layer_scale != "none"
     return SAEConfig(

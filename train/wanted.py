@@ -43,11 +43,8 @@ class WantedSAE:
     layer_l1: tuple[float, ...] | None = None
     """What λ is multiplied by at each layer; None for 1."""
 
-    def check_wanted(self, precision: str) -> None:
-        """Refuse what cannot be.
-
-        Args:
-            precision: of the encoder product.
+    def check_wanted(self) -> None:
+        """Refuse values that are out of range.
 
         Raises:
             InputError: as of the class.
@@ -64,6 +61,31 @@ class WantedSAE:
                 )
         if self.preset not in (None, "paper"):
             raise InputError(f"--preset must be paper, got {self.preset!r}")
+        if self.l1 is not None and not 0 <= self.l1 < math.inf:
+            raise InputError(f"--l1 must be at least 0, got {self.l1}")
+        if not 0 <= self.l1_warmup <= 1:
+            raise InputError(
+                f"--l1-warmup is a share of the steps from 0 to 1, got {self.l1_warmup}"
+            )
+        if self.resample_every is not None and self.resample_every < 0:
+            raise InputError(f"--resample-every must be at least 0, got {self.resample_every}")
+        for name in ("layer_weights", "layer_l1"):
+            values = getattr(self, name)
+            if values is not None and not all(0 <= value < math.inf for value in values):
+                shown = ",".join(f"{value:g}" for value in values)
+                raise InputError(
+                    f"--{name.replace('_', '-')} takes numbers of at least 0, got {shown}"
+                )
+
+    def check_together(self, precision: str) -> None:
+        """Refuse values that exclude each other; of a sweep, those of one SAE.
+
+        Args:
+            precision: of the encoder product.
+
+        Raises:
+            InputError: as of the class.
+        """
         if self.preset is not None:
             for name, values in _OF_PAPER.items():
                 if getattr(self, name) not in values:
@@ -85,21 +107,6 @@ class WantedSAE:
             raise InputError(
                 f"--precision {precision} selects candidates of topk: relu takes float32"
             )
-        if self.l1 is not None and not 0 <= self.l1 < math.inf:
-            raise InputError(f"--l1 must be at least 0, got {self.l1}")
-        if not 0 <= self.l1_warmup <= 1:
-            raise InputError(
-                f"--l1-warmup is a share of the steps from 0 to 1, got {self.l1_warmup}"
-            )
-        if self.resample_every is not None and self.resample_every < 0:
-            raise InputError(f"--resample-every must be at least 0, got {self.resample_every}")
-        for name in ("layer_weights", "layer_l1"):
-            values = getattr(self, name)
-            if values is not None and not all(0 <= value < math.inf for value in values):
-                shown = ",".join(f"{value:g}" for value in values)
-                raise InputError(
-                    f"--{name.replace('_', '-')} takes numbers of at least 0, got {shown}"
-                )
         if self.layer_scale != "none" and self.normalize != "none":
             raise InputError(
                 f"--layer-scale {self.layer_scale} takes rows as they are: it needs --normalize "

@@ -14,7 +14,6 @@ from mlsae.base.errors import InputError
 from mlsae.sae import load
 from mlsae.store import open_store
 from mlsae.train import TrainConfig, run
-from mlsae.train.config import TrainConfig as Config
 from mlsae.train.initial import initial_sae, layer_factors, objective_settings, sae_config
 
 LAYERS = (0, 1, 3)
@@ -185,7 +184,7 @@ def test_log_is_refused_where_a_norm_is_not_above_1(sample: Any, tmp_path: Path)
 def test_what_cannot_be_asked_for(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     """The flag, and what would do."""
     with pytest.raises(InputError) as caught:
-        Config(cache=tmp_path, out=tmp_path / "out", **changes)
+        sae_config(TrainConfig(cache=tmp_path, out=tmp_path / "out", **changes), 8, LAYERS)
     assert message in str(caught.value)
 
 
