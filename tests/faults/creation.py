@@ -89,11 +89,11 @@ def in_child(work: Callable[[], object]) -> int:
 
 
 def fingerprint_of(path: Path) -> str:
-    """Of the names and bytes of a folder, temporary names without what is random in them."""
+    """Of the names and bytes of a folder; of temporary files, which nothing reads, the names."""
     digest = hashlib.sha256()
     for entry in sorted(path.rglob("*"), key=lambda entry: _PARTIAL.sub("", str(entry))):
         digest.update(_PARTIAL.sub(".partial", str(entry.relative_to(path))).encode() + b"\0")
-        if entry.is_file():
+        if entry.is_file() and entry.suffix != ".partial":
             digest.update(hashlib.sha256(entry.read_bytes()).digest())
     return digest.hexdigest()
 
@@ -156,7 +156,7 @@ def main() -> None:
                     cut_power(places[name], done, keep_names=keep_names)
                     counts["power_cuts"] += 1
             for what, place in places.items():
-                # The same files, whatever a temporary name says, are the same store.
+                # The same files, whatever temporary ones hold, are the same store.
                 if (fingerprint := fingerprint_of(place)) in seen:
                     continue
                 seen.add(fingerprint)
