@@ -125,7 +125,7 @@ def format_sweep(entries: Sequence[Mapping[str, Any]]) -> str:
     width = max(4, *(len(entry["name"]) for entry in entries))
     lines = [f"{'SAE':<{width}}  latents      k      lr      FVU     L0    dead"]
     for entry in entries:
-        start = f"{entry['name']:<{width}}  {entry['num_latents']:>7} {entry['k']:>6}"
+        start = f"{entry['name']:<{width}}  {entry['num_latents']:>7} {entry['k'] or '-':>6}"
         start += f" {entry['lr']:>7.2g}"
         if "diverged" in entry:
             lines.append(f"{start}  diverged")
