@@ -4,7 +4,8 @@ python -m benchmarks.reliability
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from benchmarks.markdown import RESULTS, paragraph
@@ -42,7 +43,7 @@ def reliability(record: dict[str, Any]) -> str:
         record: file of tests/faults → what its campaigns counted, and how it was run.
 
     Raises:
-        KeyError: a campaign or a count of one is missing.
+        KeyError: a count of a campaign is missing.
     """
     campaigns = {name: of for run in record.values() for name, of in run["campaigns"].items()}
     rows = [("what was done", "times", "what came of it"), ("---", "---:", "---")]
@@ -66,7 +67,7 @@ def reliability(record: dict[str, Any]) -> str:
 
 {_lines([*rows, *_rows(campaigns)])}
 
-{_flips_by_kind(campaigns["flips by kind"])}
+{(2 * chr(10)).join([_flips_by_kind(campaigns.get("flips by kind", {})), _absent(record)]).strip()}
 
 ## What is not tested
 
@@ -116,19 +117,25 @@ def _indented(text: str) -> str:
 
 
 def _rows(of: dict[str, dict[str, int]]) -> list[Row]:
-    return [
-        *_kills(of),
-        *_training(of),
-        *_together(of),
-        *_damage(of),
-        *_disks(of),
-        *_remote(of),
-        _fuzz(of["fuzz"]),
-    ]
+    """Of every campaign that is in the record."""
+    tellers: dict[str, Callable[[dict[str, int]], list[Row]]] = {
+        "kills": _kills,
+        "steps": _steps,
+        "ranks": _ranks,
+        "kills of training, one": partial(_training, what="of a training run"),
+        "kills of training, sweep": partial(_training, what="of a run that trains several SAEs"),
+        "together": _together,
+        "flips": _flips,
+        "objects": _objects,
+        "full disk": _full_disk,
+        "read-only disk": _read_only_disk,
+        "remote": _remote,
+        "fuzz": _fuzz,
+    }
+    return [row for name, tell in tellers.items() if name in of for row in tell(of[name])]
 
 
-def _kills(of: dict[str, dict[str, int]]) -> list[Row]:
-    kills, steps, ranks = of["kills"], of["steps"], of["ranks"]
+def _kills(kills: dict[str, int]) -> list[Row]:
     begun = kills["begun"] + kills.get("tokens", 0)
     shards, complete = kills["shards"], kills.get("complete", 0)
     return [
@@ -139,7 +146,12 @@ def _kills(of: dict[str, dict[str, int]]) -> list[Row]:
             f"{shards:,} among shards, {complete:,} after the last record; each of "
             f"{kills['stores']:,} stores, killed again and again, became the same store when the "
             f"command was run once more",
-        ),
+        )
+    ]
+
+
+def _steps(steps: dict[str, int]) -> list[Row]:
+    return [
         (
             "`kill -9` before each call that changes the disk, while two small stores are written "
             "(open, write, fsync, rename, link, mkdir, unlink)",
@@ -159,34 +171,31 @@ def _kills(of: dict[str, dict[str, int]]) -> list[Row]:
             f"{steps['harvest_kills']:,}",
             f"spread over its {steps['harvest_steps']:,} steps; the same store",
         ),
+    ]
+
+
+def _ranks(ranks: dict[str, int]) -> list[Row]:
+    return [
         (
             "one of two ranks killed, with torchrun and without",
             f"{ranks['kills']:,}",
             "the other stops or waits, and says so; the same store",
-        ),
+        )
     ]
 
 
-def _training(of: dict[str, dict[str, int]]) -> list[Row]:
-    """Of the kinds of training that were killed."""
-    whats = {
-        "kills of training, one": "of a training run",
-        "kills of training, sweep": "of a run that trains several SAEs",
-    }
+def _training(runs: dict[str, int], *, what: str) -> list[Row]:
     return [
         (
             f"`kill -9` {what} at random instants",
-            f"{of[name]['kills']:,}",
-            f"each of {of[name]['runs']:,} runs went on with `--resume` and ended with the "
-            "weights, bit for bit, and the metrics of one left alone",
+            f"{runs['kills']:,}",
+            f"each of {runs['runs']:,} runs went on with `--resume` and ended with the "
+            f"weights, bit for bit, and the metrics of one left alone",
         )
-        for name, what in whats.items()
-        if name in of
     ]
 
 
-def _together(of: dict[str, dict[str, int]]) -> list[Row]:
-    together = of["together"]
+def _together(together: dict[str, int]) -> list[Row]:
     return [
         (
             "two harvests of one plan in one directory",
@@ -206,8 +215,7 @@ def _together(of: dict[str, dict[str, int]]) -> list[Row]:
     ]
 
 
-def _damage(of: dict[str, dict[str, int]]) -> list[Row]:
-    flips, objects = of["flips"], of["objects"]
+def _flips(flips: dict[str, int]) -> list[Row]:
     return [
         (
             "one bit flipped at a random place of a store",
@@ -222,6 +230,11 @@ def _damage(of: dict[str, dict[str, int]]) -> list[Row]:
             f"{flips['train'] + flips['analyze']:,}",
             "exit 1, one line that names the shard, no SAE and no tables written",
         ),
+    ]
+
+
+def _objects(objects: dict[str, int]) -> list[Row]:
+    return [
         (
             "an object cut short, emptied, a byte longer, or missing",
             f"{objects['cut_or_missing']:,}",
@@ -240,8 +253,7 @@ def _damage(of: dict[str, dict[str, int]]) -> list[Row]:
     ]
 
 
-def _disks(of: dict[str, dict[str, int]]) -> list[Row]:
-    full, read_only = of["full disk"], of["read-only disk"]
+def _full_disk(full: dict[str, int]) -> list[Row]:
     return [
         (
             "a disk that fills during a harvest",
@@ -253,17 +265,21 @@ def _disks(of: dict[str, dict[str, int]]) -> list[Row]:
             f"{full['train']:,}, {full['analyze']:,}",
             "one line; with room again the same weights; no half an analysis",
         ),
+    ]
+
+
+def _read_only_disk(read_only: dict[str, int]) -> list[Row]:
+    return [
         (
             "a disk that cannot be written",
             f"{read_only['refused'] + read_only['worked']:,}",
             f"{read_only['refused']:,} commands that would write to it refused before any work, "
             f"{read_only['worked']:,} that only read from it worked",
-        ),
+        )
     ]
 
 
-def _remote(of: dict[str, dict[str, int]]) -> list[Row]:
-    remote = of["remote"]
+def _remote(remote: dict[str, int]) -> list[Row]:
     return [
         (
             "training from a web server and from S3 that answer 503 to 5% of requests, cut answers "
@@ -285,16 +301,18 @@ def _remote(of: dict[str, dict[str, int]]) -> list[Row]:
     ]
 
 
-def _fuzz(fuzz: dict[str, int]) -> Row:
+def _fuzz(fuzz: dict[str, int]) -> list[Row]:
     cases = fuzz["refused"] + fuzz["found"] + fuzz["sound"]
-    return (
-        "stores that a hostile hand changed: records, metadata, indices, headers and bytes, "
-        "checksums made right again",
-        f"{cases:,}",
-        f"{fuzz['refused']:,} refused with a named error, {fuzz['found']:,} found by verify, "
-        f"{fuzz['sound']:,} sound; no traceback, none over 10 s; peak memory "
-        f"rose by {fuzz['most_memory_mib']:,} MiB",
-    )
+    return [
+        (
+            "stores that a hostile hand changed: records, metadata, indices, headers and bytes, "
+            "checksums made right again",
+            f"{cases:,}",
+            f"{fuzz['refused']:,} refused with a named error, {fuzz['found']:,} found by verify, "
+            f"{fuzz['sound']:,} sound; no traceback, none over 10 s; peak memory rose by "
+            f"{fuzz['most_memory_mib']:,} MiB",
+        )
+    ]
 
 
 def _machine(machine: dict[str, Any]) -> str:
@@ -303,7 +321,16 @@ def _machine(machine: dict[str, Any]) -> str:
     return f"On {machine['processor']}, {machine['cores']} cores; {versions}."
 
 
+def _absent(record: dict[str, Any]) -> str:
+    """The files that this record has nothing of."""
+    files = sorted(path.stem for path in (RESULTS.parents[1] / "tests/faults").glob("test_*.py"))
+    absent = ", ".join(f"`{file}.py`" for file in files if file not in record)
+    return paragraph(f"Not in this record: the campaigns of {absent}.") if absent else ""
+
+
 def _flips_by_kind(kinds: dict[str, int]) -> str:
+    if not kinds:
+        return ""
     told = ", ".join(f"{kind} {number:,}" for kind, number in sorted(kinds.items()))
     return paragraph(
         f"Half of the flips fall on bytes chosen by their number, half on files chosen by theirs, "
