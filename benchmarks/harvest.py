@@ -3,10 +3,11 @@
 Each round runs, on the same batches, (1) the backbone alone, (2) the harvest's own loop from the
 first batch to the last committed shard, (3) the usual way, `AutoModelForCausalLM` with
 `output_hidden_states=True`; and writes the same bytes with `numpy.tofile` and `fsync`. Rounds
-alternate; figures are ratios of medians, the first round discarded. Buffers are reused, no output
-is deleted before the end, and system CPU time is printed, because on a virtual machine that hands
-freed memory back to its host the price of fresh pages can hide everything else. Packing, loading
-and the preflight batch are outside: they do not grow with the tokens, or are paid once.
+alternate; figures are ratios of medians, the first round discarded. The process keeps
+freed memory, as `mlsae harvest` does on a CPU, whichever of the four runs. Buffers are reused, no
+output is deleted before the end, and system CPU time is printed, because on a virtual machine that
+hands freed memory back to its host the price of fresh pages can hide everything else. Packing,
+loading and the preflight batch are outside: they do not grow with the tokens, or are paid once.
 
     python benchmarks/harvest.py [--rounds 5] [--threads 2] [--sizes 512x6,1024x8]
 """
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 import transformers
 
+from mlsae.base.heap import keep_freed_memory
 from mlsae.base.interruption import interruptible
 from mlsae.harvest.batches import Batches
 from mlsae.harvest.calibrate import calibrate
@@ -214,6 +216,7 @@ def main() -> None:
     parser.add_argument("--sizes", default=",".join(SIZES))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
     found = []
     for case in cases(arguments.sizes):
         result = measure(*case, arguments.rounds)

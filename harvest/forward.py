@@ -18,6 +18,7 @@ from mlsae.harvest.batches import Batch
 from mlsae.harvest.codecs import Codecs, Key, Parts
 from mlsae.harvest.device_moments import DeviceMoments
 from mlsae.harvest.encoding_cost import EncodingCost
+from mlsae.harvest.host_moments import HostMoments
 from mlsae.models import Transformer
 from mlsae.models.capture import capture
 from mlsae.store import ActivationError
@@ -87,7 +88,13 @@ class Forward:
         self._codecs = codecs
         self.is_asynchronous = transformer.device.type == "cuda"
         """Whether a call returns before its values are there."""
-        self.moments = DeviceMoments(codecs, sites, layers, transformer.d_model)
+        self.is_on_host = transformer.device.type == "cpu"
+        """Whether a call and the writer's threads want the same cores."""
+        self.moments = (
+            HostMoments(codecs, sites, layers, transformer.d_model, torch.get_num_threads())
+            if self.is_on_host
+            else DeviceMoments(codecs, sites, layers, transformer.d_model)
+        )
         """Of all rows since they were last taken."""
         self.cost = EncodingCost(codecs, transformer.d_model)
         """Of the encoding, likewise."""

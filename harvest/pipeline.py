@@ -7,6 +7,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from mlsae.base.devices import resolve_device
+from mlsae.base.heap import keep_freed_memory
 from mlsae.base.interruption import (
     InterruptedWorkError,
     Interruption,
@@ -114,6 +115,9 @@ def _run(config: HarvestConfig, interruption: Interruption) -> HarvestResult | N
     else:
         writer = _begin(request, model, packed, ranks)
         del packed
+    if device.type == "cpu":
+        # Each forward pass would otherwise ask the system for all its pages anew.
+        keep_freed_memory()
     with writer:
         harvest_shards(model, writer, ranks, interruption)
     if interruption.requested:

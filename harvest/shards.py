@@ -87,7 +87,11 @@ def harvest_shards(
 
 
 class _Work:
-    """Hands each batch to the writer; on a GPU one late, so that the next is being computed."""
+    """Hands each batch to the writer; on a GPU one late, so that the next is being computed.
+
+    On a CPU forward passes and writing take turns, each on all cores; only the disk is waited for
+    beside the next pass.
+    """
 
     def __init__(self, store: Store, writer: Writer, forward: Forward) -> None:
         self._store, self._writer, self._forward = store, writer, forward
@@ -112,3 +116,6 @@ class _Work:
             self._underway = computed
         else:
             self._writer.append(computed.activations(), moments={})
+        if self._forward.is_on_host:
+            # A core that writes beside a forward pass holds up the others: they all wait for it.
+            self._writer.drain()

@@ -5,6 +5,7 @@ and resumable: each step writes whole files under temporary names and renames th
 record that vouches for it.
 """
 
+import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from mlsae.store.schema import (
 from mlsae.store.setup import read_calibration, site_codecs
 
 WRITER_THREADS = 3
+"""At least; so many flush, and more hash and write where there are more cores."""
 Array = npt.NDArray[Any]
 Rows = Array | Parts
 """Floats, or values as stored: of int8 the quanta and their exponents."""
@@ -84,7 +86,8 @@ class Writer:
         self._max_added_fvu = max_added_fvu
         self._added: dict[Key, AddedFVU] = {}
         remove_stale_partials(path)
-        self._pool = ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="store-write")
+        num_threads = max(WRITER_THREADS, os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="store-write")
         # Of their own, so that waiting for the disk never holds up the next shard's rows.
         self._flushers = ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="store-flush")
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="store-commit")
@@ -189,6 +192,16 @@ class Writer:
             batch = _Batch(stored, self._row, moments)
             self._append_within_shard(batch, self._shard, take, added_fvu)
             start += take
+
+    def drain(self) -> None:
+        """Wait until the rows of the last `append` are written, though not yet durable.
+
+        For a caller that needs the cores of the threads that write.
+
+        Raises:
+            ActivationError, ResourceError: as for `append`, of those rows.
+        """
+        self._finish_batch()
 
     def close(self) -> None:
         """Stop writing; complete the store if every shard is committed by now.

@@ -1,16 +1,21 @@
-"""Moments summed on the device against a brute force in float64."""
+"""Moments summed on the device, or by threads on the host, against a brute force in float64."""
+
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
-from mlsae.harvest.codecs import codecs_for
+from mlsae.harvest import host_moments
+from mlsae.harvest.codecs import Codecs, codecs_for
 from mlsae.harvest.device_moments import DeviceMoments
+from mlsae.harvest.host_moments import HostMoments
 from mlsae.store.moments import GROUPS
 
 LAYERS = (1, 4, 5)
 SITES = ("resid_post", "mlp_out")
 WIDTH = 24
+Maker = Callable[[Codecs, tuple[str, ...], tuple[int, ...]], DeviceMoments | HostMoments]
 
 
 def hard_rows(generator: np.random.Generator, num_rows: int, group: np.ndarray) -> np.ndarray:
@@ -44,10 +49,21 @@ def batches() -> list[tuple[np.ndarray, dict[tuple[str, int], np.ndarray]]]:
     return result
 
 
+@pytest.fixture(params=["device", "1 thread", "3 threads"])
+def begin(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Maker:
+    """Either kind; on the host each thread has several pieces of a group in each batch."""
+    if request.param == "device":
+        return lambda codecs, sites, layers: DeviceMoments(codecs, sites, layers, WIDTH)
+    monkeypatch.setattr(host_moments, "PIECE_VALUES", 0)
+    num_threads = int(request.param.split()[0])
+    return lambda codecs, sites, layers: HostMoments(codecs, sites, layers, WIDTH, num_threads)
+
+
 def test_sums_equal_brute_force_in_float64(
+    begin: Maker,
     batches: list[tuple[np.ndarray, dict[tuple[str, int], np.ndarray]]],
 ) -> None:
-    moments = DeviceMoments(codecs_for("float32", SITES, LAYERS, WIDTH, None), SITES, LAYERS, WIDTH)
+    moments = begin(codecs_for("float32", SITES, LAYERS, WIDTH, None), SITES, LAYERS)
     for group, rows in batches:
         largest = moments.add(group, {key: (torch.from_numpy(x),) for key, x in rows.items()})
         assert {key: float(value) for key, value in largest.items()} == {
@@ -94,10 +110,11 @@ def test_sums_equal_brute_force_in_float64(
 
 
 def test_take_begins_anew(
+    begin: Maker,
     batches: list[tuple[np.ndarray, dict[tuple[str, int], np.ndarray]]],
 ) -> None:
     group, rows = batches[0]
-    moments = DeviceMoments(codecs_for("float32", SITES, LAYERS, WIDTH, None), SITES, LAYERS, WIDTH)
+    moments = begin(codecs_for("float32", SITES, LAYERS, WIDTH, None), SITES, LAYERS)
     tensors = {key: (torch.from_numpy(x),) for key, x in rows.items()}
     moments.add(group, tensors)
     first = moments.take()
@@ -108,10 +125,26 @@ def test_take_begins_anew(
             np.testing.assert_array_equal(values, again[site].tensors()[name])
 
 
-def test_value_that_is_not_finite_shows_in_the_largest() -> None:
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_value_that_is_not_finite_shows_in_the_largest(begin: Maker, bad: float) -> None:
     codecs = codecs_for("float32", ("resid_post",), (0,), WIDTH, None)
-    moments = DeviceMoments(codecs, ("resid_post",), (0,), WIDTH)
-    x = torch.ones(4, WIDTH)
-    x[2, 3] = float("nan")
-    largest = moments.add(np.zeros(4, np.int8), {("resid_post", 0): (x,)})
+    moments = begin(codecs, ("resid_post",), (0,))
+    x = torch.ones(99, WIDTH)
+    x[70, 3] = bad
+    largest = moments.add(np.zeros(99, np.int8), {("resid_post", 0): (x,)})
     assert not torch.isfinite(largest["resid_post", 0])
+
+
+def test_threads_of_the_forward_pass_are_as_they_were() -> None:
+    codecs = codecs_for("float32", ("resid_post",), (0,), WIDTH, None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        moments = HostMoments(codecs, ("resid_post",), (0,), WIDTH, 3)
+        moments.add(np.zeros(50, np.int8), {("resid_post", 0): (torch.ones(50, WIDTH),)})
+        assert torch.get_num_threads() == 3
+        with pytest.raises(KeyError):
+            moments.add(np.zeros(50, np.int8), {})
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -300,6 +300,29 @@ def test_a_ring_of_two_sets_of_buffers_is_enough(tmp_path: Path):
     assert verify(tmp_path / "a").problems == []
 
 
+def test_one_set_of_buffers_is_enough_where_rows_are_waited_for(tmp_path: Path):
+    """They are written when `drain` returns, and what was wrong with them has been raised."""
+    shape = {"context_length": 64, "layers": (0,), "d_model": 512, "batch_sequences": 4}
+    tokens = np.zeros(64 * 4 * 24, np.int64)
+    buffer = np.empty((256, 512), np.float16)
+    with create(tmp_path / "a", tokens=tokens, **shape, shard_bytes=2**20) as writer:
+        while writer.position is not None:
+            buffer[...] = writer.position // 256
+            writer.append({("resid_post", 0): buffer})
+            writer.drain()
+    assert np.array_equal(
+        open_store(tmp_path / "a").read("resid_post", 0)[:, 7], np.repeat(np.arange(24), 256)
+    )
+    assert verify(tmp_path / "a").problems == []
+    with create(tmp_path / "b", tokens=tokens, **shape, shard_bytes=2**20) as writer:
+        buffer[3] = np.inf
+        writer.append({("resid_post", 0): buffer})
+        with pytest.raises(ActivationError, match="row 3: a value is not finite"):
+            writer.drain()
+        buffer[3] = 0
+        writer.seek(0)
+
+
 def test_killed_setups_leave_nothing_behind(tmp_path: Path):
     """Temporary files of a dead process are removed wherever they lie; a living one's are not."""
     with create(tmp_path / "a", tokens=TOKENS, **SHAPE) as writer:
