@@ -159,7 +159,11 @@ def measure(
 def against_online(
     store: Path, model: Path, options: argparse.Namespace, rounds: int
 ) -> dict[str, Any]:
-    """Ours in both precisions against the peer, as it is, and without AuxK and determinism."""
+    """Ours in both precisions against the peer.
+
+    As it is, and made as light as its code allows: one AuxK latent (it does not run without any),
+    and torch not in its deterministic mode, which also fills all fresh memory.
+    """
     peer = COMMON | {
         "published": str(options.published.resolve()),
         "python": options.peer_python,
@@ -175,7 +179,7 @@ def against_online(
         for precision in PRECISIONS
     }
     contestants["online"] = peer | {"auxk": 256, "deterministic": True}
-    contestants["online, no AuxK"] = peer | {"auxk": None, "deterministic": False}
+    contestants["online, at its least"] = peer | {"auxk": 1, "deterministic": False}
     result = measure(ONLINE_ROWS, contestants, rounds, options.threads)
     figures = result["figures"]
     for key, name in (("step_seconds", "ratios"), ("step_cpu_seconds", "ratios_of_cpu_time")):
