@@ -317,6 +317,7 @@ def harvest(**settings: Any) -> None:
 )
 @click.option("--resume", is_flag=True, help="Continue the run in --out from its last checkpoint.")
 @click.option("--keep", type=COUNT, default=2, help="Checkpoints to keep.")
+@click.option("--track", help="Send the log to tensorboard or wandb as well.")
 @click.option("--checkpoint-seconds", type=float, default=300, help="Time between checkpoints.")
 def train(**settings: Any) -> None:
     """Train sparse autoencoders on all layers of a store, without the transformer.

@@ -8,6 +8,7 @@ from mlsae.base.errors import InputError
 from mlsae.store.corpus import Location
 from mlsae.train.objective import LOSS_SPACES
 from mlsae.train.schedule import SCHEDULES
+from mlsae.train.tracking import TRACKERS
 from mlsae.train.wanted import WantedSAE
 
 PRECISIONS = ("float32", "bfloat16")
@@ -84,6 +85,8 @@ class TrainConfig(WantedSAE):
     """Checkpoints that are kept: the last ones."""
     distribute: str = "rows"
     """What several ranks share: the `rows` of each batch, or the `saes` of a sweep."""
+    track: str | None = None
+    """Where the log goes besides: `tensorboard` or `wandb`; None for nowhere."""
     cache_dir: Path | None = None
     """Where parts of remote stores are kept; None for the user's cache."""
     cache_size: int | None = None
@@ -115,11 +118,11 @@ class TrainConfig(WantedSAE):
             ("precision", PRECISIONS),
             ("distribute", DISTRIBUTE),
             ("schedule", SCHEDULES),
+            ("track", (*TRACKERS, None)),
         ):
             if getattr(self, name) not in choices:
-                raise InputError(
-                    f"{_flag(name)} must be {' or '.join(choices)}, got {getattr(self, name)!r}"
-                )
+                known = " or ".join(filter(None, choices))
+                raise InputError(f"{_flag(name)} must be {known}, got {getattr(self, name)!r}")
 
         self.check_wanted()
 

@@ -16,6 +16,7 @@ from mlsae.train.log import Averages, Log
 from mlsae.train.output import CHECKPOINTS, DIVERGED, LOG
 from mlsae.train.plan import Plan
 from mlsae.train.ranks import Alone
+from mlsae.train.tracking import Tracker, open_tracker
 from mlsae.train.trainer import DivergedError, Trainer
 
 
@@ -41,6 +42,7 @@ class Member:
         """Of the log."""
         self._averages = Averages()
         self._log: Log | None = None
+        self._tracker: Tracker | None = None
         self._rows_before = 0
 
     def begin(self, step: int) -> None:
@@ -54,7 +56,18 @@ class Member:
         self._rows_before = self.trainer.dead.num_rows
         if self.writes:
             self.checkpoints.remove(after=step)
-            self._log = Log(self.plan.config.out / LOG, step)
+            config = self.plan.config
+            self._log = Log(config.out / LOG, step)
+            if config.track is not None:
+                name = self.plan.name or config.out.name
+                self._tracker = open_tracker(
+                    config.track, config.out, name, self.plan.settings(), step
+                )
+
+    def close(self) -> None:
+        """Send what is left to where the log goes besides."""
+        if self._tracker is not None:
+            self._tracker.close()
 
     def step(self, batch: Batch) -> None:
         """Train on the rows of a batch that the SAE sees.
@@ -106,6 +119,8 @@ class Member:
         }
         if self._log is not None:
             self._log.write(self.last_line)
+        if self._tracker is not None:
+            self._tracker.write(self.last_line)
 
     def save(self) -> None:
         """Write a checkpoint after the last step; earlier ones stay until they are pruned."""

@@ -3,6 +3,7 @@
 import logging
 import signal
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from mlsae.train.record import format_summary, format_sweep, sweep_entry, traini
 from mlsae.train.sampler import check_world_size
 from mlsae.train.sweep import SUMMARY, SWEEP, Sweep
 from mlsae.train.team import Shape, Team, team_shape
+from mlsae.train.tracking import check_tracker
 
 
 class DivergedSAEsError(MlsaeError, ArithmeticError):
@@ -118,6 +120,8 @@ class _Run:
         if self._shares_rows:
             check_world_size(accelerator.num_processes)
         keep_freed_memory()
+        if config.track is not None:
+            check_tracker(config.track)
         if not accelerator.is_local_main_process:
             # Every process reads the stores; what that warns of is said once a machine.
             logging.getLogger("mlsae").setLevel(logging.ERROR)
@@ -177,11 +181,12 @@ class _Run:
         members = [
             Member(plan, ranks, None if is_shared else decode, writes=writes) for plan in mine
         ]
-        for member in members:
-            member.begin(start)
-        if start:
-            self._say(f"resuming after step {start} of {mine[0].num_steps}")
-        with Team(shape) as team:
+        with Team(shape) as team, ExitStack() as trackers:
+            for member in members:
+                trackers.callback(member.close)
+                member.begin(start)
+            if start:
+                self._say(f"resuming after step {start} of {mine[0].num_steps}")
             work = Pass(
                 members, accelerator, decode if is_shared else None, team, shares_rows=shares
             )

@@ -37,6 +37,8 @@ REQUIREMENTS = {
         "diffusers==0.35.2",
     ],
 }
+LIBRARIES = {"wandb": ["wandb==0.31.0"]}
+"""What is installed beside mlsae's own environment, in a folder for PYTHONPATH."""
 UNWANTED = ["torchvision"]
 """Comes with a dependency, is not used, and fails to load beside a torch without CUDA."""
 
@@ -61,6 +63,24 @@ def peer() -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def libraries() -> Callable[[str], Path]:
+    """The folder of a library and what it needs: `libraries("wandb")`."""
+
+    def folder(name: str) -> Path:
+        directory = ROOT / ".external" / name
+        record, wanted = directory / "installed", "\n".join([sys.version, *LIBRARIES[name]])
+        if not (record.is_file() and record.read_text() == wanted):
+            shutil.rmtree(directory, ignore_errors=True)
+            pip = [sys.executable, "-m", "pip", "--quiet"]
+            into = ["--target", str(directory), "--constraint", str(ROOT / "constraints.txt")]
+            subprocess.run([*pip, "install", *into, *LIBRARIES[name]], check=True)
+            record.write_text(wanted)
+        return directory
+
+    return folder
 
 
 def environment(tool: str) -> Path:

@@ -1,0 +1,106 @@
+"""What a run's log says, sent to TensorBoard or Weights & Biases as well.
+
+Both are optional: `pip install 'mlsae[tensorboard]'` or `'mlsae[wandb]'`.
+"""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from mlsae.base.errors import InputError
+from mlsae.base.files import write_durably
+
+TRACKERS = ("tensorboard", "wandb")
+PROJECT = "mlsae"
+_RUN_ID = "wandb-id"
+
+
+class Tracker(Protocol):
+    """Where lines of the log go besides."""
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Send a line."""
+
+    def close(self) -> None:
+        """Send what is left; nothing is written after it."""
+
+
+def check_tracker(kind: str) -> None:
+    """See whether what a tracker needs is installed.
+
+    Raises:
+        InputError: it is not.
+    """
+    try:
+        importlib.import_module(kind)
+    except ModuleNotFoundError:
+        raise InputError(
+            f"--track {kind} needs {kind}, which is not installed: pip install 'mlsae[{kind}]'"
+        ) from None
+
+
+def open_tracker(
+    kind: str, out: Path, name: str, settings: Mapping[str, Any], step: int
+) -> Tracker:
+    """Begin to track an SAE, or go on after a step.
+
+    Args:
+        kind: one of `TRACKERS`.
+        out: the SAE's directory.
+        name: of the run.
+        settings: what decides the result.
+        step: lines of later steps will come again.
+    """
+    if kind == "tensorboard":
+        return _TensorBoard(out, step)
+    return _WeightsAndBiases(out, name, settings, step)
+
+
+def scalars(line: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a line; those of a list under its name and their places: `fvu_by_layer/0`."""
+    found: dict[str, float] = {}
+    for name, value in line.items():
+        if isinstance(value, list):
+            found |= {f"{name}/{i}": each for i, each in enumerate(value) if each is not None}
+        elif name != "step":
+            found[name] = value
+    return found
+
+
+class _TensorBoard:
+    def __init__(self, out: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(out / "tensorboard", purge_step=step + 1)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        for name, value in scalars(line).items():
+            self._writer.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    def __init__(self, out: Path, name: str, settings: Mapping[str, Any], step: int) -> None:
+        wandb: Any = importlib.import_module("wandb")
+        run_id = out / _RUN_ID
+        goes_on = step > 0 and run_id.is_file()
+        self._run = wandb.init(
+            project=PROJECT,
+            name=name,
+            dir=str(out),
+            config=dict(settings),
+            id=run_id.read_text() if goes_on else None,
+            resume="allow" if goes_on else None,
+            # The SAEs of a pass are runs side by side.
+            reinit="create_new",
+        )
+        write_durably(run_id, self._run.id.encode())
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._run.log(scalars(line), step=line["step"])
+
+    def close(self) -> None:
+        self._run.finish()
