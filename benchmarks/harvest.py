@@ -158,12 +158,15 @@ class Rounds:
                 os.fsync(file.fileno())
 
 
-def timed(work: Callable[[], None]) -> tuple[float, float]:
-    """Seconds of the wall and of the system's CPU time."""
-    system = resource.getrusage(resource.RUSAGE_SELF).ru_stime
+def timed(work: Callable[[], None]) -> tuple[float, float, float]:
+    """Seconds of the wall, of CPU time, and of the system's part of it."""
+    before = resource.getrusage(resource.RUSAGE_SELF)
     began = time.perf_counter()
     work()
-    return time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_stime - system
+    wall = time.perf_counter() - began
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    system = after.ru_stime - before.ru_stime
+    return wall, after.ru_utime - before.ru_utime + system, system
 
 
 def measure(name: str, dtype: str, encoding: str, num_rounds: int) -> dict[str, Any]:
@@ -172,13 +175,15 @@ def measure(name: str, dtype: str, encoding: str, num_rounds: int) -> dict[str, 
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as directory:
         rounds = Rounds(size, dtype, encoding, Path(directory))
         seconds: dict[str, list[float]] = {}
+        cpu: dict[str, list[float]] = {}
         system: dict[str, list[float]] = {}
         for _ in range(num_rounds + 1):
             rounds.prepare()
             for way in (rounds.backbone, rounds.harvest, rounds.hidden_states, rounds.disk):
-                wall, cpu = timed(way)
+                wall, of_cpu, of_system = timed(way)
                 seconds.setdefault(way.__name__, []).append(wall)
-                system.setdefault(way.__name__, []).append(cpu)
+                cpu.setdefault(way.__name__, []).append(of_cpu)
+                system.setdefault(way.__name__, []).append(of_system)
         device = rounds.model.device
     median = {way: statistics.median(values[1:]) for way, values in seconds.items()}
     bound = max(("backbone", "disk"), key=lambda way: median[way])
@@ -190,6 +195,7 @@ def measure(name: str, dtype: str, encoding: str, num_rounds: int) -> dict[str, 
         "encoding": encoding,
         "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
         "seconds": {way: round(value, 3) for way, value in median.items()},
+        "cpu": {way: round(statistics.median(v[1:]), 3) for way, v in cpu.items()},
         "system_cpu": {way: round(statistics.median(v[1:]), 3) for way, v in system.items()},
         "tokens_per_second": round(size.tokens / median["harvest"]),
         "megabytes_per_second": round(rounds.num_bytes / median["harvest"] / 1e6),
@@ -225,7 +231,8 @@ def main() -> None:
             f"{result['model']['name']} {result['dtype']} → {result['encoding']}: "
             f"{result['tokens_per_second']:,} tokens/s, {result['harvest_over_bound']} × the "
             f"{result['bound']} bound, {result['speed_over_hidden_states']} × the speed of "
-            f"output_hidden_states; seconds {result['seconds']}; system CPU {result['system_cpu']}"
+            f"output_hidden_states; seconds {result['seconds']}; CPU {result['cpu']}; "
+            f"of the system {result['system_cpu']}; load {os.getloadavg()[0]:.1f}"
         )
     print(
         json.dumps(
