@@ -22,7 +22,10 @@ from kit import ENVIRONMENT, MLSAE, Harvest, assert_refused, assert_sound, run, 
 
 from mlsae.store import open_store
 
-TRAIN = ("-R", "4", "-k", "8", "--batch-size", "256", "--device", "cpu")
+# A checkpoint at every line of the log.
+TRAIN = (
+    "-R", "4", "-k", "8", "--batch-size", "256", "--device", "cpu", "--checkpoint-seconds", "0",
+)  # fmt: skip
 Reached = Callable[[], bool]
 
 
@@ -100,15 +103,10 @@ def harvests(disk: Disk, store_id: str, counts: Counter[str]) -> None:
 def trainings(disk: Disk, store: Path, counts: Counter[str]) -> None:
     """Full while checkpoints are written, and before the SAE is."""
     whole, out = disk.path / "whole", disk.path / "sae"
-    # A checkpoint at every line of the log, and not every five minutes.
-    often = (
-        "from mlsae.train import TrainConfig; from mlsae.cli import main; "
-        "TrainConfig.__init__.__kwdefaults__['checkpoint_seconds'] = 0.0; main()"
-    )
 
     def command(where: Path, *more: str) -> list[str]:
         arguments = ["train", "--cache", str(store), "--out", str(where), *TRAIN, *more]
-        return [sys.executable, "-c", often, *arguments]
+        return [*MLSAE, *arguments]
 
     done = run(command(whole))
     assert done.returncode == 0, done.stderr

@@ -14,17 +14,15 @@ import pytest
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
 HERE = Path(__file__).parent
-TRAIN = ("-R", "4", "-k", "8", "--batch-size", "256", "--device", "cpu")
-OFTEN = (
-    "from mlsae.train import TrainConfig; from mlsae.cli import main; "
-    "TrainConfig.__init__.__kwdefaults__['checkpoint_seconds'] = 0.0; main()"
-)
-"""The command line with a checkpoint at every line of the log, and not every five minutes."""
+MLSAE = (sys.executable, "-m", "mlsae")
+TRAIN = (
+    "-R", "4", "-k", "8", "--batch-size", "256", "--device", "cpu", "--checkpoint-seconds", "0",
+)  # fmt: skip
 
 
 def train(cache: object, out: Path, *more: object) -> list[object]:
     """The command."""
-    return [sys.executable, "-c", OFTEN, "train", "--cache", cache, "--out", out, *TRAIN, *more]
+    return [*MLSAE, "train", "--cache", cache, "--out", out, *TRAIN, *more]
 
 
 @pytest.fixture(scope="module")
