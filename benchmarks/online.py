@@ -32,7 +32,7 @@ import transformers
 from tokenizers import Tokenizer, models
 
 from benchmarks.made import machine
-from benchmarks.step import KEEP_FREED_MEMORY, Contestant, cpu
+from benchmarks.step import KEEP_FREED_MEMORY, Contestant, cpu, milliseconds
 from mlsae.harvest import HarvestConfig
 from mlsae.harvest import run as harvest
 
@@ -121,7 +121,7 @@ def started(contestants: dict[str, dict[str, Any]], threads: int) -> Iterator[li
                 cwd=ROOT,
             )
             made.append(Contestant(name, process))
-            made[-1].answer()
+            made[-1].parts = made[-1].answer()["parts"]
             process.send_signal(signal.SIGSTOP)
         yield made
     finally:
@@ -152,6 +152,7 @@ def measure(
             "quartiles": [round(rows / high), round(rows / low)],
             "step_seconds": round(middle, 3),
             "step_cpu_seconds": round(statistics.median(contestant.cpu_seconds), 3),
+            **{f"{part}_cpu_ms": milliseconds(s) for part, (s,) in contestant.parts.items()},
         }
     return {"rows": rows, "figures": figures, "load": os.getloadavg()}
 
@@ -198,7 +199,7 @@ def against_memory(store: Path, options: argparse.Namespace, rounds: int) -> dic
     contestants: dict[str, dict[str, Any]] = {}
     for precision in PRECISIONS:
         for place in ("store", "memory"):
-            settings = from_store(store, MEMORY_ROWS, precision, 8)
+            settings = from_store(store, MEMORY_ROWS, precision, 4)
             settings["in_memory"] = place == "memory"
             contestants[f"{place} {precision}"] = settings
     result = measure(MEMORY_ROWS, contestants, rounds, options.threads)
