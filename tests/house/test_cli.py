@@ -22,8 +22,9 @@ OPTIONS = {
     "preset architecture l1 l1-warmup resample-every normalize layer-scale layer-weights layer-l1 "
     "batch-size micro-batch epochs max-rows lr schedule lr-decay warmup clip-grad-norm "
     "validation-fraction skip-positions loss-space window seed data-seed device precision "
-    "distribute resume keep checkpoint-seconds",
-    "analyze": "cache cache-dir cache-size sae out rows max-tokens model batch-size device",
+    "distribute resume keep track checkpoint-seconds",
+    "analyze": "cache cache-dir cache-size sae out rows max-tokens model batch-size "
+    "decomposition-max-tokens device",
     "export": "run out to model",
     "import": "source out site layers",
     "demo": "out",
