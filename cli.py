@@ -341,6 +341,12 @@ def train(**settings: Any) -> None:
 )
 @click.option("--model", type=DIRECTORY, help="Where the transformer lies now, if it was moved.")
 @click.option("--batch-size", type=COUNT, default=4096, help="Rows encoded at once.")
+@click.option(
+    "--decomposition-max-tokens",
+    type=COUNT,
+    default=1_000_000,
+    help="Most tokens whose layers are looked at together.",
+)
 @click.option("--device", default="auto", help="cpu, cuda, cuda:N, or auto.")
 def analyze(**settings: Any) -> None:
     """Turn an SAE's latents into Parquet tables, figures and a summary."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-TABLES_VERSION = "0.2"
+TABLES_VERSION = "0.3"
 """Version of these columns, in every file's schema metadata; a minor one only adds."""
 
 
@@ -32,6 +32,8 @@ _PUBLISHED = "Σ‖x − x̂‖² / Σ(x − μ)², μ one scalar mean over rows
 _IN = "over unflagged rows at every position"
 _OUT = "over unflagged rows at positions from 1"
 _CE = "null where no transformer was at hand"
+_BY_COUNT = "of counts instead of totals; null if dead"
+_JOINT = "of the joint tokens, null if active for none"
 
 LAYERS = (
     Column("layer", _L, "layer", "0-based block index"),
@@ -84,6 +86,26 @@ LATENTS = (
     Column("layer_mean", _F, "layer", "Σ_l l · P(l | latent), in layer ids; null if dead"),
     Column("layer_var", _F, "layer²", "Σ_l (l − layer_mean)² · P(l | latent); null if dead"),
     Column("layer_std", _F, "layer", "√layer_var; null if dead"),
+    Column("layer_entropy", _F, "nat", "−Σ_l P(l | latent) · ln P(l | latent); null if dead"),
+    Column("layer_mean_by_count", _F, "layer", f"as layer_mean, {_BY_COUNT}"),
+    Column("layer_var_by_count", _F, "layer²", f"as layer_var, {_BY_COUNT}"),
+    Column("layer_std_by_count", _F, "layer", f"as layer_std, {_BY_COUNT}"),
+    Column("layer_entropy_by_count", _F, "nat", f"as layer_entropy, {_BY_COUNT}"),
+    Column("num_layers", _L, "layer", "layers at which it is active for any row"),
+    Column(
+        "layer_var_token",
+        _F,
+        "layer²",
+        "mean over tokens, each weighing its total over layers, of the variance of the layer at "
+        f"that token; {_JOINT}",
+    ),
+    Column(
+        "token_entropy",
+        _F,
+        "nat",
+        f"−Σ p · ln p over token ids, p the share of an id in the latent's total; {_JOINT}",
+    ),
+    Column("num_token_ids", _I, "token id", "token ids it was active for, of the joint tokens"),
     Column("density", _F, "1", "count / (rows evaluated, over all layers)"),
     Column("dead", pa.bool_(), "", "count = 0 over the rows evaluated"),
 )
@@ -95,6 +117,7 @@ LATENT_LAYERS = (
     Column("total", _F, "latent value", "sum of its values at the layer"),
     Column("mean", _F, "latent value", "total / count; null if never active at the layer"),
     Column("prob", _F, "1", "P(layer | latent) = total / its total over layers; null if dead"),
+    Column("prob_by_count", _F, "1", "count / its count over layers; null if dead"),
 )
 
 ACTIVATIONS = (

@@ -48,6 +48,10 @@ class AnalyzeConfig:
     events_max_tokens: int = 1_000_000
     """The table `activations` covers at most this many tokens of those evaluated."""
 
+    decomposition_max_tokens: int = 1_000_000
+    """What takes all layers of a token at once (the variance decomposition, the entropy over token
+    ids) is measured on at most this many tokens of those evaluated."""
+
     cache_dir: Path | None = None
     """Where parts of remote stores are kept; None for the user's cache."""
 
@@ -57,7 +61,13 @@ class AnalyzeConfig:
     def __post_init__(self) -> None:
         if self.rows not in ROWS:
             raise InputError(f"rows: expected one of {', '.join(ROWS)}; got {self.rows!r}")
-        for name in ("max_tokens", "batch_size", "ce_max_tokens", "events_max_tokens"):
+        for name in (
+            "max_tokens",
+            "batch_size",
+            "ce_max_tokens",
+            "events_max_tokens",
+            "decomposition_max_tokens",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name}: expected at least 1, got {value}")

@@ -25,6 +25,7 @@ from mlsae.analyze.directory import (
     staged,
 )
 from mlsae.analyze.events import BYTES_PER_EVENT
+from mlsae.analyze.joint import Joint, sweep_tokens
 from mlsae.analyze.pairing import Pairing, fingerprint, pair
 from mlsae.analyze.results import Analysis, load
 from mlsae.analyze.selection import Int, choose_sequences, first_tokens
@@ -69,6 +70,7 @@ def run(config: AnalyzeConfig) -> Analysis:
                 )
                 for layer in pairing.layers
             }
+        joint = _joint(pairing, sequences, config)
         entropy = None
         if transformer is not None:
             length = pairing.store.context_length
@@ -79,7 +81,7 @@ def run(config: AnalyzeConfig) -> Analysis:
                 )
             if entropy is None:
                 reason = "the sequences evaluated hold no two tokens of one document"
-        tables = _tables(pairing, sums, entropy, provenance)
+        tables = _tables(pairing, sums, joint, entropy, provenance)
         for name, table in tables.items():
             pq.write_table(table, directory / f"{name}.parquet", compression="zstd")
         (directory / FIGURES).mkdir()
@@ -89,6 +91,7 @@ def run(config: AnalyzeConfig) -> Analysis:
             **_what(pairing, sequences, sums, entropy),
             "cross_entropy": None if entropy is None else {"num_tokens": entropy.num_tokens},
             "no_cross_entropy_because": reason,
+            "layer_variance": joint.decomposition.summary(),
             "overall": overall(tables["layers"], tables["latents"]),
             "figures": [f"{FIGURES}/{name}" for name in names],
         }
@@ -161,9 +164,18 @@ def _plan_events(
     )
 
 
+def _joint(pairing: Pairing, sequences: Int, config: AnalyzeConfig) -> Joint:
+    length = pairing.store.context_length
+    covered = first_tokens(sequences, max(config.decomposition_max_tokens, length), length)
+    num_rows = len(covered) * pairing.store.rows_per_sequence * len(pairing.layers)
+    with _bar("all layers of a token", num_rows, "row") as progress:
+        return sweep_tokens(pairing, covered, batch_rows=config.batch_size, progress=progress)
+
+
 def _tables(
     pairing: Pairing,
     sums: Mapping[int, LayerSums],
+    joint: Joint,
     entropy: CrossEntropy | None,
     provenance: Mapping[str, str],
 ) -> dict[str, pa.Table]:
@@ -172,7 +184,7 @@ def _tables(
     # The last layer has no next one; a layer that does not vary has no cosine.
     pairs = zip(moments.layers[:-1], moments.adjacent_cosine().tolist(), strict=True)
     cosines = {layer: cosine for layer, cosine in pairs if np.isfinite(cosine)}
-    latents, latent_layers = latents_tables(sums, provenance)
+    latents, latent_layers = latents_tables(sums, joint, provenance)
     return {
         "layers": layers_table(sums, norms, cosines, entropy, provenance),
         "latents": latents,
@@ -190,6 +202,7 @@ def _settings(config: AnalyzeConfig) -> dict[str, Any]:
         "max_tokens": config.max_tokens,
         "ce_max_tokens": config.ce_max_tokens,
         "events_max_tokens": config.events_max_tokens,
+        "decomposition_max_tokens": config.decomposition_max_tokens,
     }
 
 

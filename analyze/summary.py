@@ -1,5 +1,6 @@
 """The overall numbers of an analysis, and what is printed of it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -67,6 +68,7 @@ def render(analysis: Analysis) -> str:
         f"({format_count(total['num_dead'])} of {format_count(total['num_latents'])})",
         f"mean standard deviation of a latent's layer: {_text(total['mean_layer_std'])}",
     ]
+    lines += _layer_variance(summary["layer_variance"])
     if summary["cross_entropy"] is None:
         lines.append(
             "ce, ce_store, ce_sae, delta_ce, kl were not measured: "
@@ -85,6 +87,24 @@ def render(analysis: Analysis) -> str:
         *(f"figure    {analysis.path / name}" for name in summary["figures"]),
     ]
     return "\n".join(lines)
+
+
+def _layer_variance(found: Mapping[str, Any] | None) -> list[str]:
+    """Whether latents spread over layers at single tokens; nothing where none is active."""
+    if found is None:
+        return []
+    terms = (
+        f"{name} {_text(of['single'])} of {_text(of['aggregate'])} "
+        f"({_text(of['single_over_aggregate'], '.1%')})"
+        for name, of in (("mass", found["mass"]), ("pair-uniform", found["pair_uniform"]))
+    )
+    coded = _text(found["as_coded"]["single_over_aggregate"], ".1%")
+    return [
+        f"variance of a latent's layer at a single token, of that over all tokens: "
+        f"{', '.join(terms)}; by the published code {coded}",
+        f"a latent that is active for a token is so at {found['layers_of_a_pair']:.2f} layers "
+        f"(mean over {format_count(found['num_tokens'])} tokens)",
+    ]
 
 
 def _text(value: float | None, form: str = ".4g") -> str:

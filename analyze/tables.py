@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mlsae.analyze.columns import schema
+from mlsae.analyze.columns import LATENTS, schema
 from mlsae.analyze.cross_entropy import CrossEntropy
-from mlsae.analyze.distribution import layer_distribution
+from mlsae.analyze.distribution import LayerDistribution, layer_distribution
+from mlsae.analyze.joint import Joint
 from mlsae.analyze.sweep import LayerSums
 
 
@@ -73,30 +74,35 @@ def _entropy_columns(entropy: CrossEntropy | None, i: int) -> dict[str, float | 
 
 
 def latents_tables(
-    sums: Mapping[int, LayerSums], provenance: Mapping[str, str]
+    sums: Mapping[int, LayerSums], joint: Joint, provenance: Mapping[str, str]
 ) -> tuple[pa.Table, pa.Table]:
     """`latents`, one row a latent, and `latent_layers`, one row a latent and layer, by latent."""
     layers = tuple(sums)
     counts_LM = np.stack([of.latents.count.cpu().numpy() for of in sums.values()])
     totals_LM = np.stack([of.latents.total.cpu().numpy() for of in sums.values()])
-    distribution = layer_distribution(totals_LM, layers)
+    by_total = layer_distribution(totals_LM, layers)
+    by_count = layer_distribution(counts_LM.astype(np.float64), layers)
     count_M, total_M = counts_LM.sum(axis=0), totals_LM.sum(axis=0)
     num_rows = sum(of.eligible.num_rows for of in sums.values())
     num_latents = len(count_M)
     latent_M = np.arange(num_latents, dtype=np.int32)
+    token_entropy, num_token_ids = joint.token_totals.entropies(num_latents)
+    columns = {
+        "latent": latent_M,
+        "count": count_M,
+        "total": total_M,
+        "mean": _nullable(_mean(total_M, count_M)),
+        **_moments(by_total, ""),
+        **_moments(by_count, "_by_count"),
+        "num_layers": (counts_LM > 0).sum(axis=0).astype(np.int32),
+        "layer_var_token": _nullable(joint.decomposition.token_variances().cpu().numpy()),
+        "token_entropy": _nullable(token_entropy),
+        "num_token_ids": num_token_ids,
+        "density": count_M / num_rows,
+        "dead": count_M == 0,
+    }
     latents = pa.table(
-        [
-            latent_M,
-            count_M,
-            total_M,
-            _nullable(_mean(total_M, count_M)),
-            _nullable(distribution.mean),
-            _nullable(distribution.var),
-            _nullable(np.sqrt(distribution.var)),
-            count_M / num_rows,
-            count_M == 0,
-        ],
-        schema=schema("latents", provenance),
+        [columns[column.name] for column in LATENTS], schema=schema("latents", provenance)
     )
     latent_layers = pa.table(
         [
@@ -105,11 +111,21 @@ def latents_tables(
             counts_LM.T.ravel(),
             totals_LM.T.ravel(),
             _nullable(_mean(totals_LM, counts_LM).T.ravel()),
-            _nullable(distribution.probs.T.ravel()),
+            _nullable(by_total.probs.T.ravel()),
+            _nullable(by_count.probs.T.ravel()),
         ],
         schema=schema("latent_layers", provenance),
     )
     return latents, latent_layers
+
+
+def _moments(distribution: LayerDistribution, suffix: str) -> dict[str, pa.Array]:
+    return {
+        f"layer_mean{suffix}": _nullable(distribution.mean),
+        f"layer_var{suffix}": _nullable(distribution.var),
+        f"layer_std{suffix}": _nullable(np.sqrt(distribution.var)),
+        f"layer_entropy{suffix}": _nullable(distribution.entropy),
+    }
 
 
 def _mean(total: npt.NDArray[Any], count: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

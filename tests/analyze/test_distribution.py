@@ -49,3 +49,12 @@ def test_random_totals_match_a_loop() -> None:
         assert found.mean[j] == pytest.approx(mean, rel=1e-12)
         assert found.var[j] == pytest.approx(var, rel=1e-9)
     assert (found.var >= 0).all()
+
+
+def test_entropy_is_between_that_of_one_layer_and_that_of_equal_ones() -> None:
+    totals = np.array([[0.0, 1.0, 3.0, 0.0], [2.0, 1.0, 1.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
+    found = layer_distribution(totals, (0, 1, 2))
+    mixed = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
+    assert found.entropy[:3].tolist() == pytest.approx([0.0, math.log(3), mixed], rel=1e-15)
+    assert math.copysign(1, found.entropy[0]) == 1
+    assert math.isnan(found.entropy[3])

@@ -50,6 +50,12 @@ def test_an_analysis_is_complete_and_says_what_it_found(
     assert f"ce {layers[0]['ce']:.4f} nats over {layers[0]['num_ce_tokens']} scored" in text
     for part in ("dead latents on these rows: ", "mean standard deviation of a latent's layer: "):
         assert part in text
+    mass = found.summary["layer_variance"]["mass"]
+    assert (
+        f"over all tokens: mass {mass['single']:.4g} of {mass['aggregate']:.4g} "
+        f"({mass['single_over_aggregate']:.1%}), pair-uniform " in text
+    )
+    assert re.search(r"a latent that is active for a token is so at [12]\.\d\d layers", text)
     assert str(out / "figures" / "density.png") in text
     assert str(out / "activations") in text
     assert "note:" not in text

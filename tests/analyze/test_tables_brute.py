@@ -125,16 +125,21 @@ def test_latents_and_latent_layers(case: Case) -> None:
         assert row["total"] == pytest.approx(total, rel=1e-5)
         assert row["density"] == pytest.approx(count / (3 * case.eligible.sum()), rel=1e-12)
         if count == 0:
-            names = ("mean", "layer_mean", "layer_var", "layer_std")
-            assert all(row[name] is None for name in names)
+            names = ("layer_mean", "layer_var", "layer_std", "layer_entropy")
+            assert all(row[name] is row[f"{name}_by_count"] is None for name in names)
+            assert row["mean"] is None
+            assert row["num_layers"] == 0
             continue
-        p = totals[:, j] / total
-        mean = sum(p[i] * n for i, n in enumerate(LAYERS))
-        var = sum(p[i] * (n - mean) ** 2 for i, n in enumerate(LAYERS))
         assert row["mean"] == pytest.approx(total / count, rel=1e-5)
-        assert row["layer_mean"] == pytest.approx(mean, rel=1e-5)
-        assert row["layer_var"] == pytest.approx(var, rel=1e-4, abs=1e-12)
-        assert row["layer_std"] == pytest.approx(np.sqrt(var), rel=1e-4, abs=1e-12)
+        assert row["num_layers"] == (counts[:, j] > 0).sum()
+        for p, suffix in ((totals[:, j] / total, ""), (counts[:, j] / count, "_by_count")):
+            mean = sum(p[i] * n for i, n in enumerate(LAYERS))
+            var = sum(p[i] * (n - mean) ** 2 for i, n in enumerate(LAYERS))
+            entropy = -sum(q * np.log(q) for q in p if q > 0)
+            assert row[f"layer_mean{suffix}"] == pytest.approx(mean, rel=1e-5)
+            assert row[f"layer_var{suffix}"] == pytest.approx(var, rel=1e-4, abs=1e-12)
+            assert row[f"layer_std{suffix}"] == pytest.approx(np.sqrt(var), rel=1e-4, abs=1e-12)
+            assert row[f"layer_entropy{suffix}"] == pytest.approx(entropy, rel=1e-4, abs=1e-12)
     for n, row in enumerate(by_layer):
         j, i = divmod(n, 3)
         assert (row["latent"], row["layer"]) == (j, LAYERS[i])
@@ -144,6 +149,8 @@ def test_latents_and_latent_layers(case: Case) -> None:
         prob = totals[i, j] / totals[:, j].sum() if totals[:, j].sum() else None
         assert row["mean"] == (mean if mean is None else pytest.approx(mean, rel=1e-5))
         assert row["prob"] == (prob if prob is None else pytest.approx(prob, rel=1e-5))
+        share = counts[i, j] / counts[:, j].sum() if counts[:, j].sum() else None
+        assert row["prob_by_count"] == (share if share is None else pytest.approx(share))
 
 
 def test_activations_are_every_latent_read_back(case: Case) -> None:
