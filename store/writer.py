@@ -35,8 +35,9 @@ from mlsae.store.schema import (
 )
 from mlsae.store.setup import read_calibration, site_codecs
 
-WRITER_THREADS = 3
-"""At least; so many flush, and more hash and write where there are more cores."""
+WRITER_THREADS, MOST_WRITER_THREADS = 3, 8
+"""The first number flushes; as many as there are cores, from the first to the second, hash and
+write. More would keep a fast disk no busier, and several ranks may share a machine."""
 Array = npt.NDArray[Any]
 Rows = Array | Parts
 """Floats, or values as stored: of int8 the quanta and their exponents."""
@@ -86,7 +87,7 @@ class Writer:
         self._max_added_fvu = max_added_fvu
         self._added: dict[Key, AddedFVU] = {}
         remove_stale_partials(path)
-        num_threads = max(WRITER_THREADS, os.cpu_count() or 1)
+        num_threads = min(max(WRITER_THREADS, os.cpu_count() or 1), MOST_WRITER_THREADS)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="store-write")
         # Of their own, so that waiting for the disk never holds up the next shard's rows.
         self._flushers = ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="store-flush")
