@@ -1,10 +1,10 @@
-"""The live model with one site replaced, for what a reconstruction costs downstream.
+"""The live model with a site replaced, for what a reconstruction costs downstream.
 
 B = sequences, T = positions of a sequence, d = d_model, V = vocabulary.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -82,6 +82,72 @@ def spliced(
             yield each, {"logits": logits}
 
     return together(results(), inputs.tokens.shape)["logits"]
+
+
+@torch.no_grad()
+def spliced_layers(
+    transformer: Transformer,
+    inputs: Inputs,
+    layers: Sequence[int],
+    where_BT: Tensor,
+    replace: Callable[[int, Tensor], Tensor],
+    site: str = "resid_post",
+) -> Tensor:
+    """Logits (B, T, V) with one site of several layers replaced in one run of the model.
+
+    Each layer is given what flows there once those before it have been replaced.
+
+    Args:
+        transformer: the model.
+        inputs: the sequences.
+        layers: the blocks, in any order.
+        where_BT: bool, the tokens whose activations are replaced.
+        replace: from a layer and its live activations (N, d) at some of these tokens to what shall
+            be there instead, row by row, the same shape; cast to the model's dtype.
+        site: of `SITES`.
+
+    Raises:
+        InputError: as `spliced`.
+        ValueError: `replace` returned another shape.
+    """
+    _check_decoder(transformer)
+    wanted = transformer.check_layers(layers)
+    check_sites(transformer, [site])
+    check_isolation(transformer, inputs)
+
+    def results() -> Iterator[tuple[Pass, dict[str, Tensor]]]:
+        for each in passes(inputs):
+            where = where_BT
+            if each.places is not None:
+                nowhere = torch.zeros_like(each.places, dtype=torch.bool).to(where_BT.device)
+                where = each.take(where_BT[..., None], nowhere[..., None])[..., 0]
+            with ExitStack() as stack:
+                for layer in wanted:
+                    new = _checked(_rows_replaced(layer, where, replace), where.shape)
+                    block, anatomy = transformer.blocks[layer], anatomies(transformer)[layer]
+                    stack.enter_context(_replaced(block, anatomy, site, new))
+                logits = _logits(transformer, each.inputs)
+            yield each, {"logits": logits}
+
+    return together(results(), inputs.tokens.shape)["logits"]
+
+
+def _rows_replaced(
+    layer: int, where_BT: Tensor, replace: Callable[[int, Tensor], Tensor]
+) -> Replace:
+    def replaced(live_BTd: Tensor) -> Tensor:
+        where = where_BT.to(live_BTd.device)
+        live_Nd = live_BTd[where]
+        new_Nd = replace(layer, live_Nd)
+        if new_Nd.shape != live_Nd.shape:
+            raise ValueError(
+                f"replace must keep the shape {tuple(live_Nd.shape)}, got {tuple(new_Nd.shape)}"
+            )
+        new_BTd = live_BTd.clone()
+        new_BTd[where] = new_Nd.to(live_BTd)
+        return new_BTd
+
+    return replaced
 
 
 @contextmanager
