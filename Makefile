@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check test-faults test-slow test-external demo-model results scale reliability
+.PHONY: demo test check test-faults test-slow test-external demo-model results results-training scale reliability
 
 demo: .venv/installed
 	$(BIN)/mlsae demo --out demo-run
@@ -31,6 +31,10 @@ demo-model: .venv/installed
 
 results: .venv/installed
 	$(BIN)/python -m benchmarks.results
+
+# From docs/results/training.json, which `python -m benchmarks.training` writes.
+results-training: .venv/installed
+	$(BIN)/python -m benchmarks.training_page
 
 scale: .venv/installed
 	$(BIN)/python benchmarks/scale.py

@@ -1,0 +1,392 @@
+"""docs/results/training.md from the JSON of `benchmarks.training`.
+
+python -m benchmarks.training_page
+"""
+
+import json
+import textwrap
+from collections.abc import Sequence
+from statistics import mean
+from typing import Any
+
+from benchmarks.markdown import RESULTS, made, paragraph, table
+from benchmarks.training_figures import by_kind, loss, of_scale
+
+SCALES = ("none", "log", "sqrt", "linear")
+
+
+def training_page(content: dict[str, Any]) -> str:
+    """Markdown, with the studies that the JSON has."""
+    store = content["store"]
+    about = paragraph(
+        f"The model is stories260k, a trained Llama of 260 thousand parameters "
+        f"({len(store['layers'])} layers, d_model {store['d_model']}); the text is "
+        f"{store['num_tokens']:,} tokens of TinyStories in sequences of "
+        f"{store['context_length']}, harvested once. FVU is in raw units, over sequences that were "
+        "not trained on; position 0 and special tokens are out; a mean over layers is the plain "
+        "mean of the layers' FVUs. It is one small model on one kind of text, and runs are "
+        "short: what is seen here need not hold for a large one."
+    )
+    parts = [section(content[name]) for name, section in SECTIONS.items() if name in content]
+    return f"""# What training choices do, on stories260k
+
+<!-- Made by `make results-training` from training.json; edit benchmarks/training_page.py. -->
+
+{about}
+
+{(chr(10) * 2).join(parts)}
+
+## How it was made
+
+<!-- not run: needs the stories260k model and the TinyStories text, and half an hour -->
+```sh
+python -m benchmarks.training --model MODEL --dataset TEXT --out runs/training \\
+    --json docs/results/training.json
+make results-training
+```
+
+{_cost(content)}
+"""
+
+
+def _cost(content: dict[str, Any]) -> str:
+    studies = [name for name in SECTIONS if name in content]
+    seconds = "; ".join(
+        f"{name} {content[name]['seconds']:,.0f} s, commit {content[name]['commit']}"
+        for name in studies
+    )
+    last = content[studies[-1]]
+    how = made({**content, "date": last["date"], "commit": last["commit"]})
+    cost = paragraph(
+        f"Training took, on a machine that other programs used too, one thread an SAE: {seconds}."
+    )
+    return f"{cost}\n\n{how}"
+
+
+def _commands(study: dict[str, Any]) -> str:
+    lines = [
+        " \\\n    ".join(textwrap.wrap(line, 90, break_long_words=False, break_on_hyphens=False))
+        for line in study["commands"]
+    ]
+    text = "\n".join(lines)
+    return f"<!-- not run: needs the store of stories260k, and minutes -->\n```sh\n{text}\n```"
+
+
+def _listed(values: Sequence[Any]) -> str:
+    words = [f"{value:,}" if isinstance(value, int) else str(value) for value in values]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _sweep(study: dict[str, Any]) -> str:
+    saes = sorted(study["saes"], key=lambda sae: (sae["num_latents"], sae["k"]))
+    layers = range(len(saes[0]["fvu_by_layer"]))
+    rows = [
+        [
+            f"{sae['num_latents']:,}",
+            str(sae["k"]),
+            f"{sae['fvu']:.4f}",
+            *(f"{fvu:.4f}" for fvu in sae["fvu_by_layer"]),
+            f"{sae['dead_fraction']:.1%}",
+        ]
+        for sae in saes
+    ]
+    head = ["latents", "k", "FVU, mean", *(f"layer {layer}" for layer in layers), "dead"]
+    return f"""## FVU against L0
+
+{_commands(study)}
+
+![Validation FVU against L0, by number of latents and by layer](training/sweep.png)
+
+{_sweep_sentence(saes, study)}
+
+{table(head, rows)}"""
+
+
+def _sweep_sentence(saes: Sequence[dict[str, Any]], study: dict[str, Any]) -> str:
+    sizes = sorted({sae["num_latents"] for sae in saes})
+    best: dict[int, list[int]] = {}
+    for k in sorted({sae["k"] for sae in saes}):
+        lowest = min((sae for sae in saes if sae["k"] == k), key=lambda sae: sae["fvu"])
+        best.setdefault(lowest["num_latents"], []).append(k)
+    winners = "; ".join(f"at k {_listed(ks)} by {size:,} latents" for size, ks in best.items())
+    rising = all(sae["fvu_by_layer"] == sorted(sae["fvu_by_layer"]) for sae in saes)
+    layers = " In every one of them FVU rises from each layer to the next." if rising else ""
+    dead = max(saes, key=lambda sae: sae["dead_fraction"])
+    text = (
+        f"Of {_listed(sizes)} latents the lowest FVU is reached {winners}.{layers} All "
+        f"{len(saes)} SAEs took the same {study['num_steps']:,} steps on the same "
+        f"{study['num_rows']:,} rows at one learning rate, with one seed: it is what they reach "
+        "on equal rows, and says nothing of where longer training would end. Most dead latents: "
+        f"{dead['dead_fraction']:.1%} at k {dead['k']} of {dead['num_latents']:,}."
+    )
+    return paragraph(text)
+
+
+def _layers(study: dict[str, Any]) -> str:
+    found = by_kind(study)
+    small, large = sorted({sae["num_latents"] for sae in study["saes"]})
+    kinds = [
+        (("all", large), f"one of {large:,}"),
+        (("each", small), f"each of {small:,}"),
+        (("each", large), f"each of {large:,}"),
+        (("all", small), f"one of {small:,}"),
+    ]
+    num_layers = len(next(iter(found["all", large].values())))
+    head = ["layer", *(label for _, label in kinds)]
+    rows = [
+        [str(layer), *(_spread([run[layer] for run in found[key].values()]) for key, _ in kinds)]
+        for layer in range(num_layers)
+    ]
+    rows.append(
+        ["mean", *(_spread([mean(run) for run in found[key].values()]) for key, _ in kinds)]
+    )
+    seeds = len(found["all", large])
+    sentences = [
+        _held_against(
+            found, ("all", large), ("each", small), f"At equal total latents ({large:,})"
+        ),
+        _held_against(
+            found, ("all", large), ("each", large), f"At {large:,} latents an SAE and equal rows"
+        ),
+        _held_against(
+            found, ("all", small), ("each", small), f"At {small:,} latents an SAE and equal rows"
+        ),
+    ]
+    about = paragraph(
+        f"`--layers each` trains, beside one SAE for all layers, one for each single layer, on "
+        f"that layer's rows of the same batches: {num_layers} single-layer SAEs see together the "
+        f"rows that the multi-layer one sees, {study['num_rows']:,} in {study['num_steps']:,} "
+        f"steps, so each of their steps is 1/{num_layers} as large. {seeds} seeds, which set the "
+        "initial weights alone; the rows and their order are the same."
+    )
+    return f"""## One SAE for all layers, or one for each
+
+{about}
+
+{_commands(study)}
+
+![Validation FVU by layer, one SAE for all layers against one for each](training/layers.png)
+
+{paragraph(" ".join(sentences))}
+
+Validation FVU: mean over seeds, lowest to highest in brackets.
+
+{table(head, rows)}"""
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{mean(values):.4f} ({min(values):.4f}–{max(values):.4f})"
+
+
+def _held_against(
+    found: dict[tuple[str, int], dict[int, list[float]]],
+    one: tuple[str, int],
+    other: tuple[str, int],
+    setting: str,
+) -> str:
+    """Where the multi-layer SAE's worst seed beats the others' best, and the other way round."""
+    ours, theirs = list(found[one].values()), list(found[other].values())
+    lower, higher, neither = [], [], []
+    for layer in range(len(ours[0])):
+        a, b = [run[layer] for run in ours], [run[layer] for run in theirs]
+        (lower if max(a) < min(b) else higher if min(a) > max(b) else neither).append(layer)
+    ratio = mean(map(mean, ours)) / mean(map(mean, theirs))
+    said = [
+        f"{words} at layer{'s' if len(layers) > 1 else ''} {_listed(layers)}"
+        for words, layers in (
+            ("lower, whichever the seeds,", lower),
+            ("higher, whichever the seeds,", higher),
+            ("not told apart by these seeds", neither),
+        )
+        if layers
+    ]
+    return (
+        f"{setting}, the multi-layer SAE's mean FVU is {ratio:.2f} times that of the single-layer "
+        f"ones; it is {'; '.join(said)}."
+    )
+
+
+def _tokens(study: dict[str, Any]) -> str:
+    saes = study["saes"]
+    sizes = sorted({sae["num_latents"] for sae in saes})
+    most = max(sae["unique_tokens"] for sae in saes)
+    rows = []
+    for epochs in sorted({sae["epochs"] for sae in saes}, reverse=True):
+        of = [sae for sae in saes if sae["epochs"] == epochs]
+        cells = [f"{of[0]['unique_tokens']:,}", str(epochs), f"{of[0]['num_steps']:,}"]
+        for size in sizes:
+            held_out = fvu_of(study, size, epochs)
+            trained = [mean(s["trained_fvu_by_layer"]) for s in of if s["num_latents"] == size]
+            ratio = mean(held_out) / mean(fvu_of(study, size, 1))
+            cells += [_spread(held_out), f"{ratio:.2f}", f"{mean(trained):.4f}"]
+        rows.append(cells)
+    head = ["unique tokens", "epochs", "steps"]
+    for size in sizes:
+        head += [f"{size:,} latents: held out", "÷ all", "trained on"]
+    sentences = " ".join(_price(study, size, most) for size in sizes)
+    proof = paragraph(
+        f"The last {study['num_held_out']} sequences are held out, a store of their own; each part "
+        f"is the first sequences of the rest, and the {study['num_between']} sequences between "
+        "are used by none. The script compares token ids: every part is the beginning of the "
+        "whole, no held-out sequence is in a part, no document "
+        f"is in both (the held-out ones have {study['held_out_documents']}), and every SAE's "
+        "training.json names its part. `trained on` is FVU over as many sequences as are held "
+        "out, the first of the store, which every part has. k 16, two seeds."
+    )
+    return f"""## FVU against unique tokens
+
+What it costs to go over a small store several times, where a run with the transformer in the loop
+would see new text at each step: equally many steps on 1/16 to all of the store.
+
+{_commands(study)}
+
+![FVU against unique tokens, held out and trained on](training/tokens.png)
+
+{paragraph(sentences)} [How many tokens](../how-many-tokens.md) says what to make of it.
+
+Mean over layers and seeds, lowest to highest seed in brackets.
+
+{table(head, rows)}
+
+{proof}"""
+
+
+def fvu_of(study: dict[str, Any], size: int, epochs: int) -> list[float]:
+    """Held-out FVU, mean over layers, of each seed."""
+    return [
+        mean(sae["fvu_by_layer"])
+        for sae in study["saes"]
+        if (sae["num_latents"], sae["epochs"]) == (size, epochs)
+    ]
+
+
+def _price(study: dict[str, Any], size: int, most: int) -> str:
+    whole = mean(fvu_of(study, size, 1))
+    parts = [
+        f"{mean(fvu_of(study, size, epochs)) / whole:.2f} with 1/{epochs}"
+        for epochs in sorted({sae["epochs"] for sae in study["saes"]} - {1})
+    ]
+    return (
+        f"With {size:,} latents, held-out FVU is {', '.join(parts)} of the {most:,} tokens, in "
+        f"units of that with all of them, {whole:.4f}."
+    )
+
+
+def _mlp(study: dict[str, Any]) -> str:
+    known = [sae for sae in study["saes"] if "diverged" not in sae]
+    norms = _listed([f"{norm:.2f}" for norm in study["mean_norms"]])
+    rows = [
+        [
+            scale,
+            f"{sae['l1_weight']:g}",
+            f"{sae['lr']:g}",
+            f"{mean(sae['l0']):.1f}",
+            f"{mean(sae['fvu']):.4f}",
+            f"{sae['fvu'][0]:.3f} … {sae['fvu'][-1]:.3f}",
+            f"{sae['l0'][0]:.1f} … {sae['l0'][-1]:.1f}",
+            f"{sae['mse'][0]:.3f} … {sae['mse'][-1]:.3f}",
+            f"{sae['l1'][0]:.2f} … {sae['l1'][-1]:.2f}",
+            f"{loss(sae):.4f}",
+        ]
+        for scale in SCALES
+        for sae in of_scale(known, scale)
+    ]
+    head = [
+        "scaling", "`--l1`", "rate", "L0, mean", "FVU, mean", "FVU, first … last layer",
+        "L0", "MSE", "L1", "loss",
+    ]  # fmt: skip
+    diverged = len(study["saes"]) - len(known)
+    about = paragraph(
+        f"ReLU SAEs with an L1 penalty on what each block's MLP adds to the stream, with each of "
+        f"the four layer scalings, three learning rates and four weights of the penalty: "
+        f"{len(study['saes'])} SAEs in one pass over {study['num_rows']:,} rows "
+        f"({study['num_steps']:,} steps), one seed; {diverged or 'none'} diverged. The mean norms "
+        f"of the layers are {norms}, so `log` is defined. L0, L1, MSE and FVU are by layer, over "
+        "validation rows: L1 is the mean of Σ_j z_j ‖W_dec,j‖ divided by the layer's scale, MSE "
+        "the mean of ‖x − x̂‖², both in the units of x."
+    )
+    return f"""## ReLU and L1 on MLP outputs, by layer scaling
+
+{about}
+
+{_commands(study)}
+
+![FVU, MSE and L1 against L0 by layer, for each layer scaling](training/mlp.png)
+
+{_mlp_sentence(known)}
+
+For each scaling and weight, the learning rate that left the lowest loss over validation rows (mean
+over layers of FVU and of the weighted penalty, in the scaled units of the run).
+
+{table(head, rows)}
+
+{_best_by_scale(known)}"""
+
+
+def _mlp_sentence(saes: Sequence[dict[str, Any]]) -> str:
+    shown = []
+    for scale in SCALES:
+        of = of_scale(saes, scale)
+        ratios = [sae["l0"][-1] / max(sae["l0"][0], 1e-9) for sae in of]
+        shown.append(f"{scale} {min(ratios):.2f} to {max(ratios):.2f}")
+    rates = sorted({sae["lr"] for sae in saes})
+    chosen = [sae["lr"] for scale in SCALES for sae in of_scale(saes, scale)]
+    often = max(rates, key=chosen.count)
+    return paragraph(
+        "A column is a scaling, a dot a weight of the penalty, at the learning rate of lowest "
+        "loss. What the scalings change is how active latents are shared out between layers: L0 "
+        f"of the last layer over that of the first is {'; '.join(shown)}. The lowest loss is at "
+        f"learning rate {often:g} in {chosen.count(often)} of {len(chosen)} cases (tried: "
+        f"{_listed([f'{rate:g}' for rate in rates])})."
+    )
+
+
+def _best_by_scale(saes: Sequence[dict[str, Any]]) -> str:
+    """At the least L0 that all scalings come below: the lowest mean FVU of each."""
+    limit = most_active(saes)
+    rows = []
+    for scale in SCALES:
+        of = [s for s in saes if s["layer_scale"] == scale and mean(s["l0"]) <= limit]
+        best = min(of, key=lambda sae: mean(sae["fvu"]))
+        rows.append(
+            [
+                scale,
+                f"{best['l1_weight']:g}",
+                f"{best['lr']:g}",
+                f"{mean(best['l0']):.1f}",
+                f"{mean(best['fvu']):.4f}",
+                *(f"{fvu:.3f}" for fvu in best["fvu"]),
+            ]
+        )
+    layers = range(len(saes[0]["fvu"]))
+    head = ["scaling", "`--l1`", "rate", "L0", "FVU, mean", *(f"layer {i}" for i in layers)]
+    ordered = sorted(rows, key=lambda row: row[4])
+    text = paragraph(
+        f"Of all with a mean L0 of at most {limit:g}, the one of lowest mean FVU by scaling; the "
+        f"order is {', '.join(f'{row[0]} ({row[4]})' for row in ordered)}. With one seed, small "
+        "differences mean nothing."
+    )
+    return f"{text}\n\n{table(head, rows)}"
+
+
+def most_active(saes: Sequence[dict[str, Any]]) -> float:
+    """The least of 8, 16, 32, … that the mean L0 of some SAE of every scaling comes below."""
+    limit = 8.0
+    while any(
+        not any(s["layer_scale"] == scale and mean(s["l0"]) <= limit for s in saes)
+        for scale in SCALES
+    ):
+        limit *= 2
+    return limit
+
+
+SECTIONS = {"sweep": _sweep, "layers": _layers, "tokens": _tokens, "mlp": _mlp}
+
+
+def main() -> None:
+    content = json.loads((RESULTS / "training.json").read_text())
+    (RESULTS / "training.md").write_text(training_page(content))
+
+
+if __name__ == "__main__":
+    main()
