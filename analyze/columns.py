@@ -33,6 +33,7 @@ _IN = "over unflagged rows at every position"
 _OUT = "over unflagged rows at positions from 1"
 _CE = "null where no transformer was at hand"
 _BY_COUNT = "of counts instead of totals; null if dead"
+_EMBEDDING = "null where no transformer of that width was at hand"
 _JOINT = "of the joint tokens, null if active for none"
 
 LAYERS = (
@@ -108,6 +109,28 @@ LATENTS = (
     Column("num_token_ids", _I, "token id", "token ids it was active for, of the joint tokens"),
     Column("density", _F, "1", "count / (rows evaluated, over all layers)"),
     Column("dead", pa.bool_(), "", "count = 0 over the rows evaluated"),
+    Column(
+        "decoder_cosine",
+        _F,
+        "1",
+        "largest cosine of its decoder direction with that of another latent; null if there is no "
+        "other",
+    ),
+    Column("decoder_latent", _L, "latent", "the other latent of decoder_cosine"),
+    Column(
+        "embedding_cosine",
+        _F,
+        "1",
+        f"largest cosine of its decoder direction with a row of the token embedding; {_EMBEDDING}",
+    ),
+    Column("embedding_token", _L, "token id", "the token id of embedding_cosine"),
+    Column(
+        "unembedding_cosine",
+        _F,
+        "1",
+        f"largest cosine of its decoder direction with a row of the unembedding; {_EMBEDDING}",
+    ),
+    Column("unembedding_token", _L, "token id", "the token id of unembedding_cosine"),
 )
 
 LATENT_LAYERS = (
@@ -118,6 +141,23 @@ LATENT_LAYERS = (
     Column("mean", _F, "latent value", "total / count; null if never active at the layer"),
     Column("prob", _F, "1", "P(layer | latent) = total / its total over layers; null if dead"),
     Column("prob_by_count", _F, "1", "count / its count over layers; null if dead"),
+)
+
+HISTOGRAMS = (
+    Column("histogram", pa.string(), "", "which: layer_mean, layer_mean_to_whole, decoder_cosine"),
+    Column("low", _F, "of the histogram", "lower end of the bin"),
+    Column(
+        "high", _F, "of the histogram", "upper end; it belongs to the next bin, if there is one"
+    ),
+    Column("count", _I, "latent or pair", "living latents, or pairs of any latents, in the bin"),
+)
+
+LAYER_COSINE = (
+    Column("distance_low", _F, "layer", "lower end of |difference of layer_mean|"),
+    Column("distance_high", _F, "layer", "upper end; only in the last bin does it belong to it"),
+    Column("cosine_low", _F, "1", "lower end of the cosine of the decoder directions"),
+    Column("cosine_high", _F, "1", "upper end, likewise"),
+    Column("count", _I, "pair", "pairs of two living latents, each pair once; above 0"),
 )
 
 ACTIVATIONS = (
@@ -137,6 +177,8 @@ TABLES: Mapping[str, tuple[Column, ...]] = {
     "layers": LAYERS,
     "latents": LATENTS,
     "latent_layers": LATENT_LAYERS,
+    "histograms": HISTOGRAMS,
+    "layer_cosine": LAYER_COSINE,
     "activations": ACTIVATIONS,
 }
 """Every table of an analysis."""

@@ -16,7 +16,16 @@ SUMMARY = "summary.json"
 ACTIVATIONS = "activations"
 FIGURES = "figures"
 _OURS = frozenset(
-    {SUMMARY, "layers.parquet", "latents.parquet", "latent_layers.parquet", ACTIVATIONS, FIGURES}
+    {
+        SUMMARY,
+        "layers.parquet",
+        "latents.parquet",
+        "latent_layers.parquet",
+        "histograms.parquet",
+        "layer_cosine.parquet",
+        ACTIVATIONS,
+        FIGURES,
+    }
 )
 
 

@@ -11,31 +11,16 @@ import pyarrow.compute as pc
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator
 
-# Okabe and Ito's colours, told apart by everyone.
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
-_STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.5,
-    "lines.markersize": 4,
-    "legend.frameon": False,
-    "savefig.dpi": 160,
-}
-_THOUSANDS = StrMethodFormatter("{x:,.0f}")
+from mlsae.analyze import layer_figures
+from mlsae.analyze.style import BLUE, GREY, ORANGE, STYLE, THOUSANDS, canvas
+
 _MAX_COLUMNS = 1200
 _LARGE_RANGE = 20.0
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def layer_distribution(latents: pa.Table, latent_layers: pa.Table) -> Figure:
     """Heat map of P(layer | latent), living latents from left to right by mean layer.
 
@@ -46,7 +31,7 @@ def layer_distribution(latents: pa.Table, latent_layers: pa.Table) -> Figure:
     probs = latent_layers["prob"].to_numpy().reshape(-1, len(layers))
     mean = latents["layer_mean"].to_numpy()
     order = np.argsort(mean, kind="stable")[: int(np.isfinite(mean).sum())]
-    figure, axes = _canvas(7.0, 3.2)
+    figure, axes = canvas(7.0, 3.2)
     axes.grid(visible=False)
     axes.set(xlabel="latent, by mean layer", ylabel="layer")
     if len(order) == 0:
@@ -66,7 +51,7 @@ def layer_distribution(latents: pa.Table, latent_layers: pa.Table) -> Figure:
     height = np.interp(mean[order], layers, np.arange(len(layers)))
     (line,) = axes.plot(np.arange(len(order)) + 0.5, height, color="white", linewidth=1.2)
     line.set_path_effects([withStroke(linewidth=2.2, foreground="black")])
-    axes.xaxis.set_major_formatter(_THOUSANDS)
+    axes.xaxis.set_major_formatter(THOUSANDS)
     _layer_ticks(axes.yaxis, layers)
     figure.colorbar(shown, ax=axes, label="P(layer | latent)", pad=0.02)
     dead = len(mean) - len(order)
@@ -78,13 +63,13 @@ def layer_distribution(latents: pa.Table, latent_layers: pa.Table) -> Figure:
     return figure
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def fvu_delta_ce(layers: pa.Table) -> Figure:
     """Fraction of variance unexplained, and added cross-entropy where it was measured."""
     ids = layers["layer"].to_numpy()
     measured = layers["delta_ce"].null_count == 0
     panels = 2 if measured else 1
-    figure, axes = _canvas(3.5 * panels, 3.0, panels)
+    figure, axes = canvas(3.5 * panels, 3.0, panels)
     first = axes[0] if measured else axes
     first.plot(ids, _values(layers, "fvu"), "o-", color=BLUE, label="channel means")
     first.plot(
@@ -107,11 +92,11 @@ def fvu_delta_ce(layers: pa.Table) -> Figure:
     return figure
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def norm_cosine(layers: pa.Table) -> Figure:
     """Mean L2 norm of the activations, and how alike a layer is to the next."""
     ids = layers["layer"].to_numpy()
-    figure, (first, second) = _canvas(7.0, 3.0, 2)
+    figure, (first, second) = canvas(7.0, 3.0, 2)
     norm = _values(layers, "norm")
     first.plot(ids, norm, "o-", color=BLUE)
     first.set(title="Mean L2 norm", xlabel="layer", ylabel="‖x‖")
@@ -129,12 +114,12 @@ def norm_cosine(layers: pa.Table) -> Figure:
     return figure
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def density(latents: pa.Table) -> Figure:
     """Histogram of the log10 density of the living latents."""
     alive = latents.filter(pc.invert(latents["dead"]))["density"].to_numpy()
     dead = len(latents) - len(alive)
-    figure, axes = _canvas(4.5, 3.0)
+    figure, axes = canvas(4.5, 3.0)
     axes.hist(np.log10(alive), bins=min(50, 10 + len(alive) // 20), color=BLUE)
     axes.set(
         title=f"{len(alive):,} living latents, {dead:,} dead",
@@ -142,13 +127,19 @@ def density(latents: pa.Table) -> Figure:
         ylabel="number of latents",
     )
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter(_THOUSANDS)
+    axes.yaxis.set_major_formatter(THOUSANDS)
     return figure
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def draw_all(
-    directory: Path, layers: pa.Table, latents: pa.Table, latent_layers: pa.Table
+    directory: Path,
+    *,
+    layers: pa.Table,
+    latents: pa.Table,
+    latent_layers: pa.Table,
+    histograms: pa.Table,
+    layer_cosine: pa.Table,
 ) -> list[str]:
     """Draw every figure into `directory` as PNG; their file names."""
     drawn = {
@@ -156,15 +147,13 @@ def draw_all(
         "fvu_delta_ce.png": fvu_delta_ce(layers),
         "norm_cosine.png": norm_cosine(layers),
         "density.png": density(latents),
+        "mean_layer.png": layer_figures.mean_layer(histograms),
+        "decoder_cosine.png": layer_figures.decoder_cosine(histograms),
+        "layer_cosine.png": layer_figures.layer_cosine(layer_cosine),
     }
     for name, figure in drawn.items():
         figure.savefig(directory / name)
     return list(drawn)
-
-
-def _canvas(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, columns)
 
 
 def _values(table: pa.Table, column: str) -> npt.NDArray[np.float64]:

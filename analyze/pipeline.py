@@ -16,6 +16,7 @@ from mlsae.analyze import figures
 from mlsae.analyze.columns import TABLES_VERSION, schema
 from mlsae.analyze.config import AnalyzeConfig
 from mlsae.analyze.cross_entropy import CrossEntropy, measure
+from mlsae.analyze.decoder import Decoder, describe_decoder
 from mlsae.analyze.directory import (
     ACTIVATIONS,
     FIGURES,
@@ -25,13 +26,14 @@ from mlsae.analyze.directory import (
     staged,
 )
 from mlsae.analyze.events import BYTES_PER_EVENT
+from mlsae.analyze.histograms import histograms_table, layer_cosine_table
 from mlsae.analyze.joint import Joint, sweep_tokens
 from mlsae.analyze.pairing import Pairing, fingerprint, pair
 from mlsae.analyze.results import Analysis, load
 from mlsae.analyze.selection import Int, choose_sequences, first_tokens
 from mlsae.analyze.summary import overall, render
 from mlsae.analyze.sweep import EventsPlan, LayerSums, sweep_layer
-from mlsae.analyze.tables import latents_tables, layers_table
+from mlsae.analyze.tables import latents_tables, layer_means, layers_table
 from mlsae.analyze.transformer import find_transformer
 from mlsae.base.devices import resolve_device
 from mlsae.base.errors import InputError
@@ -81,7 +83,10 @@ def run(config: AnalyzeConfig) -> Analysis:
                 )
             if entropy is None:
                 reason = "the sequences evaluated hold no two tokens of one document"
-        tables = _tables(pairing, sums, joint, entropy, provenance)
+        num_latents = pairing.sae.config.num_latents
+        with _bar("decoder directions", num_latents * (num_latents - 1) // 2, "pair") as progress:
+            decoder = describe_decoder(pairing, layer_means(sums), transformer, progress)
+        tables = _tables(pairing, sums, joint, decoder, entropy, provenance)
         for name, table in tables.items():
             pq.write_table(table, directory / f"{name}.parquet", compression="zstd")
         (directory / FIGURES).mkdir()
@@ -92,6 +97,7 @@ def run(config: AnalyzeConfig) -> Analysis:
             "cross_entropy": None if entropy is None else {"num_tokens": entropy.num_tokens},
             "no_cross_entropy_because": reason,
             "layer_variance": joint.decomposition.summary(),
+            "decoder": decoder.summary(),
             "overall": overall(tables["layers"], tables["latents"]),
             "figures": [f"{FIGURES}/{name}" for name in names],
         }
@@ -176,6 +182,7 @@ def _tables(
     pairing: Pairing,
     sums: Mapping[int, LayerSums],
     joint: Joint,
+    decoder: Decoder,
     entropy: CrossEntropy | None,
     provenance: Mapping[str, str],
 ) -> dict[str, pa.Table]:
@@ -184,11 +191,15 @@ def _tables(
     # The last layer has no next one; a layer that does not vary has no cosine.
     pairs = zip(moments.layers[:-1], moments.adjacent_cosine().tolist(), strict=True)
     cosines = {layer: cosine for layer, cosine in pairs if np.isfinite(cosine)}
-    latents, latent_layers = latents_tables(sums, joint, provenance)
+    latents, latent_layers = latents_tables(sums, joint, decoder, provenance)
     return {
         "layers": layers_table(sums, norms, cosines, entropy, provenance),
         "latents": latents,
         "latent_layers": latent_layers,
+        "histograms": histograms_table(
+            layer_means(sums), pairing.layers, decoder.pairs.counts, provenance
+        ),
+        "layer_cosine": layer_cosine_table(decoder.pairs.counts, provenance),
     }
 
 

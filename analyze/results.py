@@ -13,6 +13,9 @@ from mlsae.analyze.columns import TABLES_VERSION
 from mlsae.analyze.directory import ACTIVATIONS, read_summary
 from mlsae.base.errors import InputError
 
+_WHOLE = ("layers", "latents", "latent_layers", "histograms", "layer_cosine")
+"""Tables that are in memory."""
+
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
@@ -33,6 +36,12 @@ class Analysis:
     latent_layers: pa.Table
     """One row a latent and layer, by latent, then layer."""
 
+    histograms: pa.Table
+    """One row a bin of the histograms of mean layers and decoder cosines."""
+
+    layer_cosine: pa.Table
+    """Pairs of latents, one row a bin of the distance of mean layers and the decoder cosine."""
+
     activations: pd.Dataset
     """One row an active latent of a row and layer; not in memory until it is scanned."""
 
@@ -51,10 +60,7 @@ def load(directory: str | Path) -> Analysis:
             f"{TABLES_VERSION}: analyze again"
         )
     try:
-        layers, latents, latent_layers = (
-            pq.read_table(directory / f"{name}.parquet")
-            for name in ("layers", "latents", "latent_layers")
-        )
+        tables = {name: pq.read_table(directory / f"{name}.parquet") for name in _WHOLE}
         files = [directory / ACTIVATIONS / f"layer-{n}.parquet" for n in summary["layers"]]
         activations = pd.dataset(files, format="parquet")
     except (OSError, pa.ArrowException) as error:
@@ -62,4 +68,4 @@ def load(directory: str | Path) -> Analysis:
         raise InputError(
             f"the analysis {directory} is damaged ({reason}): make it again with mlsae analyze"
         ) from None
-    return Analysis(directory, summary, layers, latents, latent_layers, activations)
+    return Analysis(path=directory, summary=summary, activations=activations, **tables)

@@ -69,6 +69,11 @@ def render(analysis: Analysis) -> str:
         f"mean standard deviation of a latent's layer: {_text(total['mean_layer_std'])}",
     ]
     lines += _layer_variance(summary["layer_variance"])
+    decoder = summary["decoder"]
+    lines.append(
+        f"largest decoder cosine with another latent, mean over latents: {_text(decoder['mmcs'])} "
+        f"(with an earlier one, as published: {_text(decoder['mmcs_published'])})"
+    )
     if summary["cross_entropy"] is None:
         lines.append(
             "ce, ce_store, ce_sae, delta_ce, kl were not measured: "

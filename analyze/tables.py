@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from mlsae.analyze.columns import LATENTS, schema
 from mlsae.analyze.cross_entropy import CrossEntropy
-from mlsae.analyze.distribution import LayerDistribution, layer_distribution
+from mlsae.analyze.decoder import Decoder
+from mlsae.analyze.distribution import Float, LayerDistribution, layer_distribution
 from mlsae.analyze.joint import Joint
 from mlsae.analyze.sweep import LayerSums
 
@@ -73,8 +74,14 @@ def _entropy_columns(entropy: CrossEntropy | None, i: int) -> dict[str, float | 
     }
 
 
+def layer_means(sums: Mapping[int, LayerSums]) -> Float:
+    """Mean layer of each latent, (M,), NaN for a dead one."""
+    totals_LM = np.stack([of.latents.total.cpu().numpy() for of in sums.values()])
+    return layer_distribution(totals_LM, tuple(sums)).mean
+
+
 def latents_tables(
-    sums: Mapping[int, LayerSums], joint: Joint, provenance: Mapping[str, str]
+    sums: Mapping[int, LayerSums], joint: Joint, decoder: Decoder, provenance: Mapping[str, str]
 ) -> tuple[pa.Table, pa.Table]:
     """`latents`, one row a latent, and `latent_layers`, one row a latent and layer, by latent."""
     layers = tuple(sums)
@@ -100,6 +107,7 @@ def latents_tables(
         "num_token_ids": num_token_ids,
         "density": count_M / num_rows,
         "dead": count_M == 0,
+        **decoder.columns(),
     }
     latents = pa.table(
         [columns[column.name] for column in LATENTS], schema=schema("latents", provenance)

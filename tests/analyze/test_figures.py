@@ -5,11 +5,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from matplotlib.image import imread
 
 from mlsae.analyze import figures
 from mlsae.analyze.columns import schema
+from mlsae.analyze.directions import decoder_pairs
 from mlsae.analyze.distribution import layer_distribution
+from mlsae.analyze.histograms import histograms_table, layer_cosine_table
 
 
 def _tables(
@@ -42,10 +45,16 @@ def _tables(
         | ({"ce": 3.0, "ce_store": 3.001, "delta_ce": 0.1 * n} if measured else {})
         for n, layer in enumerate(layers)
     ]
+    few = found.mean[:: max(1, num_latents // 1000)]
+    directions = torch.from_numpy(generator.normal(size=(len(few), 8)))
+    span = max(layers) - min(layers)
+    counts = decoder_pairs(directions, few, span, lambda _: None).counts
     return {
         "layers": pa.Table.from_pylist(rows, schema=schema("layers", {})),
         "latents": pa.table(latents),
         "latent_layers": pa.table(by_layer),
+        "histograms": histograms_table(found.mean, layers, counts, {}),
+        "layer_cosine": layer_cosine_table(counts, {}),
     }
 
 

@@ -18,7 +18,19 @@ from mlsae.sae import SAE, SAEConfig
 from mlsae.store import IncompleteStoreError, create, open_store
 from mlsae.store.split import validation_sequences
 
-FIGURES = ["density.png", "fvu_delta_ce.png", "layer_distribution.png", "norm_cosine.png"]
+FIGURES = [
+    f"{name}.png"
+    for name in (
+        "decoder_cosine",
+        "density",
+        "fvu_delta_ce",
+        "layer_cosine",
+        "layer_distribution",
+        "mean_layer",
+        "norm_cosine",
+    )
+]
+TABLES = ("histograms", "latent_layers", "latents", "layer_cosine", "layers")
 
 
 def _tree(path: Path) -> list[str]:
@@ -37,7 +49,7 @@ def test_an_analysis_is_complete_and_says_what_it_found(
     assert _tree(out) == [
         *(f"activations/layer-{n}.parquet" for n in (0, 1, 3)),
         *(f"figures/{name}" for name in FIGURES),
-        *(f"{name}.parquet" for name in ("latent_layers", "latents", "layers")),
+        *(f"{name}.parquet" for name in TABLES),
         "summary.json",
     ]
     text = capsys.readouterr().out

@@ -1,0 +1,152 @@
+"""How decoder directions lie to one another and to the transformer's embeddings, block by block.
+
+Shapes: M = num_latents, D = d_in, V rows of an embedding, C bins of cosines, S bins of distances.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Float = npt.NDArray[np.float64]
+Int = npt.NDArray[np.int64]
+
+BLOCK = 2048
+"""Directions of a block: of each two blocks, all cosines are in memory at once."""
+
+COSINE_BINS = 200
+"""Equal bins of cosines from −1 to 1."""
+
+DISTANCE_BINS = 4
+"""Equal bins, of each layer, of the distance between two latents' mean layers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Nearest:
+    """For each direction, the one of others that is nearest to it; NaN and −1 if there is none."""
+
+    cosines: Float
+    """(M,) largest cosine."""
+
+    indices: Int
+    """(M,) of what it is with."""
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderPairs:
+    """What the cosines of all pairs of a decoder's directions come to."""
+
+    nearest: Nearest
+    """Of the other directions."""
+
+    mmcs: float | None
+    """Mean over latents of the largest cosine with another; None where there is no other."""
+
+    mmcs_published: float
+    """The same with earlier latents only, and 0 at least (tim-lawson/mlsae, figures/mmcs.py)."""
+
+    counts: Int
+    """(S + 1, C) pairs by distance of their mean layers, and by cosine. The last of the distances
+    holds the pairs of which one latent has no mean layer."""
+
+
+def unit_rows(rows_MD: Tensor) -> Tensor:
+    """Rows scaled to length 1, float32; a row of zeros stays."""
+    return torch.nn.functional.normalize(rows_MD.float(), dim=1)
+
+
+@torch.no_grad()
+def decoder_pairs(
+    decoder_MD: Tensor, layer_means_M: Float, span: int, progress: Callable[[int], object]
+) -> DecoderPairs:
+    """Look at every pair of directions once, in memory for two blocks of them.
+
+    The mean of the largest cosines (MMCS) is that of Sharkey et al. (2022) of a dictionary with
+    itself.
+
+    Args:
+        decoder_MD: the directions, of any length.
+        layer_means_M: mean layer of each latent; NaN for one that has none.
+        span: the last layer's id minus the first's.
+        progress: told the number of pairs of each finished block.
+    """
+    unit_MD, device = unit_rows(decoder_MD), decoder_MD.device
+    num_latents = len(unit_MD)
+    means_M = torch.from_numpy(layer_means_M).to(device)
+    largest_M = torch.full((num_latents,), -torch.inf, device=device)
+    partner_M = torch.full((num_latents,), -1, device=device)
+    earlier_M = torch.zeros(num_latents, device=device)
+    num_distances = max(1, span * DISTANCE_BINS)
+    shape = (num_distances + 1, COSINE_BINS)
+    counts = torch.zeros(shape[0] * shape[1], dtype=torch.int64, device=device)
+
+    def keep(own: slice, cosines: Tensor, other: slice, dim: int) -> None:
+        found, at = cosines.max(dim)
+        better = found > largest_M[own]
+        largest_M[own] = torch.where(better, found, largest_M[own])
+        partner_M[own] = torch.where(better, at + other.start, partner_M[own])
+
+    for i, j in _block_pairs(num_latents):
+        cosines = unit_MD[i] @ unit_MD[j].T
+        bins = _bins(cosines, means_M[i], means_M[j], num_distances)
+        if i == j:
+            later = torch.ones_like(cosines, dtype=torch.bool).triu(1)
+            bins = bins[later]
+            # Both orders of each pair, none with itself.
+            keep(i, cosines.clone().fill_diagonal_(-torch.inf), j, 1)
+            cosines = cosines.masked_fill(~later, -torch.inf)
+        else:
+            keep(i, cosines, j, 1)
+            keep(j, cosines, i, 0)
+        earlier_M[j] = torch.maximum(earlier_M[j], cosines.amax(0))
+        counts += torch.bincount(bins.flatten(), minlength=len(counts))
+        progress(bins.numel())
+    return DecoderPairs(
+        nearest=_nearest(largest_M, partner_M),
+        mmcs=float(largest_M.double().mean()) if num_latents > 1 else None,
+        mmcs_published=float(earlier_M.double().mean()),
+        counts=counts.view(shape).cpu().numpy(),
+    )
+
+
+def _block_pairs(num_latents: int) -> Iterator[tuple[slice, slice]]:
+    """Every two blocks once, each with itself first."""
+    blocks = [slice(n, min(n + BLOCK, num_latents)) for n in range(0, num_latents, BLOCK)]
+    for n, block in enumerate(blocks):
+        for other in blocks[n:]:
+            yield block, other
+
+
+def _bins(cosines: Tensor, means_I: Tensor, means_J: Tensor, num_distances: int) -> Tensor:
+    """Bin of each pair: distance of the mean layers, then cosine."""
+    by_cosine = ((cosines + 1) * (COSINE_BINS / 2)).long().clamp_(0, COSINE_BINS - 1)
+    distances = (means_I[:, None] - means_J).abs() * DISTANCE_BINS
+    unknown = distances.isnan()
+    by_distance = distances.masked_fill(unknown, 0).long().clamp_(max=num_distances - 1)
+    return by_distance.masked_fill(unknown, num_distances) * COSINE_BINS + by_cosine
+
+
+@torch.no_grad()
+def nearest_rows(decoder_MD: Tensor, rows_VD: Tensor) -> Nearest:
+    """The row of an embedding that each direction has the largest cosine with."""
+    unit_MD = unit_rows(decoder_MD)
+    largest_M = torch.full((len(unit_MD),), -torch.inf, device=unit_MD.device)
+    at_M = torch.full((len(unit_MD),), -1, device=unit_MD.device)
+    for first in range(0, len(rows_VD), BLOCK):
+        rows = unit_rows(rows_VD[first : first + BLOCK].to(unit_MD.device))
+        for start in range(0, len(unit_MD), BLOCK):
+            own = slice(start, start + BLOCK)
+            found, at = (unit_MD[own] @ rows.T).max(1)
+            better = found > largest_M[own]
+            largest_M[own] = torch.where(better, found, largest_M[own])
+            at_M[own] = torch.where(better, at + first, at_M[own])
+    return _nearest(largest_M, at_M)
+
+
+def _nearest(cosines_M: Tensor, indices_M: Tensor) -> Nearest:
+    cosines = cosines_M.double().cpu().numpy()
+    cosines[~np.isfinite(cosines)] = np.nan
+    return Nearest(cosines, indices_M.cpu().numpy())
