@@ -1,83 +1,19 @@
 """The columns of every table: name, type, unit, definition. docs/tables.md is held to them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import pyarrow as pa
+
+from mlsae.analyze.column import Column
+from mlsae.analyze.metric_columns import LAYERS, OVERALL
 
 TABLES_VERSION = "0.3"
 """Version of these columns, in every file's schema metadata; a minor one only adds."""
 
-
-@dataclass(frozen=True)
-class Column:
-    """One column of a table."""
-
-    name: str
-    """Its name."""
-
-    type: pa.DataType
-    """Its Arrow type."""
-
-    unit: str
-    """Its unit, or `1` for pure numbers."""
-
-    text: str
-    """Its definition, and when it is null."""
-
-
 _F, _I, _L = pa.float64(), pa.int64(), pa.int32()
-_FVU = "Σ‖x − x̂‖² / Σ‖x − μ‖², μ the mean of each channel over the same rows"
-_PUBLISHED = "Σ‖x − x̂‖² / Σ(x − μ)², μ one scalar mean over rows and channels"
-_IN = "over unflagged rows at every position"
-_OUT = "over unflagged rows at positions from 1"
-_CE = "null where no transformer was at hand"
 _BY_COUNT = "of counts instead of totals; null if dead"
 _EMBEDDING = "null where no transformer of that width was at hand"
 _JOINT = "of the joint tokens, null if active for none"
-
-LAYERS = (
-    Column("layer", _L, "layer", "0-based block index"),
-    Column("num_rows", _I, "row", "eligible rows evaluated"),
-    Column("fvu", _F, "1", f"{_FVU}: the eligible ones; null if they do not vary"),
-    Column("fvu_published", _F, "1", f"{_PUBLISHED}: the eligible ones"),
-    Column("num_rows_position_0_in", _I, "row", "unflagged rows evaluated, every position"),
-    Column("fvu_position_0_in", _F, "1", f"as fvu, {_IN}"),
-    Column("fvu_published_position_0_in", _F, "1", f"as fvu_published, {_IN}"),
-    Column("num_rows_position_0_out", _I, "row", "unflagged rows evaluated, positions from 1"),
-    Column("fvu_position_0_out", _F, "1", f"as fvu, {_OUT}"),
-    Column("fvu_published_position_0_out", _F, "1", f"as fvu_published, {_OUT}"),
-    Column("mse", _F, "activation²", "Σ‖x − x̂‖² / (num_rows · d_model)"),
-    Column("l0", _F, "latent", "mean number of active latents of a row"),
-    Column("l1", _F, "latent value", "mean sum of the latents' values of a row"),
-    Column(
-        "norm", _F, "activation", "mean ‖x‖ over all eligible rows of the store, not the evaluated"
-    ),
-    Column(
-        "adjacent_cosine",
-        _F,
-        "1",
-        "pooled cosine with the next layer that the store holds, over all its eligible rows: "
-        "Σ⟨x − μ, x′ − μ′⟩ / √(Σ‖x − μ‖² · Σ‖x′ − μ′‖²); null at the last layer of the store",
-    ),
-    Column("num_ce_tokens", _I, "token", f"scored next tokens of the columns below; {_CE}"),
-    Column("ce", _F, "nat/token", f"cross-entropy of the untouched transformer; {_CE}"),
-    Column(
-        "ce_store",
-        _F,
-        "nat/token",
-        f"with the stored activations of this layer spliced in; {_CE}, or the store keeps only "
-        "some positions",
-    ),
-    Column(
-        "ce_sae",
-        _F,
-        "nat/token",
-        f"with the reconstruction of this layer's live activations spliced in; {_CE}",
-    ),
-    Column("delta_ce", _F, "nat/token", f"ce_sae − ce; {_CE}"),
-    Column("kl", _F, "nat/token", f"mean KL(untouched ‖ spliced as for ce_sae); {_CE}"),
-)
 
 LATENTS = (
     Column("latent", _L, "latent", "index of the latent"),
@@ -175,6 +111,7 @@ ACTIVATIONS = (
 
 TABLES: Mapping[str, tuple[Column, ...]] = {
     "layers": LAYERS,
+    "overall": OVERALL,
     "latents": LATENTS,
     "latent_layers": LATENT_LAYERS,
     "histograms": HISTOGRAMS,

@@ -19,6 +19,7 @@ _OURS = frozenset(
     {
         SUMMARY,
         "layers.parquet",
+        "overall.parquet",
         "latents.parquet",
         "latent_layers.parquet",
         "histograms.parquet",

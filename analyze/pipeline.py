@@ -33,7 +33,7 @@ from mlsae.analyze.results import Analysis, load
 from mlsae.analyze.selection import Int, choose_sequences, first_tokens
 from mlsae.analyze.summary import overall, render
 from mlsae.analyze.sweep import EventsPlan, LayerSums, sweep_layer
-from mlsae.analyze.tables import latents_tables, layer_means, layers_table
+from mlsae.analyze.tables import latents_tables, layer_means, layers_tables
 from mlsae.analyze.transformer import find_transformer
 from mlsae.base.devices import resolve_device
 from mlsae.base.errors import InputError
@@ -90,7 +90,8 @@ def run(config: AnalyzeConfig) -> Analysis:
         for name, table in tables.items():
             pq.write_table(table, directory / f"{name}.parquet", compression="zstd")
         (directory / FIGURES).mkdir()
-        names = figures.draw_all(directory / FIGURES, **tables)
+        drawn = {name: table for name, table in tables.items() if name != "overall"}
+        names = figures.draw_all(directory / FIGURES, **drawn)
         content = {
             **_settings(config),
             **_what(pairing, sequences, sums, entropy),
@@ -192,8 +193,10 @@ def _tables(
     pairs = zip(moments.layers[:-1], moments.adjacent_cosine().tolist(), strict=True)
     cosines = {layer: cosine for layer, cosine in pairs if np.isfinite(cosine)}
     latents, latent_layers = latents_tables(sums, joint, decoder, provenance)
+    layers, over_layers = layers_tables(sums, norms, cosines, entropy, provenance)
     return {
-        "layers": layers_table(sums, norms, cosines, entropy, provenance),
+        "layers": layers,
+        "overall": over_layers,
         "latents": latents,
         "latent_layers": latent_layers,
         "histograms": histograms_table(

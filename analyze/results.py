@@ -13,7 +13,7 @@ from mlsae.analyze.columns import TABLES_VERSION
 from mlsae.analyze.directory import ACTIVATIONS, read_summary
 from mlsae.base.errors import InputError
 
-_WHOLE = ("layers", "latents", "latent_layers", "histograms", "layer_cosine")
+_WHOLE = ("layers", "overall", "latents", "latent_layers", "histograms", "layer_cosine")
 """Tables that are in memory."""
 
 
@@ -29,6 +29,9 @@ class Analysis:
 
     layers: pa.Table
     """One row a layer."""
+
+    overall: pa.Table
+    """The mean over layers, and all layers together."""
 
     latents: pa.Table
     """One row a latent, in the order of their indices."""

@@ -1,89 +1,144 @@
 """Sums over rows from which every reconstruction and latent figure of a layer follows.
 
-Shapes: N rows, D = d_model, K = active slots a row, M = num_latents. Sums are float64 and int64.
+Shapes: N rows, D = d_model, K = active slots a row, M = num_latents, G groups of sequences,
+A = groups, or weighted sums of groups. Sums are float64 and int64.
 """
 
 from dataclasses import dataclass
-from functools import reduce
-from typing import Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+Float = npt.NDArray[np.float64]
+Ratio = tuple[Float, Float]
+"""Numerator and denominator of a figure, each (A,)."""
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class RowSums:
-    """What a set of rows adds up to; disjoint sets merge exactly (Chan et al., 1983)."""
+    """What sets of rows add up to. x is a row, x̂ its reconstruction, c the reference."""
 
-    num_rows: int
-    """How many rows."""
+    reference: Float
+    """c, (D,): any point near the rows, so that no precision is lost about their mean."""
 
-    mean: Tensor
-    """Mean over the rows, by channel; float64."""
+    offset: Float
+    """Σ(x − c), (A, D)."""
 
-    scatter: Tensor
-    """Σ‖x − mean‖², float64, a scalar."""
+    scalars: Float
+    """(A, 8), in the order of `SCALARS`."""
 
-    error: Tensor
-    """Σ‖x − x̂‖², float64, a scalar."""
+    @property
+    def num_rows(self) -> int:
+        """Rows of all sets together."""
+        return int(self.of("rows").sum())
 
-    @classmethod
-    def empty(cls, d_model: int, device: torch.device) -> Self:
-        """The sums over no rows."""
-        zero = torch.zeros((), dtype=torch.float64, device=device)
-        return cls(0, torch.zeros(d_model, dtype=torch.float64, device=device), zero, zero)
+    def of(self, name: str) -> Float:
+        """One of `SCALARS`, (A,)."""
+        return self.scalars[:, SCALARS.index(name)]
 
-    @classmethod
-    def of(cls, x_ND: Tensor, x_hat_ND: Tensor) -> Self:
-        """The sums over the rows `x_ND` and their reconstructions; N may be 0."""
-        if len(x_ND) == 0:
-            return cls.empty(x_ND.shape[1], x_ND.device)
-        x = x_ND.double()
-        mean = x.mean(0)
-        return cls(
-            num_rows=len(x),
-            mean=mean,
-            scatter=(x - mean).square().sum(),
-            error=(x - x_hat_ND.double()).square().sum(),
-        )
-
-    def merge(self, other: "RowSums") -> "RowSums":
-        """The sums over both sets of rows."""
-        if other.num_rows == 0:
-            return self
-        num_rows = self.num_rows + other.num_rows
-        weight = other.num_rows / num_rows
-        shift = other.mean - self.mean
+    def __add__(self, other: "RowSums") -> "RowSums":
+        """Over both sets of rows, disjoint and with the same reference."""
         return RowSums(
-            num_rows=num_rows,
-            mean=self.mean + shift * weight,
-            scatter=self.scatter + other.scatter + shift.square().sum() * self.num_rows * weight,
-            error=self.error + other.error,
+            reference=self.reference,
+            offset=self.offset + other.offset,
+            scalars=self.scalars + other.scalars,
         )
 
-    def fvu(self) -> float | None:
-        """Σ‖x − x̂‖² / Σ‖x − μ‖², μ the mean of each channel; None where rows do not vary."""
-        return _ratio(self.error, self.scatter)
+    def weighted(self, weights_RA: Float) -> "RowSums":
+        """Each sum with each of R weightings of the sets."""
+        return RowSums(
+            reference=self.reference,
+            offset=weights_RA @ self.offset,
+            scalars=weights_RA @ self.scalars,
+        )
 
-    def fvu_published(self) -> float | None:
+    def fvu(self) -> Ratio:
+        """Σ‖x − x̂‖² over Σ‖x − μ‖², μ the mean of each channel over the rows."""
+        return self.of("error"), self._scatter()
+
+    def fvu_published(self) -> Ratio:
         """The same about one scalar mean over rows and channels (arXiv 2409.04185, its code)."""
-        between = (self.mean - self.mean.mean()).square().sum() * self.num_rows
-        return _ratio(self.error, self.scatter + between)
+        num_rows = self.of("rows")
+        mean = self.reference + self.offset / np.maximum(num_rows, 1)[:, None]
+        between = num_rows * np.square(mean - mean.mean(axis=1, keepdims=True)).sum(axis=1)
+        return self.of("error"), self._scatter() + between
 
-    def mse(self) -> float | None:
-        """Mean squared error over rows and channels; None without rows."""
-        if self.num_rows == 0:
-            return None
-        return float(self.error) / (self.num_rows * len(self.mean))
+    def ratios(self, num_latents: int) -> dict[str, Ratio]:
+        """Every figure of the rows, by column of the table `layers`."""
+        num_rows, width = self.of("rows"), len(self.reference)
+        error, scatter = self.fvu()
+        return {
+            "fvu": (error, scatter),
+            "fvu_published": self.fvu_published(),
+            "explained_variance": (scatter - error, scatter),
+            "mse": (error, num_rows * width),
+            "cosine": (self.of("cosine"), num_rows),
+            "relative_reconstruction_bias": (self.of("square"), self.of("dot")),
+            "l0": (self.of("active"), num_rows),
+            "l1": (self.of("value"), num_rows),
+            "density": (self.of("active"), num_rows * num_latents),
+        }
+
+    def _scatter(self) -> Float:
+        """Σ‖x − μ‖², (A,)."""
+        num_rows, about = self.of("rows"), self.of("about")
+        scatter = about - np.square(self.offset).sum(axis=1) / np.maximum(num_rows, 1)
+        # Rows that do not vary leave rounding, which is no variance.
+        rounding = 1e-14 * about + 1e-26 * num_rows * np.square(self.reference).sum()
+        return np.where(scatter > rounding, scatter, 0.0)
 
 
-def merge_all(parts: list[RowSums]) -> RowSums:
-    """The sums over the rows of all `parts`, at least one."""
-    return reduce(RowSums.merge, parts)
+SCALARS = ("rows", "about", "error", "cosine", "dot", "square", "active", "value")
+"""Sums over rows of 1, ‖x − c‖², ‖x − x̂‖², cos(x, x̂), ⟨x, x̂⟩, ‖x̂‖², the number of active latents
+and the sum of their values."""
 
 
-def _ratio(numerator: Tensor, denominator: Tensor) -> float | None:
-    return float(numerator) / float(denominator) if float(denominator) > 0 else None
+class GroupedRows:
+    """Adds up rows by key, one batch after another."""
+
+    def __init__(self, num_keys: int, reference_D: Float, device: torch.device) -> None:
+        self._reference = torch.from_numpy(reference_D).to(device)
+        self._offset = torch.zeros(num_keys, len(reference_D), dtype=torch.float64, device=device)
+        self._scalars = torch.zeros(num_keys, len(SCALARS), dtype=torch.float64, device=device)
+
+    def add(self, keys_N: Tensor, x_ND: Tensor, x_hat_ND: Tensor, values_NK: Tensor) -> None:
+        """Add rows with their reconstructions and latents' values; fast where equal keys meet."""
+        x, x_hat = x_ND.double(), x_hat_ND.double()
+        centred = x - self._reference
+        square, dot = _dot(x_hat, x_hat), _dot(x, x_hat)
+        norms = (_dot(x, x) * square).sqrt()
+        values = values_NK.clamp(min=0)
+        scalars_NC = torch.stack(
+            [
+                torch.ones_like(dot),
+                _dot(centred, centred),
+                (x - x_hat).square_().sum(1),
+                torch.where(norms > 0, dot / norms, 0.0),
+                dot,
+                square,
+                (values > 0).sum(1).double(),
+                values.double().sum(1),
+            ],
+            dim=1,
+        )
+        keys, lengths = torch.unique_consecutive(keys_N, return_counts=True)
+        for total, part in ((self._offset, centred), (self._scalars, scalars_NC)):
+            total.index_add_(0, keys, torch.segment_reduce(part, "sum", lengths=lengths))
+
+    def sums(self, first: int, last: int) -> RowSums:
+        """Of the keys from `first` to before `last`, in their order."""
+        return RowSums(
+            reference=self._reference.cpu().numpy(),
+            offset=self._offset[first:last].cpu().numpy(),
+            scalars=self._scalars[first:last].cpu().numpy(),
+        )
+
+
+def _dot(a_ND: Tensor, b_ND: Tensor) -> Tensor:
+    dot: Tensor = torch.linalg.vecdot(a_ND, b_ND)
+    return dot
 
 
 class LatentSums:

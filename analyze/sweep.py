@@ -4,18 +4,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import torch
 
+from mlsae.analyze.bootstrap import count_groups, group_of
 from mlsae.analyze.events import EventsWriter
 from mlsae.analyze.pairing import Pairing
 from mlsae.analyze.selection import Int, read_rows
-from mlsae.analyze.sums import LatentSums, RowSums, merge_all
+from mlsae.analyze.sums import GroupedRows, LatentSums, RowSums
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerSums:
-    """What the evaluated rows of a layer add up to."""
+    """What the evaluated rows of a layer add up to, by group of sequences."""
 
     eligible: RowSums
     """Unflagged rows at positions ≥ the SAE's `skip_positions`."""
@@ -68,7 +70,11 @@ def sweep_layer(
         progress: told the number of rows of each finished batch.
     """
     store, sae, device = pairing.store, pairing.sae, pairing.device
-    parts = [RowSums.empty(store.d_model, device)] * 3
+    # Disjoint sets of rows: position 0, skipped after it, the rest. Every filter that is reported
+    # is a union of them.
+    num_groups = count_groups(len(sequences))
+    moments = store.moments(pairing.site, pairing.skip_positions)
+    grouped = GroupedRows(3 * num_groups, moments.mean[moments.layers.index(layer)], device)
     latents = LatentSums(sae.config.num_latents, device)
     with EventsWriter(events.directory / f"layer-{layer}.parquet", events.schema, layer) as writer:
         for rows, tokens, stored in read_rows(store, pairing.site, layer, sequences, batch_rows):
@@ -76,12 +82,11 @@ def sweep_layer(
             encoded = sae.encode(x, layer)
             x_hat = sae.decode(encoded)
             positions = tokens % store.context_length
-            is_first, is_eligible = positions == 0, positions >= pairing.skip_positions
-            # Disjoint sets of rows: position 0, skipped after it, the rest. Every filter that is
-            # reported is a union of them.
-            for i, mask in enumerate((is_first, ~is_first & ~is_eligible, ~is_first & is_eligible)):
-                chosen = torch.from_numpy(mask).to(device)
-                parts[i] = parts[i].merge(RowSums.of(x[chosen], x_hat[chosen]))
+            is_eligible = positions >= pairing.skip_positions
+            places = np.searchsorted(sequences, tokens // store.context_length)
+            part = np.where(positions == 0, 0, np.where(is_eligible, 2, 1))
+            keys = torch.from_numpy(part * num_groups + group_of(places, len(sequences)))
+            grouped.add(keys.to(device), x, x_hat, encoded.values)
             eligible = torch.from_numpy(is_eligible).to(device)
             values, indices = encoded.values[eligible], encoded.indices[eligible]
             latents.add(values, indices)
@@ -94,11 +99,13 @@ def sweep_layer(
                 indices[:covered].cpu().numpy(),
             )
             progress(len(rows))
-    everywhere = merge_all(parts)
+    first, skipped, rest = (grouped.sums(n * num_groups, (n + 1) * num_groups) for n in range(3))
+    later = skipped + rest
+    eligible_rows = first + later if pairing.skip_positions == 0 else rest
     return LayerSums(
-        eligible=everywhere if pairing.skip_positions == 0 else parts[2],
-        position_0_in=everywhere,
-        position_0_out=merge_all(parts[1:]),
+        eligible=eligible_rows,
+        position_0_in=first + later,
+        position_0_out=later,
         latents=latents,
         num_events=writer.num_events,
     )

@@ -1,4 +1,4 @@
-"""From sums to the tables `layers`, `latents` and `latent_layers`.
+"""From sums to the tables `layers`, `overall`, `latents` and `latent_layers`.
 
 Shapes: L layers, M = num_latents.
 """
@@ -15,17 +15,18 @@ from mlsae.analyze.cross_entropy import CrossEntropy
 from mlsae.analyze.decoder import Decoder
 from mlsae.analyze.distribution import Float, LayerDistribution, layer_distribution
 from mlsae.analyze.joint import Joint
+from mlsae.analyze.metrics import describe
 from mlsae.analyze.sweep import LayerSums
 
 
-def layers_table(
+def layers_tables(
     sums: Mapping[int, LayerSums],
     norms: Mapping[int, float],
     adjacent_cosines: Mapping[int, float],
     entropy: CrossEntropy | None,
     provenance: Mapping[str, str],
-) -> pa.Table:
-    """One row a layer.
+) -> tuple[pa.Table, pa.Table]:
+    """`layers`, one row a layer, and `overall`, the mean over layers and all layers together.
 
     Args:
         sums: by layer id.
@@ -34,44 +35,15 @@ def layers_table(
         entropy: its arrays in the order of `sums`, or None.
         provenance: goes into the schema's metadata.
     """
-    rows = []
-    for i, (layer, of) in enumerate(sums.items()):
-        count, total = int(of.latents.count.sum()), float(of.latents.total.sum())
-        num_rows = of.eligible.num_rows
-        rows.append(
-            {
-                "layer": layer,
-                "num_rows": num_rows,
-                "fvu": of.eligible.fvu(),
-                "fvu_published": of.eligible.fvu_published(),
-                "num_rows_position_0_in": of.position_0_in.num_rows,
-                "fvu_position_0_in": of.position_0_in.fvu(),
-                "fvu_published_position_0_in": of.position_0_in.fvu_published(),
-                "num_rows_position_0_out": of.position_0_out.num_rows,
-                "fvu_position_0_out": of.position_0_out.fvu(),
-                "fvu_published_position_0_out": of.position_0_out.fvu_published(),
-                "mse": of.eligible.mse(),
-                "l0": count / num_rows,
-                "l1": total / num_rows,
-                "norm": norms[layer],
-                "adjacent_cosine": adjacent_cosines.get(layer),
-                **_entropy_columns(entropy, i),
-            }
-        )
-    return pa.Table.from_pylist(rows, schema=schema("layers", provenance))
-
-
-def _entropy_columns(entropy: CrossEntropy | None, i: int) -> dict[str, float | None]:
-    if entropy is None:
-        return {}
-    return {
-        "num_ce_tokens": entropy.num_tokens,
-        "ce": entropy.ce,
-        "ce_store": None if entropy.ce_store is None else float(entropy.ce_store[i]),
-        "ce_sae": float(entropy.ce_sae[i]),
-        "delta_ce": float(entropy.delta_ce[i]),
-        "kl": float(entropy.kl[i]),
-    }
+    by_layer, overall = describe(sums, entropy)
+    rows = [
+        {"layer": layer, "norm": norms[layer], "adjacent_cosine": adjacent_cosines.get(layer), **of}
+        for layer, of in zip(sums, by_layer, strict=True)
+    ]
+    return (
+        pa.Table.from_pylist(rows, schema=schema("layers", provenance)),
+        pa.Table.from_pylist(overall, schema=schema("overall", provenance)),
+    )
 
 
 def layer_means(sums: Mapping[int, LayerSums]) -> Float:

@@ -12,12 +12,7 @@ import torch
 import transformers
 
 from mlsae.analyze import AnalyzeConfig, run
-from mlsae.analyze.cross_entropy import (
-    kl_sum,
-    measure,
-    reconstruct_where,
-    stored_where,
-)
+from mlsae.analyze.cross_entropy import divergences, measure, put_where, reconstruct_where
 from mlsae.analyze.pairing import Pairing, pair
 from mlsae.analyze.sequences import counted_targets
 from mlsae.models import load
@@ -37,60 +32,96 @@ class Sums:
     ce: float = 0.0
     ce_store: float = 0.0
     ce_sae: float = 0.0
+    ce_zero: float = 0.0
+    ce_mean: float = 0.0
     kl: float = 0.0
+    agreed: int = 0
+
+
+Change = Callable[[int, torch.Tensor], torch.Tensor]
 
 
 def _log_probs(
-    model: Any,
-    layer: int,
-    tokens: torch.Tensor,
-    change: Callable[[torch.Tensor], torch.Tensor],
-    swap: list[int],
+    model: Any, layers: tuple[int, ...], tokens: torch.Tensor, change: Change, swap: list[int]
 ) -> Any:
-    """Float64 log-probabilities (T, V) with `change` of the layer's output at positions `swap`."""
+    """Float64 log-probabilities (T, V) with `change` of the layers' outputs at positions `swap`."""
 
-    def hook(_module: Any, _inputs: Any, output: Any) -> Any:
-        x = (output if isinstance(output, torch.Tensor) else output[0]).clone()
-        x[0, swap] = change(x[0])[swap].float()
-        return x if isinstance(output, torch.Tensor) else (x, *output[1:])
+    def hook_of(layer: int) -> Callable[..., Any]:
+        def hook(_module: Any, _inputs: Any, output: Any) -> Any:
+            x = (output if isinstance(output, torch.Tensor) else output[0]).clone()
+            x[0, swap] = change(layer, x[0])[swap].float()
+            return x if isinstance(output, torch.Tensor) else (x, *output[1:])
 
-    handle = model.gpt_neox.layers[layer].register_forward_hook(hook)
+        return hook
+
+    handles = [model.gpt_neox.layers[n].register_forward_hook(hook_of(n)) for n in layers]
     with torch.no_grad():
         logits = model(tokens).logits[0].double()
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     return logits.log_softmax(-1).numpy()
 
 
-def _by_plain_hooks(world: Any, sae: Any, layer: int, sequences: list[int], skip: int) -> Sums:
+def _by_plain_hooks(
+    world: Any, sae: Any, layers: tuple[int, ...], sequences: list[int], skip: int
+) -> Sums:
     """One sequence and one token at a time, without anything of this package but the weights."""
     model = transformers.AutoModelForCausalLM.from_pretrained(world.model).eval()
     sums = Sums()
+    position = np.arange(len(world.tokens)) % LENGTH
+    eligible = (world.flags == 0) & (position >= skip)
+    means = {n: torch.from_numpy(world.activations[n][eligible].mean(axis=0)) for n in layers}
     for sequence in sequences:
         span = slice(sequence * LENGTH, (sequence + 1) * LENGTH)
         tokens = torch.from_numpy(world.tokens[span])[None]
         flags, documents = world.flags[span], world.documents[span]
         swap = [t for t in range(LENGTH) if flags[t] == 0 and t >= skip]
-        stored = torch.from_numpy(world.activations[layer][span])
-
-        def put_stored(_x: torch.Tensor, stored: torch.Tensor = stored) -> torch.Tensor:
-            return stored
-
-        def put_rebuilt(x: torch.Tensor) -> torch.Tensor:
-            return torch.from_numpy(sae.reconstruction(x.double().numpy()))
-
-        true = _log_probs(model, layer, tokens, lambda x: x, [])
-        of_store = _log_probs(model, layer, tokens, put_stored, swap)
-        of_sae = _log_probs(model, layer, tokens, put_rebuilt, swap)
+        stored = {n: torch.from_numpy(world.activations[n][span]) for n in layers}
+        changes: dict[str, Change] = {
+            "store": lambda n, _x, stored=stored: stored[n],
+            "sae": lambda _n, x: torch.from_numpy(sae.reconstruction(x.double().numpy())),
+            "zero": lambda _n, x: torch.zeros_like(x),
+            "mean": lambda n, x: means[n].expand_as(x),
+        }
+        true = _log_probs(model, (), tokens, lambda _n, x: x, [])
+        of = {
+            name: _log_probs(model, layers, tokens, change, swap)
+            for name, change in changes.items()
+        }
         for t in range(LENGTH - 1):
             if documents[t] != documents[t + 1] or flags[t + 1] or flags[t] & PADDING:
                 continue
             target = tokens[0, t + 1]
             sums.num_tokens += 1
             sums.ce -= true[t, target]
-            sums.ce_store -= of_store[t, target]
-            sums.ce_sae -= of_sae[t, target]
-            sums.kl += (np.exp(true[t]) * (true[t] - of_sae[t])).sum()
+            sums.ce_store -= of["store"][t, target]
+            sums.ce_sae -= of["sae"][t, target]
+            sums.ce_zero -= of["zero"][t, target]
+            sums.ce_mean -= of["mean"][t, target]
+            sums.kl += (np.exp(true[t]) * (true[t] - of["sae"][t])).sum()
+            sums.agreed += int(true[t].argmax() == of["sae"][t].argmax())
     return sums
+
+
+def _agree(row: dict[str, Any], sums: Sums) -> None:
+    n = sums.num_tokens
+    assert row["num_ce_tokens"] == n
+    assert row["ce"] == pytest.approx(sums.ce / n, rel=1e-5)
+    assert row["ce_sae"] == pytest.approx(sums.ce_sae / n, rel=1e-5)
+    assert row["delta_ce"] == pytest.approx((sums.ce_sae - sums.ce) / n, abs=2e-5)
+    assert row["ce_zero"] == pytest.approx(sums.ce_zero / n, rel=1e-5)
+    assert row["ce_mean"] == pytest.approx(sums.ce_mean / n, rel=1e-5)
+    assert row["kl"] == pytest.approx(sums.kl / n, rel=1e-4)
+    assert row["kl"] > 0.01
+    assert row["top1_agreement"] == sums.agreed / n
+    assert 0 < row["top1_agreement"] < 1
+    for name, ablated in (("zero", sums.ce_zero), ("mean", sums.ce_mean)):
+        found = row[f"loss_recovered_{name}"]
+        if ablated <= sums.ce:
+            assert found is None
+        else:
+            expected = (ablated - sums.ce_sae) / (ablated - sums.ce)
+            assert found == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("skip", [0, 2])
@@ -105,19 +136,16 @@ def test_the_columns_are_those_of_an_independent_run(
         rows="all",
         ce_max_tokens=10 * LENGTH,
     )
-    found = run(config).layers.to_pylist()
+    found = run(config)
     sae = dense(load_sae(directory))
-    for row in found:
-        sums = _by_plain_hooks(world, sae, row["layer"], list(range(10)), skip)
-        n = sums.num_tokens
-        assert row["num_ce_tokens"] == n
-        assert row["ce"] == pytest.approx(sums.ce / n, rel=1e-5)
-        assert row["ce_store"] == pytest.approx(sums.ce_store / n, rel=1e-5)
-        assert row["ce_sae"] == pytest.approx(sums.ce_sae / n, rel=1e-5)
-        assert row["delta_ce"] == pytest.approx((sums.ce_sae - sums.ce) / n, abs=2e-5)
-        assert row["kl"] == pytest.approx(sums.kl / n, rel=1e-4)
-        assert row["kl"] > 0.01
+    for row in found.layers.to_pylist():
+        sums = _by_plain_hooks(world, sae, (row["layer"],), list(range(10)), skip)
+        _agree(row, sums)
+        assert row["ce_store"] == pytest.approx(sums.ce_store / sums.num_tokens, rel=1e-5)
         assert row["ce_store"] != row["ce"]
+    together = found.overall.to_pylist()[1]
+    _agree(together, _by_plain_hooks(world, sae, LAYERS, list(range(10)), skip))
+    assert together["ce_store"] is None
 
 
 class Unchanged(torch.nn.Module):
@@ -140,9 +168,16 @@ def test_splicing_the_exact_activation_costs_exactly_nothing(
         transformer, pairing, np.arange(12), batch_rows=5 * LENGTH, progress=lambda _n: None
     )
     assert found is not None
-    assert found.delta_ce.tolist() == [0.0, 0.0, 0.0]
-    assert found.kl.tolist() == [0.0, 0.0, 0.0]
-    assert found.ce_sae.tolist() == [found.ce] * 3
+    assert found.delta_ce.tolist() == found.kl.tolist() == [0.0] * 3
+    assert len(found.ratios()) == 4
+    for of in found.ratios():
+        num_tokens = of["kl"][1]
+        for name in ("delta_ce", "kl"):
+            assert (of[name][0] == 0).all()
+        assert (of["top1_agreement"][0] == num_tokens).all()
+        assert (of["ce_sae"][0] == of["ce"][0]).all()
+        for name in ("loss_recovered_zero", "loss_recovered_mean"):
+            np.testing.assert_array_equal(*of[name])
 
 
 def test_batches_change_no_figure(world: Any, sae_maker: Callable[..., Path]) -> None:
@@ -157,8 +192,10 @@ def test_batches_change_no_figure(world: Any, sae_maker: Callable[..., Path]) ->
     assert many is not None
     assert seen == [LENGTH] * 7 + [5 * LENGTH, 2 * LENGTH]
     assert one.num_tokens == many.num_tokens
-    np.testing.assert_allclose(one.ce_sae, many.ce_sae, rtol=1e-5)
-    np.testing.assert_allclose(one.kl, many.kl, rtol=1e-4)
+    for name in ("counted", "untouched", "stored", "added", "divergence", "agreed", "zero", "mean"):
+        a, b = getattr(one, name), getattr(many, name)
+        assert a.shape[-1] == 7
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_only_next_tokens_of_the_same_document_without_a_flag_are_counted() -> None:
@@ -179,23 +216,28 @@ def test_only_eligible_rows_are_replaced() -> None:
     x, stored = torch.arange(24.0).view(2, 3, 4), torch.full((2, 3, 4), -1.0)
     eligible = torch.tensor([[False, True, False], [False, False, True]])
     doubled = reconstruct_where(lambda rows, _layer: 2 * rows, eligible, 1)(x)  # type: ignore[arg-type]
-    of_store = stored_where(stored, eligible)(x)
+    of_store = put_where(stored, eligible)(x)
+    of_mean = put_where(torch.arange(4.0) - 9, eligible)(x)
     assert torch.equal(doubled, torch.where(eligible[..., None], 2 * x, x))
     assert torch.equal(of_store, torch.where(eligible[..., None], stored, x))
+    assert of_mean[0, 1].tolist() == of_mean[1, 2].tolist() == [-9, -8, -7, -6]
+    assert torch.equal(of_mean[~eligible], x[~eligible])
     assert torch.equal(x, torch.arange(24.0).view(2, 3, 4))
 
 
 def test_kl_is_of_the_untouched_from_the_spliced() -> None:
     generator = torch.Generator().manual_seed(0)
     p, q = (torch.randn(5, 30, generator=generator).log_softmax(-1) for _ in range(2))
-    expected = sum(
-        float(a.double().exp() * (a.double() - b.double()))
+    expected = [
+        sum(
+            float(a.double().exp() * (a.double() - b.double()))
+            for a, b in zip(row_p, row_q, strict=True)
+        )
         for row_p, row_q in zip(p, q, strict=True)
-        for a, b in zip(row_p, row_q, strict=True)
-    )
-    assert kl_sum(p, q) == pytest.approx(expected, rel=1e-6)
-    assert kl_sum(p, q) != pytest.approx(kl_sum(q, p), rel=1e-2)
-    assert kl_sum(p, p) == 0.0
+    ]
+    assert divergences(p, q).tolist() == pytest.approx(expected, rel=1e-5)
+    assert divergences(p, q).tolist() != pytest.approx(divergences(q, p).tolist(), rel=1e-2)
+    assert divergences(p, p).tolist() == [0.0] * 5
 
 
 def test_rows_without_two_tokens_of_a_document_have_no_cross_entropy(

@@ -141,7 +141,7 @@ def test_splicing_the_exact_activation_costs_exactly_nothing(
     pairing = pair(both.kept, sae_maker(both.kept), torch.device("cpu"))
     found = measure(
         load(demo_model),
-        replace(pairing, sae=torch.nn.Identity()),  # type: ignore[arg-type]
+        replace(pairing, sae=lambda x, _layer: x),  # type: ignore[arg-type]
         np.array([1, 5, 6]),
         batch_rows=2 * LENGTH,
         progress=lambda _n: None,

@@ -30,7 +30,7 @@ FIGURES = [
         "norm_cosine",
     )
 ]
-TABLES = ("histograms", "latent_layers", "latents", "layer_cosine", "layers")
+TABLES = ("histograms", "latent_layers", "latents", "layer_cosine", "layers", "overall")
 
 
 def _tree(path: Path) -> list[str]:

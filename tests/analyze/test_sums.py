@@ -1,13 +1,17 @@
 """Row and latent sums against brute force in float64."""
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 
-from mlsae.analyze.sums import LatentSums, RowSums, merge_all
+from mlsae.analyze.bootstrap import ratio
+from mlsae.analyze.sums import GroupedRows, LatentSums, RowSums
 
 CPU = torch.device("cpu")
+Float = npt.NDArray[np.float64]
 
 
 def _rows(num_rows: int, seed: int, offset: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -16,51 +20,138 @@ def _rows(num_rows: int, seed: int, offset: float = 0.0) -> tuple[torch.Tensor, 
     return x, x + 0.3 * torch.randn(num_rows, 7, generator=generator)
 
 
-def _brute(x: torch.Tensor, x_hat: torch.Tensor) -> tuple[float, float, float]:
-    a: npt.NDArray[np.float64] = x.numpy().astype(np.float64)
-    error = ((a - x_hat.numpy().astype(np.float64)) ** 2).sum()
+def _summed(
+    x: torch.Tensor,
+    x_hat: torch.Tensor,
+    values: torch.Tensor | None = None,
+    *,
+    keys: list[int] | None = None,
+    batch: int = 100,
+    reference: float = 0.0,
+) -> RowSums:
+    """The sums by key, one key if none are given."""
+    of = torch.tensor(keys or [0] * len(x))
+    values = torch.zeros(len(x), 1) if values is None else values
+    num_keys = int(of.max()) + 1
+    rows = GroupedRows(num_keys, np.full(7, reference), CPU)
+    for part in zip(
+        of.split(batch), x.split(batch), x_hat.split(batch), values.split(batch), strict=True
+    ):
+        rows.add(*part)
+    return rows.sums(0, num_keys)
+
+
+def _brute(x: torch.Tensor, x_hat: torch.Tensor, values: torch.Tensor) -> dict[str, float]:
+    """Every figure by its definition, one row at a time where it is a mean over rows."""
+    a, b = x.numpy().astype(np.float64), x_hat.numpy().astype(np.float64)
+    z = values.numpy().astype(np.float64)
+    error = ((a - b) ** 2).sum()
     fvu = error / ((a - a.mean(axis=0)) ** 2).sum()
-    published = error / ((a - a.mean()) ** 2).sum()
-    return float(fvu), float(published), float(error / a.size)
+    cosines = [p @ q / np.sqrt((p @ p) * (q @ q)) for p, q in zip(a, b, strict=True)]
+    return {
+        "fvu": fvu,
+        "fvu_published": error / ((a - a.mean()) ** 2).sum(),
+        "explained_variance": 1 - fvu,
+        "mse": error / a.size,
+        "cosine": np.mean(cosines),
+        "relative_reconstruction_bias": np.mean([q @ q for q in b])
+        / np.mean([p @ q for p, q in zip(a, b, strict=True)]),
+        "l0": np.mean([(row > 0).sum() for row in z]),
+        "l1": np.mean([row[row > 0].sum() for row in z]),
+        "density": np.mean([(row > 0).sum() for row in z]) / 30,
+    }
 
 
-@pytest.mark.parametrize("sizes", [[100], [1, 99], [33, 0, 50, 17], [0, 100]])
-def test_fvu_and_mse_are_those_of_all_rows_however_they_are_split(sizes: list[int]) -> None:
+def _figures(sums: RowSums, weights: Float) -> dict[str, Float]:
+    return {name: ratio(*of) for name, of in sums.weighted(weights).ratios(30).items()}
+
+
+@pytest.mark.parametrize("batch", [1, 33, 100])
+@pytest.mark.parametrize("reference", [0.0, 5.0, 40.0])
+def test_figures_are_those_of_all_rows_whatever_the_batches_and_the_reference(
+    batch: int, reference: float
+) -> None:
     x, x_hat = _rows(100, seed=0, offset=5.0)
-    parts = [RowSums.of(*pair) for pair in zip(x.split(sizes), x_hat.split(sizes), strict=True)]
-    merged = merge_all(parts)
-    fvu, published, mse = _brute(x, x_hat)
-    assert merged.num_rows == 100
-    assert merged.fvu() == pytest.approx(fvu, rel=1e-12)
-    assert merged.fvu_published() == pytest.approx(published, rel=1e-12)
-    assert merged.mse() == pytest.approx(mse, rel=1e-12)
+    values = torch.randn(100, 4, generator=torch.Generator().manual_seed(9))
+    sums = _summed(x, x_hat, values, batch=batch, reference=reference)
+    expected = _brute(x, x_hat, values)
+    found = _figures(sums, np.ones((1, 1)))
+    assert sums.num_rows == 100
+    assert found.keys() == expected.keys()
+    for name, of in found.items():
+        assert of[0] == pytest.approx(expected[name], rel=1e-12), name
+
+
+def test_weighted_groups_are_their_rows_as_often() -> None:
+    """A group may have no rows, and keys need not come in order or together."""
+    x, x_hat = _rows(60, seed=4, offset=2.0)
+    values = torch.rand(60, 3, generator=torch.Generator().manual_seed(5))
+    keys = ([2] * 10 + [0] * 7 + [2] * 3 + [4] * 10) * 2
+    weights = np.array([[1, 1, 1, 1, 1], [0, 3, 2, 1, 1], [2, 0, 0, 0, 1.0]])
+    found = _figures(_summed(x, x_hat, values, keys=keys, batch=13), weights)
+    for n, row in enumerate(weights):
+        often = torch.tensor([int(row[key]) for key in keys])
+        repeated = (part.repeat_interleave(often, dim=0) for part in (x, x_hat, values))
+        for name, value in _brute(*repeated).items():
+            assert found[name][n] == pytest.approx(value, rel=1e-12), name
+
+
+def test_disjoint_sets_of_rows_add_up() -> None:
+    x, x_hat = _rows(40, seed=6)
+    both = _summed(x[:15], x_hat[:15]) + _summed(x[15:], x_hat[15:])
+    whole = _summed(x, x_hat)
+    np.testing.assert_allclose(both.scalars, whole.scalars, rtol=1e-12)
+    np.testing.assert_allclose(both.offset, whole.offset, rtol=1e-12)
 
 
 def test_a_mean_far_larger_than_the_spread_costs_no_precision() -> None:
     x, x_hat = _rows(4000, seed=1)
     x, x_hat = x.double() * 1e-3 + 1e5, x_hat.double() * 1e-3 + 1e5
-    merged = merge_all([RowSums.of(a, b) for a, b in zip(x.split(7), x_hat.split(7), strict=True)])
+    sums = _summed(x, x_hat, batch=7, reference=1e5)
     centred = x - x.mean(0)
     expected = float((x - x_hat).square().sum() / centred.square().sum())
-    assert merged.fvu() == pytest.approx(expected, rel=1e-6)
+    assert ratio(*sums.fvu())[0] == pytest.approx(expected, rel=1e-6)
 
 
 def test_published_fvu_is_the_smaller_one_where_channels_have_other_means() -> None:
     x, x_hat = _rows(50, seed=2)
-    sums = RowSums.of(x + torch.arange(7) * 10, x_hat + torch.arange(7) * 10)
-    fvu, published = sums.fvu(), sums.fvu_published()
-    assert fvu is not None
-    assert published is not None
-    assert published < fvu / 10
+    sums = _summed(x + torch.arange(7) * 10, x_hat + torch.arange(7) * 10)
+    assert ratio(*sums.fvu_published())[0] < ratio(*sums.fvu())[0] / 10
 
 
-def test_without_rows_or_variance_there_is_no_fvu() -> None:
-    assert RowSums.empty(7, CPU).fvu() is None
-    assert RowSums.empty(7, CPU).fvu_published() is None
-    assert RowSums.empty(7, CPU).mse() is None
-    same = torch.ones(5, 7)
-    assert RowSums.of(same, same * 2).fvu() is None
-    assert RowSums.of(same, same * 2).mse() == 1.0
+@pytest.mark.parametrize("reference", [0.0, 0.1, 0.7])
+def test_without_rows_or_variance_there_is_no_fvu(reference: float) -> None:
+    empty = _figures(GroupedRows(1, np.full(7, reference), CPU).sums(0, 1), np.ones((1, 1)))
+    assert all(np.isnan(of).all() for of in empty.values())
+    same = torch.full((50, 7), 0.1)
+    found = _figures(_summed(same, same * 2, reference=reference), np.ones((1, 1)))
+    assert np.isnan(found["fvu"][0])
+    assert np.isnan(found["explained_variance"][0])
+    assert found["mse"][0] == pytest.approx(0.01)
+    assert found["relative_reconstruction_bias"][0] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("rebuild", "name", "expected"),
+    [
+        (torch.zeros_like, "cosine", 0.0),
+        (lambda x: 0.5 * x, "relative_reconstruction_bias", 0.5),
+        (lambda x: -x, "cosine", -1.0),
+        (lambda x: x, "explained_variance", 1.0),
+    ],
+)
+def test_plain_reconstructions_have_the_figures_that_they_must(
+    rebuild: Callable[[torch.Tensor], torch.Tensor], name: str, expected: float
+) -> None:
+    x, _ = _rows(30, seed=7)
+    found = _figures(_summed(x, rebuild(x)), np.ones((1, 1)))
+    assert found[name][0] == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_bias_without_agreement_is_not_defined() -> None:
+    x, _ = _rows(30, seed=8)
+    found = _figures(_summed(x, -x), np.ones((1, 1)))
+    assert np.isnan(found["relative_reconstruction_bias"][0])
 
 
 def test_a_latent_counts_where_its_value_is_above_zero() -> None:

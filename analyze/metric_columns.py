@@ -1,0 +1,121 @@
+"""The columns of the tables `layers` and `overall`."""
+
+import pyarrow as pa
+
+from mlsae.analyze.column import Column
+
+_F, _I, _L = pa.float64(), pa.int64(), pa.int32()
+_FVU = "Σ‖x − x̂‖² / Σ‖x − μ‖², μ the mean of each channel over the same rows"
+_PUBLISHED = "Σ‖x − x̂‖² / Σ(x − μ)², μ one scalar mean over rows and channels"
+_IN = "over unflagged rows at every position"
+_OUT = "over unflagged rows at positions from 1"
+_CE = "null where no transformer was at hand"
+_SPLICED = f"with the reconstruction of this layer's live activations spliced in; {_CE}"
+_HARMLESS = f"{_CE}, or the ablation costs nothing"
+
+_COUNTS = (
+    Column("num_rows", _I, "row", "eligible rows evaluated"),
+    Column("num_rows_position_0_in", _I, "row", "unflagged rows evaluated, every position"),
+    Column("num_rows_position_0_out", _I, "row", "unflagged rows evaluated, positions from 1"),
+)
+
+_ROWS = (
+    Column("fvu", _F, "1", f"{_FVU}: the eligible ones; null if they do not vary"),
+    Column("fvu_published", _F, "1", f"{_PUBLISHED}: the eligible ones"),
+    Column("fvu_position_0_in", _F, "1", f"as fvu, {_IN}"),
+    Column("fvu_published_position_0_in", _F, "1", f"as fvu_published, {_IN}"),
+    Column("fvu_position_0_out", _F, "1", f"as fvu, {_OUT}"),
+    Column("fvu_published_position_0_out", _F, "1", f"as fvu_published, {_OUT}"),
+    Column("explained_variance", _F, "1", "1 − fvu"),
+    Column("mse", _F, "activation²", "Σ‖x − x̂‖² / (num_rows · d_model)"),
+    Column("cosine", _F, "1", "mean of ⟨x, x̂⟩ / (‖x‖ · ‖x̂‖), 0 where either is 0"),
+    Column(
+        "relative_reconstruction_bias",
+        _F,
+        "1",
+        "Σ‖x̂‖² / Σ⟨x, x̂⟩; below 1 reconstructions are too small; null if the divisor is not "
+        "above 0",
+    ),
+    Column("l0", _F, "latent", "mean number of active latents of a row"),
+    Column("l1", _F, "latent value", "mean sum of the latents' values of a row"),
+    Column("density", _F, "1", "l0 / number of latents"),
+)
+
+_SHARES = (
+    Column("dead_fraction", _F, "1", "share of the latents that are active at none of the rows"),
+    Column("frequent_fraction", _F, "1", "share active at over a tenth of the rows"),
+    Column("always_on_fraction", _F, "1", "share active at every row"),
+)
+
+_STORE = (
+    Column(
+        "norm", _F, "activation", "mean ‖x‖ over all eligible rows of the store, not the evaluated"
+    ),
+    Column(
+        "adjacent_cosine",
+        _F,
+        "1",
+        "pooled cosine with the next layer that the store holds, over all its eligible rows: "
+        "Σ⟨x − μ, x′ − μ′⟩ / √(Σ‖x − μ‖² · Σ‖x′ − μ′‖²); null at the last layer of the store",
+    ),
+)
+
+_TOKENS = (Column("num_ce_tokens", _I, "token", f"scored next tokens of the columns below; {_CE}"),)
+
+_ENTROPY = (
+    Column("ce", _F, "nat/token", f"cross-entropy of the untouched transformer; {_CE}"),
+    Column(
+        "ce_store",
+        _F,
+        "nat/token",
+        f"with the stored activations of this layer spliced in; {_CE}, or the store keeps only "
+        "some positions",
+    ),
+    Column("ce_sae", _F, "nat/token", _SPLICED),
+    Column("delta_ce", _F, "nat/token", f"ce_sae − ce; {_CE}"),
+    Column("ce_zero", _F, "nat/token", f"with zeros in this layer's place; {_CE}"),
+    Column(
+        "ce_mean",
+        _F,
+        "nat/token",
+        f"with the mean of the layer's eligible rows of the store in its place; {_CE}",
+    ),
+    Column("loss_recovered_zero", _F, "1", f"(ce_zero − ce_sae) / (ce_zero − ce); {_HARMLESS}"),
+    Column("loss_recovered_mean", _F, "1", f"(ce_mean − ce_sae) / (ce_mean − ce); {_HARMLESS}"),
+    Column("kl", _F, "nat/token", f"mean KL(untouched ‖ spliced as for ce_sae); {_CE}"),
+    Column(
+        "top1_agreement",
+        _F,
+        "1",
+        f"share of tokens with the same likeliest next one, spliced as for ce_sae; {_CE}",
+    ),
+)
+
+
+def _bounds(columns: tuple[Column, ...]) -> tuple[Column, ...]:
+    """The interval of each column."""
+    ends = (("low", "2.5th"), ("high", "97.5th"))
+    return tuple(
+        Column(f"{of.name}_{end}", _F, of.unit, f"{rank} percentile of {of.name} over resamples")
+        for of in columns
+        for end, rank in ends
+    )
+
+
+_FIGURES = (*_COUNTS, *_ROWS, *_SHARES)
+_SCORES = (*_TOKENS, *_ENTROPY)
+
+LAYERS = (
+    Column("layer", _L, "layer", "0-based block index"),
+    *_FIGURES,
+    *_STORE,
+    *_SCORES,
+    *_bounds((*_ROWS, *_ENTROPY)),
+)
+
+OVERALL = (
+    Column("over", pa.string(), "", "`mean` or `all`, which the other columns are read by"),
+    *_FIGURES,
+    *_SCORES,
+    *_bounds((*_ROWS, *_ENTROPY)),
+)
