@@ -19,7 +19,7 @@ from mlsae.train.walk import Block, Walk
 
 Int64 = npt.NDArray[np.int64]
 
-JOB_RUNS = 64
+JOB_RUNS = 128
 """Most slices that one thread reads at once."""
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from mlsae.train.sampler import Int64, Order, Parts, check_world_size, owned_slots
 
-_BLOCK_ROWS = 1 << 15
+_BLOCK_ROWS = 1 << 16
 """Rows of a rank's share of the steps that are walked at once, or nearly."""
 
 
