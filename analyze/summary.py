@@ -24,6 +24,8 @@ _SHOWN = {
     "kl": ".4f",
 }
 """Columns of `layers` that are printed, and how."""
+_MEAN = ("fvu", "fvu_published", "cosine", "delta_ce", "loss_recovered_mean")
+_TOGETHER = ("delta_ce", "loss_recovered_mean", "kl", "top1_agreement")
 
 
 def overall(layers: pa.Table, latents: pa.Table) -> dict[str, Any]:
@@ -62,8 +64,7 @@ def render(analysis: Analysis) -> str:
         f"{format_count(summary['num_rows'])} rows over {num_layers} layers "
         f"({summary['rows']}: {format_count(summary['num_sequences'])} sequences of "
         f"{summary['context_length']} tokens, positions from {summary['skip_positions']})",
-        f"mean over layers: fvu {_text(total['mean_fvu'])}, fvu_published "
-        f"{_text(total['mean_fvu_published'])}, delta_ce {_text(total['mean_delta_ce'])}",
+        *_over_layers(analysis.overall),
         f"dead latents on these rows: {total['dead_fraction']:.2%} "
         f"({format_count(total['num_dead'])} of {format_count(total['num_latents'])})",
         f"mean standard deviation of a latent's layer: {_text(total['mean_layer_std'])}",
@@ -110,6 +111,25 @@ def _layer_variance(found: Mapping[str, Any] | None) -> list[str]:
         f"a latent that is active for a token is so at {found['layers_of_a_pair']:.2f} layers "
         f"(mean over {format_count(found['num_tokens'])} tokens)",
     ]
+
+
+def _over_layers(overall: pa.Table) -> list[str]:
+    """Mean over layers and all layers at once, with 95% intervals; what is null is left out."""
+    mean, together = overall.to_pylist()
+    lines = [f"mean over layers: {_figures(mean, _MEAN)}"]
+    if spliced := _figures(together, _TOGETHER):
+        lines.append(f"all layers spliced at once: {spliced}")
+    return lines
+
+
+def _figures(row: dict[str, Any], names: tuple[str, ...]) -> str:
+    parts = []
+    for name in names:
+        value, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
+        if value is not None:
+            interval = "" if low is None else f" ({_text(low)} to {_text(high)})"
+            parts.append(f"{name} {_text(value)}{interval}")
+    return ", ".join(parts)
 
 
 def _text(value: float | None, form: str = ".4g") -> str:
