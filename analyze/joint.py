@@ -13,6 +13,7 @@ from mlsae.analyze.decomposition import Decomposition, pairs_of
 from mlsae.analyze.pairing import Pairing
 from mlsae.analyze.selection import Int, Single, read_rows
 from mlsae.analyze.token_totals import TokenTotals
+from mlsae.sae import SAE
 from mlsae.store import AnyStore
 
 PUBLISHED_BATCH = 2048
@@ -76,16 +77,19 @@ def _blocks(
                 return
             _, tokens, x = block
             eligible = tokens % length >= pairing.skip_positions
-            latents[layer] = _encode(pairing, layer, x[eligible], batch_rows)
+            latents[layer] = encode_rows(
+                pairing.sae, x[eligible], layer, batch_rows=batch_rows, device=pairing.device
+            )
         yield tokens[eligible], latents
 
 
-def _encode(
-    pairing: Pairing, layer: int, x: Single, batch_rows: int
+def encode_rows(
+    sae: SAE, x_ND: Single, layer: int, *, batch_rows: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = torch.from_numpy(x).to(pairing.device)
+    """Values and indices (N, K) of rows of a layer, `batch_rows` at once; N may be 0."""
+    rows = torch.from_numpy(x_ND).to(device)
     encoded = [
-        pairing.sae.encode(rows[first : first + batch_rows], layer)
+        sae.encode(rows[first : first + batch_rows], layer)
         for first in range(0, max(1, len(rows)), batch_rows)
     ]
     width = max(part.values.shape[1] for part in encoded)

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from mlsae.analyze import Analysis, AnalyzeConfig, run
+from mlsae.analyze import joint as joint_sweep
 from mlsae.analyze.decomposition import Decomposition, pairs_of
+from mlsae.analyze.pairing import pair
+from mlsae.sae import SAE, SAEConfig
 from mlsae.sae import load as load_sae
 from mlsae.store import open_store
 from mlsae.store.split import validation_sequences
@@ -238,3 +241,56 @@ def test_the_entropy_over_token_ids_is_that_of_totals_over_all_layers(
         p = np.array([of_latent[ids == n].sum() for n in np.unique(ids)]) / of_latent.sum()
         entropy = -sum(q * np.log(q) for q in p if q > 0)
         assert row["token_entropy"] == pytest.approx(entropy, rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("block", [5, 23, 2048])
+def test_blocks_of_any_number_of_tokens_add_up_to_the_same(
+    block: int, world: Any, sae_maker: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a block of 5 rows, some have none that is eligible."""
+    monkeypatch.setattr(joint_sweep, "PUBLISHED_BATCH", block)
+    directory = sae_maker(world.store, num_latents=160, skip_positions=20)
+    cpu = torch.device("cpu")
+    told: list[int] = []
+    found = joint_sweep.sweep_tokens(
+        pair(world.store, directory, cpu), np.arange(3, 12), batch_rows=4, progress=told.append
+    )
+    row = np.arange(len(world.tokens))
+    rows = row[np.isin(row // 24, range(3, 12)) & (world.flags == 0)]
+    eligible = rows % 24 >= 20
+    sae = load_sae(directory)
+    x = np.stack([world.activations[n][rows[eligible]] for n in (0, 1, 3)])
+    encoded = sae.encode(torch.from_numpy(x))
+    z = torch.zeros(*x.shape[:2], 160, dtype=torch.float64)
+    z.scatter_(2, encoded.indices, encoded.values.double().detach())
+    expected = _by_definition(np.moveaxis(z.numpy(), 0, -1), (0, 1, 3))
+    terms = found.decomposition.terms()
+    assert terms is not None
+    mass = terms["mass"].summary()
+    assert {name: mass[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert found.decomposition.num_tokens == eligible.sum()
+    assert sum(told) == 3 * eligible.sum()
+    blocks = [eligible[n : n + block] for n in range(0, len(eligible), block)]
+    summary = found.decomposition.summary()
+    assert summary is not None
+    as_coded: Any = summary["as_coded"]
+    assert as_coded["num_batches"] == sum(of.any() for of in blocks)
+    _, num_ids = found.token_totals.entropies(160)
+    active = (z.numpy() > 0).any(axis=0)
+    ids = world.tokens[rows[eligible]]
+    assert num_ids.tolist() == [len(np.unique(ids[active[:, j]])) for j in range(160)]
+
+
+@pytest.mark.parametrize("batch_rows", [1, 3, 100])
+def test_rows_of_a_relu_sae_have_as_many_slots_as_any_of_them_needs(batch_rows: int) -> None:
+    sae = SAE(SAEConfig(d_in=6, num_latents=20, architecture="relu", encoder_bias=True))
+    x = np.random.default_rng(0).normal(size=(10, 6)).astype(np.float32)
+    dense = torch.relu(sae.standardize(torch.from_numpy(x))[0] @ sae.W_enc.T).double()
+    with torch.no_grad():
+        block = joint_sweep.encode_rows(sae, x, 0, batch_rows=batch_rows, device=sae.b.device)
+        nothing = joint_sweep.encode_rows(sae, x[:0], 0, batch_rows=batch_rows, device=sae.b.device)
+    pairs = pairs_of({0: block}, 20)
+    found = torch.zeros(10, 20, dtype=torch.float64)
+    found[pairs.tokens, pairs.latents] = pairs.totals
+    torch.testing.assert_close(found, dense.detach(), rtol=1e-5, atol=1e-6)
+    assert len(pairs_of({0: nothing}, 20).totals) == 0
