@@ -1,4 +1,4 @@
-"""What training choices do to the SAEs of a real model: four studies from one store.
+"""What training choices do to the SAEs of a real model: four studies.
 
     python -m benchmarks.training --model DIR --dataset FILE --out DIR \\
         --json docs/results/training.json
@@ -38,8 +38,11 @@ EPOCHS = (16, 8, 4, 2, 1)
 
 @dataclass(frozen=True)
 class Studies:
-    """Runs `mlsae` commands in a directory that holds one store, `acts`."""
+    """Runs `mlsae` commands in a directory."""
 
+    model: str
+    dataset: str
+    max_tokens: str | None
     out: Path
     rows: str
     """Rows of the sweep and of the study of layers, as `--max-rows` takes them."""
@@ -64,11 +67,17 @@ class Studies:
         return {"commands": [command], **self._summary("layers")}
 
     def tokens(self) -> dict[str, Any]:
-        """Held-out FVU against unique tokens at equal steps."""
-        store = open_store(self.out / "acts")
+        """Held-out FVU against unique tokens at equal steps.
+
+        From a store of its own, of shuffled stories: those of the file change in kind on the way,
+        so that its first part would be of one kind and what is held out of another.
+        """
+        harvest = self.harvest("shuffled", STREAM, "--shuffle-seed", "0")
+        store = open_store(self.out / "shuffled")
         per_part, held_out = split_sequences(store, max(EPOCHS))
         per = store.context_length
         commands = [
+            harvest,
             self._copy("held-out", f"{held_out[0] * per}:{held_out[1] * per}"),
             *(self._copy(f"part-{n}", f"0:{per_part * max(EPOCHS) // n * per}") for n in EPOCHS),
         ]
@@ -112,11 +121,21 @@ class Studies:
         )  # fmt: skip
 
     def _copy(self, name: str, rows: str) -> str:
-        return self.run("store", "copy", "acts", name, "--sites", STREAM, "--rows", rows)
+        return self.run("store", "copy", "shuffled", name, "--rows", rows)
+
+    def harvest(self, name: str, sites: str, *arguments: str) -> str:
+        """The text's activations."""
+        some = () if self.max_tokens is None else ("--max-tokens", self.max_tokens)
+        return self.run(
+            "harvest", "--model", self.model, "--dataset", self.dataset, "--sites", sites,
+            "--context-length", str(CONTEXT_LENGTH), "--out", name, "--device", "cpu",
+            *some, *arguments,
+        )  # fmt: skip
 
     def run(self, *arguments: str) -> str:
         """Runs `mlsae`; returns the command as a person would type it."""
-        command = " ".join(("mlsae", *arguments))
+        names = {self.model: "MODEL", self.dataset: "TEXT"}
+        command = " ".join(("mlsae", *(names.get(word, word) for word in arguments)))
         print(command, flush=True)
         subprocess.run([sys.executable, "-m", "mlsae", *arguments], cwd=self.out, check=True)
         return command
@@ -150,19 +169,22 @@ def main() -> None:
     parser.add_argument("--batch-size", default=2048, type=int, help="rows a step")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    studies = Studies(arguments.out, arguments.rows, arguments.mlp_rows, arguments.batch_size)
+    studies = Studies(
+        model=str(arguments.model.resolve()),
+        dataset=str(arguments.dataset.resolve()),
+        max_tokens=arguments.max_tokens,
+        out=arguments.out,
+        rows=arguments.rows,
+        mlp_rows=arguments.mlp_rows,
+        batch_size=arguments.batch_size,
+    )
     by_name: dict[str, Callable[[], dict[str, Any]]] = {
         "sweep": studies.sweep,
         "layers": studies.layers,
         "tokens": studies.tokens,
         "mlp": studies.mlp,
     }
-    studies.run(
-        "harvest", "--model", str(arguments.model.resolve()),
-        "--dataset", str(arguments.dataset.resolve()), "--sites", f"{STREAM},{MLP}",
-        "--context-length", str(CONTEXT_LENGTH), "--out", "acts", "--device", "cpu",
-        *(("--max-tokens", arguments.max_tokens) if arguments.max_tokens else ()),
-    )  # fmt: skip
+    studies.harvest("acts", f"{STREAM},{MLP}")
     store = open_store(arguments.out / "acts")
     known = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
     for name in arguments.study or by_name:

@@ -147,7 +147,8 @@ def _tokens(content: dict[str, Any]) -> Figure:
         axes.set_xticks(tokens, [f"{n / 1000:.0f} k" for n in tokens])
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set(title=f"{size:,} latents", xlabel="unique tokens, equal steps")
-        axes.set_ylim(bottom=0)
+    highest = max(mean(sae[key]) for sae in saes for key, *_ in kinds)
+    panels[0].set_ylim(0, 1.08 * highest)
     panels[0].set_ylabel("FVU, mean over layers")
     panels[0].legend()
     return figure
@@ -173,12 +174,20 @@ def _mlp(content: dict[str, Any]) -> Figure:
             axes.xaxis.set_minor_formatter(NullFormatter())
             if key == "fvu":
                 axes.set_ylim(0, 1)
+            else:
+                axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axes.yaxis.set_minor_formatter(FuncFormatter(_one_two_five))
         grid[0][column].set_title(scale)
         grid[2][column].set_xlabel("L0")
     for row, label in enumerate(("FVU", "MSE, units of x²", "L1, units of x")):
         grid[row][0].set_ylabel(label)
     grid[0][0].legend(title="layer", ncols=2, fontsize=7, title_fontsize=7)
     return figure
+
+
+def _one_two_five(value: float, _: int) -> str:
+    """The value where its first digit is 2 or 5, nothing elsewhere."""
+    return f"{value:g}" if f"{value:e}"[0] in "25" else ""
 
 
 def of_scale(saes: Sequence[dict[str, Any]], scale: str) -> list[dict[str, Any]]:

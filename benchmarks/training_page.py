@@ -22,7 +22,7 @@ def training_page(content: dict[str, Any]) -> str:
         f"The model is stories260k, a trained Llama of 260 thousand parameters "
         f"({len(store['layers'])} layers, d_model {store['d_model']}); the text is "
         f"{store['num_tokens']:,} tokens of TinyStories in sequences of "
-        f"{store['context_length']}, harvested once. FVU is in raw units, over sequences that were "
+        f"{store['context_length']}, harvested. FVU is in raw units, over sequences that were "
         "not trained on; position 0 and special tokens are out; a mean over layers is the plain "
         "mean of the layers' FVUs. It is one small model on one kind of text, and runs are "
         "short: what is seen here need not hold for a large one."
@@ -51,21 +51,20 @@ make results-training
 
 def _cost(content: dict[str, Any]) -> str:
     studies = [name for name in SECTIONS if name in content]
-    seconds = "; ".join(
-        f"{name} {content[name]['seconds']:,.0f} s, commit {content[name]['commit']}"
-        for name in studies
-    )
+    seconds = ", ".join(f"{name} {content[name]['seconds']:,.0f} s" for name in studies)
+    commits = sorted({content[name]["commit"] for name in studies})
     last = content[studies[-1]]
-    how = made({**content, "date": last["date"], "commit": last["commit"]})
+    how = made({**content, "date": last["date"], "commit": ", ".join(commits)})
     cost = paragraph(
-        f"Training took, on a machine that other programs used too, one thread an SAE: {seconds}."
+        "Training took, on a machine that other programs used too, since the last start where a "
+        f"run was stopped and resumed: {seconds}."
     )
     return f"{cost}\n\n{how}"
 
 
 def _commands(study: dict[str, Any]) -> str:
     lines = [
-        " \\\n    ".join(textwrap.wrap(line, 90, break_long_words=False, break_on_hyphens=False))
+        " \\\n    ".join(textwrap.wrap(line, 94, break_long_words=False, break_on_hyphens=False))
         for line in study["commands"]
     ]
     text = "\n".join(lines)
@@ -225,11 +224,13 @@ def _tokens(study: dict[str, Any]) -> str:
         head += [f"{size:,} latents: held out", "÷ all", "trained on"]
     sentences = " ".join(_price(study, size, most) for size in sizes)
     proof = paragraph(
-        f"The last {study['num_held_out']} sequences are held out, a store of their own; each part "
-        f"is the first sequences of the rest, and the {study['num_between']} sequences between "
-        "are used by none. The script compares token ids: every part is the beginning of the "
-        "whole, no held-out sequence is in a part, no document "
-        f"is in both (the held-out ones have {study['held_out_documents']}), and every SAE's "
+        "The stories are shuffled before they are packed, because those of the file change in kind "
+        f"on the way. The last {study['num_held_out']} sequences are held out, a store of their "
+        "own; each part is the first sequences of the rest, and the "
+        f"{study['num_between']} sequences between are used by none. The script compares token "
+        "ids: every part is the beginning of the whole, no held-out sequence is in a part, no "
+        f"document is in both (the held-out ones have {study['held_out_documents']}), and every "
+        "SAE's "
         "training.json names its part. `trained on` is FVU over as many sequences as are held "
         "out, the first of the store, which every part has. k 16, two seeds."
     )

@@ -124,6 +124,42 @@ def test_json_says_how_it_was_made(content: dict[str, Any], page: str):
     assert content["machine"]["cores"] >= 1
 
 
+def test_guide_to_how_many_tokens_has_the_measured_ratios(content: dict[str, Any]):
+    """Its table, recomputed: held-out FVU over that with all of the text, by size and part."""
+    guide = (ROOT / "docs" / "how-many-tokens.md").read_text()
+    rows = rows_of(guide, "What the curve says")
+    saes = content["tokens"]["saes"]
+    assert [row[0] for row in rows] == ["28,160", "56,320", "112,640", "225,280", "450,560"]
+    for tokens, epochs, *ratios in rows:
+        for size, ratio in zip((256, 1024), ratios, strict=True):
+            of = {
+                n: mean(
+                    mean(sae["fvu_by_layer"])
+                    for sae in saes
+                    if (sae["num_latents"], sae["epochs"]) == (size, n)
+                )
+                for n in (1, int(epochs))
+            }
+            assert float(ratio) == pytest.approx(of[int(epochs)] / of[1], abs=5.1e-3)
+        assert {s["unique_tokens"] for s in saes if s["epochs"] == int(epochs)} == {
+            int(tokens.replace(",", ""))
+        }
+
+
+def test_guide_to_how_many_tokens_has_the_bytes_of_models():
+    """layers · d_model times 2, or times 65/64, and how many of these a terabyte holds."""
+    guide = (ROOT / "docs" / "how-many-tokens.md").read_text()
+    numbers = {"pythia-70m": 6 * 512, "pythia-410m": 24 * 1024, "Llama-3-8B": 32 * 4096}
+    rows = rows_of(guide, "What disk affords")
+    assert [row[0] for row in rows] == list(numbers)
+    for model, *cells in rows:
+        plain, int8 = numbers[model] * 2, numbers[model] * 65 / 64
+        expected = [plain / 1e3, 1e12 / plain / 1e6, int8 / 1e3, 1e12 / int8 / 1e6]
+        for cell, value in zip(cells, expected, strict=True):
+            digits = len(cell.split()[0].partition(".")[2])
+            assert float(cell.split()[0]) == round(value, digits), (model, cell)
+
+
 @pytest.mark.parametrize("overlap", [0, 1])
 def test_a_part_that_holds_held_out_sequences_is_refused(
     sample_maker: Callable[..., Any], tmp_path: Path, overlap: int
