@@ -110,9 +110,9 @@ class Studies:
         )  # fmt: skip
         found = self._summary("mlp")
         store = open_store(self.out / "acts")
-        norms = store.moments(MLP).norm_mean.tolist()
+        about = {"mean_norms": store.moments(MLP).norm_mean.tolist(), "d_model": store.d_model}
         saes = penalised(store, MLP, self.out / "mlp", [sae["name"] for sae in found["saes"]])
-        return {"commands": [command], **found, "mean_norms": norms, "saes": saes}
+        return {"commands": [command], **found, **about, "saes": saes}
 
     def _train(self, name: str, site: str, *arguments: str, cache: str = "acts") -> str:
         return self.run(

@@ -169,14 +169,10 @@ def _mlp(content: dict[str, Any]) -> Figure:
             for layer in layers:
                 points = sorted((sae["l0"][layer], sae[key][layer]) for sae in of)
                 axes.plot(*zip(*points, strict=True), "o-", color=colours[layer], label=str(layer))
-            axes.set(xscale="log", yscale="linear" if key == "fvu" else "log")
-            axes.set_xticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
-            axes.xaxis.set_minor_formatter(NullFormatter())
-            if key == "fvu":
-                axes.set_ylim(0, 1)
-            else:
-                axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-                axes.yaxis.set_minor_formatter(FuncFormatter(_one_two_five))
+            axes.set(xscale="log", yscale="log")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axis.set_minor_formatter(FuncFormatter(_two_or_five))
         grid[0][column].set_title(scale)
         grid[2][column].set_xlabel("L0")
     for row, label in enumerate(("FVU", "MSE, units of x²", "L1, units of x")):
@@ -185,7 +181,7 @@ def _mlp(content: dict[str, Any]) -> Figure:
     return figure
 
 
-def _one_two_five(value: float, _: int) -> str:
+def _two_or_five(value: float, _: int) -> str:
     """The value where its first digit is 2 or 5, nothing elsewhere."""
     return f"{value:g}" if f"{value:e}"[0] in "25" else ""
 
