@@ -101,7 +101,7 @@ def fvus(saes: list[dict[str, Any]], layers: list[int], num_latents: int, at: in
     ]
 
 
-def test_figures_are_there_and_a_number_follows_each(content: dict[str, Any], page: str):
+def test_figures_are_there_and_a_number_follows_each(page: str):
     """A figure a study, followed by a sentence that holds a number."""
     figures = re.findall(r"^!\[[^\]]+\]\(([^)]+)\)\n\n(.+?)\n\n", page, re.M | re.S)
     assert len(figures) == page.count("![") == len(STUDIES)
