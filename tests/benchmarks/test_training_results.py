@@ -200,7 +200,8 @@ def test_the_script_runs_on_the_demo_model(
     """All four studies at tiny size, and again at once; the page and the figures come of it."""
     from mlsae.demo import text_path
 
-    text = "".join(json.loads(line)["text"] for line in text_path("held_out").open())
+    lines = text_path("held_out").read_text().splitlines()
+    text = "".join(json.loads(line)["text"] for line in lines)
     pieces = [text[i : i + 600] for i in range(0, 60_000, 600)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in pieces))
     command = [
