@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from benchmarks.made import commit, machine
 from mlsae.analyze import Analysis, AnalyzeConfig
 from mlsae.analyze import run as analyze
+from mlsae.analyze.style import STYLE
 from mlsae.harvest import HarvestConfig
 from mlsae.harvest import run as harvest
 from mlsae.store import open_store
@@ -138,20 +139,7 @@ def readings(analysis: Analysis) -> dict[str, float]:
 
 def draw_comparison(runs: list[dict[str, Any]], path: Path) -> None:
     """Held-out FVU and delta CE by layer: a line a loss space, a dot a seed, the prototype."""
-    style: dict[Any, Any] = {
-        "font.size": 9,
-        "axes.titlesize": 10,
-        "axes.titlelocation": "left",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": "#dddddd",
-        "grid.linewidth": 0.6,
-        "legend.frameon": False,
-        "savefig.dpi": 160,
-    }
-    with mpl.rc_context(style):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.0, 3.0), layout="constrained")
         panels = figure.subplots(1, 2)
         for axes, column in zip(panels, ("fvu_position_0_in", "delta_ce"), strict=True):
