@@ -70,8 +70,9 @@ class TestPeak:
     def test_micro_batches_bound_the_activations(self) -> None:
         """What is left is the batch itself, and what the rows of one piece take."""
         sae = SAEConfig(d_in=256, num_latents=1024, k=8)
-        whole, pieces = grown(8192, sae), grown(8192, sae, micro_batch=512)
-        batch = 8192 * 256 * 4
+        rows = 16384
+        whole, pieces = grown(rows, sae), grown(rows, sae, micro_batch=512)
+        batch = rows * 256 * 4
         assert whole - batch > 6 * batch
         assert pieces - batch < whole / 4
 
