@@ -4,12 +4,14 @@ Each round runs, on the same batches, (1) the backbone alone, (2) the harvest's 
 first batch to the last committed shard, (3) the usual way, `AutoModelForCausalLM` with
 `output_hidden_states=True`; and writes the same bytes with `numpy.tofile` and `fsync`. Rounds
 alternate; figures are ratios of medians, the first round discarded. The process keeps
-freed memory, as `mlsae harvest` does on a CPU, whichever of the four runs. Buffers are reused, no
-output is deleted before the end, and system CPU time is printed, because on a virtual machine that
-hands freed memory back to its host the price of fresh pages can hide everything else. Packing,
-loading and the preflight batch are outside: they do not grow with the tokens, or are paid once.
+freed memory, as `mlsae harvest` does on a CPU, whichever of the four runs. The page cache is filled
+first (--ballast), buffers are reused, no output is deleted before the end, and system CPU time is
+printed, because on a virtual machine that hands freed memory back to its host the price of fresh
+pages can hide everything else. Packing, loading and the preflight batch are outside: they do not
+grow with the tokens, or are paid once.
 
-    python benchmarks/harvest.py [--rounds 5] [--threads 2] [--sizes 512x6,1024x8]
+    python -m benchmarks.harvest [--rounds 5] [--threads 2] [--sizes 512x6,1024x8]
+        [--dir DISK] [--ballast 8GB]
 """
 
 import argparse
@@ -29,8 +31,10 @@ import numpy as np
 import torch
 import transformers
 
+from benchmarks.page_cache import fill_page_cache
 from mlsae.base.heap import keep_freed_memory
 from mlsae.base.interruption import interruptible
+from mlsae.base.units import parse_bytes
 from mlsae.harvest.batches import Batches
 from mlsae.harvest.calibrate import calibrate
 from mlsae.harvest.ranks import Ranks
@@ -169,10 +173,10 @@ def timed(work: Callable[[], None]) -> tuple[float, float, float]:
     return wall, after.ru_utime - before.ru_utime + system, system
 
 
-def measure(name: str, dtype: str, encoding: str, num_rounds: int) -> dict[str, Any]:
+def measure(name: str, dtype: str, encoding: str, num_rounds: int, parent: Path) -> dict[str, Any]:
     """All rounds of one model and precision."""
     size = SIZES[name]
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as directory:
+    with tempfile.TemporaryDirectory(dir=parent) as directory:
         rounds = Rounds(size, dtype, encoding, Path(directory))
         seconds: dict[str, list[float]] = {}
         cpu: dict[str, list[float]] = {}
@@ -220,20 +224,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sizes", default=",".join(SIZES))
+    parser.add_argument("--dir", type=Path, help="where to write; a temporary directory if absent")
+    parser.add_argument("--ballast", type=parse_bytes, default=parse_bytes("8GB"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
-    found = []
-    for case in cases(arguments.sizes):
-        result = measure(*case, arguments.rounds)
-        found.append(result)
-        print(
-            f"{result['model']['name']} {result['dtype']} → {result['encoding']}: "
-            f"{result['tokens_per_second']:,} tokens/s, {result['harvest_over_bound']} × the "
-            f"{result['bound']} bound, {result['speed_over_hidden_states']} × the speed of "
-            f"output_hidden_states; seconds {result['seconds']}; CPU {result['cpu']}; "
-            f"of the system {result['system_cpu']}; load {os.getloadavg()[0]:.1f}"
-        )
+    with tempfile.TemporaryDirectory(dir=arguments.dir) as directory:
+        if arguments.ballast:
+            fill_page_cache(Path(directory) / "ballast", arguments.ballast)
+        found = measure_all(arguments, Path(directory))
     print(
         json.dumps(
             {
@@ -246,6 +245,22 @@ def main() -> None:
             }
         )
     )
+
+
+def measure_all(arguments: argparse.Namespace, directory: Path) -> list[dict[str, Any]]:
+    """Every case, a line printed for each."""
+    found = []
+    for case in cases(arguments.sizes):
+        result = measure(*case, arguments.rounds, directory)
+        found.append(result)
+        print(
+            f"{result['model']['name']} {result['dtype']} → {result['encoding']}: "
+            f"{result['tokens_per_second']:,} tokens/s, {result['harvest_over_bound']} × the "
+            f"{result['bound']} bound, {result['speed_over_hidden_states']} × the speed of "
+            f"output_hidden_states; seconds {result['seconds']}; CPU {result['cpu']}; "
+            f"of the system {result['system_cpu']}; load {os.getloadavg()[0]:.1f}"
+        )
+    return found
 
 
 if __name__ == "__main__":

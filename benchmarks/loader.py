@@ -36,6 +36,7 @@ import torch
 from benchmarks import loader_peer
 from benchmarks.loader_stores import SITE, make_store
 from benchmarks.made import machine
+from benchmarks.page_cache import fill_page_cache
 from benchmarks.rounds import Contender, alternate, anonymous_memory
 from mlsae.base.units import parse_bytes
 from mlsae.store import Store, open_store
@@ -242,15 +243,6 @@ def peer_data(parent: Path, store: Store) -> dict[str, Path]:
         made[dtype] = parent / f"saelens-{dtype}"
         loader_peer.write(made[dtype], rows, dtype)
     return made
-
-
-def fill_page_cache(path: Path, num_bytes: int) -> None:
-    """Write a file of so many bytes, so that later pages of the cache are no fresh ones."""
-    block = np.random.default_rng(0).integers(0, 256, 2**26, np.uint8)
-    with path.open("wb") as file:
-        for _ in range(-(-num_bytes // len(block))):
-            block.tofile(file)
-        os.fsync(file.fileno())
 
 
 def measure(parent: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -9,7 +9,7 @@ So the page cache is filled first (--ballast), rows come from buffers that are u
 old outputs are removed outside the timed part and only when newer ones have taken their place, and
 system CPU time is printed.
 
-    python benchmarks/writer.py --dir DISK [--rounds 7] [--ballast 17GB]
+    python -m benchmarks.writer --dir DISK [--rounds 7] [--ballast 17GB]
 """
 
 import argparse
@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.page_cache import fill_page_cache
 from mlsae.base.files import fsync_directory
 from mlsae.base.units import parse_bytes
 from mlsae.store import GroupMoments, create
@@ -178,15 +179,6 @@ def measure(shape: Shape, parent: Path, rounds: int) -> dict[str, Any]:
         for num_rows in (shape.num_rows // 4, shape.num_rows)
     }
     return result
-
-
-def fill_page_cache(path: Path, num_bytes: int) -> None:
-    """Write a file of so many bytes, so that no later page of the cache is a fresh one."""
-    block = np.random.default_rng(0).integers(0, 256, 2**26, np.uint8)
-    with path.open("wb") as file:
-        for _ in range(-(-num_bytes // len(block))):
-            block.tofile(file)
-        os.fsync(file.fileno())
 
 
 def cpu() -> dict[str, Any]:

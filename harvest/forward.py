@@ -4,7 +4,7 @@ B = sequences, T = positions of a sequence, d = d_model, N = rows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -15,10 +15,10 @@ import torch
 
 from mlsae.base.errors import InputError, ResourceError
 from mlsae.harvest.batches import Batch
-from mlsae.harvest.codecs import Codecs, Key, Parts
+from mlsae.harvest.codecs import Codecs, Encoded, Key, Parts
 from mlsae.harvest.device_moments import DeviceMoments
 from mlsae.harvest.encoding_cost import EncodingCost
-from mlsae.harvest.host_moments import HostMoments
+from mlsae.harvest.host_moments import HostMoments, each_alone
 from mlsae.models import Transformer
 from mlsae.models.capture import capture
 from mlsae.store import ActivationError
@@ -30,19 +30,30 @@ PINNED = 3
 """Sets of pinned buffers: two that the writer holds, and a batch on its way."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Computed:
     """A batch whose values may still be on their way to the host."""
 
-    values: dict[Key, Parts]
-    largest: dict[Key, torch.Tensor]
-    """The largest magnitude of each; not finite where a value is not."""
+    rows: Mapping[Key, torch.Tensor]
+    """What the transformer computed, where it did; let go of once it is measured."""
+    encoded: Mapping[Key, Encoded]
+    """The same as it will be stored, likewise."""
+    values: Mapping[Key, Parts]
+    """The same on the host, or on its way there."""
+    largest: Mapping[Key, torch.Tensor]
+    """The largest magnitude of each, once it is measured; not finite where a value is not."""
     first_row: int
-    arrived: Sequence[torch.cuda.Event]
+    arrived: list[torch.cuda.Event]
     codecs: Codecs
 
-    def activations(self) -> dict[Key, tuple[npt.NDArray[Any], ...]]:
-        """(site, layer) → stored values: an array for each part of a row, (N, width).
+    def stored(self) -> dict[Key, tuple[npt.NDArray[Any], ...]]:
+        """(site, layer) → stored values: an array for each part of a row, (N, width)."""
+        for event in self.arrived:
+            event.synchronize()
+        return {key: tuple(_as_numpy(part) for part in parts) for key, parts in self.values.items()}
+
+    def check(self) -> None:
+        """Refuse what cannot be stored, once it is measured.
 
         Raises:
             ActivationError: a value is not finite.
@@ -52,7 +63,6 @@ class Computed:
         for key, largest in self.largest.items():
             if not torch.isfinite(largest):
                 raise ActivationError(self._explanation(key))
-        return {key: tuple(_as_numpy(part) for part in parts) for key, parts in self.values.items()}
 
     def _explanation(self, key: Key) -> str:
         codec = self.codecs[key]
@@ -91,7 +101,7 @@ class Forward:
         self.is_on_host = transformer.device.type == "cpu"
         """Whether a call and the writer's threads want the same cores."""
         self.moments = (
-            HostMoments(codecs, sites, layers, transformer.d_model, torch.get_num_threads())
+            HostMoments(codecs, sites, layers, transformer.d_model, torch.get_num_threads() // 2)
             if self.is_on_host
             else DeviceMoments(codecs, sites, layers, transformer.d_model)
         )
@@ -111,12 +121,8 @@ class Forward:
             for _ in range(PINNED if self.is_asynchronous else 0)
         )
 
-    def __call__(self, batch: Batch, group_N: npt.NDArray[np.int8]) -> Computed:
-        """Compute a batch; on CUDA, without waiting for it.
-
-        Args:
-            batch: the sequences.
-            group_N: moments' group of each stored row.
+    def __call__(self, batch: Batch) -> Computed:
+        """Compute and encode a batch; on CUDA, without waiting for it.
 
         Raises:
             ResourceError: the device has too little memory for such a batch.
@@ -126,28 +132,52 @@ class Forward:
             rows = {key: stored_rows(x_BTd, batch.rows) for key, x_BTd in captured.items()}
             encoded = {key: self._codecs[key].encode(x_Nd) for key, x_Nd in rows.items()}
             values = {key: found.parts for key, found in encoded.items()}
-            self.cost.add(group_N, rows, values)
-            largest = self.moments.add(group_N, values)
-            for key, found in encoded.items():
-                largest[key] = largest[key] if found.largest is None else found.largest
             arrived: list[torch.cuda.Event] = []
             if self.is_asynchronous:
                 pinned = {
                     key: tuple(buffer[: len(batch.rows)] for buffer in buffers)
                     for key, buffers in next(self._pinned).items()
                 }
-                largest = {
-                    key: value.to("cpu", non_blocking=True) for key, value in largest.items()
-                }
                 arrived = self._send(values, pinned)
                 values = pinned
         return Computed(
+            rows=rows,
+            encoded=encoded,
             values=values,
-            largest=largest,
+            largest={},
             first_row=batch.first_row,
             arrived=arrived,
             codecs=self._codecs,
         )
+
+    def measure(self, computed: Computed, group_N: npt.NDArray[np.int8]) -> None:
+        """Add a batch to the moments and to what its encoding costs.
+
+        Args:
+            computed: the batch.
+            group_N: moments' group of each stored row.
+
+        Raises:
+            ResourceError: the device has too little memory for that.
+        """
+        with memory_explained(), torch.inference_mode():
+            parts = {key: found.parts for key, found in computed.encoded.items()}
+            with each_alone() if self.is_on_host else nullcontext():
+                self.cost.add(group_N, computed.rows, parts)
+            largest = self.moments.add(group_N, parts)
+            for key, found in computed.encoded.items():
+                largest[key] = largest[key] if found.largest is None else found.largest
+            if self.is_asynchronous:
+                devices = {value.device for value in largest.values()}
+                largest = {
+                    key: value.to("cpu", non_blocking=True) for key, value in largest.items()
+                }
+                computed.arrived += [
+                    torch.cuda.current_stream(device).record_event()
+                    for device in devices
+                    if device.type == "cuda"
+                ]
+        computed.largest, computed.rows, computed.encoded = largest, {}, {}
 
     def _send(
         self, values: Mapping[Key, Parts], pinned: Mapping[Key, Parts]
@@ -240,8 +270,8 @@ def _as_numpy(values: torch.Tensor) -> npt.NDArray[Any]:
 
 
 @contextmanager
-def memory_explained(num_sequences: int) -> Iterator[None]:
-    """Running out of memory in a forward pass, in one line."""
+def memory_explained(num_sequences: int | None = None) -> Iterator[None]:
+    """Running out of memory in a forward pass, or after one, in one line."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -250,7 +280,8 @@ def memory_explained(num_sequences: int) -> Iterator[None]:
             raise
         if isinstance(error, ResourceError):
             raise
+        what = f"in a forward pass of {num_sequences} sequences" if num_sequences else "after one"
         raise ResourceError(
-            f"out of memory in a forward pass of {num_sequences} sequences; use a smaller "
+            f"out of memory {what}; use a smaller "
             "--batch-size (it belongs to the plan, so begin again in an empty --out)"
         ) from error

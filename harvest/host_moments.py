@@ -58,7 +58,7 @@ class HostMoments:
         self._sites, self._layers, self._d_model = tuple(sites), tuple(layers), d_model
         self._shares = [
             _Share(codecs, self._sites, self._layers, d_model)
-            for _ in range(min(num_threads, MOST_THREADS))
+            for _ in range(max(1, min(num_threads, MOST_THREADS)))
         ]
         self._pool = ThreadPoolExecutor(len(self._shares), thread_name_prefix="moments")
 
@@ -74,7 +74,7 @@ class HostMoments:
         """
         pieces = self._pieces(group_N)
         num_shares = len(self._shares)
-        with _each_alone():
+        with each_alone():
             underway = [
                 self._pool.submit(share.add, pieces[place::num_shares], stored)
                 for place, share in enumerate(self._shares)
@@ -224,8 +224,8 @@ def _picked(part: Tensor, index: Tensor, rows: npt.NDArray[np.int64]) -> Tensor:
 
 
 @contextmanager
-def _each_alone() -> Iterator[None]:
-    """Operations of any thread use that thread alone."""
+def each_alone() -> Iterator[None]:
+    """Operations of any thread use that thread alone: others have work of their own."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

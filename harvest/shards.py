@@ -102,20 +102,32 @@ class _Work:
         """Compute the rows from `start` to `stop`; the shard's last go to the writer at once."""
         per_sequence = self._store.rows_per_sequence
         batch = self._batches.batch(start // per_sequence, (stop - start) // per_sequence)
+        groups = self._writer.row_groups(start, stop)
         before, self._underway = self._underway, None
-        computed = self._forward(batch, self._writer.row_groups(start, stop))
-        if before is not None:
-            self._writer.append(before.activations(), moments={})
-        if is_last:
-            self._writer.append(
-                computed.activations(),
-                moments=self._forward.moments.take(),
-                added_fvu=self._forward.cost.take(),
-            )
-        elif self._forward.is_asynchronous:
-            self._underway = computed
+        computed = self._forward(batch)
+        if self._forward.is_on_host and not is_last:
+            # Its threads write while this one measures: two that measure wait for each other.
+            self._append(computed)
+            self._forward.measure(computed, groups)
+            computed.check()
         else:
-            self._writer.append(computed.activations(), moments={})
+            self._forward.measure(computed, groups)
+            if before is not None:
+                before.check()
+                self._append(before)
+            if is_last:
+                computed.check()
+                self._writer.append(
+                    computed.stored(),
+                    moments=self._forward.moments.take(),
+                    added_fvu=self._forward.cost.take(),
+                )
+            else:
+                self._underway = computed
         if self._forward.is_on_host:
             # A core that writes beside a forward pass holds up the others: they all wait for it.
             self._writer.drain()
+
+    def _append(self, computed: Computed) -> None:
+        """Rows whose moments come with the shard's last."""
+        self._writer.append(computed.stored(), moments={})

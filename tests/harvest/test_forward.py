@@ -11,7 +11,7 @@ import torch
 from mlsae.base.errors import InputError, ResourceError
 from mlsae.harvest.batches import Batch, Batches
 from mlsae.harvest.codecs import codecs_for
-from mlsae.harvest.forward import Forward, choose_encoding, memory_explained, preflight
+from mlsae.harvest.forward import Computed, Forward, choose_encoding, memory_explained, preflight
 from mlsae.models import Transformer, load
 from mlsae.models.capture import capture
 from mlsae.store import PADDING, SPECIAL, ActivationError, Calibrator
@@ -56,8 +56,15 @@ def stored(
     encoding: str,
     sites: Sequence[str] = ("resid_post",),
 ) -> dict[tuple[str, int], np.ndarray]:
-    computed = begin(transformer, layers, encoding, sites)(some, np.zeros(len(some.rows), np.int8))
-    return {key: values for key, (values,) in computed.activations().items()}
+    computed = measured(begin(transformer, layers, encoding, sites), some)
+    return {key: values for key, (values,) in computed.stored().items()}
+
+
+def measured(forward: Forward, some: Batch, group: int = 0) -> Computed:
+    computed = forward(some)
+    forward.measure(computed, np.full(len(some.rows), group, np.int8))
+    computed.check()
+    return computed
 
 
 def hidden_states(transformer: Transformer, tokens: np.ndarray) -> dict[int, torch.Tensor]:
@@ -114,11 +121,10 @@ def test_short_batch_runs_in_full_shape_and_its_filling_is_dropped(
 def test_earlier_batch_is_untouched_by_the_next(transformer: Transformer) -> None:
     """What the writer still holds is not written into."""
     forward = begin(transformer, (1,), "float32")
-    group = np.zeros(16, np.int8)
-    (first,) = forward(batch(1, 4, 0), group).activations()["resid_post", 1]
+    (first,) = measured(forward, batch(1, 4, 0)).stored()["resid_post", 1]
     copy = first.copy()
     for start in (1, 2):
-        forward(batch(1, 4, start), group)
+        measured(forward, batch(1, 4, start))
         np.testing.assert_array_equal(first, copy)
 
 
@@ -223,8 +229,8 @@ def test_out_of_memory_names_the_batch_size(error: Exception) -> None:
 
 def test_moments_are_of_the_stored_values(transformer: Transformer) -> None:
     forward = begin(transformer, (0, 1), "float16")
-    computed = forward(batch(), np.full(64, 19, np.int8))
-    values = decode(computed.activations()["resid_post", 1][0], "float16").astype(float)
+    computed = measured(forward, batch(), group=19)
+    values = decode(computed.stored()["resid_post", 1][0], "float16").astype(float)
     tensors = forward.moments.take()["resid_post"].tensors()
     np.testing.assert_allclose(tensors["mean"][1, 19], values.mean(0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
@@ -238,7 +244,7 @@ def test_overflow_names_layer_row_and_magnitude(model: Path) -> None:
         transformer.model.gpt_neox.layers[1].mlp.dense_4h_to_h.bias[3] = 1e5
     forward = begin(transformer, (0, 1), "float16")
     with pytest.raises(ActivationError) as info:
-        forward(batch(2, 4, 1), np.zeros(32, np.int8)).activations()
+        measured(forward, batch(2, 4, 1))
     assert "layer 1 (resid_post), row 16: a value is not finite as float16" in str(info.value)
     assert "use --encoding bfloat16 for values over 65,504" in str(info.value)
 
@@ -260,7 +266,7 @@ def test_int8_names_layer_row_and_magnitude_of_what_it_cannot_hold(bad: float, m
         )
     )
     with pytest.raises(ActivationError) as info:
-        forward(batch(2, 4, 1), np.zeros(32, np.int8)).activations()
+        measured(forward, batch(2, 4, 1))
     handle.remove()
     assert str(info.value).startswith(
         "layer 1 (resid_post), row 21: a value is not finite as int8; the largest finite magnitude "
