@@ -8,7 +8,7 @@ Delphi's loader sorts stably by latent and asks no more.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +28,7 @@ _FEWEST_SPLITS = 5
 """Delphi's default."""
 _SPLIT_EVENTS = 2**23
 """Events of a file at most, in the mean: Delphi's loader takes about 100 bytes for each."""
-_AT_ONCE = 2**20
+_AT_ONCE = 2**18
 """Events, or tokens, that are in memory."""
 _SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
 _LARGEST = float(np.finfo(np.float16).max)
@@ -144,7 +144,7 @@ def split(
     return tuple(splits)
 
 
-def choose_num_splits(totals: Iterable[Totals]) -> int:
+def choose_num_splits(totals: Collection[Totals]) -> int:
     """Delphi's five, more where a file would be too much for the memory of its loader."""
     most = max(total.num_events for total in totals)
     num_latents = max(len(total.counts) for total in totals)

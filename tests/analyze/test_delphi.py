@@ -1,6 +1,9 @@
 """The cache for Delphi: what its loader relies on, and every event once; see tests/external."""
 
+import errno
 import json
+import os
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -226,10 +229,8 @@ def test_no_file_is_without_events(active: list[int], ranges: list[tuple[int, in
 
 def test_large_layers_are_cut_finer() -> None:
     def choose(*num_events: int) -> int:
-        totals = (
-            Totals(counts=np.array([n, *[0] * 99]), smallest=1.0, largest=1.0) for n in num_events
-        )
-        return choose_num_splits(totals)
+        counts = [np.array([n, *[0] * 99]) for n in num_events]
+        return choose_num_splits([Totals(counts=of, smallest=1.0, largest=1.0) for of in counts])
 
     assert [choose(7), choose(3, 5 * 2**23), choose(2**23 * 5 + 1, 9), choose(2**40)] == [
         5,
@@ -241,8 +242,6 @@ def test_large_layers_are_cut_finer() -> None:
 
 def test_memory_does_not_grow_with_the_events(tmp_path: Path) -> None:
     """What numpy takes, of 2²¹ events and of four times as many; with a latent to be sorted."""
-    import tracemalloc
-
     (tmp_path / "tokens").write_bytes(b"")
 
     def batches(num: int) -> Iterator[Any]:
@@ -263,7 +262,7 @@ def test_memory_does_not_grow_with_the_events(tmp_path: Path) -> None:
     assert peaks[1] < 1.1 * peaks[0]
 
 
-def test_the_command_writes_it_beside_the_analysis_and_replaces_its_own(
+def test_the_command_writes_it_beside_the_analysis(
     harvested: Callable[..., Path], sae_maker: Callable[..., Path], tmp_path: Path
 ) -> None:
     """And says which tokens it covers, and that examples of 32 tokens do not fit."""
@@ -271,10 +270,9 @@ def test_the_command_writes_it_beside_the_analysis_and_replaces_its_own(
     command = ["analyze", "--cache", str(store), "--sae", str(sae_maker(store)), "--rows", "all"]
     command += ["--out", str(tmp_path / "analysis"), "--to-delphi", str(tmp_path / "latents")]
     (tmp_path / "latents").mkdir()
-    for _ in range(2):
-        done = CliRunner().invoke(main, command)
-        assert done.exit_code == 0, done.output
-        assert sorted(p.name for p in (tmp_path / "latents").iterdir()) == ["layers.0", "layers.2"]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    assert sorted(p.name for p in (tmp_path / "latents").iterdir()) == ["layers.0", "layers.2"]
     assert f"delphi    {tmp_path / 'latents'} (2 modules, " in done.output
     assert "events of the 480 tokens that the table of activations covers)" in done.output
     assert (
@@ -284,7 +282,7 @@ def test_the_command_writes_it_beside_the_analysis_and_replaces_its_own(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["analysis", "latents"]
 
 
-def test_padding_and_an_unknown_transformer_are_noted(
+def test_padding_and_an_unknown_transformer_are_noted_and_ours_is_replaced(
     sae_maker: Callable[..., Path], tmp_path: Path
 ) -> None:
     flags = np.zeros(96, np.uint8)
@@ -297,7 +295,9 @@ def test_padding_and_an_unknown_transformer_are_noted(
         "where the transformer lay is not known: give Delphi's loader a tokenizer",
     ]
     assert json.loads((cache.path / "layers.0" / "config.json").read_text())["model_name"] == ""
+    (cache.path / "layers.0" / "48_60.safetensors").write_text("of before")
     named = to_delphi(tmp_path / "out", tmp_path / "latents", model="owner/name")
+    assert not (cache.path / "layers.0" / "48_60.safetensors").exists()
     assert len(named.notes) == 1
     config = json.loads((named.path / "layers.0" / "config.json").read_text())
     assert config["model_name"] == "owner/name"
@@ -349,9 +349,7 @@ def test_other_things_are_not_replaced(cache: Path, world: Any, tmp_path: Path) 
 
 def test_another_store_and_foreign_events_are_refused(analysis: Analysis, tmp_path: Path) -> None:
     other = open_store(_random_store(tmp_path / "acts", context_length=32))
-    with pytest.raises(
-        InputError, match=r"is not the store that .* was made from: its store_id is"
-    ):
+    with pytest.raises(InputError, match=r"is not the store that .* was made from: "):
         to_delphi(analysis, tmp_path / "latents", store=other)
     fewer = replace(analysis, summary={**analysis.summary, "events_max_tokens": 5 * LENGTH})
     with pytest.raises(InputError, match=r"is damaged: token .* is none of those that it covers; "):
@@ -369,6 +367,20 @@ def test_too_little_disk_is_said_with_numbers_and_leaves_nothing(
         r"is done: free some space and call mlsae.analyze.to_delphi, or analyze again",
     ):
         to_delphi(analysis, tmp_path / "latents")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(
+    analysis: Analysis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Met where the room for a layer's events is taken, when the tokens are written."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    with pytest.raises(ResourceError, match=r"the disk is full: .*latents could not be written; "):
+        to_delphi(analysis, tmp_path / "deep" / "latents")
     assert list(tmp_path.iterdir()) == []
 
 
