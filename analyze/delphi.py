@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+import pyarrow.dataset as pd
 from tqdm import tqdm
 
 from mlsae.analyze.delphi_files import (
@@ -112,7 +113,10 @@ def to_delphi(
         )
     check_target(out, store)
     sequences = _covered(summary, store)
-    events = {layer: _Events(analysis, layer, sequences) for layer in summary["layers"]}
+    events = {
+        layer: LayerEvents(analysis=analysis, layer=layer, sequences=sequences)
+        for layer in summary["layers"]
+    }
     num_events = analysis.activations.count_rows()
     bar = tqdm(total=2 * num_events, desc="delphi", unit="event", unit_scale=True)
     with bar, full_disk_explained(out):
@@ -228,13 +232,18 @@ def _covered(summary: Mapping[str, Any], store: AnyStore) -> Int:
     return sequences
 
 
-@dataclass(frozen=True)
-class _Events:
+@dataclass(frozen=True, kw_only=True)
+class LayerEvents:
     """The events of a layer, as often as they are asked for."""
 
     analysis: Analysis
+    """Whose events."""
+
     layer: int
+    """A layer id."""
+
     sequences: Int
+    """Sorted indices of the sequences that the events cover."""
 
     def __iter__(self) -> Iterator[Batch]:
         """Place in the cache's tokens, latent and value of each event, batch by batch."""
@@ -245,6 +254,8 @@ class _Events:
             batch_size=_EVENTS_AT_ONCE,
             batch_readahead=1,
             fragment_readahead=1,
+            # Read ahead, a file would be held until its end.
+            fragment_scan_options=pd.ParquetFragmentScanOptions(pre_buffer=False),
         )
         for batch in batches:
             if not len(batch):

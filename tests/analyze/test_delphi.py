@@ -13,15 +13,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.numpy import load_file
 
 from mlsae.analyze import Analysis, AnalyzeConfig, run
-from mlsae.analyze.delphi import check_target, module_name, to_delphi
+from mlsae.analyze.delphi import LayerEvents, check_target, module_name, to_delphi
 from mlsae.analyze.delphi_files import Totals, choose_num_splits, count, split, write_module
 from mlsae.base.errors import InputError, ResourceError
 from mlsae.cli import main
@@ -260,6 +262,29 @@ def test_memory_does_not_grow_with_the_events(tmp_path: Path) -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.1 * peaks[0]
+
+
+def test_reading_the_events_takes_no_more_of_a_larger_file(
+    analysis: Analysis, tmp_path: Path
+) -> None:
+    """What Arrow holds at most, of 8 and of 32 row groups."""
+    most = []
+    for num in (8, 32):
+        table = pa.table(
+            {
+                "token": np.full(num << 17, _sequences(analysis)[0] * LENGTH),
+                "layer": pa.array(np.zeros(num << 17, np.int32)),
+                "latent": pa.array(np.random.default_rng(0).integers(0, 9, num << 17, np.int32)),
+                "value": pa.array(np.ones(num << 17, np.float32)),
+            }
+        )
+        pq.write_table(table, tmp_path / f"{num}.parquet", row_group_size=1 << 17)
+        del table
+        large = replace(analysis, activations=pd.dataset(tmp_path / f"{num}.parquet"))
+        before = pa.total_allocated_bytes()
+        events = LayerEvents(analysis=large, layer=0, sequences=np.array(_sequences(analysis)))
+        most.append(max(pa.total_allocated_bytes() - before for _ in events))
+    assert most[1] < 1.2 * most[0]
 
 
 def test_the_command_writes_it_beside_the_analysis(
