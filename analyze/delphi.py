@@ -225,9 +225,9 @@ def _covered(summary: Mapping[str, Any], store: AnyStore) -> Int:
     num_tokens = len(sequences) * store.context_length
     if not 0 < num_tokens <= _MOST_TOKENS:
         raise InputError(
-            f"the table of activations covers {num_tokens} tokens, expected at least one sequence "
-            f"of {store.context_length} and at most {_MOST_TOKENS} tokens: analyze again with "
-            f"another --max-tokens"
+            f"the table of activations covers {num_tokens} tokens, expected at least a sequence, "
+            f"{store.context_length}, and at most {_MOST_TOKENS}: analyze again with another "
+            f"AnalyzeConfig.events_max_tokens"
         )
     return sequences
 

@@ -379,6 +379,11 @@ def test_another_store_and_foreign_events_are_refused(analysis: Analysis, tmp_pa
     fewer = replace(analysis, summary={**analysis.summary, "events_max_tokens": 5 * LENGTH})
     with pytest.raises(InputError, match=r"is damaged: token .* is none of those that it covers; "):
         to_delphi(fewer, tmp_path / "latents")
+    none = replace(analysis, summary={**analysis.summary, "events_max_tokens": LENGTH - 1})
+    with pytest.raises(
+        InputError, match=r"covers 0 tokens, expected at least a sequence, 24, and "
+    ):
+        to_delphi(none, tmp_path / "latents")
     assert not (tmp_path / "latents").exists()
 
 
