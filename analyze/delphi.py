@@ -253,6 +253,7 @@ class LayerEvents:
             filter=pc.field("layer") == self.layer,
             batch_size=_EVENTS_AT_ONCE,
             batch_readahead=1,
+            use_threads=False,
             fragment_readahead=1,
             # Read ahead, a file would be held until its end.
             fragment_scan_options=pd.ParquetFragmentScanOptions(pre_buffer=False),
