@@ -348,6 +348,7 @@ def train(**settings: Any) -> None:
     help="Most tokens whose layers are looked at together.",
 )
 @click.option("--device", default="auto", help="cpu, cuda, cuda:N, or auto.")
+@click.option("--to-delphi", type=DIRECTORY, help="Write Delphi's latent cache of the events, too.")
 def analyze(**settings: Any) -> None:
     """Turn an SAE's latents into Parquet tables, figures and a summary."""
     from mlsae.analyze import AnalyzeConfig, run

@@ -6,10 +6,16 @@ analysis.layers.to_pylist()  # or .latents, .latent_layers; .activations is a da
 ```
 """
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from mlsae.analyze.config import AnalyzeConfig
 from mlsae.analyze.results import Analysis, load
 
-__all__ = ["Analysis", "AnalyzeConfig", "load", "run"]
+if TYPE_CHECKING:
+    from mlsae.analyze.delphi import DelphiCache
+
+__all__ = ["Analysis", "AnalyzeConfig", "load", "run", "to_delphi"]
 
 
 def run(config: AnalyzeConfig) -> Analysis:
@@ -23,3 +29,19 @@ def run(config: AnalyzeConfig) -> Analysis:
     from mlsae.analyze.pipeline import run as analyze
 
     return analyze(config)
+
+
+def to_delphi(
+    analysis: Analysis | str | Path, out: str | Path, *, model: str | Path | None = None
+) -> "DelphiCache":
+    """Write the events of an analysis, or of its directory, as a latent cache of Delphi.
+
+    See `mlsae.analyze.delphi.to_delphi`.
+
+    Raises:
+        InputError: `out` holds other things, or the store keeps only some positions.
+        ResourceError: too little disk, or `out` cannot be written.
+    """
+    from mlsae.analyze.delphi import to_delphi as write
+
+    return write(analysis, out, model=model)

@@ -52,6 +52,9 @@ class AnalyzeConfig:
     """What takes all layers of a token at once (the variance decomposition, the entropy over token
     ids) is measured on at most this many tokens of those evaluated."""
 
+    to_delphi: Path | None = None
+    """Directory for the events as a latent cache of Delphi; None writes none."""
+
     cache_dir: Path | None = None
     """Where parts of remote stores are kept; None for the user's cache."""
 

@@ -17,6 +17,7 @@ from mlsae.analyze.columns import TABLES_VERSION, schema
 from mlsae.analyze.config import AnalyzeConfig
 from mlsae.analyze.cross_entropy import CrossEntropy, measure
 from mlsae.analyze.decoder import Decoder, describe_decoder
+from mlsae.analyze.delphi import check_target, to_delphi
 from mlsae.analyze.directory import (
     ACTIVATIONS,
     FIGURES,
@@ -54,6 +55,8 @@ def run(config: AnalyzeConfig) -> Analysis:
         cache_dir=config.cache_dir,
         cache_bytes=config.cache_size,
     )
+    if config.to_delphi is not None:
+        check_target(config.to_delphi, pairing.store, config.out)
     sequences = choose_sequences(pairing.store, config.rows, pairing.validation, config.max_tokens)
     num_rows = _count_rows(pairing, sequences)
     transformer, reason = find_transformer(pairing.store, pairing.site, config.model, device)
@@ -105,6 +108,9 @@ def run(config: AnalyzeConfig) -> Analysis:
         write_durably(directory / SUMMARY, seal(content))
     analysis = load(config.out)
     click.echo(render(analysis))
+    if config.to_delphi is not None:
+        cache = to_delphi(analysis, config.to_delphi, store=pairing.store, model=config.model)
+        click.echo("\n".join(cache.lines))
     return analysis
 
 
@@ -243,6 +249,7 @@ def _what(
         "site": pairing.site,
         "layers": list(pairing.layers),
         "skip_positions": pairing.skip_positions,
+        "validation": {key: pairing.validation[key] for key in ("fraction", "seed")},
         "context_length": pairing.store.context_length,
         "rows_per_sequence": pairing.store.rows_per_sequence,
         "num_sequences": len(sequences),

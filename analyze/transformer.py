@@ -59,6 +59,12 @@ def find_transformer(
     return None, reason
 
 
+def place_of_transformer(store: AnyStore) -> str | None:
+    """Name or directory under which a harvest of the store found its transformer, if known."""
+    places, _ = _places(store)
+    return str(places[0][0]) if places else None
+
+
 def _load(store: AnyStore, site: str, place: _Place, device: torch.device) -> Transformer:
     name, revision = place
     transformer = load_for(store.source["model"], name, revision=revision, device=device)

@@ -37,7 +37,8 @@ def test_the_queries_run_on_an_analysis_and_the_files_have_the_documented_column
         schema = pq.read_schema(path if path.exists() else path.with_suffix("") / "layer-0.parquet")
         assert schema.names == [column.name for column in columns]
         assert schema.types == [column.type for column in columns]
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    section = PAGE.read_text().split("\n## Queries\n")[1].split("\n### ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert len(blocks) == 3
     for block in blocks:
         capsys.readouterr()

@@ -26,6 +26,21 @@ REQUIREMENTS = {
         "safetensors",
         "torchmetrics",
     ],
+    # What its loader imports, in place of all that it asks for: vllm, bitsandbytes and a server.
+    "delphi": [
+        "torch==2.13.0",
+        "transformers==4.57.6",
+        "datasets==4.4.1",
+        "sentence-transformers==5.1.2",
+        "faiss-cpu",
+        "asyncer",
+        "blobfile",
+        "jaxtyping",
+        "numpy",
+        "orjson",
+        "safetensors",
+        "simple-parsing",
+    ],
     # Its nnsight imports what transformers 5 no longer has; the others are what goes with 4, named
     # so that pip need not try versions for minutes.
     "dictionary_learning": [
@@ -37,6 +52,8 @@ REQUIREMENTS = {
         "diffusers==0.35.2",
     ],
 }
+ALONE = {"delphi": ["eai-delphi==0.1.3"]}
+"""What is installed without what it asks for."""
 LIBRARIES = {"wandb": ["wandb==0.31.0"]}
 """What is installed beside mlsae's own environment, in a folder for PYTHONPATH."""
 UNWANTED = ["torchvision"]
@@ -87,13 +104,15 @@ def environment(tool: str) -> Path:
     """The interpreter of the tool's environment, made if it is not there whole."""
     directory = ROOT / ".external" / tool
     python, record = directory / "bin" / "python", directory / "installed"
-    wanted = "\n".join([sys.version, *REQUIREMENTS[tool]])
+    wanted = "\n".join([sys.version, *REQUIREMENTS[tool], *ALONE.get(tool, [])])
     if record.is_file() and record.read_text() == wanted:
         return python
     shutil.rmtree(directory, ignore_errors=True)
     venv.create(directory, with_pip=True)
     pip = [str(python), "-m", "pip", "--quiet"]
     subprocess.run([*pip, "install", *REQUIREMENTS[tool]], check=True)
+    if tool in ALONE:
+        subprocess.run([*pip, "install", "--no-deps", *ALONE[tool]], check=True)
     subprocess.run([*pip, "uninstall", "--yes", *UNWANTED], check=True)
     record.write_text(wanted)
     return python
