@@ -347,6 +347,17 @@ def train(**settings: Any) -> None:
     default=1_000_000,
     help="Most tokens whose layers are looked at together.",
 )
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    help="Text whose latents are written and drawn, token by token; again for more.",
+)
+@click.option(
+    "--prompt-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File of such texts, one a line.",
+)
 @click.option("--device", default="auto", help="cpu, cuda, cuda:N, or auto.")
 def analyze(**settings: Any) -> None:
     """Turn an SAE's latents into Parquet tables, figures and a summary."""
