@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mlsae.analyze.directory import ACTIVATIONS
+from mlsae.analyze.directory import ACTIVATIONS, FIGURES
 from mlsae.analyze.results import Analysis
 from mlsae.base.units import format_count
 
@@ -90,7 +90,7 @@ def render(analysis: Analysis) -> str:
         "",
         f"tables    {tables}",
         f"events    {analysis.path / ACTIVATIONS} ({format_count(summary['num_events'])} rows)",
-        *(f"figure    {analysis.path / name}" for name in summary["figures"]),
+        f"figures   {analysis.path / FIGURES}/{{{','.join(analysis.figures)}}}.{{png,svg}}",
     ]
     return "\n".join(lines)
 
