@@ -358,6 +358,9 @@ def train(**settings: Any) -> None:
     type=click.Path(path_type=Path, dir_okay=False),
     help="File of such texts, one a line.",
 )
+@click.option(
+    "--figures/--no-figures", default=True, help="Draw the figures; it takes some seconds."
+)
 @click.option("--device", default="auto", help="cpu, cuda, cuda:N, or auto.")
 def analyze(**settings: Any) -> None:
     """Turn an SAE's latents into Parquet tables, figures and a summary."""

@@ -58,6 +58,9 @@ class AnalyzeConfig:
     prompt_file: Path | None = None
     """A UTF-8 file of more of them, one a line."""
 
+    figures: bool = True
+    """Whether the figures are drawn; `Analysis.figure` draws any of them at any time."""
+
     cache_dir: Path | None = None
     """Where parts of remote stores are kept; None for the user's cache."""
 

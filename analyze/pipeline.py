@@ -104,11 +104,9 @@ def run(config: AnalyzeConfig) -> Analysis:
             "overall": overall(tables["layers"], tables["latents"]),
             "prompts": [prompt.text for prompt in prompts],
         }
-        parts = {**tables, "summary": content}
-        (directory / FIGURES).mkdir()
-        with _bar("figures", len(figures.names(parts)), "figure") as progress:
-            drawn = figures.draw_all(directory / FIGURES, parts, progress)
-        content["figures"] = [f"{FIGURES}/{name}" for name in drawn]
+        content["figures"] = (
+            _draw(directory, {**tables, "summary": content}) if config.figures else []
+        )
         write_durably(directory / SUMMARY, seal(content))
     analysis = load(config.out)
     click.echo(render(analysis))
@@ -211,6 +209,13 @@ def _tables(
         ),
         "layer_cosine": layer_cosine_table(decoder.pairs.counts, provenance),
     }
+
+
+def _draw(directory: Path, parts: figures.Parts) -> list[str]:
+    (directory / FIGURES).mkdir()
+    with _bar("figures", len(figures.names(parts)), "figure") as progress:
+        drawn = figures.draw_all(directory / FIGURES, parts, progress)
+    return [f"{FIGURES}/{name}" for name in drawn]
 
 
 def _settings(config: AnalyzeConfig) -> dict[str, Any]:

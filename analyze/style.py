@@ -112,7 +112,8 @@ def legend(axes: Axes) -> None:
     """A legend above what is drawn, never over it; for axes whose scale is linear."""
     _, labels = axes.get_legend_handles_labels()
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high + (high - low) * (0.02 + 0.1 * len(labels)))
+    axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= high])
+    axes.set_ylim(low, high + (high - low) * (0.04 + 0.12 * len(labels)))
     axes.legend(
         loc="upper left",
         borderaxespad=0.1,

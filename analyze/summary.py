@@ -90,9 +90,17 @@ def render(analysis: Analysis) -> str:
         "",
         f"tables    {tables}",
         f"events    {analysis.path / ACTIVATIONS} ({format_count(summary['num_events'])} rows)",
-        f"figures   {analysis.path / FIGURES}/{{{','.join(analysis.figures)}}}.{{png,svg}}",
+        *_figures_at(analysis),
     ]
     return "\n".join(lines)
+
+
+def _figures_at(analysis: Analysis) -> list[str]:
+    """Where the figures are, if they were drawn."""
+    if not analysis.summary["figures"]:
+        return []
+    names = ",".join(analysis.figures)
+    return [f"figures   {analysis.path / FIGURES}/{{{names}}}.{{png,svg}}"]
 
 
 def _layer_variance(found: Mapping[str, Any] | None) -> list[str]:

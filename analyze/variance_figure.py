@@ -12,8 +12,8 @@ from mlsae.analyze.style import BLUE, GREEN, GREY, ORANGE, PAGE, STYLE, canvas
 
 _SCHEMES = {"mass": "mass", "pair_uniform": "pair-uniform", "as_coded": "as coded"}
 _TERMS = {
-    "single": (BLUE, "at single tokens: E Var(L | J, T)"),
-    "tokens": (ORANGE, "between a latent's tokens: E Var E(L | J, T)"),
+    "single": (BLUE, "single tokens: E Var(L | J, T)"),
+    "tokens": (ORANGE, "between tokens: E Var E(L | J, T)"),
     "latents": (GREEN, "between latents: Var E(L | J)"),
 }
 

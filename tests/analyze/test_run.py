@@ -13,24 +13,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mlsae.analyze import AnalyzeConfig, load, run
+from mlsae.analyze.figures import FIGURES
 from mlsae.base.errors import InputError, ResourceError
 from mlsae.sae import SAE, SAEConfig
 from mlsae.store import IncompleteStoreError, create, open_store
 from mlsae.store.split import validation_sequences
 
-FIGURES = [
-    f"{name}.png"
-    for name in (
-        "decoder_cosine",
-        "density",
-        "fvu_delta_ce",
-        "layer_cosine",
-        "layer_distribution",
-        "mean_layer",
-        "norm_cosine",
-    )
-]
-TABLES = ("histograms", "latent_layers", "latents", "layer_cosine", "layers", "overall")
+PICTURES = sorted(f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg"))
+TABLES = (
+    "histograms",
+    "latent_layers",
+    "latents",
+    "layer_cosine",
+    "layers",
+    "overall",
+    "prompts",
+)
 
 
 def _tree(path: Path) -> list[str]:
@@ -48,7 +46,7 @@ def test_an_analysis_is_complete_and_says_what_it_found(
     found = run(AnalyzeConfig(cache=world.store, sae=directory, out=out))
     assert _tree(out) == [
         *(f"activations/layer-{n}.parquet" for n in (0, 1, 3)),
-        *(f"figures/{name}" for name in FIGURES),
+        *(f"figures/{name}" for name in PICTURES),
         *(f"{name}.parquet" for name in TABLES),
         "summary.json",
     ]
@@ -68,7 +66,7 @@ def test_an_analysis_is_complete_and_says_what_it_found(
         f"({mass['single_over_aggregate']:.1%}), pair-uniform " in text
     )
     assert re.search(r"a latent that is active for a token is so at [12]\.\d\d layers", text)
-    assert str(out / "figures" / "density.png") in text
+    assert f"{out / 'figures'}/{{{','.join(FIGURES)}}}.{{png,svg}}" in text
     assert str(out / "activations") in text
     assert "note:" not in text
 
