@@ -12,6 +12,7 @@ import pytest
 
 from mlsae.analyze import AnalyzeConfig, run
 from mlsae.analyze.columns import TABLES
+from mlsae.analyze.figures import FIGURES
 
 PAGE = Path(__file__).parents[2] / "docs" / "tables.md"
 
@@ -70,3 +71,9 @@ def test_reading_an_analysis_needs_neither_torch_nor_transformers() -> None:
         "import sys, mlsae.analyze; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_every_figure_is_documented_by_the_line_that_draws_it() -> None:
+    page = PAGE.with_name("figures.md").read_text()
+    lines = re.findall(r'^\| `analysis\.figure\("(\w+)"\)` \| .{10}', page, re.MULTILINE)
+    assert lines == [*FIGURES, "prompt_0"]
