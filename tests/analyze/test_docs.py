@@ -32,7 +32,11 @@ def test_the_queries_run_on_an_analysis_and_the_files_have_the_documented_column
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run(AnalyzeConfig(cache=world.store, sae=sae_maker(world.store), out=Path("analysis")))
+    run(
+        AnalyzeConfig(
+            figures=False, cache=world.store, sae=sae_maker(world.store), out=Path("analysis")
+        )
+    )
     for table, columns in TABLES.items():
         path = tmp_path / "analysis" / f"{table}.parquet"
         schema = pq.read_schema(path if path.exists() else path.with_suffix("") / "layer-0.parquet")
