@@ -84,7 +84,7 @@ def _parts(
             "piece": " a",
             "eligible": n % 7 > 0,
             "layer": layers[n % len(layers)],
-            "latent": n * n % num_latents,
+            "latent": num_latents - 1 if n < 20 else n * n % max(1, num_latents - 1),
             "value": 1e-4 if n < 20 else 1.0 + n,
         }
         for n in range(100)

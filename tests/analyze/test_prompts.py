@@ -170,7 +170,9 @@ def test_each_prompt_has_a_heat_map_of_its_eligible_tokens(
             assert f"figures/prompt_{n}.{suffix}" in analysis.summary["figures"]
             assert (analysis.path / "figures" / f"prompt_{n}.{suffix}").stat().st_size > 3000
     # Dollar signs are no formula, and any script is text.
-    assert "class é: not $x$ 日" in (analysis.path / "figures/prompt_2.svg").read_text("utf-8")
+    assert "class é: not $x$ 日”</text>" in (analysis.path / "figures/prompt_2.svg").read_text(
+        "utf-8"
+    )
 
 
 def test_without_a_prompt_the_table_is_empty(
