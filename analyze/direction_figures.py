@@ -22,6 +22,7 @@ from mlsae.analyze.style import (
     histogram,
     known,
     legend,
+    mark,
     nothing,
 )
 
@@ -47,9 +48,7 @@ def decoder_cosine(histograms: pa.Table, latents: pa.Table, summary: Mapping[str
         return figure
     histogram(second, largest, min(0.0, float(largest.min())), 1)
     mmcs = summary["decoder"]["mmcs"]
-    second.axvline(
-        mmcs, color="black", linestyle="--", linewidth=1, label=f"mean (MMCS) {mmcs:#.3g}"
-    )
+    mark(second, mmcs, f"mean (MMCS) {mmcs:#.3g}")
     legend(second)
     return figure
 

@@ -1,5 +1,6 @@
 """Heat maps of P(layer | latent): over the data set, and of a prompt."""
 
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,8 @@ _NAMED = 24
 _LEAST = 1e-3
 """Latents of a prompt whose largest value is below are left out, as in the published figures."""
 
-_SHOWN_TEXT = 90
+_SHOWN_TEXT = 60
+"""Letters of a prompt that its title has room for; wide ones, as Chinese, count twice."""
 
 
 @mpl.rc_context(STYLE)
@@ -144,4 +146,6 @@ def _heat_map(
 
 def _shortened(text: str) -> str:
     plain = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return plain if len(plain) <= _SHOWN_TEXT else f"{plain[: _SHOWN_TEXT - 1]}…"
+    ends = np.cumsum([1 + (unicodedata.east_asian_width(c) in "WF") for c in plain])
+    fit = int(np.searchsorted(ends, _SHOWN_TEXT, "right"))
+    return plain if fit == len(plain) else f"{plain[:fit]}…"

@@ -23,6 +23,7 @@ from mlsae.analyze.style import (
     histogram,
     known,
     legend,
+    mark,
     mark_mean,
     nothing,
     stairs,
@@ -41,6 +42,9 @@ def mean_layer(histograms: pa.Table) -> Figure:
     figure, (first, second) = canvas(PAGE, _HEIGHT, 2)
     bars(first, histograms, "layer_mean")
     first.set(title="Mean layer of a latent", xlabel="mean layer")
+    # As wide where there is one layer only.
+    low, high = first.dataLim.intervalx
+    first.set_xlim(low - 0.4, high + 0.4)
     first.xaxis.set_major_locator(MaxNLocator(integer=True))
     bars(second, histograms, "layer_mean_to_whole")
     second.set(title="Its distance to a whole number", xlim=(0, 0.5))
@@ -110,9 +114,7 @@ def bimodality(latents: pa.Table) -> Figure:
     """Bimodality (skewness² + 1) / kurtosis of P(layer | latent), of latents at several layers."""
     figure, axes = canvas(COLUMN, _HEIGHT)
     _both_ways(axes, latents, "layer_bimodality", 1.0, "no latent has two layers")
-    axes.axvline(5 / 9, color="black", linestyle=":", linewidth=1, label="uniform: 5/9")
     axes.set(title="Bimodality of a latent's layer", xlabel="(skewness² + 1) / kurtosis")
-    legend(axes)
     return figure
 
 
@@ -123,18 +125,18 @@ def num_layers(latent_layers: pa.Table) -> Figure:
     of_layers = len(pc.unique(latent_layers["layer"]))
     counts = latent_layers["count"].to_numpy().reshape(-1, of_layers)
     alive = counts[counts.sum(axis=1) > 0]
-    axes.set(title="Layers at which a latent is active", xlabel="layers", ylabel="living latents")
+    axes.set(title="Layers of a latent, by least number of rows", xlabel="layers at which active")
+    axes.set_ylabel("share of living latents")
     if len(alive) == 0:
         nothing(axes, _DEAD)
         return figure
     for n, (color, form) in enumerate(SERIES):
         if (alive >= 10**n).any():
             at = np.bincount((alive >= 10**n).sum(axis=1), minlength=of_layers + 1) / len(alive)
-            rows = "row" if n == 0 else "rows"
-            axes.plot(np.arange(of_layers + 1), at, form, color=color, label=f"≥ {10**n:,} {rows}")
-    axes.set(ylabel="share of living latents", ylim=(0, None))
+            axes.plot(np.arange(of_layers + 1), at, form, color=color, label=f"≥ {10**n:,}")
+    axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    legend(axes)
+    legend(axes, 3)
     return figure
 
 
@@ -187,4 +189,6 @@ def _both_ways(
     histogram(axes, by_total, 0, high, label="by total", alpha=0.75)
     histogram(axes, by_count, 0, high, color=ORANGE, fill=False, label="by count", linewidth=1.2)
     mark_mean(axes, found[0], "mean by total")
-    legend(axes)
+    if column == "layer_bimodality":
+        mark(axes, 5 / 9, "uniform: 5/9", ":")
+    legend(axes, 2)

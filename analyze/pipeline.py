@@ -266,5 +266,5 @@ def _what(
 
 @contextmanager
 def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
-    with tqdm(total=total, desc=what, unit=unit, unit_scale=True) as bar:
+    with tqdm(total=total, desc=what, unit=unit, unit_scale=True, disable=total == 0) as bar:
         yield bar.update

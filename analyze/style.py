@@ -95,10 +95,16 @@ def histogram(axes: Axes, found: Float, low: float, high: float, **options: Any)
     stairs(axes, *np.histogram(found, num_bins, (low, high if high > low else low + 1)), **options)
 
 
+def mark(axes: Axes, at: float, label: str, linestyle: str = "--") -> None:
+    """A vertical line as high as what has been drawn."""
+    top = axes.get_ylim()[1]
+    axes.plot([at, at], [0, top], color="black", linestyle=linestyle, linewidth=1, label=label)
+    axes.set_ylim(0, top)
+
+
 def mark_mean(axes: Axes, found: Float, what: str = "mean") -> None:
     """A line at the mean of values, which the legend tells."""
-    mean = found.mean()
-    axes.axvline(mean, color="black", linestyle="--", linewidth=1, label=f"{what} {mean:#.3g}")
+    mark(axes, found.mean(), f"{what} {found.mean():#.3g}")
 
 
 def count_axis(axes: Axes, label: str) -> None:
@@ -108,17 +114,19 @@ def count_axis(axes: Axes, label: str) -> None:
     axes.yaxis.set_major_formatter(THOUSANDS)
 
 
-def legend(axes: Axes) -> None:
+def legend(axes: Axes, columns: int = 1) -> None:
     """A legend above what is drawn, never over it; for axes whose scale is linear."""
     _, labels = axes.get_legend_handles_labels()
     low, high = axes.get_ylim()
     axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= high])
-    axes.set_ylim(low, high + (high - low) * (0.04 + 0.12 * len(labels)))
+    axes.set_ylim(low, high + (high - low) * (0.04 + 0.12 * -(-len(labels) // columns)))
     axes.legend(
         loc="upper left",
+        ncols=columns,
+        columnspacing=1,
         borderaxespad=0.1,
         labelspacing=0.2,
-        # Lines at a mean go up to the top.
+        # Over the grid.
         frameon=True,
         framealpha=1,
         edgecolor="none",

@@ -59,6 +59,11 @@ def test_every_figure_is_written_as_picture_and_as_text(make: Make, tmp_path: Pa
 
 
 def _check_labels(figure: Figure) -> None:
+    """Every axes says what it is, and nothing sticks out of the figure."""
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert min(box.x0, box.y0) > -0.01
+    assert box.x1 < width + 0.01
+    assert box.y1 < height + 0.01
     for axes in figure.axes:
         is_bar = axes.get_label() == "<colorbar>"
         assert axes.get_ylabel()
@@ -108,15 +113,24 @@ def test_few_latents_are_named(make: Make) -> None:
     assert sorted(names) == [str(n) for n in range(8)]
 
 
-def test_a_long_prompt_is_shortened_in_its_title_and_what_cannot_be_shown_is_a_space(
-    make: Make,
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\n\x00b" + " word" * 40, "a b" + " word" * 11 + " w…"),
+        ("日" * 50, "日" * 30 + "…"),
+        ("x" * 60, "x" * 60),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Glyph .* missing from font:UserWarning")
+def test_a_prompt_fits_its_title_and_what_cannot_be_shown_is_a_space(
+    text: str, shown: str, make: Make
 ) -> None:
     parts = make(30, (0, 1))
-    parts["summary"]["prompts"] = ["a\n\x00b" + " word" * 40]
-    title = figures.draw("prompt_0", parts).axes[0].get_title(loc="left")
-    assert "“a b word word" in title
-    assert title.endswith("…”")
-    assert len(title) < 130
+    parts["summary"]["prompts"] = [text]
+    figure = figures.draw("prompt_0", parts)
+    figure.draw_without_rendering()
+    _check_labels(figure)
+    assert figure.axes[0].get_title(loc="left").endswith(f" latents of “{shown}”")
 
 
 def test_a_figure_is_the_same_bytes_again(

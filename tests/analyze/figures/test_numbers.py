@@ -188,7 +188,7 @@ def test_layers_of_enough_rows_are_counted(make: Make) -> None:
     parts = make(50, (0, 1, 5))
     axes = figures.draw("num_layers", parts).axes[0]
     rows = parts["latent_layers"].to_pylist()
-    labels = ["≥ 1 row", "≥ 10 rows", "≥ 100 rows", "≥ 1,000 rows"]
+    labels = ["≥ 1", "≥ 10", "≥ 100", "≥ 1,000"]
     assert [line.get_label() for line in axes.lines] == labels
     for line, least in zip(axes.lines, (1, 10, 100, 1000), strict=True):
         passed = Counter(dict.fromkeys(range(5, 50), 0))
