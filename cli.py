@@ -347,6 +347,20 @@ def train(**settings: Any) -> None:
     default=1_000_000,
     help="Most tokens whose layers are looked at together.",
 )
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    help="Text whose latents are written and drawn, token by token; again for more.",
+)
+@click.option(
+    "--prompt-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File of such texts, one a line.",
+)
+@click.option(
+    "--figures/--no-figures", default=True, help="Draw the figures; it takes some seconds."
+)
 @click.option("--device", default="auto", help="cpu, cuda, cuda:N, or auto.")
 @click.option("--to-delphi", type=DIRECTORY, help="Write Delphi's latent cache of the events, too.")
 def analyze(**settings: Any) -> None:

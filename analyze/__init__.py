@@ -3,6 +3,7 @@
 ```python
 analysis = mlsae.analyze.load("analysis")
 analysis.layers.to_pylist()  # or .latents, .latent_layers; .activations is a data set
+analysis.figure("layer_distribution").savefig("layers.pdf")  # analysis.figures are the names
 ```
 """
 

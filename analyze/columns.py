@@ -28,6 +28,14 @@ LATENTS = (
     Column("layer_var_by_count", _F, "layer²", f"as layer_var, {_BY_COUNT}"),
     Column("layer_std_by_count", _F, "layer", f"as layer_std, {_BY_COUNT}"),
     Column("layer_entropy_by_count", _F, "nat", f"as layer_entropy, {_BY_COUNT}"),
+    Column(
+        "layer_bimodality",
+        _F,
+        "1",
+        "(skewness² + 1) / kurtosis of P(l | latent): 1 where two layers share it, 5/9 where many "
+        "share it equally; null if dead or of one layer",
+    ),
+    Column("layer_bimodality_by_count", _F, "1", "as layer_bimodality, of counts"),
     Column("num_layers", _L, "layer", "layers at which it is active for any row"),
     Column(
         "layer_var_token",
@@ -109,6 +117,22 @@ ACTIVATIONS = (
     Column("value", pa.float32(), "latent value", "its value, above 0"),
 )
 
+PROMPTS = (
+    Column("prompt", _L, "prompt", "number of the prompt, from 0, in the order they were given"),
+    Column("position", _L, "token", "place of the token in the prompt, a BOS before it included"),
+    Column("token_id", _L, "token id", "the token"),
+    Column("piece", pa.string(), "", "its text; `�` for a part of a character"),
+    Column(
+        "eligible",
+        pa.bool_(),
+        "",
+        "no special token, and a position of at least the SAE's skip_positions",
+    ),
+    Column("layer", _L, "layer", "0-based block index"),
+    Column("latent", _L, "latent", "index of an active latent"),
+    Column("value", pa.float32(), "latent value", "its value, above 0"),
+)
+
 TABLES: Mapping[str, tuple[Column, ...]] = {
     "layers": LAYERS,
     "overall": OVERALL,
@@ -117,6 +141,7 @@ TABLES: Mapping[str, tuple[Column, ...]] = {
     "histograms": HISTOGRAMS,
     "layer_cosine": LAYER_COSINE,
     "activations": ACTIVATIONS,
+    "prompts": PROMPTS,
 }
 """Every table of an analysis."""
 

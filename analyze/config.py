@@ -52,6 +52,15 @@ class AnalyzeConfig:
     """What takes all layers of a token at once (the variance decomposition, the entropy over token
     ids) is measured on at most this many tokens of those evaluated."""
 
+    prompts: tuple[str, ...] = ()
+    """Texts to run the transformer on, each alone, for the table `prompts` and a figure each."""
+
+    prompt_file: Path | None = None
+    """A UTF-8 file of more of them, one a line."""
+
+    figures: bool = True
+    """Whether the figures are drawn; `Analysis.figure` draws any of them at any time."""
+
     to_delphi: Path | None = None
     """Directory for the events as a latent cache of Delphi; None writes none."""
 

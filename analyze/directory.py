@@ -24,6 +24,7 @@ _OURS = frozenset(
         "latent_layers.parquet",
         "histograms.parquet",
         "layer_cosine.parquet",
+        "prompts.parquet",
         ACTIVATIONS,
         FIGURES,
     }

@@ -27,6 +27,10 @@ class LayerDistribution:
     entropy: Float
     """(M,): −Σ_l P(l | j) ln P(l | j), nats: 0 at one layer only, ln L at most."""
 
+    bimodality: Float
+    """(M,): (γ² + 1) / κ, γ the skewness and κ the kurtosis of the layer, E(l − mean)ⁿ / stdⁿ for
+    n = 3 and 4 (Sarle's coefficient): in (0, 1]; NaN also at one layer only."""
+
 
 def layer_distribution(weights_LM: Float, layers: tuple[int, ...]) -> LayerDistribution:
     """The layer distribution of each latent from its weights by layer: totals or counts.
@@ -43,9 +47,12 @@ def layer_distribution(weights_LM: Float, layers: tuple[int, ...]) -> LayerDistr
     np.divide(weights_LM, weight_M, out=probs, where=weight_M > 0)
     ids_L1 = np.asarray(layers, dtype=np.float64)[:, None]
     mean = (ids_L1 * probs).sum(axis=0)
-    var = ((ids_L1 - mean) ** 2 * probs).sum(axis=0)
+    var, third, fourth = (((ids_L1 - mean) ** n * probs).sum(axis=0) for n in (2, 3, 4))
     logs = np.zeros_like(probs)
     np.log(probs, out=logs, where=probs > 0)
     # A latent of one layer has entropy 0, not −0.
     entropy = np.abs((probs * logs).sum(axis=0))
-    return LayerDistribution(probs, mean, var, entropy)
+    # γ² = third² / var³ and κ = fourth / var².
+    bimodality = np.full_like(var, np.nan)
+    np.divide(third**2 + var**3, var * fourth, out=bimodality, where=var > 0)
+    return LayerDistribution(probs, mean, var, entropy, bimodality)

@@ -1,84 +1,137 @@
-"""The figures of where latents lie in the layers, and of how their directions lie."""
+"""Figures with a point a layer: of the table `layers`."""
 
 import matplotlib as mpl
 import numpy as np
 import pyarrow as pa
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from mlsae.analyze.style import BLUE, STYLE, THOUSANDS, canvas
+from mlsae.analyze.style import (
+    GREY,
+    PAGE,
+    SERIES,
+    STYLE,
+    canvas,
+    layer_ticks,
+    legend,
+    values,
+)
 
-_SHOWN_COSINES = 0.0005
-"""Cosines are shown as far out as one pair in so many lies on either side."""
+_HEIGHT = 2.3
+_LARGE_RANGE = 20.0
 
 
 @mpl.rc_context(STYLE)
-def mean_layer(histograms: pa.Table) -> Figure:
-    """Histograms of the latents' mean layers, and of their distance to a whole number."""
-    figure, (first, second) = canvas(7.0, 3.0, 2)
-    _bars(first, histograms, "layer_mean")
-    first.set(title="Mean layer of a latent", xlabel="mean layer", ylabel="living latents")
-    first.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _bars(second, histograms, "layer_mean_to_whole")
-    second.set(
-        title="Its distance to a whole number", xlabel="|mean layer − nearest layer|", xlim=(0, 0.5)
+def reconstruction(layers: pa.Table) -> Figure:
+    """Fraction of variance unexplained, and how reconstructions lie to the activations."""
+    figure, (first, second) = canvas(PAGE, _HEIGHT, 2)
+    _lines(first, layers, {"fvu": "about channel means", "fvu_published": "one mean, as published"})
+    first.set(title="Variance unexplained", ylabel="FVU")
+    _lines(
+        second,
+        layers,
+        {"cosine": "cosine of x and x̂", "relative_reconstruction_bias": "relative bias of x̂"},
     )
-    for axes in (first, second):
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.yaxis.set_major_formatter(THOUSANDS)
+    second.axhline(1, color=GREY, linewidth=0.8, zorder=1)
+    second.set(title="Reconstructions x̂ of activations x", ylabel="cosine, bias (1: perfect)")
+    _finish(first, zero=True)
+    _finish(second)
     return figure
 
 
 @mpl.rc_context(STYLE)
-def decoder_cosine(histograms: pa.Table) -> Figure:
-    """Histogram of the cosine of two latents' decoder directions, over all pairs."""
-    figure, axes = canvas(4.5, 3.0)
-    _bars(axes, histograms, "decoder_cosine")
-    axes.set(
-        title="Decoder directions of two latents",
-        xlabel="cosine",
-        ylabel="pairs of latents",
-        xlim=(-1, 1),
+def sparsity(layers: pa.Table) -> Figure:
+    """How many latents a row has, and shares of latents that no row or many rows have."""
+    figure, (first, second) = canvas(PAGE, _HEIGHT, 2)
+    _lines(first, layers, {"l0": None})
+    first.set(title="Active latents of a row", ylabel="L0 (latents)")
+    _finish(first, zero=True)
+    # Where no latent is active, any number of them has density 0.
+    active = values(layers, "density") > 0
+    if active.any():
+        num_latents = float((values(layers, "l0") / values(layers, "density"))[active][0])
+        right = first.secondary_yaxis(
+            "right",
+            functions=(lambda l0: 100 * l0 / num_latents, lambda part: part * num_latents / 100),
+        )
+        right.set_ylabel("density (% of latents)")
+    _lines(
+        second,
+        layers,
+        {
+            "dead_fraction": "at no row (dead at the layer)",
+            "frequent_fraction": "at over a tenth of the rows",
+            "always_on_fraction": "at every row",
+        },
     )
-    axes.set_yscale("symlog", linthresh=1)
+    second.set(title="Latents that are active", ylabel="share of latents")
+    _finish(second, zero=True)
     return figure
-
-
-def _bars(axes: Axes, histograms: pa.Table, name: str) -> None:
-    rows = [row for row in histograms.to_pylist() if row["histogram"] == name]
-    low, high, count = (np.array([row[key] for row in rows]) for key in ("low", "high", "count"))
-    axes.bar(low, count, high - low, align="edge", color=BLUE, linewidth=0)
 
 
 @mpl.rc_context(STYLE)
-def layer_cosine(layer_cosine: pa.Table) -> Figure:
-    """Heat map of pairs of living latents: distance of mean layers, cosine of directions.
-
-    Each column, of one range of distances, is scaled to add up to 1, so that the rarer pairs that
-    lie far apart are seen as well.
-    """
-    figure, axes = canvas(5.0, 3.2)
-    axes.grid(visible=False)
-    axes.set(
-        title="Cosine of directions by distance in layers",
-        xlabel="|difference of mean layers|",
-        ylabel="decoder cosine",
+def cross_entropy(layers: pa.Table) -> Figure:
+    """What it costs the transformer that one layer's activations are reconstructions."""
+    figure, (first, second) = canvas(PAGE, _HEIGHT, 2)
+    _lines(first, layers, {"delta_ce": "cross-entropy added", "kl": "KL(untouched ‖ spliced)"})
+    if layers["ce_store"].null_count == 0:
+        stored = values(layers, "ce_store") - values(layers, "ce")
+        color, form = SERIES[2]
+        first.plot(values(layers, "layer"), stored, form, color=color, label="added by the store")
+    first.axhline(0, color=GREY, linewidth=0.8, zorder=1)
+    first.set(title="Cost of one layer's reconstructions", ylabel="nats / token")
+    _lines(
+        second,
+        layers,
+        {
+            "loss_recovered_zero": "loss recovered, zero ablation",
+            "loss_recovered_mean": "loss recovered, mean ablation",
+            "top1_agreement": "top-1 agreement",
+        },
     )
-    if len(layer_cosine) == 0:
-        axes.text(0.5, 0.5, "fewer than two living latents", ha="center", transform=axes.transAxes)
-        return figure
-    low = layer_cosine["distance_low"].to_numpy(), layer_cosine["cosine_low"].to_numpy()
-    high = layer_cosine["distance_high"].to_numpy(), layer_cosine["cosine_high"].to_numpy()
-    distance, cosine = (np.unique(np.concatenate(ends)) for ends in zip(low, high, strict=True))
-    counts = np.zeros((len(cosine) - 1, len(distance) - 1))
-    at = np.searchsorted(cosine, low[1]), np.searchsorted(distance, low[0])
-    counts[at] = layer_cosine["count"].to_numpy()
-    share = np.ma.masked_equal(counts, 0) / counts.sum(axis=0).clip(min=1)
-    shown = axes.pcolormesh(distance, cosine, share, cmap="viridis", norm=LogNorm(vmax=1))
-    figure.colorbar(shown, ax=axes, label="share of pairs at that distance", pad=0.02)
-    marginal = np.cumsum(counts.sum(axis=1)) / counts.sum()
-    ends = np.searchsorted(marginal, [_SHOWN_COSINES, 1 - _SHOWN_COSINES])
-    axes.set_ylim(cosine[max(0, ends[0] - 2)], cosine[min(len(cosine) - 1, ends[1] + 3)])
+    second.axhline(1, color=GREY, linewidth=0.8, zorder=1)
+    second.set(title="What remains", ylabel="share")
+    _finish(first)
+    _finish(second)
     return figure
+
+
+@mpl.rc_context(STYLE)
+def norm_cosine(layers: pa.Table) -> Figure:
+    """Mean L2 norm of the activations, and how alike a layer is to the next."""
+    figure, (first, second) = canvas(PAGE, _HEIGHT, 2)
+    _lines(first, layers, {"norm": None})
+    first.set(title="Mean L2 norm of activations", ylabel="‖x‖ (activation)")
+    norm = values(layers, "norm")
+    if norm.min() > 0 and norm.max() / norm.min() > _LARGE_RANGE:
+        first.set_yscale("log")
+        _finish(first)
+    else:
+        _finish(first, zero=True)
+    _lines(second, layers, {"adjacent_cosine": None})
+    second.set(title="Likeness to the next layer", ylabel="centred cosine")
+    cosine = values(layers, "adjacent_cosine")
+    second.set_ylim(min(0.0, float(np.nanmin(cosine, initial=0.0)) * 1.1), 1.05)
+    _finish(second)
+    second.set_xlim(first.get_xlim())
+    return figure
+
+
+def _lines(axes: Axes, layers: pa.Table, columns: dict[str, str | None]) -> None:
+    """A line for each column, with the 95% interval at each layer where the table has one."""
+    ids = values(layers, "layer")
+    for (column, label), (color, form) in zip(columns.items(), SERIES, strict=False):
+        axes.plot(ids, values(layers, column), form, color=color, label=label)
+        if f"{column}_low" in layers.column_names:
+            low, high = (values(layers, f"{column}_{end}") for end in ("low", "high"))
+            axes.vlines(ids, low, high, color=color, linewidth=2.5, alpha=0.4)
+    axes.set_xlabel("layer")
+    layer_ticks(axes.xaxis, layers["layer"].to_numpy(), at=ids)
+
+
+def _finish(axes: Axes, *, zero: bool = False) -> None:
+    """Maybe 0 at the bottom, and a legend if there is something to tell."""
+    if zero:
+        axes.set_ylim(bottom=0)
+    if axes.get_legend_handles_labels()[1]:
+        legend(axes)

@@ -30,6 +30,7 @@ from mlsae.analyze.events import BYTES_PER_EVENT
 from mlsae.analyze.histograms import histograms_table, layer_cosine_table
 from mlsae.analyze.joint import Joint, sweep_tokens
 from mlsae.analyze.pairing import Pairing, fingerprint, pair
+from mlsae.analyze.prompts import prepare, prompts_table, read_texts
 from mlsae.analyze.results import Analysis, load
 from mlsae.analyze.selection import Int, choose_sequences, first_tokens
 from mlsae.analyze.summary import overall, render
@@ -47,6 +48,7 @@ _ROWS_AT_ONCE = 2**20
 def run(config: AnalyzeConfig) -> Analysis:
     """See `mlsae.analyze.run`."""
     check_replaceable(config.out)
+    texts = read_texts(config.prompts, config.prompt_file)
     device = resolve_device(config.device)
     pairing = pair(
         config.cache,
@@ -60,6 +62,7 @@ def run(config: AnalyzeConfig) -> Analysis:
     sequences = choose_sequences(pairing.store, config.rows, pairing.validation, config.max_tokens)
     num_rows = _count_rows(pairing, sequences)
     transformer, reason = find_transformer(pairing.store, pairing.site, config.model, device)
+    prompts = prepare(texts, transformer, reason, pairing.store, pairing.skip_positions)
     with staged(config.out) as directory:
         provenance = _provenance(pairing)
         events = _plan_events(pairing, sequences, config, directory, provenance)
@@ -90,11 +93,10 @@ def run(config: AnalyzeConfig) -> Analysis:
         with _bar("decoder directions", num_latents * (num_latents - 1) // 2, "pair") as progress:
             decoder = describe_decoder(pairing, layer_means(sums), transformer, progress)
         tables = _tables(pairing, sums, joint, decoder, entropy, provenance)
+        with _bar("prompts", len(prompts), "prompt") as progress:
+            tables["prompts"] = prompts_table(prompts, transformer, pairing, provenance, progress)
         for name, table in tables.items():
             pq.write_table(table, directory / f"{name}.parquet", compression="zstd")
-        (directory / FIGURES).mkdir()
-        drawn = {name: table for name, table in tables.items() if name != "overall"}
-        names = figures.draw_all(directory / FIGURES, **drawn)
         content = {
             **_settings(config),
             **_what(pairing, sequences, sums, entropy),
@@ -103,8 +105,11 @@ def run(config: AnalyzeConfig) -> Analysis:
             "layer_variance": joint.decomposition.summary(),
             "decoder": decoder.summary(),
             "overall": overall(tables["layers"], tables["latents"]),
-            "figures": [f"{FIGURES}/{name}" for name in names],
+            "prompts": [prompt.text for prompt in prompts],
         }
+        content["figures"] = (
+            _draw(directory, {**tables, "summary": content}) if config.figures else []
+        )
         write_durably(directory / SUMMARY, seal(content))
     analysis = load(config.out)
     click.echo(render(analysis))
@@ -212,6 +217,13 @@ def _tables(
     }
 
 
+def _draw(directory: Path, parts: figures.Parts) -> list[str]:
+    (directory / FIGURES).mkdir()
+    with _bar("figures", len(figures.names(parts)), "figure") as progress:
+        drawn = figures.draw_all(directory / FIGURES, parts, progress)
+    return [f"{FIGURES}/{name}" for name in drawn]
+
+
 def _settings(config: AnalyzeConfig) -> dict[str, Any]:
     return {
         "kind": KIND,
@@ -261,5 +273,5 @@ def _what(
 
 @contextmanager
 def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
-    with tqdm(total=total, desc=what, unit=unit, unit_scale=True) as bar:
+    with tqdm(total=total, desc=what, unit=unit, unit_scale=True, disable=total == 0) as bar:
         yield bar.update

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.dataset as pd
@@ -13,7 +13,18 @@ from mlsae.analyze.columns import TABLES_VERSION
 from mlsae.analyze.directory import ACTIVATIONS, read_summary
 from mlsae.base.errors import InputError
 
-_WHOLE = ("layers", "overall", "latents", "latent_layers", "histograms", "layer_cosine")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_WHOLE = (
+    "layers",
+    "overall",
+    "latents",
+    "latent_layers",
+    "histograms",
+    "layer_cosine",
+    "prompts",
+)
 """Tables that are in memory."""
 
 
@@ -45,8 +56,29 @@ class Analysis:
     layer_cosine: pa.Table
     """Pairs of latents, one row a bin of the distance of mean layers and the decoder cosine."""
 
+    prompts: pa.Table
+    """One row an active latent of a prompt's token and layer; empty without prompts."""
+
     activations: pd.Dataset
     """One row an active latent of a row and layer; not in memory until it is scanned."""
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Names of the figures that can be drawn of it; docs/figures.md shows them."""
+        # Here, so that whoever only reads tables does not wait for matplotlib.
+        from mlsae.analyze.figures import names
+
+        return names(vars(self))
+
+    def figure(self, name: str) -> "Figure":
+        """Draw a figure, a matplotlib `Figure` to restyle or save.
+
+        Raises:
+            InputError: it is none of `figures`.
+        """
+        from mlsae.analyze.figures import draw
+
+        return draw(name, vars(self))
 
 
 def load(directory: str | Path) -> Analysis:

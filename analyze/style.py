@@ -1,31 +1,146 @@
-"""One style for every figure of an analysis."""
+"""One style for every figure of an analysis: a paper's columns, colours that all tell apart."""
 
+import warnings
+from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+Float = npt.NDArray[np.float64]
+
+COLUMN, PAGE = 3.3, 6.75
+"""Width in inches of one column of a two-column paper, and of both."""
 
 # Okabe and Ito's colours, told apart by everyone.
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+SKY, GREY = "#56B4E9", "#666666"
+SERIES = ((BLUE, "o-"), (ORANGE, "s--"), (GREEN, "^:"), (PURPLE, "D-."), (SKY, "v-"), (GREY, "P--"))
+"""Colour, marker and line of each series of a panel, told apart in grey as well."""
+
 STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 10,
+    "font.size": 8,
+    "axes.titlesize": 8.5,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.linewidth": 0.7,
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.5,
-    "lines.markersize": 4,
+    "grid.linewidth": 0.5,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 3.5,
     "legend.frameon": False,
-    "savefig.dpi": 160,
+    "legend.fontsize": 7.5,
+    "legend.handlelength": 2.2,
+    "figure.dpi": 200,
+    "savefig.dpi": 200,
+    # Text stays text, and equal figures are equal bytes.
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mlsae",
+    "pdf.fonttype": 42,
 }
 THOUSANDS = StrMethodFormatter("{x:,.0f}")
+COLOURS = "viridis"
+"""Colour map of every heat map: as light as it is large, also in grey."""
+
+MAX_BINS = 50
 
 
 def canvas(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
     """An empty figure of so many inches, and its axes: one, or an array of them."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(1, columns)
+
+
+def save(figure: Figure, directory: Path, name: str) -> list[str]:
+    """Write a figure as PNG and SVG; the names of the files. Equal figures give equal bytes."""
+    files = [f"{name}.png", f"{name}.svg"]
+    with mpl.rc_context(STYLE), warnings.catch_warnings():
+        # Prompts are in any script; in the SVG their text stays text, whatever this font lacks.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
+        figure.savefig(directory / files[0])
+        # What the first has laid out, the second need not.
+        figure.set_layout_engine("none")
+        figure.savefig(directory / files[1], metadata={"Date": None})
+    return files
+
+
+def values(table: pa.Table, column: str) -> Float:
+    """A column as float64, NaN where it is null."""
+    return np.asarray(table[column].to_numpy(), dtype=np.float64)
+
+
+def known(table: pa.Table, column: str) -> Float:
+    """What of a column is not null, as float64."""
+    return np.asarray(table[column].drop_null().to_numpy(), dtype=np.float64)
+
+
+def stairs(axes: Axes, counts: Any, edges: Any, color: str = BLUE, **options: Any) -> None:
+    """A histogram of given counts, filled if not said otherwise."""
+    axes.stairs(counts, edges, **{"fill": True, "color": color, **options})
+
+
+def histogram(axes: Axes, found: Float, low: float, high: float, **options: Any) -> None:
+    """A histogram of values between two ends, with as many bins as there is something to see."""
+    num_bins = int(np.clip(10 + len(found) // 20, 10, MAX_BINS))
+    stairs(axes, *np.histogram(found, num_bins, (low, high if high > low else low + 1)), **options)
+
+
+def mark(axes: Axes, at: float, label: str, linestyle: str = "--") -> None:
+    """A vertical line as high as what has been drawn."""
+    top = axes.get_ylim()[1]
+    axes.plot([at, at], [0, top], color="black", linestyle=linestyle, linewidth=1, label=label)
+    axes.set_ylim(0, top)
+
+
+def mark_mean(axes: Axes, found: Float, what: str = "mean") -> None:
+    """A line at the mean of values, which the legend tells."""
+    mark(axes, found.mean(), f"{what} {found.mean():#.3g}")
+
+
+def count_axis(axes: Axes, label: str) -> None:
+    """Whole numbers with thousands separators from the bottom to the top."""
+    axes.set_ylabel(label)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    axes.yaxis.set_major_formatter(THOUSANDS)
+
+
+def legend(axes: Axes, columns: int = 1) -> None:
+    """A legend above what is drawn, never over it; for axes whose scale is linear."""
+    _, labels = axes.get_legend_handles_labels()
+    low, high = axes.get_ylim()
+    axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= high])
+    axes.set_ylim(low, high + (high - low) * (0.04 + 0.12 * -(-len(labels) // columns)))
+    axes.legend(
+        loc="upper left",
+        ncols=columns,
+        columnspacing=1,
+        borderaxespad=0.1,
+        labelspacing=0.2,
+        # Over the grid.
+        frameon=True,
+        framealpha=1,
+        edgecolor="none",
+    )
+
+
+def nothing(axes: Axes, why: str) -> None:
+    """Say in an empty panel why it is empty."""
+    axes.text(0.5, 0.5, why, ha="center", va="center", transform=axes.transAxes)
+    axes.grid(visible=False)
+
+
+def layer_ticks(axis: Any, layers: npt.NDArray[Any], at: npt.NDArray[Any] | None = None) -> None:
+    """Whole layer ids, at most about a dozen of them, where they lie or one beside the other."""
+    step = max(1, -(-len(layers) // 12))
+    places = np.arange(len(layers)) if at is None else at
+    axis.set_ticks(places[::step], [str(layer) for layer in layers[::step]])

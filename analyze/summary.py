@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mlsae.analyze.directory import ACTIVATIONS
+from mlsae.analyze.directory import ACTIVATIONS, FIGURES
 from mlsae.analyze.results import Analysis
 from mlsae.base.units import format_count
 
@@ -90,9 +90,17 @@ def render(analysis: Analysis) -> str:
         "",
         f"tables    {tables}",
         f"events    {analysis.path / ACTIVATIONS} ({format_count(summary['num_events'])} rows)",
-        *(f"figure    {analysis.path / name}" for name in summary["figures"]),
+        *_figures_at(analysis),
     ]
     return "\n".join(lines)
+
+
+def _figures_at(analysis: Analysis) -> list[str]:
+    """Where the figures are, if they were drawn."""
+    if not analysis.summary["figures"]:
+        return []
+    names = ",".join(analysis.figures)
+    return [f"figures   {analysis.path / FIGURES}/{{{names}}}.{{png,svg}}"]
 
 
 def _layer_variance(found: Mapping[str, Any] | None) -> list[str]:

@@ -105,6 +105,7 @@ def _moments(distribution: LayerDistribution, suffix: str) -> dict[str, pa.Array
         f"layer_var{suffix}": _nullable(distribution.var),
         f"layer_std{suffix}": _nullable(np.sqrt(distribution.var)),
         f"layer_entropy{suffix}": _nullable(distribution.entropy),
+        f"layer_bimodality{suffix}": _nullable(distribution.bimodality),
     }
 
 

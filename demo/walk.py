@@ -82,10 +82,11 @@ def render(analysis: Analysis) -> str:
         )
     dead_everywhere = format_count(analysis.summary["overall"]["num_dead"])
     figures = [analysis.path / name for name in analysis.summary["figures"]]
+    shown = [figure.name for figure in figures if figure.suffix == ".png"]
     lines += [
         f"held-out sequences; FVU 0 is perfect; delta CE in nats a token; {dead_everywhere} "
         "latents dead at every layer",
-        f"figures in {figures[0].parent}: {', '.join(figure.name for figure in figures)}",
+        f"figures in {figures[0].parent}: {', '.join(shown)}",
     ]
     return "\n".join(lines)
 

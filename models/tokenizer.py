@@ -1,11 +1,13 @@
 """The tokenizer that lies beside a model."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import transformers
 
 from mlsae.base.errors import InputError
+from mlsae.base.files import canonical_json
 from mlsae.models.explanation import explained
 from mlsae.models.place import Place
 
@@ -31,3 +33,17 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
             "model's tokenizer there"
         )
     return tokenizer
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Hex SHA-256 of what a tokenizer's ids mean: its vocabulary and its special tokens."""
+    return hashlib.sha256(
+        canonical_json(
+            {
+                "vocabulary": tokenizer.get_vocab(),
+                "special": sorted(tokenizer.all_special_ids),
+                "bos": tokenizer.bos_token_id,
+                "eos": tokenizer.eos_token_id,
+            }
+        )
+    ).hexdigest()

@@ -31,7 +31,9 @@ def test_an_analysis_says_of_the_held_out_rows_what_training_did(
     )
     trained = load(train(config).directory).training_record["metrics"]["position_0_out"]
     out = tmp_path / "out"
-    found = run(AnalyzeConfig(cache=sample.path, sae=tmp_path / "sae", out=out, device="cpu"))
+    found = run(
+        AnalyzeConfig(figures=False, cache=sample.path, sae=tmp_path / "sae", out=out, device="cpu")
+    )
     for mine, theirs in zip(found.layers.to_pylist(), trained["layers"], strict=True):
         assert mine["layer"] == theirs["layer"]
         assert mine["fvu"] == pytest.approx(theirs["fvu"], rel=1e-4)

@@ -130,6 +130,7 @@ def test_the_columns_are_those_of_an_independent_run(
 ) -> None:
     directory = sae_maker(world.store, skip_positions=skip)
     config = AnalyzeConfig(
+        figures=False,
         cache=world.store,
         sae=directory,
         out=tmp_path / "out",

@@ -193,6 +193,7 @@ def analyzed(
     """Of the first five validation sequences of seven, three tokens encoded at once."""
     directory = sae_maker(world.store, num_latents=160)
     config = AnalyzeConfig(
+        figures=False,
         cache=world.store,
         sae=directory,
         out=tmp_path_factory.mktemp("joint") / "out",

@@ -141,7 +141,9 @@ def test_an_analysis_says_how_decoder_directions_lie(
     world: Any, sae_maker: Callable[..., Path], tmp_path: Path
 ) -> None:
     directory = sae_maker(world.store, num_latents=160)
-    found = run(AnalyzeConfig(cache=world.store, sae=directory, out=tmp_path / "out"))
+    found = run(
+        AnalyzeConfig(figures=False, cache=world.store, sae=directory, out=tmp_path / "out")
+    )
     decoder = load_sae(directory).W_dec.detach().double().numpy()
     model = load_model(world.model).model
     cosines = _cosines(decoder, decoder)

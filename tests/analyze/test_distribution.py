@@ -48,7 +48,37 @@ def test_random_totals_match_a_loop() -> None:
         var = sum(q * n * n for q, n in zip(p, layers, strict=True)) - mean**2
         assert found.mean[j] == pytest.approx(mean, rel=1e-12)
         assert found.var[j] == pytest.approx(var, rel=1e-9)
+        bimodality = _bimodality(p, layers)
+        assert found.bimodality[j] == pytest.approx(bimodality, rel=1e-9)
+        assert 0 < bimodality <= 1
     assert (found.var >= 0).all()
+
+
+def _bimodality(p: list[float], layers: tuple[int, ...]) -> float:
+    """(skewness² + 1) / kurtosis of the standardised layer, by its definition."""
+    mean = sum(q * n for q, n in zip(p, layers, strict=True))
+    std = math.sqrt(sum(q * (n - mean) ** 2 for q, n in zip(p, layers, strict=True)))
+    skewness, kurtosis = (
+        sum(q * ((n - mean) / std) ** power for q, n in zip(p, layers, strict=True))
+        for power in (3, 4)
+    )
+    return (skewness**2 + 1) / kurtosis
+
+
+def test_bimodality_of_known_distributions() -> None:
+    """1 at two layers, however unequal; none at one layer; that of a die; near 1/3 for a bell."""
+    bell = [math.comb(20, n) for n in range(21)]
+    totals = np.zeros((21, 5))
+    totals[[3, 11], 0] = (1e-3, 5.0)
+    totals[4, 1] = 2.0
+    totals[:6, 2] = 1.0
+    totals[:, 3] = bell
+    found = layer_distribution(totals, tuple(range(21))).bimodality
+    assert found[0] == pytest.approx(1, rel=1e-9)
+    assert math.isnan(found[1])
+    assert found[2] == pytest.approx(1 / (303 / 175), rel=1e-12)
+    assert found[3] == pytest.approx(1 / (3 - 2 / 20), rel=1e-9)
+    assert math.isnan(found[4])
 
 
 def test_entropy_is_between_that_of_one_layer_and_that_of_equal_ones() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from mlsae.analyze import AnalyzeConfig, run
 from mlsae.analyze.columns import TABLES
+from mlsae.analyze.figures import FIGURES
 
 PAGE = Path(__file__).parents[2] / "docs" / "tables.md"
 
@@ -31,7 +32,11 @@ def test_the_queries_run_on_an_analysis_and_the_files_have_the_documented_column
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run(AnalyzeConfig(cache=world.store, sae=sae_maker(world.store), out=Path("analysis")))
+    run(
+        AnalyzeConfig(
+            figures=False, cache=world.store, sae=sae_maker(world.store), out=Path("analysis")
+        )
+    )
     for table, columns in TABLES.items():
         path = tmp_path / "analysis" / f"{table}.parquet"
         schema = pq.read_schema(path if path.exists() else path.with_suffix("") / "layer-0.parquet")
@@ -71,3 +76,9 @@ def test_reading_an_analysis_needs_neither_torch_nor_transformers() -> None:
         "import sys, mlsae.analyze; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_every_figure_is_documented_by_the_line_that_draws_it() -> None:
+    page = PAGE.with_name("figures.md").read_text()
+    lines = re.findall(r'^\| `analysis\.figure\("(\w+)"\)` \| .{10}', page, re.MULTILINE)
+    assert lines == [*FIGURES, "prompt_0"]

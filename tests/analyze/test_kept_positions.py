@@ -49,6 +49,7 @@ def both(
     of_full, of_kept = (
         run(
             AnalyzeConfig(
+                figures=False,
                 cache=store,
                 sae=sae_maker(store),
                 out=tmp_path_factory.mktemp("out") / "out",
@@ -178,6 +179,7 @@ def test_rows_are_counted_by_the_flags_and_positions_of_their_tokens(
             writer.append({("resid_post", 0): values})
         configs.append(
             AnalyzeConfig(
+                figures=False,
                 cache=tmp_path / name,
                 sae=sae_maker(tmp_path / name),
                 out=tmp_path / f"{name}-out",

@@ -51,7 +51,7 @@ def analysis(
     """Of 160 latents."""
     directory = sae_maker(world.store, num_latents=160)
     out = tmp_path_factory.mktemp("listing") / "out"
-    return run(AnalyzeConfig(cache=world.store, sae=directory, out=out))
+    return run(AnalyzeConfig(figures=False, cache=world.store, sae=directory, out=out))
 
 
 def _latents(analysis: Analysis, *options: str) -> tuple[int, str]:

@@ -27,7 +27,9 @@ def analysis(
 ) -> Analysis:
     directory = sae_maker(world.store, skip_positions=SKIP, num_latents=160)
     out = tmp_path_factory.mktemp("metrics") / "out"
-    config = AnalyzeConfig(cache=world.store, sae=directory, out=out, rows="all", batch_size=50)
+    config = AnalyzeConfig(
+        figures=False, cache=world.store, sae=directory, out=out, rows="all", batch_size=50
+    )
     return run(config)
 
 
@@ -125,6 +127,7 @@ def test_one_sequence_has_figures_and_no_interval(
     world: Any, sae_maker: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = AnalyzeConfig(
+        figures=False,
         cache=world.store,
         sae=sae_maker(world.store),
         out=tmp_path / "out",

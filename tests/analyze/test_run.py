@@ -13,24 +13,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mlsae.analyze import AnalyzeConfig, load, run
+from mlsae.analyze.figures import FIGURES
 from mlsae.base.errors import InputError, ResourceError
 from mlsae.sae import SAE, SAEConfig
 from mlsae.store import IncompleteStoreError, create, open_store
 from mlsae.store.split import validation_sequences
 
-FIGURES = [
-    f"{name}.png"
-    for name in (
-        "decoder_cosine",
-        "density",
-        "fvu_delta_ce",
-        "layer_cosine",
-        "layer_distribution",
-        "mean_layer",
-        "norm_cosine",
-    )
-]
-TABLES = ("histograms", "latent_layers", "latents", "layer_cosine", "layers", "overall")
+PICTURES = sorted(f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg"))
+TABLES = (
+    "histograms",
+    "latent_layers",
+    "latents",
+    "layer_cosine",
+    "layers",
+    "overall",
+    "prompts",
+)
 
 
 def _tree(path: Path) -> list[str]:
@@ -48,7 +46,7 @@ def test_an_analysis_is_complete_and_says_what_it_found(
     found = run(AnalyzeConfig(cache=world.store, sae=directory, out=out))
     assert _tree(out) == [
         *(f"activations/layer-{n}.parquet" for n in (0, 1, 3)),
-        *(f"figures/{name}" for name in FIGURES),
+        *(f"figures/{name}" for name in PICTURES),
         *(f"{name}.parquet" for name in TABLES),
         "summary.json",
     ]
@@ -68,7 +66,7 @@ def test_an_analysis_is_complete_and_says_what_it_found(
         f"({mass['single_over_aggregate']:.1%}), pair-uniform " in text
     )
     assert re.search(r"a latent that is active for a token is so at [12]\.\d\d layers", text)
-    assert str(out / "figures" / "density.png") in text
+    assert f"{out / 'figures'}/{{{','.join(FIGURES)}}}.{{png,svg}}" in text
     assert str(out / "activations") in text
     assert "note:" not in text
 
@@ -77,7 +75,9 @@ def test_provenance_is_in_every_file(
     world: Any, sae_maker: Callable[..., Path], tmp_path: Path
 ) -> None:
     directory = sae_maker(world.store)
-    found = run(AnalyzeConfig(cache=world.store, sae=directory, out=tmp_path / "out"))
+    found = run(
+        AnalyzeConfig(figures=False, cache=world.store, sae=directory, out=tmp_path / "out")
+    )
     store = open_store(world.store)
     for table in (found.layers, found.latents, found.latent_layers, found.activations):
         metadata = {k.decode(): v.decode() for k, v in table.schema.metadata.items()}
@@ -93,6 +93,7 @@ def test_rows_tokens_and_events_are_limited_as_asked(
 ) -> None:
     found = run(
         AnalyzeConfig(
+            figures=False,
             cache=world.store,
             sae=sae_maker(world.store, skip_positions=0),
             out=tmp_path / "out",
@@ -147,7 +148,11 @@ def test_a_latent_planted_at_one_layer_has_no_layer_variance(tmp_path: Path) -> 
     sae.save(tmp_path / "sae", record)
     found = run(
         AnalyzeConfig(
-            cache=tmp_path / "acts", sae=tmp_path / "sae", out=tmp_path / "out", rows="all"
+            figures=False,
+            cache=tmp_path / "acts",
+            sae=tmp_path / "sae",
+            out=tmp_path / "out",
+            rows="all",
         )
     )
     assert found.latents["layer_mean"].to_pylist() == [2.0, 5.0, 9.0, None]
@@ -168,10 +173,14 @@ def test_without_a_transformer_all_but_the_ce_family_is_there(
     gone = world.model.with_name("gone")
     world.model.rename(gone)
     try:
-        found = run(AnalyzeConfig(cache=world.store, sae=directory, out=tmp_path / "out"))
+        found = run(
+            AnalyzeConfig(figures=False, cache=world.store, sae=directory, out=tmp_path / "out")
+        )
         text = capsys.readouterr().out
         moved = run(
-            AnalyzeConfig(cache=world.store, sae=directory, out=tmp_path / "moved", model=gone)
+            AnalyzeConfig(
+                figures=False, cache=world.store, sae=directory, out=tmp_path / "moved", model=gone
+            )
         )
     finally:
         gone.rename(world.model)
@@ -197,12 +206,12 @@ def test_a_transformer_with_other_weights_is_refused(
     settings: dict[str, Any] = {"cache": world.store, "sae": sae_maker(world.store)}
     message = "is not the one this store was harvested from: expected "
     with pytest.raises(InputError, match=message):
-        run(AnalyzeConfig(**settings, out=tmp_path / "out", model=other))
+        run(AnalyzeConfig(figures=False, **settings, out=tmp_path / "out", model=other))
     assert not (tmp_path / "out").exists()
     world.model.rename(kept)
     shutil.copytree(other, world.model)
     try:
-        found = run(AnalyzeConfig(**settings, out=tmp_path / "out"))
+        found = run(AnalyzeConfig(figures=False, **settings, out=tmp_path / "out"))
     finally:
         shutil.rmtree(world.model)
         kept.rename(world.model)
@@ -217,12 +226,17 @@ def test_a_model_that_is_given_and_cannot_be_used_is_an_error(
     with pytest.raises(InputError, match=r"there is no model directory .*absent/model"):
         run(
             AnalyzeConfig(
-                cache=world.store, sae=sae_maker(world.store), out=tmp_path / "out", model=absent
+                figures=False,
+                cache=world.store,
+                sae=sae_maker(world.store),
+                out=tmp_path / "out",
+                model=absent,
             )
         )
     with pytest.raises(InputError, match=r"--model .*: the store records no transformer; leave"):
         run(
             AnalyzeConfig(
+                figures=False,
                 cache=sample.path,
                 sae=sae_maker(sample.path),
                 out=tmp_path / "out",
@@ -260,7 +274,7 @@ def test_an_sae_that_does_not_match_the_store_is_refused(
     message: str,
 ) -> None:
     config = AnalyzeConfig(
-        cache=world.store, sae=sae_maker(world.store, **change), out=tmp_path / "out"
+        figures=False, cache=world.store, sae=sae_maker(world.store, **change), out=tmp_path / "out"
     )
     with pytest.raises(InputError, match=message) as caught:
         run(config)
@@ -276,7 +290,9 @@ def test_another_store_of_the_same_transformer_is_analyzed_and_named(
 ) -> None:
     other = {"store_id": "d" * 64, "tokens_sha256": "e" * 64}
     directory = sae_maker(world.store, store_id="d" * 64, stores=[other])
-    found = run(AnalyzeConfig(cache=world.store, sae=directory, out=tmp_path / "out"))
+    found = run(
+        AnalyzeConfig(figures=False, cache=world.store, sae=directory, out=tmp_path / "out")
+    )
     text = capsys.readouterr().out
     here = open_store(world.store).store_id[:12]
     assert (
@@ -288,7 +304,9 @@ def test_another_store_of_the_same_transformer_is_analyzed_and_named(
 
 def test_an_sae_that_no_training_made_is_refused(world: Any, tmp_path: Path) -> None:
     SAE(SAEConfig(d_in=16, num_latents=8, k=2)).save(tmp_path / "sae", {"site": "resid_post"})
-    config = AnalyzeConfig(cache=world.store, sae=tmp_path / "sae", out=tmp_path / "out")
+    config = AnalyzeConfig(
+        figures=False, cache=world.store, sae=tmp_path / "sae", out=tmp_path / "out"
+    )
     with pytest.raises(
         InputError, match=r"its training.json lacks layers, model_fingerprint, skip"
     ):
@@ -310,7 +328,11 @@ def test_rows_of_which_none_is_eligible_are_refused(
         for _ in range(5):
             writer.append({("resid_post", 0): np.ones((8, 4), np.float32)})
     config = AnalyzeConfig(
-        cache=tmp_path / "acts", sae=sae_maker(tmp_path / "acts"), out=tmp_path / "out", rows="all"
+        figures=False,
+        cache=tmp_path / "acts",
+        sae=sae_maker(tmp_path / "acts"),
+        out=tmp_path / "out",
+        rows="all",
     )
     with pytest.raises(InputError, match="none of the 40 rows chosen is eligible"):
         run(config)
@@ -324,11 +346,11 @@ def test_stores_and_outputs_that_cannot_be_used_are_refused_before_any_work(
     shutil.copytree(world.store, partial)
     (partial / "complete.json").unlink()
     with pytest.raises(IncompleteStoreError):
-        run(AnalyzeConfig(cache=partial, sae=directory, out=tmp_path / "out"))
+        run(AnalyzeConfig(figures=False, cache=partial, sae=directory, out=tmp_path / "out"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(InputError, match="holds other things than an analysis"):
-        run(AnalyzeConfig(cache=world.store, sae=directory, out=tmp_path / "mine"))
+        run(AnalyzeConfig(figures=False, cache=world.store, sae=directory, out=tmp_path / "mine"))
     assert _tree(tmp_path / "mine") == ["thesis.tex"]
     assert not (tmp_path / "out").exists()
 
@@ -343,7 +365,7 @@ def test_a_damaged_chunk_stops_the_analysis_and_leaves_nothing(
         data[7] ^= 1
         shard.write_bytes(data)
     config = AnalyzeConfig(
-        cache=damaged, sae=sae_maker(world.store), out=tmp_path / "out", rows="all"
+        figures=False, cache=damaged, sae=sae_maker(world.store), out=tmp_path / "out", rows="all"
     )
     with pytest.raises(InputError, match="resid_post/3"):
         run(config)
@@ -355,7 +377,11 @@ def test_cuda_that_is_absent_is_refused(
     world: Any, sae_maker: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = AnalyzeConfig(
-        cache=world.store, sae=sae_maker(world.store), out=tmp_path / "out", device="cuda"
+        figures=False,
+        cache=world.store,
+        sae=sae_maker(world.store),
+        out=tmp_path / "out",
+        device="cuda",
     )
     with pytest.raises(ResourceError, match="no usable CUDA device; use --device cpu"):
         run(config)
@@ -371,14 +397,14 @@ def test_cuda_that_is_absent_is_refused(
 )
 def test_settings_out_of_range_are_refused(setting: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        AnalyzeConfig(cache=Path("a"), sae=Path("b"), out=Path("c"), **setting)
+        AnalyzeConfig(figures=False, cache=Path("a"), sae=Path("b"), out=Path("c"), **setting)
 
 
 def test_load_refuses_what_is_damaged(
     world: Any, sae_maker: Callable[..., Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    run(AnalyzeConfig(cache=world.store, sae=sae_maker(world.store), out=out))
+    run(AnalyzeConfig(figures=False, cache=world.store, sae=sae_maker(world.store), out=out))
     assert load(str(out)).latents.equals(pq.read_table(out / "latents.parquet"))
     (out / "latents.parquet").write_bytes(b"PAR1")
     with pytest.raises(

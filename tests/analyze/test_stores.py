@@ -81,7 +81,9 @@ def test_the_tables_of_a_corpus_are_of_all_its_rows(
     stores: tuple[Path, Path], sae: Path, dense: Callable[..., Any], tmp_path: Path
 ) -> None:
     """By the dense SAE on all rows at once; rows and tokens are counted through."""
-    found = run(AnalyzeConfig(cache=stores, sae=sae, out=tmp_path / "out", rows="all"))
+    found = run(
+        AnalyzeConfig(figures=False, cache=stores, sae=sae, out=tmp_path / "out", rows="all")
+    )
     corpus = open_corpus(found.summary["cache"])
     assert [member.place for member in corpus.stores] == found.summary["cache"]
     assert found.summary["stores"] == [
@@ -100,7 +102,11 @@ def test_the_tables_of_a_corpus_are_of_all_its_rows(
         assert row["norm"] == pytest.approx(np.linalg.norm(x, axis=1).mean(), rel=1e-5)
     events, first = [], 0
     for i, store in enumerate(corpus.stores):
-        alone = run(AnalyzeConfig(cache=store.place, sae=sae, out=tmp_path / f"{i}", rows="all"))
+        alone = run(
+            AnalyzeConfig(
+                figures=False, cache=store.place, sae=sae, out=tmp_path / f"{i}", rows="all"
+            )
+        )
         table = alone.activations.to_table()
         for name in ("row", "token"):
             at = table.schema.get_field_index(name)
@@ -117,7 +123,7 @@ def test_the_tables_of_a_corpus_are_of_all_its_rows(
 
 
 def analysis(cache: Any, sae: Path, out: Path, **more: Any) -> Analysis:
-    return run(AnalyzeConfig(cache=cache, sae=sae, out=out, **more))
+    return run(AnalyzeConfig(figures=False, cache=cache, sae=sae, out=out, **more))
 
 
 @pytest.mark.parametrize("rows", ["validation", "train", "all"])

@@ -49,7 +49,9 @@ def case(
     """An analysis of the validation rows for one choice of skipped positions."""
     directory = sae_maker(world.store, skip_positions=request.param, num_latents=160)
     out = tmp_path_factory.mktemp("brute") / "out"
-    analysis = run(AnalyzeConfig(cache=world.store, sae=directory, out=out, batch_size=50))
+    analysis = run(
+        AnalyzeConfig(figures=False, cache=world.store, sae=directory, out=out, batch_size=50)
+    )
     store, sae = open_store(world.store), load_sae(directory)
     held_out = validation_sequences(store.plan["tokens_sha256"], NUM_SEQUENCES, 0.2, 3)
     every = np.arange(NUM_SEQUENCES * LENGTH)

@@ -153,7 +153,7 @@ def test_an_encoder_has_every_table_but_no_cross_entropy(
     model, store = encoder_world
     sae = sae_maker(store)
     settings: dict[str, Any] = {"cache": store, "sae": sae, "rows": "all", "device": "cpu"}
-    found = run(AnalyzeConfig(**settings, out=tmp_path / "out"))
+    found = run(AnalyzeConfig(figures=False, **settings, out=tmp_path / "out"))
     reason = "the store's transformer is an encoder, which predicts no next token"
     assert found.summary["no_cross_entropy_because"] == reason
     assert f"kl were not measured: {reason}" in capsys.readouterr().out
@@ -161,7 +161,7 @@ def test_an_encoder_has_every_table_but_no_cross_entropy(
     assert found.layers["num_rows"].to_pylist() == [150, 150]
     assert found.activations.count_rows() > 0
     with pytest.raises(InputError, match=rf"--model .*/model: {reason}; leave it out"):
-        run(AnalyzeConfig(**settings, out=tmp_path / "given", model=model))
+        run(AnalyzeConfig(figures=False, **settings, out=tmp_path / "given", model=model))
 
 
 def test_a_record_from_which_no_transformer_can_be_made_is_no_error(

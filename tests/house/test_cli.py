@@ -24,7 +24,7 @@ OPTIONS = {
     "validation-fraction skip-positions loss-space window seed data-seed device precision "
     "distribute resume keep track checkpoint-seconds",
     "analyze": "cache cache-dir cache-size sae out rows max-tokens model batch-size "
-    "decomposition-max-tokens device to-delphi",
+    "decomposition-max-tokens prompt prompt-file figures device to-delphi",
     "latents": "analysis where sort limit columns out",
     "export": "run out to model",
     "import": "source out site layers",

@@ -1,0 +1,173 @@
+"""Figures of tables of any size: labelled, small, the same bytes again."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from mlsae.analyze import figures
+from mlsae.analyze.style import save
+from mlsae.base.errors import InputError
+
+Make = Callable[..., dict[str, Any]]
+
+
+@pytest.mark.parametrize(
+    ("num_latents", "layers", "dead", "measured"),
+    [
+        (1, (0,), 0.0, False),
+        (16, (0, 1, 2), 0.1, True),
+        (5000, (0, 3, 11), 0.1, True),
+        (10, (0, 1), 1.0, True),
+    ],
+)
+def test_every_figure_can_be_drawn_and_is_labelled(
+    make: Make, num_latents: int, layers: tuple[int, ...], dead: float, measured: bool
+) -> None:
+    parts = make(num_latents, layers, dead=dead, measured=measured)
+    expected = [*figures.FIGURES, "prompt_0"]
+    if not measured:
+        expected.remove("cross_entropy")
+    assert list(figures.names(parts)) == expected
+    for name in expected:
+        figure = figures.draw(name, parts)
+        figure.draw_without_rendering()
+        _check_labels(figure)
+
+
+def test_every_figure_is_written_as_picture_and_as_text(make: Make, tmp_path: Path) -> None:
+    parts = make(16, (0, 1, 2))
+    told: list[int] = []
+    names = figures.draw_all(tmp_path, parts, told.append)
+    expected = [*figures.FIGURES, "prompt_0"]
+    assert names == [f"{name}.{suffix}" for name in expected for suffix in ("png", "svg")]
+    assert sorted(names) == sorted(path.name for path in tmp_path.iterdir())
+    assert told == [1] * len(expected)
+    for name in expected:
+        pixels = imread(tmp_path / f"{name}.png")
+        assert pixels.shape[1] in (660, 1350)
+        assert pixels[..., :3].std() > 0.01
+        _check_svg(tmp_path / f"{name}.svg")
+
+
+def _check_labels(figure: Figure) -> None:
+    """Every axes says what it is, and nothing sticks out of the figure."""
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert min(box.x0, box.y0) > -0.01
+    assert box.x1 < width + 0.01
+    assert box.y1 < height + 0.01
+    for axes in figure.axes:
+        is_bar = axes.get_label() == "<colorbar>"
+        assert axes.get_ylabel()
+        assert is_bar or axes.get_xlabel()
+        for child in axes.child_axes:
+            assert child.get_ylabel()
+        assert is_bar or axes.get_title(loc="left")
+
+
+def _check_svg(path: Path) -> None:
+    """Text is text, its date is nowhere, and dense meshes are a picture."""
+    text = path.read_text("utf-8")
+    assert "<text " in text
+    assert "dc:date" not in text
+    assert len(text) < 150_000
+
+
+def test_131072_latents_take_seconds_and_little_room(make: Make, tmp_path: Path) -> None:
+    parts = make(131_072, tuple(range(16)))
+    start = time.process_time()
+    names = figures.draw_all(tmp_path, parts, lambda _: None)
+    assert time.process_time() - start < 20
+    assert max((tmp_path / name).stat().st_size for name in names) < 200_000
+    axes = figures.draw("layer_distribution", parts).axes[0]
+    image = np.asarray(axes.images[0].get_array())
+    assert image.shape == (16, 1200)
+    np.testing.assert_allclose(image.sum(axis=0), 1)
+
+
+def test_a_figure_that_cannot_be_drawn_has_no_name(make: Make) -> None:
+    parts = make(16, (0, 1), measured=False)
+    for name in ("embedding", "unembedding"):
+        at = parts["latents"].column_names.index(f"{name}_cosine")
+        nulls = pa.nulls(16, pa.float64())
+        parts["latents"] = parts["latents"].set_column(at, f"{name}_cosine", nulls)
+    parts["summary"] |= {"layer_variance": None, "prompts": []}
+    left_out = {"cross_entropy", "embedding_cosine", "layer_variance"}
+    assert set(figures.FIGURES) - set(figures.names(parts)) == left_out
+    for name in (*left_out, "prompt_0", "poem"):
+        with pytest.raises(InputError, match=f"there is no figure '{name}': the figures are recon"):
+            figures.draw(name, parts)
+
+
+def test_few_latents_are_named(make: Make) -> None:
+    axes = figures.draw("layer_distribution", make(8, (0, 1), dead=0)).axes[0]
+    names = [label.get_text() for label in axes.get_xticklabels()]
+    assert sorted(names) == [str(n) for n in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\n\x00b" + " word" * 40, "a b" + " word" * 11 + " w…"),
+        ("日" * 50, "日" * 30 + "…"),
+        ("x" * 60, "x" * 60),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Glyph .* missing from font:UserWarning")
+def test_a_prompt_fits_its_title_and_what_cannot_be_shown_is_a_space(
+    text: str, shown: str, make: Make
+) -> None:
+    parts = make(30, (0, 1))
+    parts["summary"]["prompts"] = [text]
+    figure = figures.draw("prompt_0", parts)
+    figure.draw_without_rendering()
+    _check_labels(figure)
+    assert figure.axes[0].get_title(loc="left").endswith(f" latents of “{shown}”")
+
+
+def test_a_figure_is_the_same_bytes_again(
+    draw_here: Callable[[Path], None], tmp_path: Path
+) -> None:
+    """Also in another process, where hashes of strings differ."""
+    script = Path(__file__).with_name("conftest.py")
+    again = (
+        "import importlib.util, pathlib, sys\n"
+        f"spec = importlib.util.spec_from_file_location('own', {str(script)!r})\n"
+        "own = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(own)\n"
+        "own.draw_some(pathlib.Path(sys.argv[1]))\n"
+    )
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    draw_here(tmp_path / "a")
+    subprocess.run([sys.executable, "-c", again, str(tmp_path / "b")], check=True)
+    for path in sorted((tmp_path / "a").iterdir()):
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+def test_every_figure_has_its_place_in_an_analysis(
+    world: Any, sae_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    from mlsae.analyze import AnalyzeConfig, load, run
+
+    run(AnalyzeConfig(cache=world.store, sae=sae_maker(world.store), out=tmp_path / "out"))
+    analysis = load(tmp_path / "out")
+    assert analysis.figures == tuple(figures.FIGURES)
+    assert analysis.summary["figures"] == [
+        f"figures/{name}.{suffix}" for name in analysis.figures for suffix in ("png", "svg")
+    ]
+    for name in ("sparsity", "layer_cosine"):
+        save(analysis.figure(name), tmp_path, name)
+        for suffix in ("png", "svg"):
+            drawn = analysis.path / "figures" / f"{name}.{suffix}"
+            assert drawn.read_bytes() == (tmp_path / f"{name}.{suffix}").read_bytes()
+    with pytest.raises(InputError, match="there is no figure 'poem'"):
+        analysis.figure("poem")
