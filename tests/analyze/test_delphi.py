@@ -46,6 +46,7 @@ def analysis(
             out=tmp_path_factory.mktemp("analysis") / "out",
             rows="train",
             events_max_tokens=COVERED * LENGTH + 5,
+            figures=False,
             device="cpu",
         )
     )
@@ -432,7 +433,13 @@ def _config(
     store: Path, sae_maker: Callable[..., Path], out: Path, **settings: Any
 ) -> AnalyzeConfig:
     return AnalyzeConfig(
-        cache=store, sae=sae_maker(store), out=out, rows="all", device="cpu", **settings
+        cache=store,
+        sae=sae_maker(store),
+        out=out,
+        rows="all",
+        device="cpu",
+        figures=False,
+        **settings,
     )
 
 

@@ -25,7 +25,12 @@ def analysis(
     out = tmp_path_factory.mktemp("queries") / "analysis"
     return run(
         AnalyzeConfig(
-            cache=world.store, sae=sae_maker(world.store), out=out, rows="all", device="cpu"
+            cache=world.store,
+            sae=sae_maker(world.store),
+            out=out,
+            rows="all",
+            device="cpu",
+            figures=False,
         )
     )
 
