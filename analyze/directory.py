@@ -15,6 +15,7 @@ KIND = "mlsae analysis"
 SUMMARY = "summary.json"
 ACTIVATIONS = "activations"
 FIGURES = "figures"
+PAGE = "index.html"
 _OURS = frozenset(
     {
         SUMMARY,
@@ -26,6 +27,7 @@ _OURS = frozenset(
         "layer_cosine.parquet",
         ACTIVATIONS,
         FIGURES,
+        PAGE,
     }
 )
 

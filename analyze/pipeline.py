@@ -17,10 +17,12 @@ from mlsae.analyze.columns import TABLES_VERSION, schema
 from mlsae.analyze.config import AnalyzeConfig
 from mlsae.analyze.cross_entropy import CrossEntropy, measure
 from mlsae.analyze.decoder import Decoder, describe_decoder
+from mlsae.analyze.directions import check_memory
 from mlsae.analyze.directory import (
     ACTIVATIONS,
     FIGURES,
     KIND,
+    PAGE,
     SUMMARY,
     check_replaceable,
     staged,
@@ -28,6 +30,8 @@ from mlsae.analyze.directory import (
 from mlsae.analyze.events import BYTES_PER_EVENT
 from mlsae.analyze.histograms import histograms_table, layer_cosine_table
 from mlsae.analyze.joint import Joint, sweep_tokens
+from mlsae.analyze.origin import origin
+from mlsae.analyze.page import write_page
 from mlsae.analyze.pairing import Pairing, fingerprint, pair
 from mlsae.analyze.results import Analysis, load
 from mlsae.analyze.selection import Int, choose_sequences, first_tokens
@@ -54,6 +58,9 @@ def run(config: AnalyzeConfig) -> Analysis:
         cache_dir=config.cache_dir,
         cache_bytes=config.cache_size,
     )
+    for warning in pairing.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    check_memory(pairing.sae.W_dec)
     sequences = choose_sequences(pairing.store, config.rows, pairing.validation, config.max_tokens)
     num_rows = _count_rows(pairing, sequences)
     transformer, reason = find_transformer(pairing.store, pairing.site, config.model, device)
@@ -94,6 +101,7 @@ def run(config: AnalyzeConfig) -> Analysis:
         names = figures.draw_all(directory / FIGURES, **drawn)
         content = {
             **_settings(config),
+            **origin(pairing, config),
             **_what(pairing, sequences, sums, entropy),
             "cross_entropy": None if entropy is None else {"num_tokens": entropy.num_tokens},
             "no_cross_entropy_because": reason,
@@ -103,6 +111,7 @@ def run(config: AnalyzeConfig) -> Analysis:
             "figures": [f"{FIGURES}/{name}" for name in names],
         }
         write_durably(directory / SUMMARY, seal(content))
+        write_page(load(directory), directory / PAGE)
     analysis = load(config.out)
     click.echo(render(analysis))
     return analysis

@@ -10,7 +10,7 @@ import pyarrow.dataset as pd
 import pyarrow.parquet as pq
 
 from mlsae.analyze.columns import TABLES_VERSION
-from mlsae.analyze.directory import ACTIVATIONS, read_summary
+from mlsae.analyze.directory import ACTIVATIONS, PAGE, read_summary
 from mlsae.base.errors import InputError
 
 _WHOLE = ("layers", "overall", "latents", "latent_layers", "histograms", "layer_cosine")
@@ -47,6 +47,11 @@ class Analysis:
 
     activations: pd.Dataset
     """One row an active latent of a row and layer; not in memory until it is scanned."""
+
+    @property
+    def page(self) -> Path:
+        """The page that shows it; `mlsae.analyze.page.write_page` makes it again."""
+        return self.path / PAGE
 
 
 def load(directory: str | Path) -> Analysis:

@@ -91,6 +91,7 @@ def render(analysis: Analysis) -> str:
         f"tables    {tables}",
         f"events    {analysis.path / ACTIVATIONS} ({format_count(summary['num_events'])} rows)",
         *(f"figure    {analysis.path / name}" for name in summary["figures"]),
+        f"page      {analysis.page}",
     ]
     return "\n".join(lines)
 
