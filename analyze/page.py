@@ -70,7 +70,8 @@ def render(analysis: Analysis) -> str:
     """The page as text."""
     summary = analysis.summary
     figures, left_out = _figures(analysis)
-    chosen, rule = choose(analysis.latents, len(analysis.layers))
+    num_layers = len(analysis.latent_layers) // len(analysis.latents)
+    chosen, rule = choose(analysis.latents, num_layers)
     data = latents_data(analysis.latents, analysis.latent_layers, chosen)
     examples = find_examples(analysis.path)
     notes = [f"Figures left out to keep this page small: {', '.join(left_out)}"] if left_out else []

@@ -93,35 +93,35 @@ def write_examples(
 ) -> None:
     """A table to the schema of `examples`, of windows of `length` tokens with the peak at 30."""
     rows = []
-    generator = np.random.default_rng(0)
     kinds = [("top", rank, None) for rank in range(num_top)]
     kinds += [("sample", rank, part) for part in range(3) for rank in range(2)]
     kinds += [("top_layer", rank, None) for rank in range(2)]
-    for latent in latents:
-        for kind, rank, part in kinds:
-            for layer in layers if kind == "top_layer" else layers[:1]:
-                values = np.zeros(length, np.float32)
-                values[[28, 30]] = 0.5, 10.0 - rank
-                rows.append(
-                    {
-                        "latent": latent,
-                        "layer": layer,
-                        "kind": kind,
-                        "rank": rank,
-                        "quantile": part,
-                        "row": 30 + rank,
-                        "token": 30 + rank + 100 * (kind == "sample"),
-                        "token_ids": generator.integers(0, 60, length).tolist(),
-                        "peak": 30,
-                        "pieces": None
-                        if piece is None
-                        else [f"{piece}{n % 7}" if n != 30 else f"peak{latent}" for n in range(41)],
-                        "values": values.tolist(),
-                        "layer_values": [10.0 - rank, *[0.0] * (len(layers) - 1)],
-                        "value": 10.0 - rank,
-                    }
-                )
-    pq.write_table(pa.Table.from_pylist(rows, schema=EXAMPLES), path / "examples.parquet")
+    for kind, rank, part in kinds:
+        for layer in layers if kind == "top_layer" else layers[:1]:
+            values = np.zeros(length, np.float32)
+            values[[28, 30]] = 0.5, 10.0 - rank
+            texts = [f"{piece}{n % 7}" if n != 30 else "peak" for n in range(length)]
+            rows.append(
+                {
+                    "latent": 0,
+                    "layer": layer,
+                    "kind": kind,
+                    "rank": rank,
+                    "quantile": part,
+                    "row": 30 + rank,
+                    "token": 30 + rank + 100 * (kind == "sample"),
+                    "token_ids": list(range(length)),
+                    "peak": 30,
+                    "pieces": None if piece is None else texts,
+                    "values": values.tolist(),
+                    "layer_values": [10.0 - rank, *[0.0] * (len(layers) - 1)],
+                    "value": 10.0 - rank,
+                }
+            )
+    one = pa.Table.from_pylist(rows, schema=EXAMPLES)
+    table = one.take(pa.array(np.tile(np.arange(len(one)), len(latents))))
+    ids = pa.array(np.repeat(latents, len(one)), pa.int32())
+    pq.write_table(table.set_column(0, "latent", ids), path / "examples.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,8 @@ def test_numbers_and_tables_are_those_of_the_analysis(analysis: Analysis) -> Non
             assert f"{row[name]:.4g}" in page.text
     for name in analysis.layers.column_names:
         if name != "layer" and not name.endswith(("_low", "_high")):
-            assert re.search(rf"\b{name}\b", page.text), name
+            measured = analysis.layers[name].null_count < len(analysis.layers)
+            assert bool(re.search(rf"\b{name}\b", page.text)) == measured, name
     share = analysis.summary["layer_variance"]["mass"]["single_over_aggregate"]
     assert f"{share:.0%} is there at a single token" in page.text
     images = [attributes["src"] for tag, attributes in page.elements if tag == "img"]
@@ -243,7 +244,7 @@ def test_what_is_missing_is_said_with_its_reason(
         f"is no model directory {world.model}" in text
     )
     assert "Cosines with the token embedding and the unembedding are not there" in text
-    assert "delta_ce" not in text
+    assert "delta_ce" not in text.replace("fvu_delta_ce.png", "")
     assert text.count("not measured") >= 3
     assert "Examples of what latents are active for: this analysis has no table of them." in text
     whole = page_of(analysis).text
@@ -323,7 +324,7 @@ def test_examples_keep_window_peak_and_values(tmp_path: Path, folder: bool) -> N
     texts = [data["pieces"][piece] for piece in pieces]
     assert (layer, token, value, peak) == (0, 30, 10.0, BEFORE)
     assert len(texts) == BEFORE + 1 + AFTER
-    assert texts[peak] == "peak9"
+    assert texts[peak] == "peak"
     assert texts[0] == " word6"
     assert active == [BEFORE - 2, 5, BEFORE, 100]
     assert by_layer == [100, 0, 0]
@@ -343,7 +344,7 @@ def test_where_examples_do_not_fit_each_latent_keeps_as_many(tmp_path: Path) -> 
     found = find_examples(tmp_path)
     assert found is not None
     whole = examples_data(found, np.arange(40), 10**7)
-    most = len(json.dumps(whole, separators=(",", ":"))) // 4
+    most = len(json.dumps(whole, separators=(",", ":"))) // 3
     some = examples_data(found, np.arange(40), most)
     assert not some["complete"]
     assert 0.9 * most < len(json.dumps(some, separators=(",", ":"))) < most + 500
@@ -403,12 +404,12 @@ def test_few_latents_are_all_shown_and_of_many_a_choice() -> None:
     assert len(choose(latents, 96)[0]) == MAX_CELLS // 96
 
 
-@pytest.mark.parametrize("num_layers", [6, 96])
+@pytest.mark.parametrize(("num_latents", "num_layers"), [(131_072, 6), (8_192, 96)])
 def test_a_page_of_131072_latents_is_small(
-    analysis: Analysis, tmp_path: Path, num_layers: int
+    analysis: Analysis, tmp_path: Path, num_latents: int, num_layers: int
 ) -> None:
     """With examples for all that are shown, and figures that are too large to be shown all."""
-    latents, latent_layers = tables(131_072, num_layers)
+    latents, latent_layers = tables(num_latents, num_layers)
     chosen, _ = choose(latents, num_layers)
     write_examples(tmp_path, chosen.tolist(), list(range(num_layers))[:2], num_top=4)
     figures = [*analysis.summary["figures"], "huge.png"]
@@ -463,7 +464,6 @@ def test_numbers_are_short_and_nulls_stay(analysis: Analysis) -> None:
     for values in data["columns"].values():
         for value in values:
             if isinstance(value, float):
-                assert len(f"{value:.17g}".strip("0.").replace(".", "")) > 0
                 assert value == float(f"{value:.4g}")
 
 
