@@ -1,6 +1,7 @@
 """What the store, the SAE and this machine say of themselves, for the summary."""
 
 import platform
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -30,7 +31,9 @@ def origin(pairing: Pairing, config: AnalyzeConfig) -> dict[str, Any]:
         },
         "text": record.get("datasets") or [],
         "encoding": preset_of(pairing.store.stores[0].plan),
-        "sae_config": pairing.sae.config.to_dict(),
+        "sae_config": {
+            key: value for key, value in asdict(pairing.sae.config).items() if value is not None
+        },
         "training": {key: training.get(key) for key in ("settings", "environment")},
         "device": str(pairing.device),
         "versions": {

@@ -2,10 +2,11 @@
 
 import base64
 import hashlib
-import json
+import shlex
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,6 +15,7 @@ from markupsafe import Markup
 
 from mlsae.analyze.config import AnalyzeConfig
 from mlsae.analyze.page_examples import examples_data, find_examples
+from mlsae.analyze.page_json import as_json
 from mlsae.analyze.page_latents import COLUMNS, choose, latents_data
 from mlsae.analyze.page_tables import (
     headline,
@@ -30,11 +32,14 @@ from mlsae.base.files import write_durably
 MAX_BYTES = 6_000_000
 """A page has at most so many bytes, whatever the analysis."""
 
-FIGURE_BYTES = 2_500_000
+FIGURE_BYTES = 2_000_000
 """Of them, those for figures."""
 
-EXAMPLE_BYTES = 2_000_000
-"""Of them, those for examples."""
+EXAMPLE_BYTES = 2_500_000
+"""Of them, those for examples, or what the others leave."""
+
+_FRAME_BYTES = 600_000
+"""Of them, those for tables, provenance, style and script."""
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _CAPTIONS = {
@@ -46,6 +51,7 @@ _CAPTIONS = {
     "decoder_cosine": "Cosines of two latents’ decoder directions",
     "layer_cosine": "Decoder cosine by distance of the mean layers",
 }
+_STAGES = ("harvest", "train", "analyze")
 _PROMPT = "prompt_"
 _PNG_HEAD = struct.Struct(">8s8xII")
 _DRAWN_DPI = 160
@@ -69,7 +75,7 @@ def write_page(analysis: Analysis, path: Path) -> None:
 def render(analysis: Analysis) -> str:
     """The page as text."""
     summary = analysis.summary
-    figures, left_out = _figures(analysis)
+    figures, left_out, num_bytes = _figures(analysis)
     num_layers = len(analysis.latent_layers) // len(analysis.latents)
     chosen, rule = choose(analysis.latents, num_layers)
     data = latents_data(analysis.latents, analysis.latent_layers, chosen)
@@ -78,11 +84,8 @@ def render(analysis: Analysis) -> str:
     if examples is None:
         notes.append("Examples of what latents are active for: this analysis has no table of them.")
     else:
-        data |= examples_data(examples, chosen, EXAMPLE_BYTES)
-        if not data["complete"]:
-            notes.append(
-                "Some examples were left out to keep this page small; the table has all of them."
-            )
+        room = MAX_BYTES - _FRAME_BYTES - num_bytes - len(as_json(data).encode())
+        data |= examples_data(examples, chosen, min(EXAMPLE_BYTES, room))
     described = {name: about for name, about in _definitions(analysis) if name in data["columns"]}
     data |= {
         "names": dict(COLUMNS),
@@ -114,24 +117,17 @@ def render(analysis: Analysis) -> str:
         variance=variance_table(summary),
         decoder=[(name, number(value)) for name, value in summary["decoder"].items()],
         rule=rule,
+        examples_left_out=not data.get("complete", True),
         num_shown=len(chosen),
         provenance=provenance(summary),
         settings=settings(summary, [field.name for field in fields(AnalyzeConfig)]),
         commands=_commands(summary["commands"]),
-        data=Markup(_as_json(data)),  # Nothing in it can end its element.
+        data=Markup(as_json(data)),
         script=Markup(script),
         style=Markup(style),
         script_hash=_csp_hash(script),
         style_hash=_csp_hash(style),
     )
-
-
-def _as_json(value: Any) -> str:
-    """JSON that can stand in a <script>: no character in it means anything to HTML."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
 
 
 def _csp_hash(text: str) -> str:
@@ -140,7 +136,9 @@ def _csp_hash(text: str) -> str:
 
 
 def _title(summary: Mapping[str, Any]) -> str:
-    name = PurePosixPath(str(summary["model"].get("name") or "an unnamed transformer")).name
+    model = PurePosixPath(str(summary["model"].get("name") or "an unnamed transformer"))
+    # The last two parts of a path say more than `model`; a hub id has no more.
+    name = "/".join(model.parts[-2:])
     layers = len(summary["layers"])
     return (
         f"{number(summary['overall']['num_latents'])} latents on {layers} "
@@ -160,15 +158,26 @@ def _definitions(analysis: Analysis) -> list[tuple[str, str]]:
 
 
 def _commands(found: Mapping[str, Sequence[str] | str]) -> list[tuple[str, list[str], str]]:
-    """Stage, its command lines, and why there are none."""
+    """Stage, its commands, and why there are none; in the order in which they are run."""
+    stages = sorted(found, key=_STAGES.index)
     return [
-        (stage, [], lines) if isinstance(lines, str) else (stage, list(lines), "")
-        for stage, lines in found.items()
+        (stage, [], found[stage])
+        if isinstance(found[stage], str)
+        else (stage, [_broken(line) for line in found[stage]], "")
+        for stage in stages
     ]
 
 
-def _figures(analysis: Analysis) -> tuple[list[dict[str, Any]], list[str]]:
-    """The figures as data URIs, those of prompts last, and the names of those without room."""
+def _broken(command: str) -> str:
+    """A command with each option on a line of its own, which a shell reads as one."""
+    words = shlex.split(command)
+    starts = [n for n, word in enumerate(words) if word.startswith("-")]
+    ends = [0, *starts, len(words)]
+    return " \\\n    ".join(shlex.join(words[a:b]) for a, b in pairwise(ends))
+
+
+def _figures(analysis: Analysis) -> tuple[list[dict[str, Any]], list[str], int]:
+    """The figures as data URIs, those of prompts last; those without room; bytes of the former."""
     names = [name for name in analysis.summary["figures"] if name.endswith(".png")]
     names.sort(key=lambda name: PurePosixPath(name).name.startswith(_PROMPT))
     found: list[dict[str, Any]] = []
@@ -192,4 +201,4 @@ def _figures(analysis: Analysis) -> tuple[list[dict[str, Any]], list[str]]:
                 "height": round(height * 96 / _DRAWN_DPI),
             }
         )
-    return found, left_out
+    return found, left_out, num_bytes

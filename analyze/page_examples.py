@@ -1,6 +1,6 @@
 """The examples that a page shows, as compact JSON of bounded size."""
 
-import json
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pd
+
+from mlsae.analyze.page_json import as_json
 
 Int = npt.NDArray[np.int64]
 
@@ -56,8 +58,8 @@ def examples_data(examples: pd.Dataset, chosen: Int, most_bytes: int) -> dict[st
     for row in _rows(table):
         num_known = len(pieces)
         example = _example(row, pieces)
-        num_bytes += len(json.dumps(example, separators=(",", ":"))) + 1
-        num_bytes += sum(len(json.dumps(text)) + 1 for text in list(pieces)[num_known:])
+        new = itertools.islice(reversed(pieces), len(pieces) - num_known)
+        num_bytes += sum(len(as_json(part).encode()) + 1 for part in (example, *new))
         if num_bytes > most_bytes:
             complete = False
             break

@@ -12,7 +12,7 @@ Int = npt.NDArray[np.int64]
 MAX_LATENTS = 4096
 """All latents are shown up to so many."""
 
-MAX_CELLS = 200_000
+MAX_CELLS = 120_000
 """Latents times layers: of SAEs of many layers, fewer latents are shown."""
 
 COLUMNS: tuple[tuple[str, str], ...] = (
@@ -21,7 +21,7 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     ("layer_mean", "mean layer"),
     ("layer_std", "layer spread"),
     ("layer_entropy", "layer entropy"),
-    ("num_layers", "layers"),
+    ("num_layers", "layers active"),
     ("token_entropy", "token entropy"),
     ("decoder_cosine", "decoder cosine"),
 )

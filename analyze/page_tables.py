@@ -53,19 +53,19 @@ _RATIOS = ("single_over_aggregate", "aggregate_over_total")
 _DECOMPOSITIONS = {"mass": "mass", "pair_uniform": "pair-uniform", "as_coded": "as coded"}
 
 
-def number(value: float | None) -> str:
-    """Four significant digits, whole numbers in full, and a dash for None."""
+def number(value: float | None, digits: int = 4) -> str:
+    """So many significant digits, whole numbers in full, and a dash for None."""
     if value is None:
         return "–"
     if isinstance(value, int):
         return format_count(value)
-    return f"{value:.4g}".replace("-", "−")
+    return f"{value:.{digits}g}".replace("-", "−")
 
 
-def interval(row: Row, name: str) -> str:
+def interval(row: Row, name: str, digits: int = 4) -> str:
     """The 95% interval of a column, or nothing."""
     low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
-    return "" if low is None or high is None else f"{number(low)} to {number(high)}"
+    return "" if low is None or high is None else f"{number(low, digits)} to {number(high, digits)}"
 
 
 def headline(analysis: Analysis) -> list[dict[str, str]]:
@@ -174,7 +174,7 @@ def layer_table(analysis: Analysis) -> dict[str, Any]:
 
 
 def _cell(row: Row, name: str) -> tuple[str, str]:
-    return number(row.get(name)), interval(row, name)
+    return number(row.get(name)), interval(row, name, 3)
 
 
 def variance_table(summary: Row) -> list[tuple[str, list[str]]]:
@@ -230,7 +230,7 @@ def provenance(summary: Row) -> list[tuple[str, str]]:
         ("encoding", summary["encoding"]),
         ("SAE", summary["sae"]),
         ("its weights (SHA-256)", summary["sae_sha256"]),
-        ("its kind", _listed(f"{key} {value}" for key, value in sae.items())),
+        ("its kind", _listed(f"{key} {_setting(sae[key])}" for key in _in_order(sae))),
         (
             "rows evaluated",
             f"{number(summary['num_rows'])} over all layers ({summary['rows']}: "
@@ -241,6 +241,11 @@ def provenance(summary: Row) -> list[tuple[str, str]]:
         ("versions", _listed(f"{key} {value}" for key, value in summary["versions"].items())),
     ]
     return [(name, str(value)) for name, value in rows if value is not None and value != ""]
+
+
+def _in_order(sae: Row) -> list[str]:
+    first = [key for key in ("architecture", "num_latents", "k", "d_in") if key in sae]
+    return [*first, *(key for key in sae if key not in first)]
 
 
 def _init(model: Row) -> str | None:

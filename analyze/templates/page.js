@@ -232,7 +232,7 @@
         "aria-controls": `detail-${latent}`,
         "aria-label": `latent ${latent}`,
       }, String(latent))),
-      make("td", { class: "profile" }, strip(shares, 1000, inWords(shares))),
+      make("td", { class: "profile" }, strip(shares, Math.max(1, ...shares), inWords(shares))),
       ...shownColumns.map((name) => make("td", {}, text(columns[name][place]))));
     row.addEventListener("click", () => toggle(place));
     return row;

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import json
 import re
+import shlex
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -260,7 +261,8 @@ def test_provenance_names_everything_and_how_to_make_it(analysis: Analysis, worl
     assert str(world.store) in text
     assert f"torch {summary['versions']['torch']}" in text
     assert "harvest: no command, since " in text
-    assert f"mlsae analyze --cache {world.store} --sae {summary['sae']} --out analysis" in text
+    words = f"mlsae analyze --cache {world.store} --sae {summary['sae']} --out analysis"
+    assert words in text.replace("\\ ", "")
 
 
 def test_text_from_elsewhere_is_only_text(analysis: Analysis, tmp_path: Path) -> None:
@@ -278,7 +280,7 @@ def test_text_from_elsewhere_is_only_text(analysis: Analysis, tmp_path: Path) ->
             cross_entropy=None,
             model={"name": HOSTILE, "revision": HOSTILE, "init": HOSTILE, "init_seed": 0},
             text=[{"name": HOSTILE}],
-            commands={"harvest": [HOSTILE], "train": HOSTILE, "analyze": [HOSTILE]},
+            commands={"harvest": [shlex.join(["a", "--b", HOSTILE])], "train": HOSTILE},
             figures=[copy.name],
         ),
         path=tmp_path,

@@ -36,7 +36,7 @@ REQUIREMENTS = {
         "datasets==4.4.1",
         "diffusers==0.35.2",
     ],
-    "selenium": ["selenium==4.52.0"],
+    "selenium": ["selenium==4.44.0"],
 }
 LIBRARIES = {"wandb": ["wandb==0.31.0"]}
 """What is installed beside mlsae's own environment, in a folder for PYTHONPATH."""
