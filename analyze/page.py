@@ -2,11 +2,8 @@
 
 import base64
 import hashlib
-import shlex
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
-from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,15 +12,15 @@ from markupsafe import Markup
 
 from mlsae.analyze.config import AnalyzeConfig
 from mlsae.analyze.page_examples import examples_data, find_examples
+from mlsae.analyze.page_figures import embed_figures
 from mlsae.analyze.page_json import as_json
 from mlsae.analyze.page_latents import COLUMNS, choose, latents_data
+from mlsae.analyze.page_provenance import commands, provenance, settings
 from mlsae.analyze.page_tables import (
     headline,
     layer_table,
     missing,
     number,
-    provenance,
-    settings,
     variance_table,
 )
 from mlsae.analyze.results import Analysis
@@ -42,20 +39,6 @@ _FRAME_BYTES = 600_000
 """Of them, those for tables, provenance, style and script."""
 
 _TEMPLATES = Path(__file__).with_name("templates")
-_CAPTIONS = {
-    "layer_distribution": "P(layer | latent) of every living latent, by mean layer",
-    "fvu_delta_ce": "Variance unexplained and cross-entropy added, by layer",
-    "norm_cosine": "Norms of the activations, and how alike neighbouring layers are",
-    "density": "How often latents are active",
-    "mean_layer": "Mean layers of latents, and their distance to a whole number",
-    "decoder_cosine": "Cosines of two latents’ decoder directions",
-    "layer_cosine": "Decoder cosine by distance of the mean layers",
-}
-_STAGES = ("harvest", "train", "analyze")
-_PROMPT = "prompt_"
-_PNG_HEAD = struct.Struct(">8s8xII")
-_DRAWN_DPI = 160
-"""Of the figures as files; their size on the page follows."""
 
 
 def write_page(analysis: Analysis, path: Path) -> None:
@@ -75,7 +58,7 @@ def write_page(analysis: Analysis, path: Path) -> None:
 def render(analysis: Analysis) -> str:
     """The page as text."""
     summary = analysis.summary
-    figures, left_out, num_bytes = _figures(analysis)
+    figures, left_out, num_bytes = embed_figures(analysis, FIGURE_BYTES)
     num_layers = len(analysis.latent_layers) // len(analysis.latents)
     chosen, rule = choose(analysis.latents, num_layers)
     data = latents_data(analysis.latents, analysis.latent_layers, chosen)
@@ -84,6 +67,9 @@ def render(analysis: Analysis) -> str:
     if examples is None:
         notes.append("Examples of what latents are active for: this analysis has no table of them.")
     else:
+        told = summary.get("examples")
+        if isinstance(told, Mapping) and told.get("no_text_because"):
+            notes.append(f"Examples are token ids without text: {told['no_text_because']}")
         room = MAX_BYTES - _FRAME_BYTES - num_bytes - len(as_json(data).encode())
         data |= examples_data(examples, chosen, min(EXAMPLE_BYTES, room))
     described = {name: about for name, about in _definitions(analysis) if name in data["columns"]}
@@ -121,7 +107,7 @@ def render(analysis: Analysis) -> str:
         num_shown=len(chosen),
         provenance=provenance(summary),
         settings=settings(summary, [field.name for field in fields(AnalyzeConfig)]),
-        commands=_commands(summary["commands"]),
+        commands=commands(summary["commands"]),
         data=Markup(as_json(data)),
         script=Markup(script),
         style=Markup(style),
@@ -155,50 +141,3 @@ def _definitions(analysis: Analysis) -> list[tuple[str, str]]:
         text = about.get("description", "")
         found.append((field.name, f"{text} ({unit})" if unit not in {"", "1"} else text))
     return found
-
-
-def _commands(found: Mapping[str, Sequence[str] | str]) -> list[tuple[str, list[str], str]]:
-    """Stage, its commands, and why there are none; in the order in which they are run."""
-    stages = sorted(found, key=_STAGES.index)
-    return [
-        (stage, [], found[stage])
-        if isinstance(found[stage], str)
-        else (stage, [_broken(line) for line in found[stage]], "")
-        for stage in stages
-    ]
-
-
-def _broken(command: str) -> str:
-    """A command with each option on a line of its own, which a shell reads as one."""
-    words = shlex.split(command)
-    starts = [n for n, word in enumerate(words) if word.startswith("-")]
-    ends = [0, *starts, len(words)]
-    return " \\\n    ".join(shlex.join(words[a:b]) for a, b in pairwise(ends))
-
-
-def _figures(analysis: Analysis) -> tuple[list[dict[str, Any]], list[str], int]:
-    """The figures as data URIs, those of prompts last; those without room; bytes of the former."""
-    names = [name for name in analysis.summary["figures"] if name.endswith(".png")]
-    names.sort(key=lambda name: PurePosixPath(name).name.startswith(_PROMPT))
-    found: list[dict[str, Any]] = []
-    left_out, num_bytes = [], 0
-    for name in names:
-        image = (analysis.path / name).read_bytes()
-        uri = f"data:image/png;base64,{base64.b64encode(image).decode()}"
-        if num_bytes + len(uri) > FIGURE_BYTES:
-            left_out.append(name)
-            continue
-        num_bytes += len(uri)
-        stem = PurePosixPath(name).stem
-        _, width, height = _PNG_HEAD.unpack_from(image)
-        found.append(
-            {
-                "uri": uri,
-                "name": name,
-                "caption": _CAPTIONS.get(stem, stem.replace("_", " ").capitalize()),
-                "is_prompt": stem.startswith(_PROMPT),
-                "width": round(width * 96 / _DRAWN_DPI),
-                "height": round(height * 96 / _DRAWN_DPI),
-            }
-        )
-    return found, left_out, num_bytes

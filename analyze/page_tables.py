@@ -1,13 +1,13 @@
 """What the page says in numbers: the headline, the tables, the provenance; all as plain text."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
 
 from mlsae.analyze.columns import TABLES
 from mlsae.analyze.results import Analysis
-from mlsae.base.units import format_count, format_ranges
+from mlsae.base.units import format_count
 
 Row = Mapping[str, Any]
 
@@ -207,65 +207,3 @@ def missing(analysis: Analysis, others: Iterable[str]) -> list[str]:
 
 def _is_null(table: pa.Table, name: str) -> bool:
     return bool(table[name].null_count == len(table))
-
-
-def provenance(summary: Row) -> list[tuple[str, str]]:
-    """Names and values of what the analysis is of, in the order in which they are shown."""
-    model, sae = summary["model"], summary["sae_config"]
-    stores = [
-        f"{of['store_id']} ({number(of['num_sequences'])} sequences)" for of in summary["stores"]
-    ]
-    rows: list[tuple[str, object]] = [
-        ("transformer", model.get("name") or "not recorded"),
-        ("its revision", model.get("revision")),
-        ("its initialisation", _init(model)),
-        ("its weights (fingerprint)", summary["model_fingerprint"]),
-        ("site", summary["site"]),
-        ("layers", format_ranges(summary["layers"])),
-        ("text", _listed(of.get("name") for of in summary["text"])),
-        ("store", _listed(summary["cache"])),
-        ("store_id", summary["store_id"]),
-        ("stores read as one", _listed(stores) if len(stores) > 1 else None),
-        ("plan_id", summary["plan_id"]),
-        ("encoding", summary["encoding"]),
-        ("SAE", summary["sae"]),
-        ("its weights (SHA-256)", summary["sae_sha256"]),
-        ("its kind", _listed(f"{key} {_setting(sae[key])}" for key in _in_order(sae))),
-        (
-            "rows evaluated",
-            f"{number(summary['num_rows'])} over all layers ({summary['rows']}: "
-            f"{number(summary['num_sequences'])} sequences of {summary['context_length']} tokens, "
-            f"positions from {summary['skip_positions']})",
-        ),
-        ("device", summary["device"]),
-        ("versions", _listed(f"{key} {value}" for key, value in summary["versions"].items())),
-    ]
-    return [(name, str(value)) for name, value in rows if value is not None and value != ""]
-
-
-def _in_order(sae: Row) -> list[str]:
-    first = [key for key in ("architecture", "num_latents", "k", "d_in") if key in sae]
-    return [*first, *(key for key in sae if key not in first)]
-
-
-def _init(model: Row) -> str | None:
-    init, seed = model.get("init"), model.get("init_seed")
-    return None if init is None else f"{init}{'' if seed is None else f', seed {seed}'}"
-
-
-def _listed(values: Iterable[object]) -> str:
-    return ", ".join(str(value) for value in values if value is not None)
-
-
-def settings(summary: Row, names: Sequence[str]) -> list[tuple[str, str]]:
-    """Settings of the analysis, then of the training."""
-    rows = [(f"analyze: {name}", summary[name]) for name in names if name in summary]
-    trained = summary["training"]["settings"] or {}
-    rows += [(f"train: {name}", value) for name, value in trained.items()]
-    return [(name, _setting(value)) for name, value in rows]
-
-
-def _setting(value: object) -> str:
-    if isinstance(value, list | tuple):
-        return _listed(value)
-    return "–" if value is None else str(value)

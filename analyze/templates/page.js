@@ -8,7 +8,7 @@
   const SVG = "http://www.w3.org/2000/svg";
   const KINDS = [
     "Where it is strongest",
-    "Drawn from each range of its values, strongest first",
+    "Drawn at random from ranges of its values",
     "Where it is strongest at a layer",
   ];
   const RANGES = ["density", "layer_mean", "layer_std", "num_layers", "layer_entropy", "token_entropy"];
@@ -369,7 +369,7 @@
     const latent = Number(found[1]);
     const place = placeOf.get(latent);
     if (!state.shown.includes(place)) {
-      form.reset();
+      for (const input of form.querySelectorAll("input")) input.value = "";
       readFilters();
       refresh();
     }

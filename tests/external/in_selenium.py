@@ -39,6 +39,8 @@ def look(page, chromium, driver_path, folder):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(driver_path))
+    # What a click or an address changes, it may change a moment later.
+    driver.implicitly_wait(10)
     try:
         return walk(driver, page, folder)
     finally:
@@ -141,7 +143,7 @@ def walk(driver, page, folder):
     driver.execute_script("document.getElementById('latents').scrollIntoView()")
     shot("dark")
     driver.find_element(By.CSS_SELECTOR, "#latent-17 button").send_keys(Keys.ENTER)
-    seen["closed"] = driver.find_elements(By.ID, "detail-17") == []
+    seen["closed"] = driver.execute_script("return document.getElementById('detail-17') === null")
 
     driver.get(page.as_uri() + "#latent-7")
     seen["linked"] = driver.find_element(By.ID, "detail-7").is_displayed()
