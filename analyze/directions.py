@@ -70,7 +70,7 @@ def check_memory(decoder_MD: Tensor) -> None:
     Raises:
         ResourceError: as for `block_size`.
     """
-    block_size(*decoder_MD.shape, _available(decoder_MD.device))
+    _block_size(decoder_MD)
 
 
 def block_size(num_latents: int, d_in: int, available: int) -> int:
@@ -100,10 +100,12 @@ def block_size(num_latents: int, d_in: int, available: int) -> int:
     return block
 
 
-def _available(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return available_memory()
+def _block_size(decoder_MD: Tensor) -> int:
+    device = decoder_MD.device
+    on_device = device.type == "cuda"
+    available = int(torch.cuda.mem_get_info(device)[0]) if on_device else available_memory()
+    num_latents, d_in = decoder_MD.shape
+    return block_size(num_latents, d_in, available)
 
 
 def unit_rows(rows_MD: Tensor) -> Tensor:
@@ -129,7 +131,7 @@ def decoder_pairs(
     Raises:
         ResourceError: as for `block_size`.
     """
-    block = block_size(*decoder_MD.shape, _available(decoder_MD.device))
+    block = _block_size(decoder_MD)
     unit_MD, device = unit_rows(decoder_MD), decoder_MD.device
     num_latents = len(unit_MD)
     means_M = torch.from_numpy(layer_means_M).float().to(device)
@@ -193,7 +195,7 @@ def nearest_rows(decoder_MD: Tensor, rows_VD: Tensor) -> Nearest:
     Raises:
         ResourceError: as for `block_size`.
     """
-    block = block_size(*decoder_MD.shape, _available(decoder_MD.device))
+    block = _block_size(decoder_MD)
     unit_MD = unit_rows(decoder_MD)
     largest_M = torch.full((len(unit_MD),), -torch.inf, device=unit_MD.device)
     at_M = torch.full((len(unit_MD),), -1, device=unit_MD.device)

@@ -74,7 +74,8 @@ def _chosen(examples: pd.Dataset, chosen: Int) -> pa.Table:
     wanted = ((kind == "top") & (rank < TOP)) | (kind == "sample")
     wanted = wanted | ((kind == "top_layer") & (rank == 0))
     of_chosen = pc.field("latent").isin(pa.array(chosen, pa.int32()))
-    table = examples.to_table(filter=wanted & of_chosen)
+    names = [name for name in examples.schema.names if name != "row"]
+    table = examples.to_table(columns=names, filter=wanted & of_chosen)
     latent, kinds = table["latent"].to_numpy(), pc.index_in(table["kind"], pa.array(_ORDER))
     kinds, rank = kinds.to_numpy(), table["rank"].to_numpy()
     part = pc.fill_null(table["quantile"], 0).to_numpy()

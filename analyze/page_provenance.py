@@ -74,13 +74,14 @@ def _setting(value: object) -> str:
 
 def commands(found: Mapping[str, Sequence[str] | str]) -> list[tuple[str, list[str], str]]:
     """Stage, its commands, and why there are none; in the order in which they are run."""
-    stages = sorted(found, key=_STAGES.index)
-    return [
-        (stage, [], found[stage])
-        if isinstance(found[stage], str)
-        else (stage, [_broken(line) for line in found[stage]], "")
-        for stage in stages
-    ]
+    rows: list[tuple[str, list[str], str]] = []
+    for stage in sorted(found, key=_STAGES.index):
+        lines = found[stage]
+        if isinstance(lines, str):
+            rows.append((stage, [], lines))
+        else:
+            rows.append((stage, [_broken(line) for line in lines], ""))
+    return rows
 
 
 def _broken(command: str) -> str:

@@ -476,3 +476,24 @@ def test_the_summary_stays_sealed(analysis: Analysis) -> None:
     assert seal(summary) == (analysis.path / "summary.json").read_bytes()
     assert summary["model"]["name"]
     assert summary["sae_config"]["num_latents"] == 48
+
+
+def test_prompts_have_a_section_of_their_own(analysis: Analysis, tmp_path: Path) -> None:
+    """With their text; every figure as large as its file says, at 96 pixels to the inch."""
+    names = ["prompt_0.png", "density.png"]
+    for name in names:
+        (tmp_path / name).write_bytes((analysis.path / "figures/density.png").read_bytes())
+    page = page_of(
+        dataclasses.replace(
+            changed(analysis, figures=names, prompts=["Mary had <b>"]), path=tmp_path
+        )
+    )
+    heads = [a["id"] for tag, a in page.elements if tag == "h2"]
+    assert heads == ["numbers", "figures", "prompts", "layers", "latents", "provenance"]
+    images = [attributes for tag, attributes in page.elements if tag == "img"]
+    assert [image["alt"] for image in images] == ["How often latents are active", "“Mary had <b>”"]
+    assert {(image["width"], image["height"]) for image in images} == {("432", "288")}
+
+
+def test_an_analysis_without_figures_says_so(analysis: Analysis) -> None:
+    assert "None were drawn." in page_of(changed(analysis, figures=[])).text

@@ -161,6 +161,8 @@ def walk(driver, page, folder):
             event["params"]["request"]["url"].partition("#")[0].partition(",")[0]
             for event in events
             if event["method"] == "Network.requestWillBeSent"
+            # The browser's own first tab asks for what it needs.
+            and not event["params"]["documentURL"].startswith("chrome://")
         }
     )
     return seen
