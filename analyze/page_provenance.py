@@ -60,7 +60,12 @@ def _listed(values: Iterable[object]) -> str:
 
 def settings(summary: Row, names: Sequence[str]) -> list[tuple[str, str]]:
     """Settings of the analysis, then of the training."""
-    rows = [(f"analyze: {name}", summary[name]) for name in names if name in summary]
+    # What is made of a setting may have its name, as the figures.
+    rows = [
+        (f"analyze: {name}", summary[name])
+        for name in names
+        if name in summary and not isinstance(summary[name], list | dict)
+    ]
     trained = summary["training"]["settings"] or {}
     rows += [(f"train: {name}", value) for name, value in trained.items()]
     return [(name, _setting(value)) for name, value in rows]
