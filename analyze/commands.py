@@ -56,7 +56,10 @@ def _harvests(stores: Sequence[Store]) -> list[str] | str:
             return f"{store.place} was copied from another store, not harvested"
         if not records:
             return f"{store.place} was not made by mlsae harvest"
-        lines.append(_harvest(store, records[-1]))
+        try:
+            lines.append(_harvest(store, records[-1]))
+        except (KeyError, TypeError):
+            return f"{store.place} does not say all of how it was harvested"
     return lines
 
 

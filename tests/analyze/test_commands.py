@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from mlsae.analyze import AnalyzeConfig, load
-from mlsae.analyze.commands import WITHOUT_OPTION
+from mlsae.analyze.commands import WITHOUT_OPTION, commands
+from mlsae.analyze.pairing import pair
+from mlsae.base.files import read_sealed, seal
 from mlsae.cli import main
 from mlsae.demo import text_path
 from mlsae.store import open_store
@@ -60,10 +63,10 @@ def test_the_commands_make_it_all_again(
     analyze += ["--rows", "train", "--max-tokens", "240", "--batch-size", "100"]
     command([*analyze, "--out", str(place / "out")])
     found = load(place / "out")
-    commands = found.summary["commands"]
+    named = found.summary["commands"]
     monkeypatch.chdir(tmp_path)
     for stage in ("harvest", "train", "analyze"):
-        (line,) = commands[stage]
+        (line,) = named[stage]
         again(line, tmp_path / stage)
     old, new = open_store(place / "acts"), open_store(tmp_path / "harvest")
     assert (new.plan_id, new.store_id) == (old.plan_id, old.store_id)
@@ -82,9 +85,9 @@ def test_what_cannot_be_made_again_says_why(
     command(
         ["analyze", "--cache", str(sample.path), "--sae", str(sae), "--out", str(tmp_path / "a")]
     )
-    commands = load(tmp_path / "a").summary["commands"]
-    assert commands["harvest"] == f"{sample.path} was not made by mlsae harvest"
-    assert commands["train"] == f"{sae} has lost the run.yaml of its training"
+    named = load(tmp_path / "a").summary["commands"]
+    assert named["harvest"] == f"{sample.path} was not made by mlsae harvest"
+    assert named["train"] == f"{sae} has lost the run.yaml of its training"
     command(["store", "copy", str(sample.path), str(tmp_path / "few"), "--rows", "240"])
     shutil.rmtree(sae)
     sae = sae_maker(tmp_path / "few")
@@ -99,9 +102,25 @@ def test_what_cannot_be_made_again_says_why(
             str(tmp_path / "b"),
         ]
     )
-    commands = load(tmp_path / "b").summary["commands"]
-    assert commands["harvest"] == f"{tmp_path / 'few'} was copied from another store, not harvested"
-    assert commands["train"] == f"{sae} was not made by mlsae train"
+    named = load(tmp_path / "b").summary["commands"]
+    assert named["harvest"] == f"{tmp_path / 'few'} was copied from another store, not harvested"
+    assert named["train"] == f"{sae} was not made by mlsae train"
+
+
+def test_a_harvest_that_does_not_say_all_of_itself(
+    harvested: Callable[..., Path], sae_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As the records of other versions may not."""
+    store = harvested()
+    (record,) = (store / "provenance").glob("*.json")
+    content = read_sealed(record)
+    del content["datasets"]
+    record.write_bytes(seal(content))
+    sae = sae_maker(store)
+    found = commands(
+        pair(store, sae, torch.device("cpu")), AnalyzeConfig(cache=store, sae=sae, out=tmp_path)
+    )
+    assert found["harvest"] == f"{store} does not say all of how it was harvested"
 
 
 def test_every_setting_has_an_option_or_is_known_to_have_none() -> None:
