@@ -11,11 +11,22 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mlsae.base.errors import ResourceError
+from mlsae.base.resources import available_memory
+from mlsae.base.units import format_bytes, format_count
+
 Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
 
 BLOCK = 2048
-"""Directions of a block: of each two blocks, all cosines are in memory at once."""
+"""Directions of a block: of each two blocks, all cosines are in memory at once. Where there is too
+little memory for that, blocks are smaller."""
+
+_SMALLEST_BLOCK = 64
+"""Below this, the time would be the calls'."""
+
+_PAIR_BYTES = 32
+"""Memory that a pair of a block takes, at most."""
 
 COSINE_BINS = 200
 """Equal bins of cosines from −1 to 1."""
@@ -53,6 +64,50 @@ class DecoderPairs:
     holds the pairs of which one latent has no mean layer."""
 
 
+def check_memory(decoder_MD: Tensor) -> None:
+    """See, before hours of work, that the cosines of all pairs can be had at all.
+
+    Raises:
+        ResourceError: as for `block_size`.
+    """
+    _block_size(decoder_MD)
+
+
+def block_size(num_latents: int, d_in: int, available: int) -> int:
+    """Directions of a block for which `decoder_pairs` fits into memory.
+
+    Args:
+        num_latents: M.
+        d_in: D.
+        available: bytes that may be taken.
+
+    Returns:
+        BLOCK, or that halved until it fits.
+
+    Raises:
+        ResourceError: not even small blocks fit; with the numbers.
+    """
+    of_latents = num_latents * (4 * d_in + 16)
+    block = BLOCK
+    while (needed := of_latents + min(block, num_latents) ** 2 * _PAIR_BYTES) > available:
+        if block <= _SMALLEST_BLOCK:
+            raise ResourceError(
+                f"not enough memory for the cosines of {format_count(num_latents)} decoder "
+                f"directions: even {block} by {block} at a time they need {format_bytes(needed)}, "
+                f"{format_bytes(available)} available; free some memory or use a larger machine"
+            )
+        block //= 2
+    return block
+
+
+def _block_size(decoder_MD: Tensor) -> int:
+    device = decoder_MD.device
+    on_device = device.type == "cuda"
+    available = int(torch.cuda.mem_get_info(device)[0]) if on_device else available_memory()
+    num_latents, d_in = decoder_MD.shape
+    return block_size(num_latents, d_in, available)
+
+
 def unit_rows(rows_MD: Tensor) -> Tensor:
     """Rows scaled to length 1, float32; a row of zeros stays."""
     return torch.nn.functional.normalize(rows_MD.float(), dim=1)
@@ -62,7 +117,7 @@ def unit_rows(rows_MD: Tensor) -> Tensor:
 def decoder_pairs(
     decoder_MD: Tensor, layer_means_M: Float, span: int, progress: Callable[[int], object]
 ) -> DecoderPairs:
-    """Look at every pair of directions once, in memory for two blocks of them.
+    """Look at every pair of directions once, in memory for the pairs of two blocks of them.
 
     The mean of the largest cosines (MMCS) is that of Sharkey et al. (2022) of a dictionary with
     itself.
@@ -72,7 +127,11 @@ def decoder_pairs(
         layer_means_M: mean layer of each latent; NaN for one that has none.
         span: the last layer's id minus the first's.
         progress: told the number of pairs of each finished block.
+
+    Raises:
+        ResourceError: as for `block_size`.
     """
+    block = _block_size(decoder_MD)
     unit_MD, device = unit_rows(decoder_MD), decoder_MD.device
     num_latents = len(unit_MD)
     means_M = torch.from_numpy(layer_means_M).float().to(device)
@@ -89,7 +148,7 @@ def decoder_pairs(
         largest_M[own] = torch.where(better, found, largest_M[own])
         partner_M[own] = torch.where(better, at + other.start, partner_M[own])
 
-    for i, j in _block_pairs(num_latents):
+    for i, j in _block_pairs(num_latents, block):
         cosines = unit_MD[i] @ unit_MD[j].T
         bins = _bins(cosines, means_M[i], means_M[j], num_distances)
         if i == j:
@@ -112,9 +171,9 @@ def decoder_pairs(
     )
 
 
-def _block_pairs(num_latents: int) -> Iterator[tuple[slice, slice]]:
+def _block_pairs(num_latents: int, size: int) -> Iterator[tuple[slice, slice]]:
     """Every two blocks once, each with itself first."""
-    blocks = [slice(n, min(n + BLOCK, num_latents)) for n in range(0, num_latents, BLOCK)]
+    blocks = [slice(n, min(n + size, num_latents)) for n in range(0, num_latents, size)]
     for n, block in enumerate(blocks):
         for other in blocks[n:]:
             yield block, other
@@ -131,14 +190,19 @@ def _bins(cosines: Tensor, means_I: Tensor, means_J: Tensor, num_distances: int)
 
 @torch.no_grad()
 def nearest_rows(decoder_MD: Tensor, rows_VD: Tensor) -> Nearest:
-    """The row of an embedding that each direction has the largest cosine with."""
+    """The row of an embedding that each direction has the largest cosine with.
+
+    Raises:
+        ResourceError: as for `block_size`.
+    """
+    block = _block_size(decoder_MD)
     unit_MD = unit_rows(decoder_MD)
     largest_M = torch.full((len(unit_MD),), -torch.inf, device=unit_MD.device)
     at_M = torch.full((len(unit_MD),), -1, device=unit_MD.device)
-    for first in range(0, len(rows_VD), BLOCK):
-        rows = unit_rows(rows_VD[first : first + BLOCK].to(unit_MD.device))
-        for start in range(0, len(unit_MD), BLOCK):
-            own = slice(start, start + BLOCK)
+    for first in range(0, len(rows_VD), block):
+        rows = unit_rows(rows_VD[first : first + block].to(unit_MD.device))
+        for start in range(0, len(unit_MD), block):
+            own = slice(start, start + block)
             found, at = (unit_MD[own] @ rows.T).max(1)
             better = found > largest_M[own]
             largest_M[own] = torch.where(better, found, largest_M[own])

@@ -15,6 +15,7 @@ KIND = "mlsae analysis"
 SUMMARY = "summary.json"
 ACTIVATIONS = "activations"
 FIGURES = "figures"
+PAGE = "index.html"
 _OURS = frozenset(
     {
         SUMMARY,
@@ -27,6 +28,7 @@ _OURS = frozenset(
         "prompts.parquet",
         ACTIVATIONS,
         FIGURES,
+        PAGE,
     }
 )
 

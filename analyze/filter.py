@@ -159,6 +159,30 @@ class _Reader:
         return repr(ast.get_source_segment(self._text, node))
 
 
+def check_named_latents(table: pa.Table, condition: str) -> None:
+    """See that the latents that a condition names by index, as in `latent == 7`, are there.
+
+    Args:
+        table: with a column `latent`.
+        condition: one that `where` can read.
+
+    Raises:
+        InputError: one is not; the message names those there are.
+    """
+    there = set(table["latent"].to_pylist())
+    for node in ast.walk(_parse(" ".join(condition.split()))):
+        match node:
+            case ast.Compare(
+                left=ast.Name(id="latent"),
+                ops=[ast.Eq()],
+                comparators=[ast.Constant(value=int()) | ast.UnaryOp(op=ast.USub()) as other],
+            ):
+                latent = ast.unparse(other)
+                if there and latent not in {str(index) for index in there}:
+                    ends = f"{min(there)} to {max(there)}"
+                    raise InputError(f"--where: there is no latent {latent}; there are {ends}")
+
+
 def check_columns(option: str, table: pa.Table, names: list[str]) -> None:
     """See that a table has columns of these names.
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mlsae.analyze.filter import check_columns, where
+from mlsae.analyze.filter import check_columns, check_named_latents, where
 from mlsae.analyze.results import load
 from mlsae.base.errors import InputError
 from mlsae.base.files import write_durably
@@ -49,9 +49,12 @@ def choose(
         columns: in this order; None for all.
 
     Raises:
-        InputError: a column is not there, or the condition cannot be read.
+        InputError: a column is not there, the condition cannot be read, or it chooses nothing and
+            names a latent that is not there.
     """
     found = latents if condition is None else where(latents, condition)
+    if condition is not None and len(found) == 0:
+        check_named_latents(latents, condition)
     if sort is not None:
         name = sort.removeprefix("-")
         check_columns("--sort", latents, [name])

@@ -54,6 +54,9 @@ class Pairing:
     notes: tuple[str, ...]
     """What the reader of a summary must know about this pairing; one line each."""
 
+    warnings: tuple[str, ...]
+    """Those of `notes` that say that store and SAE may not be meant for each other."""
+
 
 def pair(
     cache: Location | Iterable[Location],
@@ -108,6 +111,7 @@ def pair(
             f"{where}: the SAE was trained on activations of transformer {_short(theirs)}, the "
             f"store holds those of {_short(ours)} (fingerprints of their weights)"
         )
+    warnings = tuple(_warnings(store, training))
     return Pairing(
         store=store,
         sae=sae.to(device).eval(),
@@ -117,7 +121,8 @@ def pair(
         validation=training["validation"],
         sae_sha256=sha256_file(directory / WEIGHTS),
         device=device,
-        notes=tuple(_notes(store, training)),
+        notes=(*_notes(store), *warnings),
+        warnings=warnings,
     )
 
 
@@ -127,13 +132,17 @@ def fingerprint(store: AnyStore) -> str | None:
     return model.get("fingerprint") if isinstance(model, Mapping) else None
 
 
-def _notes(store: AnyStore, training: Mapping[str, Any]) -> list[str]:
+def _notes(store: AnyStore) -> list[str]:
+    if store.rows_per_sequence == store.context_length:
+        return []
+    return [
+        f"the store keeps {store.rows_per_sequence} of the {store.context_length} positions of "
+        f"each sequence: what is said of rows is of those"
+    ]
+
+
+def _warnings(store: AnyStore, training: Mapping[str, Any]) -> list[str]:
     notes = []
-    if store.rows_per_sequence < store.context_length:
-        notes.append(
-            f"the store keeps {store.rows_per_sequence} of the {store.context_length} positions of "
-            f"each sequence: what is said of rows is of those"
-        )
     if imported := training.get(_IMPORTED):
         name = imported["model"] or "which it does not name"
         notes.append(

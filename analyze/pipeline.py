@@ -18,10 +18,12 @@ from mlsae.analyze.config import AnalyzeConfig
 from mlsae.analyze.cross_entropy import CrossEntropy, measure
 from mlsae.analyze.decoder import Decoder, describe_decoder
 from mlsae.analyze.delphi import check_target, to_delphi
+from mlsae.analyze.directions import check_memory
 from mlsae.analyze.directory import (
     ACTIVATIONS,
     FIGURES,
     KIND,
+    PAGE,
     SUMMARY,
     check_replaceable,
     staged,
@@ -29,6 +31,8 @@ from mlsae.analyze.directory import (
 from mlsae.analyze.events import BYTES_PER_EVENT
 from mlsae.analyze.histograms import histograms_table, layer_cosine_table
 from mlsae.analyze.joint import Joint, sweep_tokens
+from mlsae.analyze.origin import origin
+from mlsae.analyze.page import write_page
 from mlsae.analyze.pairing import Pairing, fingerprint, pair
 from mlsae.analyze.prompts import prepare, prompts_table, read_texts
 from mlsae.analyze.results import Analysis, load
@@ -57,6 +61,9 @@ def run(config: AnalyzeConfig) -> Analysis:
         cache_dir=config.cache_dir,
         cache_bytes=config.cache_size,
     )
+    for warning in pairing.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    check_memory(pairing.sae.W_dec)
     if config.to_delphi is not None:
         check_target(config.to_delphi, pairing.store, config.out)
     sequences = choose_sequences(pairing.store, config.rows, pairing.validation, config.max_tokens)
@@ -99,6 +106,7 @@ def run(config: AnalyzeConfig) -> Analysis:
             pq.write_table(table, directory / f"{name}.parquet", compression="zstd")
         content = {
             **_settings(config),
+            **origin(pairing, config),
             **_what(pairing, sequences, sums, entropy),
             "cross_entropy": None if entropy is None else {"num_tokens": entropy.num_tokens},
             "no_cross_entropy_because": reason,
@@ -111,6 +119,7 @@ def run(config: AnalyzeConfig) -> Analysis:
             _draw(directory, {**tables, "summary": content}) if config.figures else []
         )
         write_durably(directory / SUMMARY, seal(content))
+        write_page(load(directory), directory / PAGE)
     analysis = load(config.out)
     click.echo(render(analysis))
     if config.to_delphi is not None:

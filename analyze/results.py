@@ -10,7 +10,7 @@ import pyarrow.dataset as pd
 import pyarrow.parquet as pq
 
 from mlsae.analyze.columns import TABLES_VERSION
-from mlsae.analyze.directory import ACTIVATIONS, read_summary
+from mlsae.analyze.directory import ACTIVATIONS, PAGE, read_summary
 from mlsae.base.errors import InputError
 
 if TYPE_CHECKING:
@@ -79,6 +79,11 @@ class Analysis:
         from mlsae.analyze.figures import draw
 
         return draw(name, vars(self))
+
+    @property
+    def page(self) -> Path:
+        """The page that shows it; `mlsae.analyze.page.write_page` makes it again."""
+        return self.path / PAGE
 
 
 def load(directory: str | Path) -> Analysis:

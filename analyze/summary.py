@@ -91,6 +91,7 @@ def render(analysis: Analysis) -> str:
         f"tables    {tables}",
         f"events    {analysis.path / ACTIVATIONS} ({format_count(summary['num_events'])} rows)",
         *_figures_at(analysis),
+        f"page      {analysis.page}",
     ]
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """What the machine has left: memory and disk, asked before work that needs them."""
 
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -11,13 +12,19 @@ from mlsae.base.units import format_bytes
 
 
 def available_memory() -> int:
-    """Bytes of memory that can be taken without swapping, the control group's limit included."""
+    """Bytes of memory that can be taken without swapping.
+
+    The control group's limit counts, and that of this process's address space (`ulimit -v`).
+    """
     available = int(psutil.virtual_memory().available)
     limit, usage = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and usage.exists():
         text = limit.read_text().strip()
         if text != "max":
             available = min(available, int(text) - int(usage.read_text()))
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if most != resource.RLIM_INFINITY:
+        available = min(available, max(0, most - psutil.Process().memory_info().vms))
     return available
 
 

@@ -47,8 +47,7 @@ def test_an_analysis_is_complete_and_says_what_it_found(
     assert _tree(out) == [
         *(f"activations/layer-{n}.parquet" for n in (0, 1, 3)),
         *(f"figures/{name}" for name in PICTURES),
-        *(f"{name}.parquet" for name in TABLES),
-        "summary.json",
+        *sorted([*(f"{name}.parquet" for name in TABLES), "index.html", "summary.json"]),
     ]
     text = capsys.readouterr().out
     assert re.search(r"^layer +fvu +fvu_published +fvu_position_0_in +mse ", text, re.MULTILINE)
@@ -68,6 +67,7 @@ def test_an_analysis_is_complete_and_says_what_it_found(
     assert re.search(r"a latent that is active for a token is so at [12]\.\d\d layers", text)
     assert f"{out / 'figures'}/{{{','.join(FIGURES)}}}.{{png,svg}}" in text
     assert str(out / "activations") in text
+    assert f"page      {out / 'index.html'}" in text
     assert "note:" not in text
 
 

@@ -51,6 +51,7 @@ REQUIREMENTS = {
         "datasets==4.4.1",
         "diffusers==0.35.2",
     ],
+    "selenium": ["selenium==4.44.0"],
 }
 ALONE = {"delphi": ["eai-delphi==0.1.3"]}
 """What is installed without what it asks for."""

@@ -135,7 +135,11 @@ def test_the_wheel_holds_exactly_the_package(wheel: Path):
     for name in filter(None, tracked):
         path = Path(name)
         is_module = path.suffix == ".py" and (len(path.parts) == 1 or path.parts[0] in ROOMS)
-        is_data = path.parts[:2] in {("demo", "model"), ("demo", "text")}
+        is_data = path.parts[:2] in {
+            ("analyze", "templates"),
+            ("demo", "model"),
+            ("demo", "text"),
+        }
         if (is_module or is_data) and (ROOT / name).exists():
             expected.add(f"mlsae/{name}")
     with zipfile.ZipFile(wheel) as archive:
