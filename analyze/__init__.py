@@ -6,10 +6,22 @@ analysis.layers.to_pylist()  # or .latents, .latent_layers; .activations is a da
 ```
 """
 
+from mlsae.analyze.activations_config import ActivationsConfig
 from mlsae.analyze.config import AnalyzeConfig
+from mlsae.analyze.event_reading import Activations, latent_events, load_activations
 from mlsae.analyze.results import Analysis, load
 
-__all__ = ["Analysis", "AnalyzeConfig", "load", "run"]
+__all__ = [
+    "Activations",
+    "ActivationsConfig",
+    "Analysis",
+    "AnalyzeConfig",
+    "latent_events",
+    "load",
+    "load_activations",
+    "run",
+    "run_activations",
+]
 
 
 def run(config: AnalyzeConfig) -> Analysis:
@@ -23,3 +35,20 @@ def run(config: AnalyzeConfig) -> Analysis:
     from mlsae.analyze.pipeline import run as analyze
 
     return analyze(config)
+
+
+def run_activations(config: ActivationsConfig) -> Activations:
+    """Write every active latent of a store's rows, or go on where a run of this was stopped.
+
+    Under torchrun or accelerate launch every rank calls this; rank r of w writes the parts r,
+    r + w, …, and all of them wait for the last on the file system.
+
+    Raises:
+        InputError: store and SAE are not what they should be, `out` holds something else or
+            activations of other settings, or a part in it is damaged.
+        ResourceError: too little disk, the directory cannot be written, or no such device.
+        InterruptedWorkError: SIGINT or SIGTERM came; the parts that are written stay.
+    """
+    from mlsae.analyze.activations import run as write
+
+    return write(config)

@@ -7,7 +7,7 @@ import pyarrow as pa
 from mlsae.analyze.column import Column
 from mlsae.analyze.metric_columns import LAYERS, OVERALL
 
-TABLES_VERSION = "0.3"
+TABLES_VERSION = "0.4"
 """Version of these columns, in every file's schema metadata; a minor one only adds."""
 
 _F, _I, _L = pa.float64(), pa.int64(), pa.int32()
