@@ -1,13 +1,14 @@
 """The table `activations` at size: events a second, bytes an event, memory, and one latent's bytes.
 
 A store of random rows in float16, and a TopK SAE with random weights whose encoder bias makes some
-latents far more frequent than others. `mlsae activations` runs as a process of its own, watched from
-here ten times a second: its anonymous and shared memory. Then, each in a process of its own, every
-event is read and the events of two latents, the median one by frequency and the most frequent; what
-was read is what the system counted (`rchar` of /proc/self/io), from opening the directory on. The
-rows of a latent that are read are checked against those that the full scan saw.
+latents far more frequent than others. `mlsae activations` runs as a process of its own, watched
+from here ten times a second: its anonymous and shared memory. At 25M events there is one whole part
+a layer; below, parts are smaller. Then, each in a process of its own, every event is read and the
+events of two latents, the median one by frequency and the most frequent; what was read is what the
+system counted (`rchar` of /proc/self/io), from opening the directory on. The rows of a latent that
+are read are checked against those that the full scan saw.
 
-    python benchmarks/activations.py [--events 10M,100M] [--work DIR]
+    python benchmarks/activations.py [--events 10M,25M,100M] [--work DIR]
 """
 
 import argparse
@@ -185,7 +186,7 @@ def measure(num_events: int, parent: Path) -> dict[str, Any]:
 def main() -> None:
     """Print a line a size, and last one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--events", default="10M,100M")
+    parser.add_argument("--events", default="10M,25M,100M")
     parser.add_argument("--work", type=Path, default=Path.cwd())
     arguments = parser.parse_args()
     results = []
