@@ -35,7 +35,8 @@ def run(config: ActivationsConfig) -> Activations:
 def _run(config: ActivationsConfig, interruption: Interruption) -> Activations:
     ranks = Ranks.from_environment()
     directory = ActivationsDirectory(config.out)
-    directory.check_usable()
+    if ranks.is_first:
+        directory.check_usable()
     require_writable(config.out, "--out")
     pairing = pair(
         config.cache,

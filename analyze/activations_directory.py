@@ -75,7 +75,10 @@ class ActivationsDirectory:
             return
         if not self.path.is_dir():
             raise InputError(f"--out {self.path} is a file; give a directory")
-        names = sorted(entry.name for entry in self.path.iterdir())
+        # A process that is killed at its beginning leaves nothing else.
+        names = sorted(
+            entry.name for entry in self.path.iterdir() if not entry.name.endswith(".partial")
+        )
         if names and not self.is_begun:
             raise InputError(
                 f"--out {self.path} holds other things than activations ({names[0]}); give a "

@@ -340,6 +340,22 @@ def test_a_directory_that_cannot_be_used_is_left_alone(
         load_activations(tmp_path / "mine")
 
 
+def test_what_a_kill_at_the_very_beginning_leaves_is_cleared_away(
+    written: ActivationsConfig, tmp_path: Path
+) -> None:
+    """The temporary file of the first record, of a process that is gone."""
+    out = tmp_path / "events"
+    out.mkdir()
+    script = (
+        "import sys; from pathlib import Path; from mlsae.base.files import partial_path\n"
+        "partial_path(Path(sys.argv[1])).touch()"
+    )
+    subprocess.run([sys.executable, "-c", script, str(out / "activations.json")], check=True)
+    assert len(contents(out)) == 1
+    run_activations(changed(written, out=out))
+    assert contents(out) == contents(written.out)
+
+
 def test_what_is_unfinished_is_not_read(copied: ActivationsConfig) -> None:
     (copied.out / "complete.json").unlink()
     (copied.out / "parts" / PART).with_suffix(".json").unlink()
