@@ -10,13 +10,26 @@ analysis.figure("layer_distribution").savefig("layers.pdf")  # analysis.figures 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlsae.analyze.activations_config import ActivationsConfig
 from mlsae.analyze.config import AnalyzeConfig
+from mlsae.analyze.event_reading import Activations, latent_events, load_activations
 from mlsae.analyze.results import Analysis, load
 
 if TYPE_CHECKING:
     from mlsae.analyze.delphi import DelphiCache
 
-__all__ = ["Analysis", "AnalyzeConfig", "load", "run", "to_delphi"]
+__all__ = [
+    "Activations",
+    "ActivationsConfig",
+    "Analysis",
+    "AnalyzeConfig",
+    "latent_events",
+    "load",
+    "load_activations",
+    "run",
+    "run_activations",
+    "to_delphi",
+]
 
 
 def run(config: AnalyzeConfig) -> Analysis:
@@ -46,3 +59,20 @@ def to_delphi(
     from mlsae.analyze.delphi import to_delphi as write
 
     return write(analysis, out, model=model)
+
+
+def run_activations(config: ActivationsConfig) -> Activations:
+    """Write every active latent of a store's rows, or go on where a run of this was stopped.
+
+    Under torchrun or accelerate launch every rank calls this; rank r of w writes the parts r,
+    r + w, …, and all of them wait for the last on the file system.
+
+    Raises:
+        InputError: store and SAE are not what they should be, `out` holds something else or
+            activations of other settings, or a part in it is damaged.
+        ResourceError: too little disk, the directory cannot be written, or no such device.
+        InterruptedWorkError: SIGINT or SIGTERM came; the parts that are written stay.
+    """
+    from mlsae.analyze.activations import run as write
+
+    return write(config)

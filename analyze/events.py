@@ -1,44 +1,42 @@
-"""The table `activations`: every active latent of every row, streamed to Parquet."""
+"""The table `activations` of an analysis: the events of a layer, from part to part.
 
+Shapes: N rows of a batch, K slots a row.
+"""
+
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-ROW_GROUP = 2**20
-"""Events of a row group: what is held in memory."""
-
-BYTES_PER_EVENT = 10
-"""Disk to ask for in advance; sorted rows cost little, latents and values 3 to 7 bytes."""
-
-_ENCODING = {
-    "row": "DELTA_BINARY_PACKED",
-    "token": "DELTA_BINARY_PACKED",
-    "layer": "PLAIN",
-    "latent": "PLAIN",
-    "value": "BYTE_STREAM_SPLIT",
-}
+from mlsae.analyze.event_part import PartRecord, PartWriter
+from mlsae.analyze.event_plan import EventsPlan
 
 
 class EventsWriter:
-    """Writes one layer's events in the order of rows, then latents, in row groups of fixed size.
+    """Writes the parts of a layer as its rows come by.
 
-    A context manager; the file is whole once the block has been left without an exception.
+    A context manager; every part is written once the block has been left without an exception.
+
+    Args:
+        directory: existing folder of the data set.
+        plan: its parts.
+        layer: a layer id.
     """
 
-    def __init__(self, path: Path, schema: pa.Schema, layer: int) -> None:
-        self._layer = layer
-        self._schema = schema
-        self._held: list[tuple[npt.NDArray[Any], ...]] = []
-        self._num_held = 0
-        self._writer = pq.ParquetWriter(
-            path, schema, compression="zstd", use_dictionary=False, column_encoding=_ENCODING
-        )
-        self.num_events = 0
+    def __init__(self, directory: Path, plan: EventsPlan, layer: int) -> None:
+        self._directory, self._plan = directory, plan
+        self._left = [plan.part(layer, run) for run in plan.runs]
+        self._writers: list[PartWriter] = []
+        self._stack = ExitStack()
+        self._end_row = 0
+
+    @property
+    def records(self) -> list[PartRecord]:
+        """Of the parts that are written."""
+        return [writer.record for writer in self._writers if writer.record is not None]
 
     def append(
         self,
@@ -47,26 +45,19 @@ class EventsWriter:
         values_NK: npt.NDArray[np.float32],
         indices_NK: npt.NDArray[np.int64],
     ) -> None:
-        """Add the active latents (value > 0) of the next rows, which belong to `tokens_N`."""
-        order = np.argsort(indices_NK, axis=1)
-        values = np.take_along_axis(values_NK, order, axis=1)
-        latents = np.take_along_axis(indices_NK, order, axis=1)
-        active = values > 0
-        rows, tokens = (np.repeat(of_row, active.sum(axis=1)) for of_row in (rows_N, tokens_N))
-        self._held.append((rows, tokens, latents[active].astype(np.int32), values[active]))
-        self._num_held += len(rows)
-        self.num_events += len(rows)
-        if self._num_held >= ROW_GROUP:
-            self._write(self._num_held - self._num_held % ROW_GROUP)
+        """Add the active latents of the next rows, of a batch as `EventsPlan.read` gives it."""
+        if len(rows_N) == 0:
+            return
+        while rows_N[0] >= self._end_row:
+            self._begin_next()
+        self._writers[-1].append(rows_N, tokens_N, values_NK, indices_NK)
 
-    def _write(self, count: int) -> None:
-        columns = [np.concatenate(parts) for parts in zip(*self._held, strict=True)]
-        rows, tokens, latents, values = (column[:count] for column in columns)
-        layer = np.full(count, self._layer, dtype=np.int32)
-        table = pa.table([rows, tokens, layer, latents, values], schema=self._schema)
-        self._writer.write_table(table, row_group_size=ROW_GROUP)
-        self._held = [tuple(column[count:] for column in columns)]
-        self._num_held -= count
+    def _begin_next(self) -> None:
+        self._stack.close()
+        part = self._left.pop(0)
+        self._end_row = part.end_row
+        writer = self._plan.writer(self._directory, part, self._directory.parent)
+        self._writers.append(self._stack.enter_context(writer))
 
     def __enter__(self) -> Self:
         return self
@@ -77,6 +68,7 @@ class EventsWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None and self._num_held:
-            self._write(self._num_held)
-        self._writer.close()
+        while kind is None and self._left:
+            # Rows that are all flagged make an empty part.
+            self._begin_next()
+        self._stack.__exit__(kind, error, trace)

@@ -126,6 +126,15 @@ def pair(
     )
 
 
+def provenance_of(pairing: Pairing) -> dict[str, str]:
+    """What every file made of it says that it is of."""
+    return {
+        "store_id": pairing.store.store_id,
+        "plan_id": pairing.store.plan_id,
+        "sae_sha256": pairing.sae_sha256,
+    }
+
+
 def fingerprint(store: AnyStore) -> str | None:
     """The fingerprint of the transformer whose activations a store holds, if it recorded one."""
     model = store.source.get("model")

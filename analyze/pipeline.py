@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from mlsae import __version__
 from mlsae.analyze import figures
-from mlsae.analyze.columns import TABLES_VERSION, schema
+from mlsae.analyze.activations_config import PART_EVENTS
+from mlsae.analyze.columns import TABLES_VERSION
 from mlsae.analyze.config import AnalyzeConfig
 from mlsae.analyze.cross_entropy import CrossEntropy, measure
 from mlsae.analyze.decoder import Decoder, describe_decoder
@@ -28,17 +29,18 @@ from mlsae.analyze.directory import (
     check_replaceable,
     staged,
 )
-from mlsae.analyze.events import BYTES_PER_EVENT
+from mlsae.analyze.event_part import totals_of
+from mlsae.analyze.event_plan import EventsPlan, estimate_bytes, plan_events
 from mlsae.analyze.histograms import histograms_table, layer_cosine_table
 from mlsae.analyze.joint import Joint, sweep_tokens
 from mlsae.analyze.origin import origin
 from mlsae.analyze.page import write_page
-from mlsae.analyze.pairing import Pairing, fingerprint, pair
+from mlsae.analyze.pairing import Pairing, fingerprint, pair, provenance_of
 from mlsae.analyze.prompts import prepare, prompts_table, read_texts
 from mlsae.analyze.results import Analysis, load
 from mlsae.analyze.selection import Int, choose_sequences, first_tokens
 from mlsae.analyze.summary import overall, render
-from mlsae.analyze.sweep import EventsPlan, LayerSums, sweep_layer
+from mlsae.analyze.sweep import LayerSums, sweep_layer
 from mlsae.analyze.tables import latents_tables, layer_means, layers_tables
 from mlsae.analyze.transformer import find_transformer
 from mlsae.base.devices import resolve_device
@@ -71,7 +73,7 @@ def run(config: AnalyzeConfig) -> Analysis:
     transformer, reason = find_transformer(pairing.store, pairing.site, config.model, device)
     prompts = prepare(texts, transformer, reason, pairing.store, pairing.skip_positions)
     with staged(config.out) as directory:
-        provenance = _provenance(pairing)
+        provenance = provenance_of(pairing)
         events = _plan_events(pairing, sequences, config, directory, provenance)
         with _bar("rows", num_rows * len(pairing.layers), "row") as progress:
             sums = {
@@ -81,6 +83,7 @@ def run(config: AnalyzeConfig) -> Analysis:
                     sequences,
                     batch_rows=config.batch_size,
                     events=events,
+                    directory=directory / ACTIVATIONS,
                     progress=progress,
                 )
                 for layer in pairing.layers
@@ -155,14 +158,6 @@ def _count_rows(pairing: Pairing, sequences: Int) -> int:
     return num_rows
 
 
-def _provenance(pairing: Pairing) -> dict[str, str]:
-    return {
-        "store_id": pairing.store.store_id,
-        "plan_id": pairing.store.plan_id,
-        "sae_sha256": pairing.sae_sha256,
-    }
-
-
 def _plan_events(
     pairing: Pairing,
     sequences: Int,
@@ -170,25 +165,16 @@ def _plan_events(
     directory: Path,
     provenance: Mapping[str, str],
 ) -> EventsPlan:
-    store = pairing.store
-    covered = first_tokens(sequences, config.events_max_tokens, store.context_length)
+    covered = first_tokens(sequences, config.events_max_tokens, pairing.store.context_length)
+    plan = plan_events(pairing, covered, PART_EVENTS, provenance)
     require_disk(
         directory,
-        len(covered)
-        * store.rows_per_sequence
-        * len(pairing.layers)
-        * pairing.sae.expected_active
-        * BYTES_PER_EVENT,
+        sum(estimate_bytes(plan, config.batch_size).values()),
         "the table of activations",
         "lower --max-tokens or choose another --out",
     )
-    folder = directory / ACTIVATIONS
-    folder.mkdir()
-    return EventsPlan(
-        directory=folder,
-        schema=schema("activations", provenance),
-        end_row=(int(covered[-1]) + 1) * store.rows_per_sequence if len(covered) else 0,
-    )
+    (directory / ACTIVATIONS).mkdir()
+    return plan
 
 
 def _joint(pairing: Pairing, sequences: Int, config: AnalyzeConfig) -> Joint:
@@ -259,8 +245,9 @@ def _what(
             "ce_store was not measured: it takes the stored activations of every eligible token; "
             "ce_sae, delta_ce and kl splice them all, recomputed by the transformer"
         )
+    activations = totals_of([record for of in sums.values() for record in of.events])
     return {
-        **_provenance(pairing),
+        **provenance_of(pairing),
         "cache": [member.place for member in pairing.store.stores],
         "stores": [
             {"store_id": member.store_id, "num_sequences": member.num_sequences}
@@ -275,7 +262,9 @@ def _what(
         "rows_per_sequence": pairing.store.rows_per_sequence,
         "num_sequences": len(sequences),
         "num_rows": sum(of.eligible.num_rows for of in sums.values()),
-        "num_events": sum(of.num_events for of in sums.values()),
+        "num_latents": pairing.sae.config.num_latents,
+        "num_events": activations["num_events"],
+        "activations": activations,
         "notes": notes,
     }
 

@@ -10,7 +10,8 @@ import pyarrow.dataset as pd
 import pyarrow.parquet as pq
 
 from mlsae.analyze.columns import TABLES_VERSION
-from mlsae.analyze.directory import ACTIVATIONS, PAGE, read_summary
+from mlsae.analyze.directory import PAGE, read_summary
+from mlsae.analyze.event_reading import open_events
 from mlsae.base.errors import InputError
 
 if TYPE_CHECKING:
@@ -101,8 +102,7 @@ def load(directory: str | Path) -> Analysis:
         )
     try:
         tables = {name: pq.read_table(directory / f"{name}.parquet") for name in _WHOLE}
-        files = [directory / ACTIVATIONS / f"layer-{n}.parquet" for n in summary["layers"]]
-        activations = pd.dataset(files, format="parquet")
+        activations = open_events(directory, summary["activations"])
     except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise InputError(

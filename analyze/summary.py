@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mlsae.analyze.directory import ACTIVATIONS, FIGURES
+from mlsae.analyze.event_part import describe
 from mlsae.analyze.results import Analysis
 from mlsae.base.units import format_count
 
@@ -89,7 +90,7 @@ def render(analysis: Analysis) -> str:
     lines += [
         "",
         f"tables    {tables}",
-        f"events    {analysis.path / ACTIVATIONS} ({format_count(summary['num_events'])} rows)",
+        f"events    {analysis.path / ACTIVATIONS} ({describe(summary['activations'])})",
         *_figures_at(analysis),
         f"page      {analysis.page}",
     ]

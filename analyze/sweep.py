@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from mlsae.analyze.bootstrap import count_groups, group_of
+from mlsae.analyze.event_part import PartRecord
+from mlsae.analyze.event_plan import EventsPlan
 from mlsae.analyze.events import EventsWriter
 from mlsae.analyze.pairing import Pairing
-from mlsae.analyze.selection import Int, read_rows
+from mlsae.analyze.selection import Int
 from mlsae.analyze.sums import GroupedRows, LatentSums, RowSums
 
 
@@ -31,22 +32,8 @@ class LayerSums:
     latents: LatentSums
     """Of the eligible rows."""
 
-    num_events: int
-    """Events written."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EventsPlan:
-    """Where the events go and which rows they cover."""
-
-    directory: Path
-    """Existing folder; a layer's file is `layer-<id>.parquet`."""
-
-    schema: pa.Schema
-    """Schema of the table `activations`."""
-
-    end_row: int
-    """Events cover the evaluated rows below this one."""
+    events: tuple[PartRecord, ...]
+    """The parts of the table `activations` that were written."""
 
 
 @torch.no_grad()
@@ -57,6 +44,7 @@ def sweep_layer(
     *,
     batch_rows: int,
     events: EventsPlan,
+    directory: Path,
     progress: Callable[[int], object],
 ) -> LayerSums:
     """Add up every unflagged row of `sequences` at a layer, in memory that does not grow.
@@ -66,7 +54,8 @@ def sweep_layer(
         layer: a layer id.
         sequences: sorted indices.
         batch_rows: rows encoded at once.
-        events: what is written of the latents as they are read back.
+        events: what is written of the latents as they are read back; its rows come first.
+        directory: existing folder for the events.
         progress: told the number of rows of each finished batch.
     """
     store, sae, device = pairing.store, pairing.sae, pairing.device
@@ -76,8 +65,8 @@ def sweep_layer(
     moments = store.moments(pairing.site, pairing.skip_positions)
     grouped = GroupedRows(3 * num_groups, moments.mean[moments.layers.index(layer)], device)
     latents = LatentSums(sae.config.num_latents, device)
-    with EventsWriter(events.directory / f"layer-{layer}.parquet", events.schema, layer) as writer:
-        for rows, tokens, stored in read_rows(store, pairing.site, layer, sequences, batch_rows):
+    with EventsWriter(directory, events, layer) as writer:
+        for rows, tokens, stored in events.read(layer, sequences, batch_rows):
             x = torch.from_numpy(stored).to(device)
             encoded = sae.encode(x, layer)
             x_hat = sae.decode(encoded)
@@ -107,5 +96,5 @@ def sweep_layer(
         position_0_in=first + later,
         position_0_out=later,
         latents=latents,
-        num_events=writer.num_events,
+        events=tuple(writer.records),
     )

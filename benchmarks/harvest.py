@@ -34,10 +34,10 @@ import transformers
 from benchmarks.page_cache import fill_page_cache
 from mlsae.base.heap import keep_freed_memory
 from mlsae.base.interruption import interruptible
+from mlsae.base.ranks import Ranks
 from mlsae.base.units import parse_bytes
 from mlsae.harvest.batches import Batches
 from mlsae.harvest.calibrate import calibrate
-from mlsae.harvest.ranks import Ranks
 from mlsae.harvest.shards import harvest_shards
 from mlsae.models import Transformer, load
 from mlsae.store import Writer, create

@@ -14,6 +14,7 @@ from mlsae.base.interruption import (
     StopNow,
     interruptible,
 )
+from mlsae.base.ranks import Ranks, wait_until
 from mlsae.base.resources import require_writable
 from mlsae.harvest.batch_size import choose_batch_size
 from mlsae.harvest.batches import Batches
@@ -31,7 +32,6 @@ from mlsae.harvest.plan import (
     resolve,
     source_of,
 )
-from mlsae.harvest.ranks import Ranks, wait_until
 from mlsae.harvest.report import dry_run_lines, encoding_lines, last_line, layer_tables
 from mlsae.harvest.shards import harvest_shards
 from mlsae.harvest.text import open_sources

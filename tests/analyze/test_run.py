@@ -35,6 +35,12 @@ def _tree(path: Path) -> list[str]:
     return sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
 
 
+def _first_row(world: Any) -> int:
+    plan = open_store(world.store).plan
+    held_out = validation_sequences(plan["tokens_sha256"], 37, 0.2, 3)
+    return 24 * int(held_out[0])
+
+
 def test_an_analysis_is_complete_and_says_what_it_found(
     world: Any,
     sae_maker: Callable[..., Path],
@@ -45,7 +51,7 @@ def test_an_analysis_is_complete_and_says_what_it_found(
     out = tmp_path / "deep" / "out"
     found = run(AnalyzeConfig(cache=world.store, sae=directory, out=out))
     assert _tree(out) == [
-        *(f"activations/layer-{n}.parquet" for n in (0, 1, 3)),
+        *(f"activations/layer={n}/part-{_first_row(world):012d}.parquet" for n in (0, 1, 3)),
         *(f"figures/{name}" for name in PICTURES),
         *sorted([*(f"{name}.parquet" for name in TABLES), "index.html", "summary.json"]),
     ]

@@ -25,6 +25,8 @@ OPTIONS = {
     "distribute resume keep track checkpoint-seconds",
     "analyze": "cache cache-dir cache-size sae out rows max-tokens model batch-size "
     "decomposition-max-tokens prompt prompt-file figures device to-delphi",
+    "activations": "cache cache-dir cache-size sae out rows max-tokens batch-size "
+    "part-events device",
     "latents": "analysis where sort limit columns out",
     "export": "run out to model",
     "import": "source out site layers",

@@ -3,7 +3,7 @@
 import pytest
 
 from mlsae.base.errors import InputError
-from mlsae.harvest.ranks import Ranks
+from mlsae.base.ranks import Ranks
 
 
 def test_one_process_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:

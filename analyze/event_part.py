@@ -1,0 +1,230 @@
+"""A part of the table `activations`: a file with the events of some rows at a layer, by latent.
+
+Shapes: N rows of a batch, K slots a row, E events held.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mlsae.base.errors import InputError
+from mlsae.base.files import fsync_directory, full_disk_explained, partial_path, sha256_file
+from mlsae.base.units import format_bytes, format_count
+
+GROUP_EVENTS = 2**15
+"""Events of a row group, the least that is read of a part for one latent."""
+
+BYTES_PER_EVENT = 9
+"""Disk to ask for in advance; 6 to 8 were measured, of which the value takes over 3."""
+
+_ENCODING = {
+    "row": "DELTA_BINARY_PACKED",
+    "token": "DELTA_BINARY_PACKED",
+    "layer": "DELTA_BINARY_PACKED",
+    "latent": "DELTA_BINARY_PACKED",
+    "value": "BYTE_STREAM_SPLIT",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartRecord:
+    """What is recorded of a part that is written."""
+
+    path: str
+    """Within the folder of the data set: `layer=<l>/part-<first row>.parquet`."""
+
+    num_events: int
+    """Events in it."""
+
+    num_bytes: int
+    """Bytes of the file."""
+
+    sha256: str
+    """Hex SHA-256 of the file."""
+
+
+def totals_of(records: Sequence[PartRecord]) -> dict[str, Any]:
+    """Events, bytes, bytes an event (null without events) and the records themselves."""
+    num_events = sum(record.num_events for record in records)
+    num_bytes = sum(record.num_bytes for record in records)
+    return {
+        "num_events": num_events,
+        "num_bytes": num_bytes,
+        "bytes_per_event": num_bytes / num_events if num_events else None,
+        "parts": [asdict(record) for record in records],
+    }
+
+
+def describe(totals: Mapping[str, Any]) -> str:
+    """What `totals_of` found, for people."""
+    each = totals["bytes_per_event"]
+    return (
+        f"{format_count(totals['num_events'])} events in {format_count(len(totals['parts']))} "
+        f"parts, {format_bytes(totals['num_bytes'])}"
+        f"{'' if each is None else f', {each:.2f} bytes an event'}"
+    )
+
+
+def check_part(folder: Path, record: PartRecord, *, every_byte: bool) -> None:
+    """See that a part is there as it was written.
+
+    Args:
+        folder: of the data set.
+        record: of the part.
+        every_byte: whether to read it; otherwise only its size is looked at.
+
+    Raises:
+        InputError: it is missing or differs.
+    """
+    path = folder / record.path
+    remedy = "remove it if it is there and run the same command again"
+    size = path.stat().st_size if path.is_file() else None
+    if size is None:
+        raise InputError(f"{path} is missing; {remedy}")
+    if size != record.num_bytes:
+        raise InputError(
+            f"{path} is damaged: it has {size} bytes, expected {record.num_bytes}; {remedy}"
+        )
+    if every_byte and (digest := sha256_file(path)) != record.sha256:
+        raise InputError(
+            f"{path} is damaged: its SHA-256 is {digest[:12]}…, expected {record.sha256[:12]}…; "
+            f"{remedy}"
+        )
+
+
+class PartWriter:
+    """Writes one part: rows in, events sorted by latent, then row, out.
+
+    More events than `part_events` are written as several sorted stretches, so that memory does not
+    depend on how many latents a row uses. A context manager: the file is whole and durable once the
+    block has been left without an exception, and absent otherwise; then `record` says what it is.
+
+    Args:
+        directory: folder of the data set; the layer's folder is in it.
+        path: of the part within `directory`.
+        scratch: folder on the same file system for the file while it is written. A folder of the
+            data set would do, were there no readers that take every file in it.
+        schema: of the table.
+        layer: of all rows.
+        num_latents: of the SAE.
+        part_events: most events of a stretch, but for those of a batch.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        path: str,
+        *,
+        scratch: Path,
+        schema: pa.Schema,
+        layer: int,
+        num_latents: int,
+        part_events: int,
+    ) -> None:
+        self.record: PartRecord | None = None
+        self._path, self._name = directory / path, path
+        self._partial = partial_path(scratch / self._path.name)
+        self._schema, self._layer = schema, layer
+        self._num_latents, self._part_events = num_latents, part_events
+        self._held: list[tuple[npt.NDArray[Any], ...]] = []
+        self._num_held = 0
+        self._num_events = 0
+
+    def __enter__(self) -> Self:
+        self._file = self._partial.open("wb")
+        self._writer = pq.ParquetWriter(
+            self._file,
+            self._schema,
+            compression="zstd",
+            use_dictionary=False,
+            column_encoding=_ENCODING,
+            write_page_checksum=True,
+        )
+        return self
+
+    def append(
+        self,
+        rows_N: npt.NDArray[np.int64],
+        tokens_N: npt.NDArray[np.int64],
+        values_NK: npt.NDArray[np.float32],
+        indices_NK: npt.NDArray[np.int64],
+    ) -> None:
+        """Add the active latents (value > 0) of the next rows, which belong to `tokens_N`.
+
+        Raises:
+            ResourceError: the disk is full.
+        """
+        active = values_NK > 0
+        counts_N = active.sum(axis=1)
+        latents_E = indices_NK[active].astype(np.int32)
+        self._held.append((rows_N, tokens_N, counts_N, latents_E, values_NK[active]))
+        self._num_held += len(latents_E)
+        if self._num_held >= self._part_events:
+            self._write_stretch()
+
+    def _write_stretch(self) -> None:
+        rows_N, tokens_N, counts_N, latents_E, values_E = (
+            np.concatenate(parts) for parts in zip(*self._held, strict=True)
+        )
+        self._held, self._num_held = [], 0
+        self._num_events += len(latents_E)
+        order_E = _by_latent(latents_E, self._num_latents)
+        place_E = np.repeat(np.arange(len(rows_N), dtype=np.int32), counts_N)
+        with full_disk_explained(self._path):
+            for first in range(0, len(order_E), GROUP_EVENTS):
+                chosen = order_E[first : first + GROUP_EVENTS]
+                at = place_E[chosen]
+                layers = np.full(len(chosen), self._layer, dtype=np.int32)
+                columns = [rows_N[at], tokens_N[at], layers, latents_E[chosen], values_E[chosen]]
+                # Each call makes a row group.
+                self._writer.write_table(pa.table(columns, schema=self._schema))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                with full_disk_explained(self._path):
+                    self._finish()
+        finally:
+            # After a full disk its footer cannot be written either, and nobody will read it.
+            with suppress(OSError):
+                self._writer.close()
+            self._writer.is_open = False
+            with suppress(OSError):
+                self._file.close()
+            self._partial.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        if self._held:
+            self._write_stretch()
+        self._writer.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.record = PartRecord(
+            path=self._name,
+            num_events=self._num_events,
+            num_bytes=self._partial.stat().st_size,
+            sha256=sha256_file(self._partial),
+        )
+        self._partial.rename(self._path)
+        fsync_directory(self._path.parent)
+
+
+def _by_latent(latents_E: npt.NDArray[np.int32], num_latents: int) -> npt.NDArray[np.int64]:
+    """The order that sorts by latent, events of one latent in the order they came in."""
+    # numpy sorts 16 bits by radix, six times as fast.
+    narrow = latents_E.astype(np.uint16) if num_latents <= 2**16 else latents_E
+    return np.argsort(narrow, kind="stable")
