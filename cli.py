@@ -18,6 +18,7 @@ from mlsae.base.errors import InputError, MlsaeError
 from mlsae.base.interruption import InterruptedWorkError
 from mlsae.base.units import (
     parse_bytes,
+    parse_context,
     parse_count,
     parse_count_or_auto,
     parse_layers,
@@ -342,6 +343,25 @@ def train(**settings: Any) -> None:
 @click.option("--model", type=DIRECTORY, help="Where the transformer lies now, if it was moved.")
 @click.option("--batch-size", type=COUNT, default=4096, help="Rows encoded at once.")
 @click.option(
+    "--examples",
+    type=COUNT,
+    default=16,
+    help="Examples of each latent, and of each at each layer; 0 for none.",
+)
+@click.option(
+    "--samples",
+    type=COUNT,
+    default=4,
+    help="Random examples from each quarter of a latent's range of values.",
+)
+@click.option(
+    "--context-tokens",
+    type=_Parsed("tokens", parse_context),
+    default="8,4",
+    help="Tokens of an example before and after its peak, or one number for both.",
+)
+@click.option("--examples-seed", type=int, default=0, help="Seed of the random examples.")
+@click.option(
     "--decomposition-max-tokens",
     type=COUNT,
     default=1_000_000,
@@ -370,6 +390,18 @@ def latents(columns: str | None, **settings: Any) -> None:
 
     names = None if columns is None else [name.strip() for name in columns.split(",")]
     click.echo(list_latents(columns=names, **settings))
+
+
+@main.command("examples")
+@click.argument("analysis", type=DIRECTORY)
+@click.argument("latent", type=int)
+@click.option("--layer", type=int, help="Of this layer alone.")
+@click.option("--limit", type=COUNT, help="Most of each list; all that there are if not given.")
+def examples_(**settings: Any) -> None:
+    """Print the examples of LATENT in ANALYSIS, each with its tokens and its values by layer."""
+    from mlsae.analyze.example_listing import list_examples
+
+    click.echo(list_examples(**settings))
 
 
 @main.command("export")

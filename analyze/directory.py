@@ -14,6 +14,7 @@ from mlsae.base.files import DamagedFileError, fsync_directory, read_sealed
 KIND = "mlsae analysis"
 SUMMARY = "summary.json"
 ACTIVATIONS = "activations"
+EXAMPLES = "examples.parquet"
 FIGURES = "figures"
 _OURS = frozenset(
     {
@@ -25,6 +26,7 @@ _OURS = frozenset(
         "histograms.parquet",
         "layer_cosine.parquet",
         ACTIVATIONS,
+        EXAMPLES,
         FIGURES,
     }
 )

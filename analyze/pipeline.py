@@ -26,6 +26,8 @@ from mlsae.analyze.directory import (
     staged,
 )
 from mlsae.analyze.events import BYTES_PER_EVENT
+from mlsae.analyze.example_pass import find_examples, plan_examples, write_table
+from mlsae.analyze.examples import Examples
 from mlsae.analyze.histograms import histograms_table, layer_cosine_table
 from mlsae.analyze.joint import Joint, sweep_tokens
 from mlsae.analyze.pairing import Pairing, fingerprint, pair
@@ -60,6 +62,7 @@ def run(config: AnalyzeConfig) -> Analysis:
     with staged(config.out) as directory:
         provenance = _provenance(pairing)
         events = _plan_events(pairing, sequences, config, directory, provenance)
+        examples_plan = plan_examples(pairing, num_rows, config, directory)
         with _bar("rows", num_rows * len(pairing.layers), "row") as progress:
             sums = {
                 layer: sweep_layer(
@@ -72,7 +75,8 @@ def run(config: AnalyzeConfig) -> Analysis:
                 )
                 for layer in pairing.layers
             }
-        joint = _joint(pairing, sequences, config)
+        examples = find_examples(pairing, examples_plan, sums)
+        joint = _joint(pairing, sequences, config, examples)
         entropy = None
         if transformer is not None:
             length = pairing.store.context_length
@@ -89,6 +93,7 @@ def run(config: AnalyzeConfig) -> Analysis:
         tables = _tables(pairing, sums, joint, decoder, entropy, provenance)
         for name, table in tables.items():
             pq.write_table(table, directory / f"{name}.parquet", compression="zstd")
+        told = write_table(directory, examples, pairing, config.model, provenance)
         (directory / FIGURES).mkdir()
         drawn = {name: table for name, table in tables.items() if name != "overall"}
         names = figures.draw_all(directory / FIGURES, **drawn)
@@ -100,6 +105,7 @@ def run(config: AnalyzeConfig) -> Analysis:
             "layer_variance": joint.decomposition.summary(),
             "decoder": decoder.summary(),
             "overall": overall(tables["layers"], tables["latents"]),
+            "examples": told,
             "figures": [f"{FIGURES}/{name}" for name in names],
         }
         write_durably(directory / SUMMARY, seal(content))
@@ -171,12 +177,22 @@ def _plan_events(
     )
 
 
-def _joint(pairing: Pairing, sequences: Int, config: AnalyzeConfig) -> Joint:
+def _joint(
+    pairing: Pairing, sequences: Int, config: AnalyzeConfig, examples: Examples | None
+) -> Joint:
     length = pairing.store.context_length
     covered = first_tokens(sequences, max(config.decomposition_max_tokens, length), length)
-    num_rows = len(covered) * pairing.store.rows_per_sequence * len(pairing.layers)
+    swept = covered if examples is None else sequences
+    num_rows = len(swept) * pairing.store.rows_per_sequence * len(pairing.layers)
     with _bar("all layers of a token", num_rows, "row") as progress:
-        return sweep_tokens(pairing, covered, batch_rows=config.batch_size, progress=progress)
+        return sweep_tokens(
+            pairing,
+            swept,
+            end_token=(int(covered[-1]) + 1) * length,
+            examples=examples,
+            batch_rows=config.batch_size,
+            progress=progress,
+        )
 
 
 def _tables(

@@ -10,7 +10,7 @@ import pyarrow.dataset as pd
 import pyarrow.parquet as pq
 
 from mlsae.analyze.columns import TABLES_VERSION
-from mlsae.analyze.directory import ACTIVATIONS, read_summary
+from mlsae.analyze.directory import ACTIVATIONS, EXAMPLES, read_summary
 from mlsae.base.errors import InputError
 
 _WHOLE = ("layers", "overall", "latents", "latent_layers", "histograms", "layer_cosine")
@@ -45,8 +45,30 @@ class Analysis:
     layer_cosine: pa.Table
     """Pairs of latents, one row a bin of the distance of mean layers and the decoder cosine."""
 
+    examples: pd.Dataset | None
+    """Strongest and random events of each latent, by latent; not in memory until it is scanned.
+    None of an analysis without."""
+
     activations: pd.Dataset
     """One row an active latent of a row and layer; not in memory until it is scanned."""
+
+    def examples_of(self, latent: int) -> pa.Table:
+        """The examples of one latent; those of the others are not read.
+
+        Raises:
+            InputError: the analysis has no examples, or the SAE no such latent.
+        """
+        if self.examples is None:
+            raise InputError(
+                f"the analysis {self.path} was made without examples: analyze again with "
+                f"--examples above 0"
+            )
+        if not 0 <= latent < len(self.latents):
+            raise InputError(
+                f"there is no latent {latent}: the SAE has {len(self.latents)}, from 0 to "
+                f"{len(self.latents) - 1}"
+            )
+        return self.examples.to_table(filter=pd.field("latent") == latent)
 
 
 def load(directory: str | Path) -> Analysis:
@@ -66,9 +88,13 @@ def load(directory: str | Path) -> Analysis:
         tables = {name: pq.read_table(directory / f"{name}.parquet") for name in _WHOLE}
         files = [directory / ACTIVATIONS / f"layer-{n}.parquet" for n in summary["layers"]]
         activations = pd.dataset(files, format="parquet")
+        has_examples = summary["examples"] is not None
+        examples = pd.dataset(directory / EXAMPLES, format="parquet") if has_examples else None
     except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
             f"the analysis {directory} is damaged ({reason}): make it again with mlsae analyze"
         ) from None
-    return Analysis(path=directory, summary=summary, activations=activations, **tables)
+    return Analysis(
+        path=directory, summary=summary, examples=examples, activations=activations, **tables
+    )

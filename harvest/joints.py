@@ -1,11 +1,9 @@
 """How documents become sequences: which tokens join, open, close and pad them."""
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
 from mlsae.base.errors import InputError
-from mlsae.base.files import canonical_json
 
 PACKINGS = ("concatenate", "document")
 BOS = ("auto", "always", "never")
@@ -83,20 +81,6 @@ class Joints:
             "isolate_documents": self.isolate_documents,
             "padding": self.padding,
         }
-
-
-def tokenizer_sha256(tokenizer: Any) -> str:
-    """Hex SHA-256 of what a tokenizer's ids mean: its vocabulary and its special tokens."""
-    return hashlib.sha256(
-        canonical_json(
-            {
-                "vocabulary": tokenizer.get_vocab(),
-                "special": sorted(tokenizer.all_special_ids),
-                "bos": tokenizer.bos_token_id,
-                "eos": tokenizer.eos_token_id,
-            }
-        )
-    ).hexdigest()
 
 
 def _first(*ids: int | None) -> int | None:

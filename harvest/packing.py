@@ -17,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.errors import InputError
-from mlsae.harvest.joints import BOS, PACKINGS, Joints, tokenizer_sha256
+from mlsae.harvest.joints import BOS, PACKINGS, Joints
 from mlsae.harvest.mixture import lags_most
 from mlsae.harvest.sequences import Sequences
 from mlsae.harvest.text import Source
 from mlsae.harvest.tokenizing import tokenized
 
-__all__ = ["BOS", "PACKINGS", "Joints", "PackedText", "Taken", "pack", "tokenizer_sha256"]
+__all__ = ["BOS", "PACKINGS", "Joints", "PackedText", "Taken", "pack"]
 
 
 @dataclass(kw_only=True)

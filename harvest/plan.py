@@ -15,10 +15,11 @@ from mlsae.base.resources import require_disk
 from mlsae.base.units import format_bytes
 from mlsae.harvest.batch_size import useful_batch_size
 from mlsae.harvest.config import DEFAULT_CONTEXT_LENGTH, HarvestConfig
-from mlsae.harvest.packing import PackedText, tokenizer_sha256
+from mlsae.harvest.packing import PackedText
 from mlsae.harvest.ranks import Ranks
 from mlsae.models import Transformer
 from mlsae.models.sites import check_sites
+from mlsae.models.tokenizer import tokenizer_sha256
 from mlsae.store import PlanMismatchError
 from mlsae.store.compression import plan_compression
 from mlsae.store.layout import Layout, plan_layout

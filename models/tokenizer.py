@@ -1,11 +1,14 @@
 """The tokenizer that lies beside a model."""
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers
 
 from mlsae.base.errors import InputError
+from mlsae.base.files import canonical_json
 from mlsae.models.explanation import explained
 from mlsae.models.place import Place
 
@@ -31,3 +34,33 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
             "model's tokenizer there"
         )
     return tokenizer
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Hex SHA-256 of what a tokenizer's ids mean: its vocabulary and its special tokens."""
+    return hashlib.sha256(
+        canonical_json(
+            {
+                "vocabulary": tokenizer.get_vocab(),
+                "special": sorted(tokenizer.all_special_ids),
+                "bos": tokenizer.bos_token_id,
+                "eos": tokenizer.eos_token_id,
+            }
+        )
+    ).hexdigest()
+
+
+def texts_of_tokens(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds after itself, with the space before a word where there is one.
+
+    A token that is part of a character gives U+FFFD.
+    """
+    # Decoders drop the space that opens a text, or the mark of a word's continuation: a token that
+    # stands second keeps them.
+    once, twice = (
+        tokenizer.batch_decode(
+            [[token] * count for token in ids], clean_up_tokenization_spaces=False
+        )
+        for count in (1, 2)
+    )
+    return [two[len(one) :] for one, two in zip(once, twice, strict=True)]

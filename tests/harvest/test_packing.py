@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlsae.base.errors import InputError, ResourceError
-from mlsae.harvest.joints import BOS, PACKINGS, Joints, tokenizer_sha256
+from mlsae.harvest.joints import BOS, PACKINGS, Joints
 from mlsae.harvest.packing import PackedText, pack
 from mlsae.harvest.text import Document, Source, TextConfig, open_sources
 from mlsae.models import load_tokenizer
+from mlsae.models.tokenizer import tokenizer_sha256
 from mlsae.store import MASKED, PADDING, SPECIAL
 
 HERE = Path(__file__).parent
