@@ -107,7 +107,9 @@ EXAMPLES = (
         "at its layer; sample: drawn at random from one range of its values",
     ),
     Column("rank", _L, "example", "0 is the largest of its kind, layer or range"),
-    Column("quantile", _L, "range", "of a sample, 0 to 3: a quarter of the latent's values by size"),
+    Column(
+        "quantile", _L, "range", "of a sample, 0 to 3: a quarter of the latent's values by size"
+    ),
     Column("low", _S, "latent value", "lower end of that range, which does not belong to it"),
     Column("high", _S, "latent value", "its upper end, which does"),
     Column("row", _I, "row", "row of the store's activations that the peak is"),

@@ -16,9 +16,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 """From little to the most; a space is none."""
 
 
-def list_examples(
-    analysis: Path, *, latent: int, layer: int | None, limit: int | None
-) -> str:
+def list_examples(analysis: Path, *, latent: int, layer: int | None, limit: int | None) -> str:
     """The strongest examples of a latent and its random ones, the peak between « and ».
 
     Args:
@@ -73,14 +71,19 @@ def _lines(examples: pa.Table, layers: Iterable[int]) -> list[str]:
     texts = [_window(row) for row in rows]
     # The peaks stand below one another.
     before = max(len(left) for left, _ in texts)
-    heads = [(f"{row['value']:.4g}", str(row["layer"]), _profile(row["layer_values"])) for row in rows]
+    heads = [
+        (f"{row['value']:.4g}", str(row["layer"]), _profile(row["layer_values"])) for row in rows
+    ]
     widths = [max(len(head[n]) for head in heads) for n in range(2)]
     first, *_, last = layers if len(list(layers)) > 1 else [*layers, *layers]
     title = f"layers {first}–{last}"
-    return [f"  {'value':>{widths[0]}}  layer  {title}", *(
-        f"  {value:>{widths[0]}}  {layer:>5}  {profile:<{len(title)}}  {left:>{before}}{rest}"
-        for (value, layer, profile), (left, rest) in zip(heads, texts, strict=True)
-    )]
+    return [
+        f"  {'value':>{widths[0]}}  layer  {title}",
+        *(
+            f"  {value:>{widths[0]}}  {layer:>5}  {profile:<{len(title)}}  {left:>{before}}{rest}"
+            for (value, layer, profile), (left, rest) in zip(heads, texts, strict=True)
+        ),
+    ]
 
 
 def _window(row: Mapping[str, Any]) -> tuple[str, str]:

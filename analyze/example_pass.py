@@ -87,9 +87,7 @@ def write_table(
     if examples is None:
         return None
     pieces, reason = find_pieces(pairing.store, model)
-    with tqdm(
-        total=examples.num_latents, desc="examples", unit="latent", unit_scale=True
-    ) as bar:
+    with tqdm(total=examples.num_latents, desc="examples", unit="latent", unit_scale=True) as bar:
         num_examples = write_examples(
             directory / EXAMPLES, schema("examples", provenance), examples, pieces, bar.update
         )

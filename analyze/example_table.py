@@ -103,7 +103,9 @@ def _columns(
     )
     sizes = (strongest.shape[1], num_top, RANGES * plan.samples)
     kind = np.repeat(np.arange(len(KINDS)), sizes)
-    quantile = np.concatenate([np.zeros(sum(sizes[:2])), np.repeat(np.arange(RANGES), plan.samples)])
+    quantile = np.concatenate(
+        [np.zeros(sum(sizes[:2])), np.repeat(np.arange(RANGES), plan.samples)]
+    )
     rank = np.concatenate(
         [
             np.arange(sizes[0]),
@@ -159,9 +161,7 @@ def _lists(flat: Array | pa.Array, inside: Array) -> pa.Array:
     return pa.ListArray.from_arrays(np.concatenate([[0], ends]).astype(np.int32), flat)
 
 
-def _pieces(
-    flat: Array, inside: Array, pieces: Callable[[Array], list[str]] | None
-) -> pa.Array:
+def _pieces(flat: Array, inside: Array, pieces: Callable[[Array], list[str]] | None) -> pa.Array:
     if pieces is None:
         return pa.nulls(len(inside), pa.list_(pa.string()))
     ids, at = np.unique(flat, return_inverse=True)

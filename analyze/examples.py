@@ -90,9 +90,7 @@ class Examples:
         self._store = pairing.store
         self._device = pairing.device
         fields = plan.fields(len(self.layers))
-        self.top = Best(
-            self.num_latents * len(self.layers), plan.top, fields, pairing.device
-        )
+        self.top = Best(self.num_latents * len(self.layers), plan.top, fields, pairing.device)
         """Group latent · L + index of the layer: the strongest of the layer."""
         self.samples = Best(self.num_latents * RANGES, plan.samples, fields, pairing.device)
         """Group latent · RANGES + range."""
@@ -158,9 +156,16 @@ class Examples:
         place_E = at_E // num_layers
         layer_E = at_E - place_E * num_layers
         rows_R3 = np.stack([rows_R[:whole], tokens_R, local_R], axis=1)
-        self._take(_Held(
-            text=text, rows_R3=torch.from_numpy(rows_R3).to(self._device), place_E=place_E,
-            layer_E=layer_E, latent_E=latent_E, value_E=value_E))
+        self._take(
+            _Held(
+                text=text,
+                rows_R3=torch.from_numpy(rows_R3).to(self._device),
+                place_E=place_E,
+                layer_E=layer_E,
+                latent_E=latent_E,
+                value_E=value_E,
+            )
+        )
 
     def _take(self, held: "_Held") -> None:
         num_layers = len(self.layers)

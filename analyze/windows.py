@@ -32,7 +32,9 @@ class Text:
     """Whether the token is an eligible row, bool."""
 
 
-def read_text(store: AnyStore, sequences: Int, eligible_T: np.ndarray, device: torch.device) -> Text:
+def read_text(
+    store: AnyStore, sequences: Int, eligible_T: np.ndarray, device: torch.device
+) -> Text:
     """The tokens of sequences, sorted indices."""
     length = store.context_length
     ids, documents, flags = [], [], []

@@ -153,9 +153,7 @@ def encoder(pairing: Pairing, shape: Shape) -> Contender:
                     pairing.store, pairing.site, layer, sequences, BATCH_ROWS
                 ):
                     x = x[tokens % CONTEXT_LENGTH >= pairing.skip_positions]
-                    encode_rows(
-                        pairing.sae, x, layer, batch_rows=BATCH_ROWS, device=pairing.device
-                    )
+                    encode_rows(pairing.sae, x, layer, batch_rows=BATCH_ROWS, device=pairing.device)
                     done += len(x)
         return done
 

@@ -51,8 +51,6 @@ def main() -> None:
     activations = torch.from_numpy(held["activations"]).float()
     num_latents, d_in = held["encoder"].shape
     sae = autoencoder.MLSAE(d_in, num_latents, int(k), dead_steps_threshold=10**9, auxk=None)
-    # Its mask of dead latents is the wrong way round where none is: this keeps all.
-    sae.dead_steps_threshold = 0
     sae.encoder.weight.data = torch.from_numpy(held["encoder"])
     sae.pre_encoder_bias.data = torch.from_numpy(held["bias"])
     whole = types.SimpleNamespace(
