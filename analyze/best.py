@@ -1,7 +1,7 @@
 """The best events of each of many groups, out of a stream of any length.
 
-Shapes: G groups, S events kept a group, C events that are offered, A of them that are kept, U groups
-that something is offered to.
+Shapes: G groups, S events kept a group, C events that are offered, A of them that are kept, U
+groups that something is offered to.
 """
 
 from collections.abc import Mapping

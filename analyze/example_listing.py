@@ -35,6 +35,8 @@ def list_examples(analysis: Path, *, latent: int, layer: int | None, limit: int 
         raise InputError(
             f"the SAE has no layer {layer}: its layers are {', '.join(map(str, layers))}"
         )
+    if len(examples) == 0:
+        return f"latent {latent}: active for none of the rows evaluated"
     if limit is not None:
         examples = examples.filter(pc.field("rank") < limit)
     kind = TOP if layer is None else TOP_LAYER
@@ -54,8 +56,6 @@ def list_examples(analysis: Path, *, latent: int, layer: int | None, limit: int 
 
 def _of_latent(analysis: Analysis, latent: int) -> str:
     row = analysis.latents.slice(latent, 1).to_pylist()[0]
-    if row["dead"]:
-        return f"latent {latent}: active for none of the rows evaluated"
     return (
         f"latent {latent}: active {format_count(row['count'])} times, density "
         f"{row['density']:.4g}, mean value {row['mean']:.4g}, layer {row['layer_mean']:.2f} ± "

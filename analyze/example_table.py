@@ -1,7 +1,7 @@
 """The table `examples`: written latent by latent, so that one is read without the others.
 
-Shapes: m latents of a slab, L layers, S strongest of a layer, Q ranges, s samples of each, C examples
-a latent at most, R rows of a table, W places of a window.
+Shapes: m latents of a slab, L layers, S strongest of a layer, s samples of each range, R rows of a
+table, W places of a window.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -1,6 +1,6 @@
 """Where each latent is strongest, and random events of each range of its values, in one pass.
 
-Shapes: N tokens of a block, R tokens held, K active slots a row, E events (token, layer, latent), A
+Shapes: N rows of a block, R rows held, K active slots a row, E events (token, layer, latent), A
 of them that are kept, M = num_latents, L layers, W places of a window.
 """
 
@@ -159,35 +159,35 @@ class Examples:
         self._take(
             _Held(
                 text=text,
-                rows_R3=torch.from_numpy(rows_R3).to(self._device),
-                place_E=place_E,
-                layer_E=layer_E,
-                latent_E=latent_E,
-                value_E=value_E,
+                rows=torch.from_numpy(rows_R3).to(self._device),
+                places=place_E,
+                layers=layer_E,
+                latents=latent_E,
+                values=value_E,
             )
         )
 
     def _take(self, held: "_Held") -> None:
         num_layers = len(self.layers)
-        token_E, local_E = held.rows_R3[:, 1][held.place_E], held.rows_R3[:, 2][held.place_E]
+        token_E, local_E = held.rows[:, 1][held.places], held.rows[:, 2][held.places]
         joined = join_layers(
             local_E,
-            held.layer_E,
-            held.latent_E,
-            held.value_E,
-            num_tokens=len(held.text.ids_T),
+            held.layers,
+            held.latents,
+            held.values,
+            num_tokens=len(held.text.ids),
             num_layers=num_layers,
         )
-        event_E = token_E * num_layers + held.layer_E
-        range_E = torch.zeros_like(held.latent_E)
+        event_E = token_E * num_layers + held.layers
+        range_E = torch.zeros_like(held.latents)
         for edge_M in self.edges:
-            range_E += held.value_E > edge_M[held.latent_E]
+            range_E += held.values > edge_M[held.latents]
         for best, group_E, score_E in (
-            (self.top, held.latent_E * num_layers + held.layer_E, held.value_E.view(torch.int32)),
+            (self.top, held.latents * num_layers + held.layers, held.values.view(torch.int32)),
             (
                 self.samples,
-                held.latent_E * RANGES + range_E,
-                random_scores(event_E, held.latent_E, self.plan.seed),
+                held.latents * RANGES + range_E,
+                random_scores(event_E, held.latents, self.plan.seed),
             ),
         ):
             if best.size == 0:
@@ -196,15 +196,14 @@ class Examples:
             if len(offered) == 0:
                 continue
             kept, places_A = best.place(group_E[offered], score_E[offered])
-            for at, places in zip(
-                offered[kept].split(_AT_ONCE), places_A.split(_AT_ONCE), strict=True
-            ):
-                best.write(places, **self._known(held, joined, at))
+            for first in range(0, len(kept), _AT_ONCE):
+                some = slice(first, first + _AT_ONCE)
+                best.write(places_A[some], **self._known(held, joined, offered[kept[some]]))
 
     def _known(self, held: "_Held", joined: Joined, at_A: Tensor) -> dict[str, Tensor]:
         """The fields of events."""
-        rows_A, tokens_A, local_A = held.rows_R3[held.place_E[at_A]].unbind(1)
-        layer_A, pair_A = held.layer_E[at_A], joined.pair_E[at_A]
+        rows_A, tokens_A, local_A = held.rows[held.places[at_A]].unbind(1)
+        layer_A, pair_A = held.layers[at_A], joined.pairs[at_A]
         ids, values = windows(
             held.text,
             joined,
@@ -219,7 +218,7 @@ class Examples:
             "row": rows_A[:, None],
             "ids": ids,
             "values": values,
-            "layer_values": joined.values_PL[pair_A],
+            "layer_values": joined.values[pair_A],
         }
 
 
@@ -230,20 +229,20 @@ class _Held:
     text: Text
     """Their tokens."""
 
-    rows_R3: Tensor
-    """Of each eligible row its number, its token in the store and its token in `text`."""
+    rows: Tensor
+    """(R, 3): of each eligible row its number, its token in the store and its token in `text`."""
 
-    place_E: Tensor
-    """Index of the event's row in `rows_R3`."""
+    places: Tensor
+    """(E,) index of each event's row in `rows`."""
 
-    layer_E: Tensor
-    """Index of its layer."""
+    layers: Tensor
+    """(E,) index of its layer."""
 
-    latent_E: Tensor
-    """Its latent."""
+    latents: Tensor
+    """(E,) latent."""
 
-    value_E: Tensor
-    """Its value, float32."""
+    values: Tensor
+    """(E,) value, float32."""
 
 
 def random_scores(events_E: Tensor, latents_E: Tensor, seed: int) -> Tensor:

@@ -22,14 +22,14 @@ OUTSIDE = -1
 class Text:
     """Some whole sequences, one after another."""
 
-    ids_T: Tensor
-    """Token ids, int32."""
+    ids: Tensor
+    """Token ids, (T,) int32."""
 
-    runs_T: Tensor
-    """Number of the stretch of one document in one sequence, int64; all different at padding."""
+    runs: Tensor
+    """Number of the stretch of one document in one sequence, (T,) int64; padding is in none."""
 
-    eligible_T: Tensor
-    """Whether the token is an eligible row, bool."""
+    eligible: Tensor
+    """Whether the token is an eligible row, (T,) bool."""
 
 
 def read_text(
@@ -50,9 +50,9 @@ def read_text(
     begins |= is_padding
     begins[1:] |= is_padding[:-1]
     return Text(
-        ids_T=torch.from_numpy(np.concatenate(ids).astype(np.int32)).to(device),
-        runs_T=torch.from_numpy(np.cumsum(begins)).to(device),
-        eligible_T=torch.from_numpy(eligible_T).to(device),
+        ids=torch.from_numpy(np.concatenate(ids).astype(np.int32)).to(device),
+        runs=torch.from_numpy(np.cumsum(begins)).to(device),
+        eligible=torch.from_numpy(eligible_T).to(device),
     )
 
 
@@ -60,14 +60,14 @@ def read_text(
 class Joined:
     """The events of some tokens, by latent, then token."""
 
-    pair_E: Tensor
-    """Which pair each event belongs to, int64."""
+    pairs: Tensor
+    """Which pair each event belongs to, (E,) int64."""
 
-    key_P: Tensor
-    """latent · T + token, ascending."""
+    keys: Tensor
+    """latent · T + token of each pair, (P,) ascending."""
 
-    values_PL: Tensor
-    """The value at each layer, 0 where the latent is not active; float32."""
+    values: Tensor
+    """The value at each layer, (P, L) float32, 0 where the latent is not active."""
 
 
 def join_layers(
@@ -99,7 +99,7 @@ def join_layers(
     values_PL.view(-1)[sorted_pair_E * num_layers + layers_E[order]] = values_E[order]
     pair_E = torch.empty_like(order)
     pair_E[order] = sorted_pair_E
-    return Joined(pair_E=pair_E, key_P=key_P, values_PL=values_PL)
+    return Joined(pairs=pair_E, keys=key_P, values=values_PL)
 
 
 def windows(
@@ -120,20 +120,20 @@ def windows(
     """
     offsets = torch.arange(-before, after + 1, device=tokens_A.device)
     places = tokens_A[:, None] + offsets
-    within = (places >= 0) & (places < len(text.ids_T))
-    places = places.clamp(0, len(text.ids_T) - 1)
-    within &= text.runs_T[places] == text.runs_T[tokens_A][:, None]
+    within = (places >= 0) & (places < len(text.ids))
+    places = places.clamp(0, len(text.ids) - 1)
+    within &= text.runs[places] == text.runs[tokens_A][:, None]
     # A latent's other tokens of the window are among its nearest pairs, one a token.
-    near = (pairs_A[:, None] + offsets).clamp(0, len(joined.key_P) - 1)
-    distance = joined.key_P[near] - joined.key_P[pairs_A][:, None]
+    near = (pairs_A[:, None] + offsets).clamp(0, len(joined.keys) - 1)
+    distance = joined.keys[near] - joined.keys[pairs_A][:, None]
     is_near = (distance >= -before) & (distance <= after)
-    values = joined.values_PL.new_zeros(len(pairs_A), len(offsets) + 1)
+    values = joined.values.new_zeros(len(pairs_A), len(offsets) + 1)
     values.scatter_(
         1,
         torch.where(is_near, distance + before, len(offsets)),
-        joined.values_PL[near, layers_A[:, None]],
+        joined.values[near, layers_A[:, None]],
     )
     return (
-        torch.where(within, text.ids_T[places], OUTSIDE),
-        torch.where(within & text.eligible_T[places], values[:, :-1], torch.nan),
+        torch.where(within, text.ids[places], OUTSIDE),
+        torch.where(within & text.eligible[places], values[:, :-1], torch.nan),
     )

@@ -37,7 +37,7 @@ from mlsae.analyze.example_table import write_examples
 from mlsae.analyze.examples import Examples, ExamplesPlan
 from mlsae.analyze.joint import blocks, encode_rows
 from mlsae.analyze.pairing import Pairing, pair
-from mlsae.analyze.selection import read_rows
+from mlsae.analyze.selection import Int, read_rows
 from mlsae.demo import model_path
 from mlsae.sae import SAE, SAEConfig
 from mlsae.store import create, open_store
@@ -116,7 +116,8 @@ class Turns:
         self._per_round = shape.sequences
         self._next = 0
 
-    def __call__(self) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    def next(self) -> Int:
+        """Those of the next round."""
         first = self._next
         self._next += self._per_round
         return np.arange(first, self._next)
@@ -131,7 +132,7 @@ def finder(pairing: Pairing, shape: Shape) -> tuple[Examples, Contender]:
     def work() -> int:
         done = 0
         with torch.no_grad():
-            for rows, tokens, latents in blocks(pairing, turns(), BATCH_ROWS):
+            for rows, tokens, latents in blocks(pairing, turns.next(), BATCH_ROWS):
                 examples.add(rows, tokens, latents)
                 done += len(rows)
         examples.finish()
@@ -145,7 +146,7 @@ def encoder(pairing: Pairing, shape: Shape) -> Contender:
     turns = Turns(shape)
 
     def work() -> int:
-        sequences, done = turns(), 0
+        sequences, done = turns.next(), 0
         with torch.no_grad():
             for layer in pairing.layers:
                 done = 0
