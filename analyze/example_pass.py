@@ -13,7 +13,7 @@ from mlsae.analyze.directory import EXAMPLES
 from mlsae.analyze.example_table import write_examples
 from mlsae.analyze.examples import RANGES, Examples, ExamplesPlan
 from mlsae.analyze.pairing import Pairing
-from mlsae.analyze.pieces import find_pieces
+from mlsae.analyze.pieces import Pieces
 from mlsae.analyze.sweep import LayerSums
 from mlsae.base.errors import ResourceError
 from mlsae.base.resources import require_disk, require_memory
@@ -79,14 +79,20 @@ def find_examples(
 def write_table(
     directory: Path,
     examples: Examples | None,
-    pairing: Pairing,
-    model: Path | None,
+    text: tuple[Pieces | None, str | None],
     provenance: Mapping[str, str],
 ) -> dict[str, Any] | None:
-    """Write the table and say what is in it; None for no examples."""
+    """Write the table and say what is in it; None for no examples.
+
+    Args:
+        directory: where.
+        examples: all of them.
+        text: what gives tokens their text, or the reason why nothing does.
+        provenance: of the table.
+    """
     if examples is None:
         return None
-    pieces, reason = find_pieces(pairing.store, model)
+    pieces, reason = text
     with tqdm(total=examples.num_latents, desc="examples", unit="latent", unit_scale=True) as bar:
         num_examples = write_examples(
             directory / EXAMPLES, schema("examples", provenance), examples, pieces, bar.update

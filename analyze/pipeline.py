@@ -31,6 +31,7 @@ from mlsae.analyze.examples import Examples
 from mlsae.analyze.histograms import histograms_table, layer_cosine_table
 from mlsae.analyze.joint import Joint, sweep_tokens
 from mlsae.analyze.pairing import Pairing, fingerprint, pair
+from mlsae.analyze.pieces import find_pieces
 from mlsae.analyze.results import Analysis, load
 from mlsae.analyze.selection import Int, choose_sequences, first_tokens
 from mlsae.analyze.summary import overall, render
@@ -59,6 +60,7 @@ def run(config: AnalyzeConfig) -> Analysis:
     sequences = choose_sequences(pairing.store, config.rows, pairing.validation, config.max_tokens)
     num_rows = _count_rows(pairing, sequences)
     transformer, reason = find_transformer(pairing.store, pairing.site, config.model, device)
+    text = find_pieces(pairing.store, config.model)
     with staged(config.out) as directory:
         provenance = _provenance(pairing)
         events = _plan_events(pairing, sequences, config, directory, provenance)
@@ -93,7 +95,7 @@ def run(config: AnalyzeConfig) -> Analysis:
         tables = _tables(pairing, sums, joint, decoder, entropy, provenance)
         for name, table in tables.items():
             pq.write_table(table, directory / f"{name}.parquet", compression="zstd")
-        told = write_table(directory, examples, pairing, config.model, provenance)
+        told = write_table(directory, examples, text, provenance)
         (directory / FIGURES).mkdir()
         drawn = {name: table for name, table in tables.items() if name != "overall"}
         names = figures.draw_all(directory / FIGURES, **drawn)

@@ -1,6 +1,9 @@
 """Examples of a whole analysis: read back, with their text, printed, refused."""
 
+import itertools
+import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +85,9 @@ def test_the_strongest_of_every_latent_are_those_of_the_dense_sae(
                 assert (value is None) == (not eligible[first + n])
                 assert value is None or value == pytest.approx(expected, rel=1e-4, abs=1e-5)
             if row["kind"] == "sample":
+                quarter, n = z[:, :, latent].max() / 4, row["quantile"]
+                assert row["low"] == pytest.approx(quarter * n, rel=1e-4)
+                assert row["high"] == pytest.approx(quarter * (n + 1), rel=1e-4)
                 assert row["low"] < row["value"] <= row["high"]
     assert analysis.summary["examples"] == {
         "top": 3,
@@ -102,7 +108,7 @@ def test_one_latent_is_read_without_the_others(analysis: Analysis) -> None:
         statistics = metadata.row_group(n).column(0).statistics
         ranges.append((statistics.min, statistics.max))
     assert len(ranges) > 10
-    assert all(a[1] < b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(ranges))
     living = [row["latent"] for row in analysis.latents.to_pylist() if not row["dead"]]
     assert 0 < len(living) < 300
     for latent in (living[0], living[-1]):
@@ -121,7 +127,7 @@ def test_the_pieces_of_a_window_are_its_text(analysis: Analysis, demo_model: Pat
 
 @pytest.mark.parametrize("kind", ["byte-level", "metaspace", "wordpiece"])
 def test_a_token_has_the_space_before_it_and_not_the_mark_of_its_tokenizer(
-    kind: str, tmp_path: Path
+    kind: str,
 ) -> None:
     """For the decoders of GPT-2, Llama and BERT."""
     import tokenizers
@@ -155,14 +161,16 @@ def test_a_token_has_the_space_before_it_and_not_the_mark_of_its_tokenizer(
 def test_text_is_missing_where_the_tokenizer_is_not_that_of_the_store(
     store: Path, sae_maker: Callable[..., Path], demo_model: Path, tmp_path: Path
 ) -> None:
-    """The model's weights are the same; its tokenizer lies beside them with two words changed."""
+    """The model's weights are the same; its tokenizer lies beside them with two words swapped."""
     moved = tmp_path / "model"
     moved.mkdir()
     for file in demo_model.iterdir():
         (moved / file.name).symlink_to(file)
-    tokenizer = (demo_model / "tokenizer.json").read_text()
+    tokenizer = json.loads((demo_model / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["self"], words["Ġthe"] = words["Ġthe"], words["self"]
     (moved / "tokenizer.json").unlink()
-    (moved / "tokenizer.json").write_text(tokenizer.replace('"self"', '"selfish"'))
+    (moved / "tokenizer.json").write_text(json.dumps(tokenizer))
     found = run(
         AnalyzeConfig(
             cache=store,
@@ -182,6 +190,27 @@ def test_text_is_missing_where_the_tokenizer_is_not_that_of_the_store(
     latent = rows[0]["latent"]
     shown = CliRunner().invoke(main, ["examples", str(found.path), str(latent)]).output
     assert f"« {rows[0]['token_ids'][rows[0]['peak']]}»" in shown
+
+
+def test_a_damaged_tokenizer_leaves_the_text_out(
+    store: Path, sae_maker: Callable[..., Path], demo_model: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "model"
+    shutil.copytree(demo_model, moved)
+    content = (moved / "tokenizer.json").read_text()
+    (moved / "tokenizer.json").write_text(content.replace('"self"', '"selfish"'))
+    found = run(
+        AnalyzeConfig(
+            cache=store,
+            sae=sae_maker(store),
+            out=tmp_path / "out",
+            model=moved,
+            examples=1,
+            device="cpu",
+        )
+    )
+    reason = found.summary["examples"]["no_text_because"]
+    assert reason.startswith(f"the tokenizer of {moved} is damaged (Token `self` out of vocabulary")
 
 
 def test_examples_are_printed_with_the_peak_marked(analysis: Analysis) -> None:
@@ -264,8 +293,6 @@ def test_an_analysis_without_examples_has_no_table_and_says_so(
 
 
 def test_a_missing_table_is_a_damaged_analysis(analysis: Analysis, tmp_path: Path) -> None:
-    import shutil
-
     out = tmp_path / "out"
     shutil.copytree(analysis.path, out)
     (out / "examples.parquet").unlink()
