@@ -49,6 +49,7 @@ LAYERS = _Parsed("layers", parse_layers)
 NAMES = _Parsed("names", parse_names)
 NUMBERS = _Parsed("numbers", parse_numbers)
 ROWS = _Parsed("rows", parse_range)
+CONTEXT = _Parsed("tokens", parse_context)
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
 LOCATION = _Parsed("location", str)
 """A directory or a URL, which a path would mangle."""
@@ -342,24 +343,9 @@ def train(**settings: Any) -> None:
 )
 @click.option("--model", type=DIRECTORY, help="Where the transformer lies now, if it was moved.")
 @click.option("--batch-size", type=COUNT, default=4096, help="Rows encoded at once.")
-@click.option(
-    "--examples",
-    type=COUNT,
-    default=16,
-    help="Examples of each latent, and of each at each layer; 0 for none.",
-)
-@click.option(
-    "--samples",
-    type=COUNT,
-    default=4,
-    help="Random examples from each quarter of a latent's range of values.",
-)
-@click.option(
-    "--context-tokens",
-    type=_Parsed("tokens", parse_context),
-    default="8,4",
-    help="Tokens of an example before and after its peak, or one number for both.",
-)
+@click.option("--examples", type=COUNT, default=16, help="Of a latent and at each layer, or 0.")
+@click.option("--samples", type=COUNT, default=4, help="Random ones of a quarter of its values.")
+@click.option("--context-tokens", type=CONTEXT, default="8,4", help="Before and after the peak.")
 @click.option("--examples-seed", type=int, default=0, help="Seed of the random examples.")
 @click.option(
     "--decomposition-max-tokens",
