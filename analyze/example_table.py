@@ -64,7 +64,8 @@ def _slabs(
     """Examples of some latents after others, and the number of latents."""
     plan, num_layers = examples.plan, len(examples.layers)
     widest = plan.top * (num_layers + 1) + plan.samples * RANGES
-    at_once = max(1, ROW_GROUP // widest)
+    # Half a row group, so that two or three make one of about the size.
+    at_once = max(1, ROW_GROUP // 2 // widest)
     for first in range(0, examples.num_latents, at_once):
         last = min(first + at_once, examples.num_latents)
         yield _table(_columns(examples, first, last, pieces), schema), last - first
