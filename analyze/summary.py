@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mlsae.analyze.directory import ACTIVATIONS
+from mlsae.analyze.directory import ACTIVATIONS, EXAMPLES
 from mlsae.analyze.results import Analysis
 from mlsae.base.units import format_count
 
@@ -84,15 +84,29 @@ def render(analysis: Analysis) -> str:
         ce = analysis.layers["ce"][0].as_py()
         tokens = format_count(summary["cross_entropy"]["num_tokens"])
         lines.append(f"untouched transformer: ce {ce:.4f} nats over {tokens} scored tokens")
+    examples = summary["examples"]
+    if examples is not None and (reason := examples["no_text_because"]) is not None:
+        lines.append(f"examples have token ids and no text: {reason}")
     lines += [f"note: {note}" for note in summary["notes"]]
     tables = f"{analysis.path}/{{layers,latents,latent_layers}}.parquet"
     lines += [
         "",
         f"tables    {tables}",
         f"events    {analysis.path / ACTIVATIONS} ({format_count(summary['num_events'])} rows)",
+        *_of_examples(analysis),
         *(f"figure    {analysis.path / name}" for name in summary["figures"]),
     ]
     return "\n".join(lines)
+
+
+def _of_examples(analysis: Analysis) -> list[str]:
+    found = analysis.summary["examples"]
+    if found is None:
+        return []
+    return [
+        f"examples  {analysis.path / EXAMPLES} ({format_count(found['num_examples'])} rows); to read "
+        f"those of a latent: mlsae examples {analysis.path} LATENT"
+    ]
 
 
 def _layer_variance(found: Mapping[str, Any] | None) -> list[str]:

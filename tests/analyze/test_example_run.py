@@ -159,7 +159,11 @@ def test_a_token_has_the_space_before_it_and_not_the_mark_of_its_tokenizer(
 
 
 def test_text_is_missing_where_the_tokenizer_is_not_that_of_the_store(
-    store: Path, sae_maker: Callable[..., Path], demo_model: Path, tmp_path: Path
+    store: Path,
+    sae_maker: Callable[..., Path],
+    demo_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The model's weights are the same; its tokenizer lies beside them with two words swapped."""
     moved = tmp_path / "model"
@@ -182,6 +186,9 @@ def test_text_is_missing_where_the_tokenizer_is_not_that_of_the_store(
         )
     )
     reason = found.summary["examples"]["no_text_because"]
+    printed = capsys.readouterr().out
+    assert f"examples have token ids and no text: {reason}\n" in printed
+    assert f"{found.path}/examples.parquet ({found.summary['examples']['num_examples']} " in printed
     assert reason == f"the tokenizer of {moved} is not the one that made the store's tokens"
     assert found.examples is not None
     rows = found.examples.to_table().to_pylist()

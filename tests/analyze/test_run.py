@@ -48,6 +48,7 @@ def test_an_analysis_is_complete_and_says_what_it_found(
     found = run(AnalyzeConfig(cache=world.store, sae=directory, out=out))
     assert _tree(out) == [
         *(f"activations/layer-{n}.parquet" for n in (0, 1, 3)),
+        "examples.parquet",
         *(f"figures/{name}" for name in FIGURES),
         *(f"{name}.parquet" for name in TABLES),
         "summary.json",
