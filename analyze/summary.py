@@ -104,8 +104,8 @@ def _of_examples(analysis: Analysis) -> list[str]:
     if found is None:
         return []
     return [
-        f"examples  {analysis.path / EXAMPLES} ({format_count(found['num_examples'])} rows); to read "
-        f"those of a latent: mlsae examples {analysis.path} LATENT"
+        f"examples  {analysis.path / EXAMPLES} ({format_count(found['num_examples'])} rows); "
+        f"to read those of a latent: mlsae examples {analysis.path} LATENT"
     ]
 
 
