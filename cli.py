@@ -4,10 +4,8 @@ Everything heavy is imported inside its command, so that help is quick and `mlsa
 transformers.
 """
 
-import itertools
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,93 +14,21 @@ import click
 from mlsae import __version__
 from mlsae.base.errors import InputError, MlsaeError
 from mlsae.base.interruption import InterruptedWorkError
-from mlsae.base.units import (
-    parse_bytes,
-    parse_count,
-    parse_count_or_auto,
-    parse_layers,
-    parse_names,
-    parse_numbers,
-    parse_range,
+from mlsae.base.options import (
+    BYTES,
+    CONTEXT,
+    COUNT,
+    COUNT_OR_AUTO,
+    DIRECTORY,
+    LAYERS,
+    LOCATION,
+    NAMES,
+    NUMBERS,
+    ROWS,
+    Parsed,
+    reads_stores,
+    swept,
 )
-
-
-class _Parsed(click.ParamType[Any]):
-    """An option whose text a library function parses; its message becomes a usage error."""
-
-    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
-        self.name = name
-        self._parse = parse
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return self._parse(value) if isinstance(value, str) else value
-        except InputError as error:
-            self.fail(str(error), param, ctx)
-
-
-COUNT = _Parsed("count", parse_count)
-BYTES = _Parsed("bytes", parse_bytes)
-COUNT_OR_AUTO = _Parsed("count", parse_count_or_auto)
-LAYERS = _Parsed("layers", parse_layers)
-NAMES = _Parsed("names", parse_names)
-NUMBERS = _Parsed("numbers", parse_numbers)
-ROWS = _Parsed("rows", parse_range)
-DIRECTORY = click.Path(path_type=Path, file_okay=False)
-LOCATION = _Parsed("location", str)
-"""A directory or a URL, which a path would mangle."""
-
-
-def _reads_stores(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of a command that reads activations, wherever they are."""
-    for option in (
-        click.option(
-            "--cache-size",
-            type=BYTES,
-            help="Most bytes kept there, 0 for none; 10GiB if not given.",
-        ),
-        click.option(
-            "--cache-dir",
-            type=DIRECTORY,
-            help="Where parts of remote stores are kept; ~/.cache/mlsae if not given.",
-        ),
-        click.option(
-            "--cache",
-            required=True,
-            multiple=True,
-            type=LOCATION,
-            help="Activation store: a directory, https://…, s3://… or hf://datasets/…; given "
-            "again, stores of one model and different text, read as one.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-class _Several(click.ParamType[Any]):
-    """Values with commas between them."""
-
-    def __init__(self, one: click.ParamType[Any]) -> None:
-        self.name = f"{one.name},…"
-        self._one = one
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):
-            return value
-        return tuple(self._one.convert(word.strip(), param, ctx) for word in value.split(","))
-
-
-def _swept(
-    *names: str, what: str, one: click.ParamType[Any] = click.STRING
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """An option of which several values may be given: a tuple of them, empty if there is none."""
-    return click.option(
-        *names,
-        multiple=True,
-        type=_Several(one),
-        callback=lambda _ctx, _param, values: tuple(itertools.chain(*values)),
-        help=f"{what} Several: an SAE for each.",
-    )
 
 
 def _training_layers(text: str) -> Any:
@@ -243,7 +169,7 @@ def harvest(**settings: Any) -> None:
 
 
 @main.command()
-@_reads_stores
+@reads_stores
 @click.option(
     "--config",
     "run_file",
@@ -257,28 +183,28 @@ def harvest(**settings: Any) -> None:
 @click.option("--site", help="Site to train on; needed where the store holds several.")
 @click.option(
     "--layers",
-    type=_Parsed("layers", _training_layers),
+    type=Parsed("layers", _training_layers),
     help="Layers to train on, such as 0-5; all if not given; `each` adds an SAE for each layer.",
 )
-@_swept("--expansion-factor", "-R", one=COUNT, what="Latents a channel; 64 if not given.")
-@_swept("--num-latents", one=COUNT, what="Latents, instead of an expansion factor.")
-@_swept("-k", "--k", one=COUNT, what="Active latents a row; 32 if not given.")
+@swept("--expansion-factor", "-R", one=COUNT, what="Latents a channel; 64 if not given.")
+@swept("--num-latents", one=COUNT, what="Latents, instead of an expansion factor.")
+@swept("-k", "--k", one=COUNT, what="Active latents a row; 32 if not given.")
 @click.option("--preset", help="paper: the step of the published multi-layer SAEs.")
-@_swept("--architecture", what="topk (if not given) or relu.")
-@_swept("--l1", one=click.FLOAT, what="Weight of relu's penalty.")
-@_swept(
+@swept("--architecture", what="topk (if not given) or relu.")
+@swept("--l1", one=click.FLOAT, what="Weight of relu's penalty.")
+@swept(
     "--l1-warmup",
     one=click.FLOAT,
     what="First share of the steps over which --l1 rises; 0.05 if not given.",
 )
-@_swept(
+@swept(
     "--resample-every",
     one=COUNT,
     what="Steps after which relu's dead latents are drawn anew; 0 for never, an eighth of all if "
     "not given.",
 )
-@_swept("--normalize", what="standardize (if not given), none, scale or center.")
-@_swept("--layer-scale", what="none (if not given), log, sqrt or linear, with --normalize none.")
+@swept("--normalize", what="standardize (if not given), none, scale or center.")
+@swept("--layer-scale", what="none (if not given), log, sqrt or linear, with --normalize none.")
 @click.option("--layer-weights", type=NUMBERS, help="Weight of each layer in the loss, as 1,1,2.")
 @click.option("--layer-l1", type=NUMBERS, help="What --l1 is multiplied by at each layer.")
 @click.option("--batch-size", type=COUNT, default=16384, help="Rows a step, over all layers.")
@@ -287,16 +213,16 @@ def harvest(**settings: Any) -> None:
 )
 @click.option("--epochs", type=COUNT, help="Passes over the store; 1 if not given.")
 @click.option("--max-rows", type=COUNT, help="Rows to train on, such as 100M, instead of epochs.")
-@_swept(
+@swept(
     "--lr", one=click.FLOAT, what="Peak learning rate; 2e-4 / √(num_latents / 2¹⁴) if not given."
 )
-@_swept("--schedule", what="linear (if not given), cosine or constant.")
-@_swept(
+@swept("--schedule", what="linear (if not given), cosine or constant.")
+@swept(
     "--lr-decay",
     one=click.FLOAT,
     what="Last share of the steps that decays to 0; 0.2, or all after the warm-up for cosine.",
 )
-@_swept(
+@swept(
     "--warmup", one=click.FLOAT, what="First share of the steps that warms up; 0.01 if not given."
 )
 @click.option("--clip-grad-norm", type=float, help="Largest norm of a gradient; any if not given.")
@@ -304,14 +230,14 @@ def harvest(**settings: Any) -> None:
     "--validation-fraction", type=float, default=0.01, help="Share of held-out sequences."
 )
 @click.option("--skip-positions", type=COUNT, default=1, help="First positions left out, 0 to 16.")
-@_swept("--loss-space", what="standardized (if not given) or raw.")
+@swept("--loss-space", what="standardized (if not given) or raw.")
 @click.option("--window", type=BYTES, help="Memory of the shuffling window, such as 1GiB.")
-@_swept("--seed", one=click.INT, what="Seed of the weights; 0 if not given.")
+@swept("--seed", one=click.INT, what="Seed of the weights; 0 if not given.")
 @click.option(
     "--data-seed", type=int, help="Seed of the order and the split; the first --seed if not given."
 )
 @click.option("--device", default="auto", help="cpu, cuda, cuda:N, or auto.")
-@_swept("--precision", what="float32 (if not given) or bfloat16.")
+@swept("--precision", what="float32 (if not given) or bfloat16.")
 @click.option(
     "--distribute", default="rows", help="What several processes share: rows of a batch, or saes."
 )
@@ -332,7 +258,7 @@ def train(**settings: Any) -> None:
 
 
 @main.command()
-@_reads_stores
+@reads_stores
 @click.option("--sae", required=True, type=DIRECTORY, help="Directory of a trained SAE.")
 @click.option("--out", required=True, type=DIRECTORY, help="Directory of the analysis.")
 @click.option("--rows", default="validation", help="validation, train or all.")
@@ -341,6 +267,10 @@ def train(**settings: Any) -> None:
 )
 @click.option("--model", type=DIRECTORY, help="Where the transformer lies now, if it was moved.")
 @click.option("--batch-size", type=COUNT, default=4096, help="Rows encoded at once.")
+@click.option("--examples", type=COUNT, default=16, help="Of a latent and at each layer, or 0.")
+@click.option("--samples", type=COUNT, default=4, help="Random ones of a quarter of its values.")
+@click.option("--context-tokens", type=CONTEXT, default="8,4", help="Before and after the peak.")
+@click.option("--examples-seed", type=int, default=0, help="Seed of the random examples.")
 @click.option(
     "--decomposition-max-tokens",
     type=COUNT,
@@ -371,7 +301,7 @@ def analyze(**settings: Any) -> None:
 
 
 @main.command()
-@_reads_stores
+@reads_stores
 @click.option("--sae", required=True, type=DIRECTORY, help="Directory of a trained SAE.")
 @click.option("--out", required=True, type=DIRECTORY, help="Directory of the events.")
 @click.option("--rows", default="validation", help="validation, train or all.")
@@ -407,6 +337,18 @@ def latents(columns: str | None, **settings: Any) -> None:
 
     names = None if columns is None else [name.strip() for name in columns.split(",")]
     click.echo(list_latents(columns=names, **settings))
+
+
+@main.command("examples")
+@click.argument("analysis", type=DIRECTORY)
+@click.argument("latent", type=int)
+@click.option("--layer", type=int, help="Of this layer alone.")
+@click.option("--limit", type=COUNT, help="Most of each list; all that there are if not given.")
+def examples_(**settings: Any) -> None:
+    """Print the examples of LATENT in ANALYSIS, each with its tokens and its values by layer."""
+    from mlsae.analyze.example_listing import list_examples
+
+    click.echo(list_examples(**settings))
 
 
 @main.command("export")

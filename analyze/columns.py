@@ -10,7 +10,7 @@ from mlsae.analyze.metric_columns import LAYERS, OVERALL
 TABLES_VERSION = "0.4"
 """Version of these columns, in every file's schema metadata; a minor one only adds."""
 
-_F, _I, _L = pa.float64(), pa.int64(), pa.int32()
+_F, _S, _I, _L = pa.float64(), pa.float32(), pa.int64(), pa.int32()
 _BY_COUNT = "of counts instead of totals; null if dead"
 _EMBEDDING = "null where no transformer of that width was at hand"
 _JOINT = "of the joint tokens, null if active for none"
@@ -104,6 +104,48 @@ LAYER_COSINE = (
     Column("count", _I, "pair", "pairs of two living latents, each pair once; above 0"),
 )
 
+EXAMPLES = (
+    Column("latent", _L, "latent", "index of the latent"),
+    Column("layer", _L, "layer", "0-based block index of the peak"),
+    Column(
+        "kind",
+        pa.string(),
+        "",
+        "top: among the largest values of the latent over all layers; top_layer: among the largest "
+        "at its layer; sample: drawn at random from one range of its values",
+    ),
+    Column("rank", _L, "example", "0 is the largest of its kind, layer or range"),
+    Column(
+        "quantile", _L, "range", "of a sample, 0 to 3: a quarter of the latent's values by size"
+    ),
+    Column("low", _S, "latent value", "lower end of that range, which does not belong to it"),
+    Column("high", _S, "latent value", "its upper end, which does"),
+    Column("row", _I, "row", "row of the store's activations that the peak is"),
+    Column("token", _I, "token", "the row's token, as in activations"),
+    Column("token_ids", pa.list_(_L), "token id", "the window: the tokens around the peak"),
+    Column("peak", _L, "token", "place of the peak in the window, from 0"),
+    Column(
+        "pieces",
+        pa.list_(pa.string()),
+        "",
+        "text of each token of the window; null where the tokenizer was not at hand",
+    ),
+    Column(
+        "values",
+        pa.list_(_S),
+        "latent value",
+        "the latent's value at each token of the window at the layer; null at tokens that are no "
+        "eligible rows",
+    ),
+    Column(
+        "layer_values",
+        pa.list_(_S),
+        "latent value",
+        "its value at the peak at each layer of the SAE, ascending",
+    ),
+    Column("value", _S, "latent value", "its value at the peak, above 0"),
+)
+
 ACTIVATIONS = (
     Column("row", _I, "row", "row of the store's activations"),
     Column(
@@ -140,6 +182,7 @@ TABLES: Mapping[str, tuple[Column, ...]] = {
     "latent_layers": LATENT_LAYERS,
     "histograms": HISTOGRAMS,
     "layer_cosine": LAYER_COSINE,
+    "examples": EXAMPLES,
     "activations": ACTIVATIONS,
     "prompts": PROMPTS,
 }

@@ -52,6 +52,19 @@ class AnalyzeConfig:
     """What takes all layers of a token at once (the variance decomposition, the entropy over token
     ids) is measured on at most this many tokens of those evaluated."""
 
+    examples: int = 16
+    """The table `examples` holds so many of a latent's largest values, over all layers and at each
+    of them; 0 for no table."""
+
+    samples: int = 4
+    """It holds so many more from each quarter of the latent's range of values, drawn at random."""
+
+    context_tokens: tuple[int, int] = (8, 4)
+    """Tokens of an example before its peak, and after it."""
+
+    examples_seed: int = 0
+    """Seed of the random ones."""
+
     prompts: tuple[str, ...] = ()
     """Texts to run the transformer on, each alone, for the table `prompts` and a figure each."""
 
@@ -83,3 +96,10 @@ class AnalyzeConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name}: expected at least 1, got {value}")
+        for name in ("examples", "samples"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        if not (len(self.context_tokens) == 2 and all(n >= 0 for n in self.context_tokens)):
+            raise InputError(
+                f"context_tokens: expected two numbers of at least 0, got {self.context_tokens}"
+            )

@@ -14,6 +14,7 @@ from mlsae.base.files import DamagedFileError, fsync_directory, read_sealed
 KIND = "mlsae analysis"
 SUMMARY = "summary.json"
 ACTIVATIONS = "activations"
+EXAMPLES = "examples.parquet"
 FIGURES = "figures"
 PAGE = "index.html"
 _OURS = frozenset(
@@ -27,6 +28,7 @@ _OURS = frozenset(
         "layer_cosine.parquet",
         "prompts.parquet",
         ACTIVATIONS,
+        EXAMPLES,
         FIGURES,
         PAGE,
     }

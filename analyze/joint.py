@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from mlsae.analyze.decomposition import Decomposition, pairs_of
+from mlsae.analyze.examples import Examples
 from mlsae.analyze.pairing import Pairing
 from mlsae.analyze.selection import Int, Single, read_rows
 from mlsae.analyze.token_totals import TokenTotals
@@ -33,37 +34,67 @@ class Joint:
 
 @torch.no_grad()
 def sweep_tokens(
-    pairing: Pairing, sequences: Int, *, batch_rows: int, progress: Callable[[int], object]
+    pairing: Pairing,
+    sequences: Int,
+    *,
+    end_token: int,
+    examples: Examples | None,
+    batch_rows: int,
+    progress: Callable[[int], object],
 ) -> Joint:
     """Encode the eligible rows of `sequences` at all layers, block by block of tokens.
 
-    Memory: a chunk and a block of every layer, and what `Joint` holds.
+    Memory: a chunk and a block of every layer, and what `Joint` and `examples` hold.
 
     Args:
         pairing: store and SAE.
         sequences: sorted indices.
+        end_token: what is returned covers the tokens before this one; the end of a sequence.
+        examples: gets every block; None for none.
         batch_rows: rows encoded at once.
         progress: told the number of rows, over all layers, of each finished block.
     """
     num_latents = pairing.sae.config.num_latents
     joint = Joint(Decomposition(pairing.layers, num_latents, pairing.device), TokenTotals())
-    for tokens_N, latents in _blocks(pairing, sequences, batch_rows):
-        pairs = pairs_of(latents, num_latents)
-        joint.decomposition.add(pairs, len(tokens_N))
-        ids_N = token_ids(pairing.store, tokens_N)
-        joint.token_totals.add(
-            pairs.latents.cpu().numpy(),
-            ids_N[pairs.tokens.cpu().numpy()],
-            pairs.totals.cpu().numpy(),
-        )
+    for rows_N, tokens_N, latents in blocks(pairing, sequences, batch_rows):
+        if examples is not None:
+            examples.add(rows_N, tokens_N, latents)
+        covered = int(np.searchsorted(tokens_N, end_token))
+        if covered:
+            _add(
+                joint,
+                pairing,
+                tokens_N[:covered],
+                {n: (z[:covered], indices[:covered]) for n, (z, indices) in latents.items()},
+            )
         progress(len(tokens_N) * len(latents))
+    if examples is not None:
+        examples.finish()
     return joint
 
 
-def _blocks(
+def _add(
+    joint: Joint,
+    pairing: Pairing,
+    tokens_N: Int,
+    latents: dict[int, tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    pairs = pairs_of(latents, pairing.sae.config.num_latents)
+    joint.decomposition.add(pairs, len(tokens_N))
+    ids_N = token_ids(pairing.store, tokens_N)
+    joint.token_totals.add(
+        pairs.latents.cpu().numpy(),
+        ids_N[pairs.tokens.cpu().numpy()],
+        pairs.totals.cpu().numpy(),
+    )
+
+
+def blocks(
     pairing: Pairing, sequences: Int, batch_rows: int
-) -> Iterator[tuple[Int, dict[int, tuple[torch.Tensor, torch.Tensor]]]]:
-    """Tokens (N,) of each block, and layer → their latents' values and indices."""
+) -> Iterator[tuple[Int, Int, dict[int, tuple[torch.Tensor, torch.Tensor]]]]:
+    """Eligible rows (N,) of each block, N ≥ 0, the token of each, and layer → their latents' values
+    and indices.
+    """
     store, length = pairing.store, pairing.store.context_length
     # Flags and chunks are those of rows, whatever the layer: every reader gives the same rows.
     readers = {
@@ -75,12 +106,12 @@ def _blocks(
         for layer, reader in readers.items():
             if (block := next(reader, None)) is None:
                 return
-            _, tokens, x = block
+            rows, tokens, x = block
             eligible = tokens % length >= pairing.skip_positions
             latents[layer] = encode_rows(
                 pairing.sae, x[eligible], layer, batch_rows=batch_rows, device=pairing.device
             )
-        yield tokens[eligible], latents
+        yield rows[eligible], tokens[eligible], latents
 
 
 def encode_rows(

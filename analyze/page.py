@@ -11,7 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from mlsae.analyze.config import AnalyzeConfig
-from mlsae.analyze.page_examples import examples_data, find_examples
+from mlsae.analyze.page_examples import examples_data
 from mlsae.analyze.page_figures import embed_figures
 from mlsae.analyze.page_json import as_json
 from mlsae.analyze.page_latents import COLUMNS, choose, latents_data
@@ -62,7 +62,7 @@ def render(analysis: Analysis) -> str:
     num_layers = len(analysis.latent_layers) // len(analysis.latents)
     chosen, rule = choose(analysis.latents, num_layers)
     data = latents_data(analysis.latents, analysis.latent_layers, chosen)
-    examples = find_examples(analysis.path)
+    examples = analysis.examples
     notes = [f"Figures left out to keep this page small: {', '.join(left_out)}"] if left_out else []
     if examples is None:
         notes.append("Examples of what latents are active for: this analysis has no table of them.")

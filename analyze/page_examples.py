@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,14 +22,6 @@ BEFORE, AFTER = 24, 8
 
 _AT_ONCE = 2048
 _ORDER = ("top", "sample", "top_layer")
-
-
-def find_examples(directory: Path) -> pd.Dataset | None:
-    """The table `examples` of an analysis, one file or a folder of them, or None without one."""
-    for path in (directory / "examples.parquet", directory / "examples"):
-        if path.exists():
-            return pd.dataset(path, format="parquet")
-    return None
 
 
 def examples_data(examples: pd.Dataset, chosen: Int, most_bytes: int) -> dict[str, Any]:
@@ -106,7 +97,8 @@ def _example(row: dict[str, Any], pieces: dict[str, int]) -> list[Any]:
     window = slice(first, peak + AFTER + 1)
     texts = row["pieces"]
     shown = [f"⟨{token}⟩" for token in row["token_ids"]] if texts is None else texts
-    values = row["values"][window]
+    # Null where a token is no row of the store, or none that may be a peak.
+    values = [value or 0.0 for value in row["values"][window]]
     most = max(*values, row["value"], 0.0)
     active = [(place, _percent(value, most)) for place, value in enumerate(values) if value > 0]
     largest = max(*row["layer_values"], 0.0)

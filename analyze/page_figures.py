@@ -12,7 +12,6 @@ _CAPTIONS = {
     "reconstruction": "How well each layer is reconstructed",
     "sparsity": "How many latents a row of each layer uses",
     "cross_entropy": "What predictions lose by splicing a layer",
-    "fvu_delta_ce": "Variance unexplained and cross-entropy added, by layer",
     "norm_cosine": "Norms of the activations, and how alike neighbouring layers are",
     "layer_distribution": "P(layer | latent) of every living latent, by mean layer",
     "layer_distribution_by_count": "The same, by how often instead of how strongly",

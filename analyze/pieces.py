@@ -1,29 +1,54 @@
-"""The text of single tokens."""
+"""The text of single tokens, by the tokenizer that made a store's."""
 
-from collections.abc import Iterable
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 
-def token_pieces(tokenizer: Any, ids: Iterable[int]) -> list[str]:
-    """What each token stands for inside a text, with its leading space.
+from mlsae.analyze.transformer import find_places
+from mlsae.base.errors import InputError
+from mlsae.models.tokenizer import load_tokenizer, texts_of_tokens, tokenizer_sha256
+from mlsae.store import AnyStore
 
-    Tokenizers of words drop the space of a text's first token, so each token is decoded behind
-    another. A token that is a part of a character is `�`.
+Pieces = Callable[[npt.NDArray[Any]], list[str]]
+"""Token ids → the text of each."""
+
+
+def find_pieces(store: AnyStore, given: Path | None) -> tuple[Pieces | None, str | None]:
+    """What gives tokens their text, or None and the reason.
 
     Args:
-        tokenizer: a transformers tokenizer.
-        ids: token ids, in any order.
+        store: the store.
+        given: directory of the transformer; None for where a store's last harvest found it.
     """
-    anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
-    before = _decoded(tokenizer, anchor)
-    known: dict[int, str] = {}
-    pieces = []
-    for token in ids:
-        if token not in known:
-            known[token] = _decoded(tokenizer, [*anchor, token]).removeprefix(before)
-        pieces.append(known[token])
-    return pieces
+    places, reason = ([(given, None)], "") if given is not None else find_places(store)
+    recorded = store.source.get("tokenizer_sha256")
+    for name, revision in places:
+        try:
+            tokenizer = load_tokenizer(name, revision=revision)
+        except InputError as error:
+            reason = str(error)
+            continue
+        if recorded is not None and tokenizer_sha256(tokenizer) != recorded:
+            reason = f"the tokenizer of {name} is not the one that made the store's tokens"
+            continue
+        return _Cached(tokenizer), None
+    return None, reason
 
 
-def _decoded(tokenizer: Any, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+class _Cached:
+    """Decodes each token id once."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[int, str] = {}
+
+    def __call__(self, ids: npt.NDArray[Any]) -> list[str]:
+        wanted: list[int] = ids.tolist()
+        new = np.array([token for token in wanted if token not in self._known], dtype=np.int64)
+        if len(new):
+            texts = texts_of_tokens(self._tokenizer, new.tolist())
+            self._known.update(zip(new.tolist(), texts, strict=True))
+        return [self._known[token] for token in wanted]

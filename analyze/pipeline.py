@@ -31,11 +31,14 @@ from mlsae.analyze.directory import (
 )
 from mlsae.analyze.event_part import totals_of
 from mlsae.analyze.event_plan import EventsPlan, estimate_bytes, plan_events
+from mlsae.analyze.example_pass import find_examples, plan_examples, write_table
+from mlsae.analyze.examples import Examples
 from mlsae.analyze.histograms import histograms_table, layer_cosine_table
 from mlsae.analyze.joint import Joint, sweep_tokens
 from mlsae.analyze.origin import origin
 from mlsae.analyze.page import write_page
 from mlsae.analyze.pairing import Pairing, fingerprint, pair, provenance_of
+from mlsae.analyze.pieces import find_pieces
 from mlsae.analyze.prompts import prepare, prompts_table, read_texts
 from mlsae.analyze.results import Analysis, load
 from mlsae.analyze.selection import Int, choose_sequences, first_tokens
@@ -72,9 +75,11 @@ def run(config: AnalyzeConfig) -> Analysis:
     num_rows = _count_rows(pairing, sequences)
     transformer, reason = find_transformer(pairing.store, pairing.site, config.model, device)
     prompts = prepare(texts, transformer, reason, pairing.store, pairing.skip_positions)
+    text = find_pieces(pairing.store, config.model)
     with staged(config.out) as directory:
         provenance = provenance_of(pairing)
         events = _plan_events(pairing, sequences, config, directory, provenance)
+        examples_plan = plan_examples(pairing, num_rows, config, directory)
         with _bar("rows", num_rows * len(pairing.layers), "row") as progress:
             sums = {
                 layer: sweep_layer(
@@ -88,7 +93,8 @@ def run(config: AnalyzeConfig) -> Analysis:
                 )
                 for layer in pairing.layers
             }
-        joint = _joint(pairing, sequences, config)
+        examples = find_examples(pairing, examples_plan, sums)
+        joint = _joint(pairing, sequences, config, examples)
         entropy = None
         if transformer is not None:
             length = pairing.store.context_length
@@ -107,6 +113,7 @@ def run(config: AnalyzeConfig) -> Analysis:
             tables["prompts"] = prompts_table(prompts, transformer, pairing, provenance, progress)
         for name, table in tables.items():
             pq.write_table(table, directory / f"{name}.parquet", compression="zstd")
+        told = write_table(directory, examples, text, provenance)
         content = {
             **_settings(config),
             **origin(pairing, config),
@@ -116,6 +123,7 @@ def run(config: AnalyzeConfig) -> Analysis:
             "layer_variance": joint.decomposition.summary(),
             "decoder": decoder.summary(),
             "overall": overall(tables["layers"], tables["latents"]),
+            "examples": told,
             "prompts": [prompt.text for prompt in prompts],
         }
         content["figures"] = (
@@ -177,12 +185,22 @@ def _plan_events(
     return plan
 
 
-def _joint(pairing: Pairing, sequences: Int, config: AnalyzeConfig) -> Joint:
+def _joint(
+    pairing: Pairing, sequences: Int, config: AnalyzeConfig, examples: Examples | None
+) -> Joint:
     length = pairing.store.context_length
     covered = first_tokens(sequences, max(config.decomposition_max_tokens, length), length)
-    num_rows = len(covered) * pairing.store.rows_per_sequence * len(pairing.layers)
+    swept = covered if examples is None else sequences
+    num_rows = len(swept) * pairing.store.rows_per_sequence * len(pairing.layers)
     with _bar("all layers of a token", num_rows, "row") as progress:
-        return sweep_tokens(pairing, covered, batch_rows=config.batch_size, progress=progress)
+        return sweep_tokens(
+            pairing,
+            swept,
+            end_token=(int(covered[-1]) + 1) * length,
+            examples=examples,
+            batch_rows=config.batch_size,
+            progress=progress,
+        )
 
 
 def _tables(

@@ -15,11 +15,10 @@ import torch
 
 from mlsae.analyze.columns import schema
 from mlsae.analyze.pairing import Pairing
-from mlsae.analyze.pieces import token_pieces
 from mlsae.base.errors import InputError
 from mlsae.models import Inputs, Transformer
 from mlsae.models.capture import capture
-from mlsae.models.tokenizer import tokenizer_sha256
+from mlsae.models.tokenizer import texts_of_tokens, tokenizer_sha256
 from mlsae.store import AnyStore
 
 Array = npt.NDArray[Any]
@@ -117,7 +116,7 @@ def prepare(
             raise InputError(f"{name} has no token: {text!r}; give other text, or leave it out")
         eligible = ~np.isin(tokens, tokenizer.all_special_ids)
         eligible[:skip_positions] = False
-        pieces = tuple(token_pieces(tokenizer, tokens.tolist()))
+        pieces = tuple(texts_of_tokens(tokenizer, tokens.tolist()))
         prompts.append(Prompt(text=text, tokens=tokens, pieces=pieces, eligible=eligible))
     return prompts
 

@@ -10,7 +10,7 @@ import pyarrow.dataset as pd
 import pyarrow.parquet as pq
 
 from mlsae.analyze.columns import TABLES_VERSION
-from mlsae.analyze.directory import PAGE, read_summary
+from mlsae.analyze.directory import EXAMPLES, PAGE, read_summary
 from mlsae.analyze.event_reading import open_events
 from mlsae.base.errors import InputError
 
@@ -60,6 +60,10 @@ class Analysis:
     prompts: pa.Table
     """One row an active latent of a prompt's token and layer; empty without prompts."""
 
+    examples: pd.Dataset | None
+    """Strongest and random events of each latent, by latent; not in memory until it is scanned.
+    None of an analysis without."""
+
     activations: pd.Dataset
     """One row an active latent of a row and layer; not in memory until it is scanned."""
 
@@ -86,6 +90,24 @@ class Analysis:
         """The page that shows it; `mlsae.analyze.page.write_page` makes it again."""
         return self.path / PAGE
 
+    def examples_of(self, latent: int) -> pa.Table:
+        """The examples of one latent; those of the others are not read.
+
+        Raises:
+            InputError: the analysis has no examples, or the SAE no such latent.
+        """
+        if self.examples is None:
+            raise InputError(
+                f"the analysis {self.path} was made without examples: analyze again with "
+                f"--examples above 0"
+            )
+        if not 0 <= latent < len(self.latents):
+            raise InputError(
+                f"there is no latent {latent}: the SAE has {len(self.latents)}, from 0 to "
+                f"{len(self.latents) - 1}"
+            )
+        return self.examples.to_table(filter=pd.field("latent") == latent)
+
 
 def load(directory: str | Path) -> Analysis:
     """Open an analysis directory.
@@ -103,9 +125,13 @@ def load(directory: str | Path) -> Analysis:
     try:
         tables = {name: pq.read_table(directory / f"{name}.parquet") for name in _WHOLE}
         activations = open_events(directory, summary["activations"])
+        has_examples = summary["examples"] is not None
+        examples = pd.dataset(directory / EXAMPLES, format="parquet") if has_examples else None
     except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
             f"the analysis {directory} is damaged ({reason}): make it again with mlsae analyze"
         ) from None
-    return Analysis(path=directory, summary=summary, activations=activations, **tables)
+    return Analysis(
+        path=directory, summary=summary, examples=examples, activations=activations, **tables
+    )

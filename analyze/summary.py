@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mlsae.analyze.directory import ACTIVATIONS, FIGURES
+from mlsae.analyze.directory import ACTIVATIONS, EXAMPLES, FIGURES
 from mlsae.analyze.event_part import describe
 from mlsae.analyze.results import Analysis
 from mlsae.base.units import format_count
@@ -85,12 +85,16 @@ def render(analysis: Analysis) -> str:
         ce = analysis.layers["ce"][0].as_py()
         tokens = format_count(summary["cross_entropy"]["num_tokens"])
         lines.append(f"untouched transformer: ce {ce:.4f} nats over {tokens} scored tokens")
+    examples = summary["examples"]
+    if examples is not None and (reason := examples["no_text_because"]) is not None:
+        lines.append(f"examples have token ids and no text: {reason}")
     lines += [f"note: {note}" for note in summary["notes"]]
     tables = f"{analysis.path}/{{layers,latents,latent_layers}}.parquet"
     lines += [
         "",
         f"tables    {tables}",
         f"events    {analysis.path / ACTIVATIONS} ({describe(summary['activations'])})",
+        *_of_examples(analysis),
         *_figures_at(analysis),
         f"page      {analysis.page}",
     ]
@@ -103,6 +107,16 @@ def _figures_at(analysis: Analysis) -> list[str]:
         return []
     names = ",".join(analysis.figures)
     return [f"figures   {analysis.path / FIGURES}/{{{names}}}.{{png,svg}}"]
+
+
+def _of_examples(analysis: Analysis) -> list[str]:
+    found = analysis.summary["examples"]
+    if found is None:
+        return []
+    return [
+        f"examples  {analysis.path / EXAMPLES} ({format_count(found['num_examples'])} rows); "
+        f"to read those of a latent: mlsae examples {analysis.path} LATENT"
+    ]
 
 
 def _layer_variance(found: Mapping[str, Any] | None) -> list[str]:

@@ -11,7 +11,7 @@ from mlsae.models.kinds import ENCODER
 from mlsae.models.sites import check_sites
 from mlsae.store import AnyStore, RemoteError, Store
 
-_Place = tuple[str | Path, str | None]
+Place = tuple[str | Path, str | None]
 """Name or directory, and revision."""
 _NEEDED = frozenset(
     {
@@ -50,7 +50,7 @@ def find_transformer(
         return None, reason
     if given is not None:
         return _load(store, site, (given, None), device), None
-    places, reason = _places(store)
+    places, reason = find_places(store)
     for place in places:
         try:
             return _load(store, site, place, device), None
@@ -61,11 +61,11 @@ def find_transformer(
 
 def place_of_transformer(store: AnyStore) -> str | None:
     """Name or directory under which a harvest of the store found its transformer, if known."""
-    places, _ = _places(store)
+    places, _ = find_places(store)
     return str(places[0][0]) if places else None
 
 
-def _load(store: AnyStore, site: str, place: _Place, device: torch.device) -> Transformer:
+def _load(store: AnyStore, site: str, place: Place, device: torch.device) -> Transformer:
     name, revision = place
     transformer = load_for(store.source["model"], name, revision=revision, device=device)
     check_sites(transformer, [site])
@@ -82,9 +82,9 @@ def _why_none(record: object) -> str | None:
     return None
 
 
-def _places(store: AnyStore) -> tuple[list[_Place], str]:
+def find_places(store: AnyStore) -> tuple[list[Place], str]:
     """Where harvests found the transformer, each place once, or why none is known."""
-    places: dict[_Place, None] = {}
+    places: dict[Place, None] = {}
     reason = "the store does not say where its transformer lay; give --model"
     for member in store.stores:
         try:
@@ -95,7 +95,7 @@ def _places(store: AnyStore) -> tuple[list[_Place], str]:
     return list(places), reason
 
 
-def _place(store: Store) -> _Place | None:
+def _place(store: Store) -> Place | None:
     """Name and revision under which the last harvest of this store found its transformer."""
     places = [record["model"] for record in store.provenance() if "model" in record]
     return (places[-1]["name"], places[-1]["revision"]) if places else None

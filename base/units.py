@@ -117,6 +117,18 @@ def parse_numbers(text: str) -> tuple[float, ...]:
         raise InputError(f"expected numbers such as 1,0.5,2, got {text!r}") from None
 
 
+def parse_context(text: str) -> tuple[int, int]:
+    """`8,4` → tokens before and after; `8` → the same before and after.
+
+    Raises:
+        InputError: not one or two counts.
+    """
+    parts = [parse_count(part) for part in text.split(",")]
+    if len(parts) > 2:
+        raise InputError(f"expected tokens before and after, such as 8,4, got {text!r}")
+    return parts[0], parts[-1]
+
+
 def parse_count_or_auto(text: str) -> int | None:
     """A count as `parse_count` reads it, or None for `auto`."""
     return None if text.strip().lower() == "auto" else parse_count(text)

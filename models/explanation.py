@@ -80,6 +80,8 @@ def _explanation(place: Place, what: str, error: BaseException) -> str | None:
         return (
             f"the weights of model {name} are damaged ({first_line(error)}); fetch the model again"
         )
+    if what == "tokenizer" and type(error) is Exception:
+        return f"the tokenizer of {name} is damaged ({first_line(error)}); fetch it again"
     broken = next((reason for reason in reasons if _is_broken_connection(reason)), None)
     if broken is None and not isinstance(error, _UNUSABLE):
         return None

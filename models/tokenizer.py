@@ -1,6 +1,7 @@
 """The tokenizer that lies beside a model."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,19 @@ def tokenizer_sha256(tokenizer: Any) -> str:
             }
         )
     ).hexdigest()
+
+
+def texts_of_tokens(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds after itself, with the space before a word where there is one.
+
+    A token that is part of a character gives U+FFFD.
+    """
+    # Decoders drop the space that opens a text, or the mark of a word's continuation: a token that
+    # stands second keeps them.
+    once, twice = (
+        tokenizer.batch_decode(
+            [[token] * count for token in ids], clean_up_tokenization_spaces=False
+        )
+        for count in (1, 2)
+    )
+    return [two[len(one) :] for one, two in zip(once, twice, strict=True)]

@@ -204,3 +204,9 @@ class DenseSAE:
 def dense() -> Callable[[SAE], DenseSAE]:
     """`DenseSAE`, for tests, which cannot import this file."""
     return DenseSAE
+
+
+@pytest.fixture(scope="session", name="training_record")
+def training_record_() -> Callable[[Store], dict[str, Any]]:
+    """`training_record`, for tests, which cannot import this file."""
+    return training_record

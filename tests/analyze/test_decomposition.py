@@ -248,13 +248,18 @@ def test_the_entropy_over_token_ids_is_that_of_totals_over_all_layers(
 def test_blocks_of_any_number_of_tokens_add_up_to_the_same(
     block: int, world: Any, sae_maker: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a block of 5 rows, some have none that is eligible."""
+    """Of a block of 5 rows, some have none that is eligible; some blocks are covered in part."""
     monkeypatch.setattr(joint_sweep, "PUBLISHED_BATCH", block)
     directory = sae_maker(world.store, num_latents=160, skip_positions=20)
     cpu = torch.device("cpu")
     told: list[int] = []
     found = joint_sweep.sweep_tokens(
-        pair(world.store, directory, cpu), np.arange(3, 12), batch_rows=4, progress=told.append
+        pair(world.store, directory, cpu),
+        np.arange(3, 14),
+        end_token=12 * 24,
+        examples=None,
+        batch_rows=4,
+        progress=told.append,
     )
     row = np.arange(len(world.tokens))
     rows = row[np.isin(row // 24, range(3, 12)) & (world.flags == 0)]
@@ -270,7 +275,9 @@ def test_blocks_of_any_number_of_tokens_add_up_to_the_same(
     mass = terms["mass"].summary()
     assert {name: mass[name] for name in expected} == pytest.approx(expected, rel=1e-5)
     assert found.decomposition.num_tokens == eligible.sum()
-    assert sum(told) == 3 * eligible.sum()
+    # What is not covered was read too.
+    swept = row[np.isin(row // 24, range(3, 14)) & (world.flags == 0)]
+    assert sum(told) == 3 * (swept % 24 >= 20).sum()
     blocks = [eligible[n : n + block] for n in range(0, len(eligible), block)]
     summary = found.decomposition.summary()
     assert summary is not None

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as pd
 import pyarrow.parquet as pq
 import pytest
 
 from mlsae.analyze import Analysis, AnalyzeConfig, load, run
 from mlsae.analyze.columns import LATENT_LAYERS, LATENTS
 from mlsae.analyze.page import MAX_BYTES, render, write_page
-from mlsae.analyze.page_examples import AFTER, BEFORE, examples_data, find_examples
+from mlsae.analyze.page_examples import AFTER, BEFORE, examples_data
 from mlsae.analyze.page_latents import MAX_CELLS, MAX_LATENTS, choose, latents_data
 from mlsae.base.files import read_sealed, seal
 
@@ -91,7 +92,7 @@ def write_examples(
     num_top: int = 10,
     piece: str | None = " word",
     length: int = 41,
-) -> None:
+) -> pd.Dataset:
     """A table to the schema of `examples`, of windows of `length` tokens with the peak at 30."""
     rows = []
     kinds = [("top", rank, None) for rank in range(num_top)]
@@ -114,7 +115,7 @@ def write_examples(
                     "token_ids": list(range(length)),
                     "peak": 30,
                     "pieces": None if piece is None else texts,
-                    "values": values.tolist(),
+                    "values": [None, *values[1:].tolist()],
                     "layer_values": [10.0 - rank, *[0.0] * (len(layers) - 1)],
                     "value": 10.0 - rank,
                 }
@@ -123,6 +124,7 @@ def write_examples(
     table = one.take(pa.array(np.tile(np.arange(len(one)), len(latents))))
     ids = pa.array(np.repeat(latents, len(one)), pa.int32())
     pq.write_table(table.set_column(0, "latent", ids), path / "examples.parquet")
+    return pd.dataset(path / "examples.parquet", format="parquet")
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +209,8 @@ def test_numbers_and_tables_are_those_of_the_analysis(analysis: Analysis) -> Non
     share = analysis.summary["layer_variance"]["mass"]["single_over_aggregate"]
     assert f"{share:.0%} is there at a single token" in page.text
     images = [attributes["src"] for tag, attributes in page.elements if tag == "img"]
-    files = [(analysis.path / name).read_bytes() for name in analysis.summary["figures"]]
+    pictures = [name for name in analysis.summary["figures"] if name.endswith(".png")]
+    files = [(analysis.path / name).read_bytes() for name in pictures]
     assert sorted(images) == sorted(
         f"data:image/png;base64,{base64.b64encode(data).decode()}" for data in files
     )
@@ -235,7 +238,11 @@ def test_what_is_missing_is_said_with_its_reason(
     world.model.rename(gone)
     try:
         config = AnalyzeConfig(
-            cache=world.store, sae=sae_maker(world.store), out=tmp_path / "out", rows="all"
+            cache=world.store,
+            sae=sae_maker(world.store),
+            out=tmp_path / "out",
+            rows="all",
+            examples=0,
         )
         text = page_of(run(config)).text
     finally:
@@ -245,7 +252,7 @@ def test_what_is_missing_is_said_with_its_reason(
         f"is no model directory {world.model}" in text
     )
     assert "Cosines with the token embedding and the unembedding are not there" in text
-    assert "delta_ce" not in text.replace("fvu_delta_ce.png", "")
+    assert "delta_ce" not in text
     assert text.count("not measured") >= 3
     assert "Examples of what latents are active for: this analysis has no table of them." in text
     whole = page_of(analysis).text
@@ -285,8 +292,8 @@ def test_text_from_elsewhere_is_only_text(analysis: Analysis, tmp_path: Path) ->
         ),
         path=tmp_path,
     )
-    write_examples(tmp_path, list(range(48)), [0, 1, 3], piece=HOSTILE)
-    page = page_of(hostile)
+    examples = write_examples(tmp_path, list(range(48)), [0, 1, 3], piece=HOSTILE)
+    page = page_of(dataclasses.replace(hostile, examples=examples))
     tags = [tag for tag, _ in page.elements]
     assert tags.count("script") == 2
     assert tags.count("b") == 0
@@ -304,16 +311,9 @@ def test_a_path_that_is_no_utf_8_does_not_stop_it(analysis: Analysis, tmp_path: 
     assert "sae-?" in (tmp_path / "page.html").read_text("utf-8")
 
 
-@pytest.mark.parametrize("folder", [False, True])
-def test_examples_keep_window_peak_and_values(tmp_path: Path, folder: bool) -> None:
-    """As one file or as a folder of them; those of other latents, and lesser ranks, left out."""
-    write_examples(tmp_path, [5, 7, 9], [0, 1, 3])
-    if folder:
-        (tmp_path / "examples.parquet").rename(tmp_path / "part.parquet")
-        (tmp_path / "examples").mkdir()
-        (tmp_path / "part.parquet").rename(tmp_path / "examples/part.parquet")
-    found = find_examples(tmp_path)
-    assert found is not None
+def test_examples_keep_window_peak_and_values(tmp_path: Path) -> None:
+    """Those of other latents, and lesser ranks, are left out."""
+    found = write_examples(tmp_path, [5, 7, 9], [0, 1, 3])
     data = examples_data(found, np.array([5, 9]), 10**6)
     assert data["complete"]
     assert {example[0] for example in data["examples"]} == {5, 9}
@@ -333,18 +333,14 @@ def test_examples_keep_window_peak_and_values(tmp_path: Path, folder: bool) -> N
 
 
 def test_without_a_tokenizer_token_ids_are_shown(tmp_path: Path) -> None:
-    write_examples(tmp_path, [0], [0], piece=None)
-    found = find_examples(tmp_path)
-    assert found is not None
+    found = write_examples(tmp_path, [0], [0], piece=None)
     data = examples_data(found, np.array([0]), 10**6)
     assert all(re.fullmatch(r"⟨\d+⟩", piece) for piece in data["pieces"])
 
 
 def test_where_examples_do_not_fit_each_latent_keeps_as_many(tmp_path: Path) -> None:
     """The largest first."""
-    write_examples(tmp_path, list(range(40)), [0, 1])
-    found = find_examples(tmp_path)
-    assert found is not None
+    found = write_examples(tmp_path, list(range(40)), [0, 1])
     whole = examples_data(found, np.arange(40), 10**7)
     most = len(json.dumps(whole, separators=(",", ":"))) // 3
     some = examples_data(found, np.arange(40), most)
@@ -413,7 +409,7 @@ def test_a_page_of_131072_latents_is_small(
     """With examples for all that are shown, and figures that are too large to be shown all."""
     latents, latent_layers = tables(num_latents, num_layers)
     chosen, _ = choose(latents, num_layers)
-    write_examples(tmp_path, chosen.tolist(), list(range(num_layers))[:2], num_top=4)
+    examples = write_examples(tmp_path, chosen.tolist(), list(range(num_layers))[:2], num_top=4)
     figures = [*analysis.summary["figures"], "huge.png"]
     for name in figures[:-1]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -422,6 +418,7 @@ def test_a_page_of_131072_latents_is_small(
     large = dataclasses.replace(
         changed(analysis, figures=figures),
         path=tmp_path,
+        examples=examples,
         latents=latents,
         latent_layers=latent_layers,
     )
@@ -492,7 +489,10 @@ def test_prompts_have_a_section_of_their_own(analysis: Analysis, tmp_path: Path)
     assert heads == ["numbers", "figures", "prompts", "layers", "latents", "provenance"]
     images = [attributes for tag, attributes in page.elements if tag == "img"]
     assert [image["alt"] for image in images] == ["How often latents are active", "“Mary had <b>”"]
-    assert {(image["width"], image["height"]) for image in images} == {("432", "288")}
+    width, height = (
+        str(round(96 * inches)) for inches in analysis.figure("density").get_size_inches()
+    )
+    assert {(image["width"], image["height"]) for image in images} == {(width, height)}
 
 
 def test_an_analysis_without_figures_says_so(analysis: Analysis) -> None:

@@ -15,12 +15,12 @@ import transformers
 from click.testing import CliRunner
 
 from mlsae.analyze import Analysis, AnalyzeConfig, run
-from mlsae.analyze.pieces import token_pieces
 from mlsae.analyze.prompts import read_texts
 from mlsae.base.errors import InputError
 from mlsae.cli import main
 from mlsae.models import load
 from mlsae.models.control import control_rows
+from mlsae.models.tokenizer import texts_of_tokens
 from mlsae.sae import load as load_sae
 from mlsae.store import open_store
 
@@ -275,7 +275,7 @@ def test_pieces_keep_the_space_that_a_tokenizer_of_words_drops() -> None:
     made.decoder = tokenizers.decoders.Metaspace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>")
     assert tokenizer.decode([1]) == "Lily"
-    assert token_pieces(tokenizer, [4, 1, 2, 3, 1]) == ["<s>", " Lily", "play", "ed", " Lily"]
+    assert texts_of_tokens(tokenizer, [4, 1, 2, 3, 1]) == ["<s>", " Lily", "play", "ed", " Lily"]
 
 
 def test_prompts_of_a_file_come_after_those_given_and_keep_their_spaces(tmp_path: Path) -> None:

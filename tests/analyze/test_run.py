@@ -52,6 +52,7 @@ def test_an_analysis_is_complete_and_says_what_it_found(
     found = run(AnalyzeConfig(cache=world.store, sae=directory, out=out))
     assert _tree(out) == [
         *(f"activations/layer={n}/part-{_first_row(world):012d}.parquet" for n in (0, 1, 3)),
+        "examples.parquet",
         *(f"figures/{name}" for name in PICTURES),
         *sorted([*(f"{name}.parquet" for name in TABLES), "index.html", "summary.json"]),
     ]

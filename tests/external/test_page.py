@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mlsae.analyze import Analysis, AnalyzeConfig, run
+from mlsae.analyze import Analysis, AnalyzeConfig, load, run
 from mlsae.analyze.page import write_page
 from mlsae.analyze.page_tables import number
 from mlsae.sae import SAE, SAEConfig
@@ -56,13 +56,13 @@ def analysis(sample_maker: Callable[..., Any], tmp_path: Path) -> Analysis:
         AnalyzeConfig(cache=store.place, sae=folder / "sae", out=folder / "out", rows="all")
     )
     _write_examples(found.path)
+    found = load(found.path)
     write_page(found, found.page)
     return found
 
 
 def _write_examples(directory: Path) -> None:
     """Instead of what is there: two of the largest values of each latent, and one drawn."""
-    shutil.rmtree(directory / "examples", ignore_errors=True)
     rows = []
     for latent in range(NUM_LATENTS):
         for kind, rank, quantile in (("top", 0, None), ("top", 1, None), ("sample", 0, 2)):

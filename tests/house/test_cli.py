@@ -24,10 +24,12 @@ OPTIONS = {
     "validation-fraction skip-positions loss-space window seed data-seed device precision "
     "distribute resume keep track checkpoint-seconds",
     "analyze": "cache cache-dir cache-size sae out rows max-tokens model batch-size "
-    "decomposition-max-tokens prompt prompt-file figures device to-delphi",
+    "examples samples context-tokens examples-seed decomposition-max-tokens prompt "
+    "prompt-file figures device to-delphi",
     "activations": "cache cache-dir cache-size sae out rows max-tokens batch-size "
     "part-events device",
     "latents": "analysis where sort limit columns out",
+    "examples": "analysis latent layer limit",
     "export": "run out to model",
     "import": "source out site layers",
     "demo": "out",

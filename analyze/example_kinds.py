@@ -1,0 +1,3 @@
+"""Values of the column `kind` of the table `examples`."""
+
+TOP, TOP_LAYER, SAMPLE = KINDS = ("top", "top_layer", "sample")
