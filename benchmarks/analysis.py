@@ -12,6 +12,7 @@ the JSON that `make results-analysis` makes docs/results/analysis.md and its fig
 import argparse
 import datetime
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers import AutoConfig
 
 from benchmarks.analysis_latents import described_latents, heat_map, kinds_of_latents
 from benchmarks.analysis_measure import cosines_of_layers, described, similarity
@@ -43,6 +46,8 @@ class Studies:
     epochs: str
     batch_size: str
     demo_tokens: str
+    analyzed: str
+    """Held-out tokens that are analyzed, at most."""
 
     def variants(self) -> dict[str, Any]:
         """The trained transformer and its random variants, SAEs of equal settings."""
@@ -140,7 +145,8 @@ class Studies:
     def _analyze(self, cache: str, sae: str, out: str) -> list[str]:
         return [
             self._run(
-                "analyze", "--cache", cache, "--sae", sae, "--out", out, "--device", "cpu",
+                "analyze", "--cache", cache, "--sae", sae, "--max-tokens", self.analyzed,
+                "--out", out, "--device", "cpu",
                 finished=(self.out / out / "summary.json").exists(),
             )
         ]  # fmt: skip
@@ -163,24 +169,32 @@ class Studies:
 
     def _took(self, command: str, seconds: float) -> None:
         """Remember the longest run of a command: a second one only finds that all is done."""
-        path = self.out / "seconds.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        known[command] = max(seconds, known.get(command, 0.0))
-        path.write_text(json.dumps(known, indent=1) + "\n")
+        path = self._seconds_of(command)
+        known = json.loads(path.read_text()) if path.exists() else 0.0
+        path.write_text(json.dumps(max(seconds, known)))
+
+    def _seconds_of(self, command: str) -> Path:
+        return self.out / f"seconds-{command.partition(' --out ')[2].split()[0]}.json"
 
     def seconds(self, commands: Sequence[str]) -> dict[str, float]:
         """What the commands took of the CPU in all, by their first word."""
-        known = json.loads((self.out / "seconds.json").read_text())
         found: dict[str, float] = {}
         for command in commands:
             word = command.split()[1]
-            found[word] = found.get(word, 0.0) + known[command]
+            found[word] = found.get(word, 0.0) + json.loads(self._seconds_of(command).read_text())
         return {word: round(seconds, 1) for word, seconds in found.items()}
 
     def _runs(self, out: str) -> list[dict[str, Any]]:
         """The SAEs of a run: name, seed, number of latents, k."""
         saes = json.loads((self.out / out / "summary.json").read_text())["saes"]
         return [{name: sae[name] for name in ("name", "seed", "num_latents", "k")} for sae in saes]
+
+
+def as_text(content: dict[str, Any]) -> str:
+    """JSON with a list of numbers on one line."""
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    numbers = r"\[\s+([-\d.e+]+(?:,\s+[-\d.e+]+)*)\s+\]"
+    return re.sub(numbers, lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 
 def _of_children() -> float:
@@ -215,6 +229,7 @@ def main() -> None:
     parser.add_argument("--epochs", default="2", help="over the text")
     parser.add_argument("--batch-size", default="2048", help="rows a step")
     parser.add_argument("--demo-tokens", default="256k", help="of the demo's text")
+    parser.add_argument("--analyzed", default="24k", help="held-out tokens, at most")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     studies = Studies(
@@ -225,6 +240,7 @@ def main() -> None:
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
         demo_tokens=arguments.demo_tokens,
+        analyzed=arguments.analyzed,
     )
     by_name: dict[str, Callable[[], dict[str, Any]]] = {
         "variants": studies.variants,
@@ -244,8 +260,9 @@ def main() -> None:
         known["machine"] = machine()
         if (arguments.out / "acts-trained").exists():
             known["store"] = _about(arguments.out / "acts-trained")
+        known["vocab_size"] = AutoConfig.from_pretrained(arguments.model).vocab_size
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n")
+        arguments.json.write_text(as_text(known))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def events_by_layer(directory: Path) -> dict[int, Events]:
 
 
 def pairs(events: dict[int, Events], num_latents: int) -> tuple[Int, Int]:
-    """Which layer ids each active pair (token, latent) is active at.
+    """At how many layers each active pair of a token and a latent is active.
 
     Returns:
         (P,) token · num_latents + latent, ascending, and (P,) the number of its layers.
@@ -56,6 +56,29 @@ def pairs(events: dict[int, Events], num_latents: int) -> tuple[Int, Int]:
     keys = np.concatenate([of.tokens * num_latents + of.latents for of in events.values()])
     found, counts = np.unique(keys, return_counts=True)
     return found, counts
+
+
+def single_over_aggregate(events: dict[int, Events], num_latents: int) -> dict[str, float]:
+    """E Var(L | J, T) over E Var(L | J), by mass and with pairs alike, from the events themselves.
+
+    By the definition of a variance, E (L − E(L | j, t))² and E (L − E(L | j))², with none of the
+    sums of `mlsae.analyze`.
+    """
+    keys = np.concatenate([of.tokens * num_latents + of.latents for of in events.values()])
+    values = np.concatenate([of.values for of in events.values()])
+    layers = np.concatenate([np.full(len(of.values), n) for n, of in events.items()]).astype(float)
+    pair_keys, pair_of = np.unique(keys, return_inverse=True)
+    totals = np.bincount(pair_of, weights=values)
+    of_pair = (np.bincount(pair_of, weights=values * layers) / totals)[pair_of]
+    latent_of = (pair_keys % num_latents)[pair_of]
+    found = {}
+    for name, weights in (("mass", values), ("pair_uniform", values / totals[pair_of])):
+        whole = np.bincount(latent_of, weights=weights, minlength=num_latents)
+        sums = np.bincount(latent_of, weights=weights * layers, minlength=num_latents)
+        of_latent = np.divide(sums, whole, where=whole > 0, out=np.zeros(num_latents))[latent_of]
+        single = (weights * (layers - of_pair) ** 2).sum()
+        found[name] = float(single / (weights * (layers - of_latent) ** 2).sum())
+    return found
 
 
 def shared(events: dict[int, Events], num_latents: int) -> list[dict[str, Any]]:

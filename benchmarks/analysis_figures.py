@@ -27,12 +27,11 @@ METRICS = (
     ("cosine", "Cosine of x and x̂"),
     ("fvu", "FVU"),
     ("l1", "L1, latent values a row"),
-    ("dead_fraction", "Latents not active"),
     ("delta_ce", "Delta CE, nats / token"),
-    ("loss_recovered_mean", "Loss recovered, mean ablation"),
     ("token_entropy", "Token entropy, nats"),
-    ("token_entropy_strongest", "The same, 40 strongest"),
+    ("token_entropy_strongest", "Its 40 strongest, nats"),
 )
+DPI = 130
 LEAST_PAIRS = 30
 """Pairs of rows that a bin has to have to be shown."""
 
@@ -42,7 +41,7 @@ def draw_all(content: dict[str, Any], folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context({**STYLE, "axes.titlesize": 9, "font.size": 8}):
         for name, figure in FIGURES.items():
-            figure(content).savefig(folder / f"{name}.png")
+            figure(content).savefig(folder / f"{name}.png", dpi=DPI)
     return [f"{name}.png" for name in FIGURES]
 
 
@@ -66,9 +65,9 @@ def _legend(figure: Figure, axes: Axes, columns: int) -> None:
 
 
 def _metrics(content: dict[str, Any]) -> Figure:
-    """Eight metrics by layer: a line the mean over seeds, the band from lowest to highest."""
+    """Six metrics by layer: a line the mean over seeds, the band from lowest to highest."""
     figure = Figure(figsize=(7.6, 4.6), layout="constrained")
-    grid = figure.subplots(2, 4, sharex=True)
+    grid = figure.subplots(2, 3, sharex=True)
     for (name, title), axes in zip(METRICS, grid.flat, strict=True):
         for init, saes, look in _variants(content["variants"]):
             values = np.array([[of[name] for of in sae["layers"]] for sae in saes], dtype=float)
@@ -82,9 +81,9 @@ def _metrics(content: dict[str, Any]) -> Figure:
     for axes in grid[1]:
         axes.set_xlabel("layer")
     grid[0][1].set_ylim(bottom=0)
-    grid[0][3].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    grid[1][0].set_yscale("symlog", linthresh=1e-3)
-    grid[1][1].set_ylim(top=1.02)
+    grid[1][0].axhline(0, color=GREY, linewidth=0.8, zorder=1)
+    for axes in grid[1][1:]:
+        axes.set_ylim(bottom=0)
     _legend(figure, grid[0][0], len(LOOKS))
     return figure
 

@@ -20,6 +20,7 @@ from benchmarks.analysis_events import (
     events_by_layer,
     pairs,
     shared,
+    single_over_aggregate,
     strongest,
 )
 from mlsae.analyze import Analysis, load
@@ -61,7 +62,8 @@ def described(directory: Path, store: Store) -> dict[str, Any]:
     over = {row["over"]: row for row in analysis.overall.to_pylist()}
     ids = store.tokens().astype(np.int64)
     variance = analysis.summary["layer_variance"]
-    assert abs(len(keys) - variance["num_pairs"]) == 0, "events and decomposition differ"
+    assert len(keys) == variance["num_pairs"], "the decomposition is over other tokens"
+    recomputed = single_over_aggregate(events, num_latents)
     layers = [
         {
             **{name: row[name] for name in COLUMNS},
@@ -81,6 +83,10 @@ def described(directory: Path, store: Store) -> dict[str, Any]:
         "num_layers_histogram": _histogram(_column(alive, "num_layers"), num_layers),
         "one_layer_fraction": float((_largest_share(analysis) > 0.9).mean()),
         "layer_variance": variance,
+        "recomputed_within": max(
+            abs(value / variance[name]["single_over_aggregate"] - 1)
+            for name, value in recomputed.items()
+        ),
         "pairs_by_layers": _histogram(counts.astype(np.float64), num_layers),
         "shared": shared(events, num_latents),
         "token_entropy": _mean(_column(alive, "token_entropy")),
