@@ -1,4 +1,4 @@
-"""Single latents of an analysis: a few that a rule chooses, kinds of them, and all in a heat map."""
+"""Latents of an analysis: a few that a rule chooses, kinds of them, and all in a heat map."""
 
 from pathlib import Path
 from typing import Any

@@ -1,13 +1,13 @@
 """How the page on analyses writes numbers, and what it computes of them."""
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import mean
 from typing import Any
 
 import numpy as np
 
-from benchmarks.analysis_figures import LOOKS, bins, of_init
+from benchmarks.analysis_figures import LOOKS, adjacent_cosine, bins, of_init
 
 Sae = dict[str, Any]
 
@@ -115,3 +115,33 @@ def code(commands: Sequence[str]) -> str:
     return (
         f"<!-- not run: needs the stories260k model, its text and minutes -->\n```sh\n{text}\n```"
     )
+
+
+def by_mass(study: dict[str, Any]) -> list[tuple[str, float]]:
+    """Variant and its single-token over aggregate variance by mass, the lowest first."""
+    means = {init: mean(seeds) for init, seeds in by_variant(study, ratio("mass")).items()}
+    return sorted(means.items(), key=lambda of: of[1])
+
+
+def likeness_and_variance(content: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Of the variants and the demo model: adjacent cosine, single over aggregate by mass."""
+    groups = [of_init(content["variants"], init) for init in LOOKS] + [content["demo"]["saes"]]
+    return (
+        [mean(map(adjacent_cosine, saes)) for saes in groups],
+        [mean(map(ratio("mass"), saes)) for saes in groups],
+    )
+
+
+def mean_expected(
+    study: dict[str, Any], init: str, kind: str = "one_layer"
+) -> tuple[float, float, float]:
+    """`expected` of a variant, mean over seeds."""
+    runs = [expected(run, kind) for run in of_init(study, init, "similarity")]
+    actual, other, covered = (mean(of) for of in zip(*runs, strict=True))
+    return actual, other, covered
+
+
+def middle_of(values: Iterable[int]) -> int:
+    """The middle one of those that differ."""
+    known = sorted(set(values))
+    return int(known[len(known) // 2])

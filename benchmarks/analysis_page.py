@@ -6,19 +6,14 @@ python -m benchmarks.analysis_page
 import json
 from typing import Any
 
+from benchmarks.analysis_demo import demo_section
 from benchmarks.analysis_figures import draw_all
+from benchmarks.analysis_likeness import similarity_section
 from benchmarks.analysis_metrics import heap_section, metrics_section
 from benchmarks.analysis_numbers import code, listed
-from benchmarks.analysis_sections import (
-    demo_section,
-    kinds_section,
-    latents_section,
-    layers_section,
-    short_section,
-    similarity_section,
-    sizes_section,
-    variance_section,
-)
+from benchmarks.analysis_short import short_section
+from benchmarks.analysis_variance import sizes_section, variance_section
+from benchmarks.analysis_where import kinds_section, latents_section, layers_section
 from benchmarks.harvest_page import INIT_TEXT
 from benchmarks.markdown import RESULTS, made, paragraph
 
@@ -45,7 +40,7 @@ def analysis_page(content: dict[str, Any]) -> str:
         short_section(content),
         _commands_section(content),
         metrics_section(study),
-        heap_section(study),
+        heap_section(study, content["vocab_size"]),
         layers_section(study),
         variance_section(content),
         similarity_section(content),
@@ -105,8 +100,8 @@ def _cost(content: dict[str, Any]) -> str:
             seconds[word] = seconds.get(word, 0.0) + of
     took = listed([f"{word} {of:,.0f} s" for word, of in seconds.items()])
     cost = paragraph(
-        f"The commands took, in seconds of one CPU core: {took}. `sizes` shares its store and its "
-        "middle SAEs with `variants`, counted twice here."
+        f"The commands took, in seconds of one CPU core: {took}; the store and SAEs that two "
+        "studies share are counted twice."
     )
     commits = ", ".join(sorted({study["commit"] for study in studies}))
     return f"{cost}\n\n{made({**content, 'date': studies[-1]['date'], 'commit': commits})}"
