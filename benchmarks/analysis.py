@@ -31,6 +31,7 @@ from mlsae.models.initialization import INITS
 from mlsae.store import open_store
 
 SEEDS = "0,1,2"
+SIZE_SEEDS = "0,1"
 VALIDATION = "0.1"
 EXPANSION_FACTOR, K = "16", "16"
 
@@ -89,10 +90,13 @@ class Studies:
             ("sae-latents", "4,64", K),
             ("sae-k", EXPANSION_FACTOR, "4,64"),
         ):
-            commands.append(self._train(cache, out, expansion_factor, k))
+            trained = out == "sae-trained"
+            seeds = SEEDS if trained else SIZE_SEEDS
+            commands.append(self._train(cache, out, expansion_factor, k, seeds))
             store = store or open_store(self.out / cache)
             for sae in self._runs(out):
-                trained = out == "sae-trained"
+                if str(sae["seed"]) not in SIZE_SEEDS.split(","):
+                    continue
                 analysis = f"analysis-{out[4:]}-{sae['seed' if trained else 'name']}"
                 commands += self._analyze(cache, f"{out}/{sae['name']}", analysis)
                 saes.append({**sae, **described(self.out / analysis, store)})
@@ -135,10 +139,12 @@ class Studies:
             "--context-length", "256", "--out", f"acts-{init}", "--device", "cpu", *some, *random,
         )  # fmt: skip
 
-    def _train(self, cache: str, out: str, expansion_factor: str, k: str) -> str:
+    def _train(
+        self, cache: str, out: str, expansion_factor: str, k: str, seeds: str = SEEDS
+    ) -> str:
         return self._run(
             "train", "--cache", cache, "--out", out, "-R", expansion_factor, "-k", k,
-            "--seed", SEEDS, "--batch-size", self.batch_size, "--epochs", self.epochs,
+            "--seed", seeds, "--batch-size", self.batch_size, "--epochs", self.epochs,
             "--lr", "1e-3", "--validation-fraction", VALIDATION, "--device", "cpu", "--resume",
         )  # fmt: skip
 

@@ -90,7 +90,7 @@ def test_every_sae_is_on_the_page(
 
 
 def test_every_variant_has_three_seeds_of_one_setting(content: dict[str, Any]):
-    """Five variants by three seeds; five shapes by three seeds; three seeds of the demo."""
+    """Five variants by three seeds; five shapes by two; three seeds of the demo."""
     saes = content["variants"]["saes"]
     assert [(s["init"], s["seed"]) for s in saes] == [(n, seed) for n in INITS for seed in range(3)]
     assert {(s["num_latents"], s["k"], s["num_sequences"]) for s in saes} == {
@@ -98,7 +98,7 @@ def test_every_variant_has_three_seeds_of_one_setting(content: dict[str, Any]):
     }
     shapes = [(256, 16), (1024, 4), (1024, 16), (1024, 64), (4096, 16)]
     assert sorted((s["num_latents"], s["k"], s["seed"]) for s in content["sizes"]["saes"]) == [
-        (*shape, seed) for shape in shapes for seed in range(3)
+        (*shape, seed) for shape in shapes for seed in range(2)
     ]
     assert [sae["seed"] for sae in content["demo"]["saes"]] == [0, 1, 2]
 
@@ -280,7 +280,7 @@ def test_the_script_runs_on_the_demo_model(
     ]  # fmt: skip
     subprocess.run(command, cwd=ROOT, check=True)
     first = json.loads((tmp_path / "analysis.json").read_text())
-    assert all(len(first[name]["saes"]) == n for name, n in zip(STUDIES, (15, 15, 3), strict=True))
+    assert all(len(first[name]["saes"]) == n for name, n in zip(STUDIES, (15, 10, 3), strict=True))
     assert make_page(first)
     drawn = draw_all(first, tmp_path / "figures")
     assert sorted(drawn) == sorted(f"{name}.png" for name in FIGURES)
