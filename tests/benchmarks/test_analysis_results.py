@@ -164,6 +164,29 @@ def test_verdicts_on_claims_are_true_of_every_seed(content: dict[str, Any], page
     assert (verdicts["That of the control is high"] == "yes") == (lowest > highest)
 
 
+def test_what_is_said_without_a_number_is_true(content: dict[str, Any]):
+    """Random weights on both sides of the trained; likeness explains what is shared; the demo.
+
+    These sentences are in the page whatever the JSON holds, so this is where they can go wrong.
+    """
+    from benchmarks.analysis_numbers import likeness_and_variance, mean_expected, pearson
+
+    def by_mass(saes: list[dict[str, Any]]) -> list[float]:
+        return [sae["layer_variance"]["mass"]["single_over_aggregate"] for sae in saes]
+
+    trained = by_mass(of_init(content, "trained"))
+    random = [by_mass(of_init(content, init)) for init in INITS if init != "trained"]
+    assert any(max(of) < min(trained) for of in random)
+    assert any(min(of) > max(trained) for of in random)
+    assert max(trained) < 0.5 < min(by_mass(content["demo"]["saes"]))
+    assert min(of for of in trained) > 0.05, "far from two orders of magnitude"
+    assert pearson(*likeness_and_variance(content)) > 0.8
+    for init in INITS:
+        actual, other, covered = mean_expected(content["variants"], init)
+        assert abs(actual - other) < 0.05
+        assert covered > (0.2 if init == "control" else 0.9)
+
+
 def test_figures_are_there_and_a_number_follows_each(page: str):
     """Every figure, small enough for a page, followed by a sentence that holds a number."""
     figures = re.findall(r"^!\[[^\]]+\]\(([^)]+)\)\n\n(.+?)\n\n", page, re.M | re.S)
