@@ -84,20 +84,16 @@ class Studies:
     def sizes(self) -> dict[str, Any]:
         """The trained transformer: other numbers of latents, and of active ones."""
         cache, commands, saes = "acts-trained", [self._harvest("trained")], []
-        store = None
+        store = open_store(self.out / cache)
         for out, expansion_factor, k in (
-            ("sae-trained", EXPANSION_FACTOR, K),
-            ("sae-latents", "4,64", K),
+            ("sae-latents", "4,16,64", K),
             ("sae-k", EXPANSION_FACTOR, "4,64"),
         ):
-            trained = out == "sae-trained"
-            seeds = SEEDS if trained else SIZE_SEEDS
-            commands.append(self._train(cache, out, expansion_factor, k, seeds))
-            store = store or open_store(self.out / cache)
+            commands.append(
+                self._train(cache, out, expansion_factor, k, seeds=SIZE_SEEDS, epochs="1")
+            )
             for sae in self._runs(out):
-                if str(sae["seed"]) not in SIZE_SEEDS.split(","):
-                    continue
-                analysis = f"analysis-{out[4:]}-{sae['seed' if trained else 'name']}"
+                analysis = f"analysis-{out[4:]}-{sae['name']}"
                 commands += self._analyze(cache, f"{out}/{sae['name']}", analysis)
                 saes.append({**sae, **described(self.out / analysis, store)})
         return {"commands": commands, "saes": saes}
@@ -140,11 +136,18 @@ class Studies:
         )  # fmt: skip
 
     def _train(
-        self, cache: str, out: str, expansion_factor: str, k: str, seeds: str = SEEDS
+        self,
+        cache: str,
+        out: str,
+        expansion_factor: str,
+        k: str,
+        *,
+        seeds: str = SEEDS,
+        epochs: str | None = None,
     ) -> str:
         return self._run(
             "train", "--cache", cache, "--out", out, "-R", expansion_factor, "-k", k,
-            "--seed", seeds, "--batch-size", self.batch_size, "--epochs", self.epochs,
+            "--seed", seeds, "--batch-size", self.batch_size, "--epochs", epochs or self.epochs,
             "--lr", "1e-3", "--validation-fraction", VALIDATION, "--device", "cpu", "--resume",
         )  # fmt: skip
 

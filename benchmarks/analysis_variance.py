@@ -126,7 +126,8 @@ def sizes_section(study: dict[str, Any]) -> str:
     ]
     return f"""## Other numbers of latents, and of active ones
 
-On the trained transformer, with the commands above but for `-R 4,64` or `-k 4,64`, and two seeds.
+On the trained transformer, with the commands above but for `-R 4,16,64` or `-k 4,64`, two seeds and
+one epoch.
 
 ![Single-token over aggregate, and layers of a pair, by number of latents and k](analysis/sizes.png)
 
