@@ -305,13 +305,13 @@ def _sizes(content: dict[str, Any]) -> Figure:
     middle = sorted({size for size, _ in runs})[1], sorted({k for _, k in runs})[1]
     figure = Figure(figsize=(7.6, 2.7), layout="constrained")
     grid = figure.subplots(1, 4, sharey=False)
-    axis_of = (("latents", 0, f"latents, k {middle[1]}"), ("k", 1, f"k, {middle[0]:,} latents"))
+    axis_of = ((0, f"latents, k {middle[1]}"), (1, f"k, {middle[0]:,} latents"))
     kinds = (
         ("mass", "mass", BLUE, "o-"),
         ("pair_uniform", "pair-uniform", GREEN, "s--"),
         ("as_coded", "as coded", ORANGE, "^:"),
     )
-    for column, (_, part, label) in enumerate(axis_of):
+    for column, (part, label) in enumerate(axis_of):
         keys = [key for key in runs if key[1 - part] == middle[1 - part]]
         values = [key[part] for key in keys]
         ratio, number = grid[column], grid[2 + column]
