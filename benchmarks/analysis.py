@@ -31,7 +31,7 @@ from mlsae.models.initialization import INITS
 from mlsae.store import open_store
 
 SEEDS = "0,1,2"
-SIZE_SEEDS = "0,1"
+SIZE_SEEDS, SIZE_TOKENS = "0,1", "8k"
 VALIDATION = "0.1"
 EXPANSION_FACTOR, K = "16", "16"
 
@@ -94,7 +94,7 @@ class Studies:
             )
             for sae in self._runs(out):
                 analysis = f"analysis-{out[4:]}-{sae['name']}"
-                commands += self._analyze(cache, f"{out}/{sae['name']}", analysis)
+                commands += self._analyze(cache, f"{out}/{sae['name']}", analysis, SIZE_TOKENS)
                 saes.append({**sae, **described(self.out / analysis, store)})
         return {"commands": commands, "saes": saes}
 
@@ -151,10 +151,10 @@ class Studies:
             "--lr", "1e-3", "--validation-fraction", VALIDATION, "--device", "cpu", "--resume",
         )  # fmt: skip
 
-    def _analyze(self, cache: str, sae: str, out: str) -> list[str]:
+    def _analyze(self, cache: str, sae: str, out: str, tokens: str | None = None) -> list[str]:
         return [
             self._run(
-                "analyze", "--cache", cache, "--sae", sae, "--max-tokens", self.analyzed,
+                "analyze", "--cache", cache, "--sae", sae, "--max-tokens", tokens or self.analyzed,
                 "--out", out, "--device", "cpu",
                 finished=(self.out / out / "summary.json").exists(),
             )

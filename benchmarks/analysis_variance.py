@@ -124,10 +124,14 @@ def sizes_section(study: dict[str, Any]) -> str:
         ]
         for (size, k), saes in runs.items()
     ]
+    about = paragraph(
+        "On the trained transformer, with the commands above but for `-R 4,16,64` or `-k 4,64`, one "
+        f"epoch, two seeds, and {next(iter(runs.values()))[0]['num_sequences']} of the held-out "
+        "sequences."
+    )
     return f"""## Other numbers of latents, and of active ones
 
-On the trained transformer, with the commands above but for `-R 4,16,64` or `-k 4,64`, two seeds and
-one epoch.
+{about}
 
 ![Single-token over aggregate, and layers of a pair, by number of latents and k](analysis/sizes.png)
 
