@@ -46,6 +46,7 @@ class Studies:
     out: Path
     epochs: str
     batch_size: str
+    size_rows: str
     demo_tokens: str
     analyzed: str
     """Held-out tokens that are analyzed, at most."""
@@ -90,7 +91,9 @@ class Studies:
             ("sae-k", EXPANSION_FACTOR, "4,64"),
         ):
             commands.append(
-                self._train(cache, out, expansion_factor, k, seeds=SIZE_SEEDS, epochs="1")
+                self._train(
+                    cache, out, expansion_factor, k, "--max-rows", self.size_rows, seeds=SIZE_SEEDS
+                )
             )
             for sae in self._runs(out):
                 analysis = f"analysis-{out[4:]}-{sae['name']}"
@@ -136,19 +139,13 @@ class Studies:
         )  # fmt: skip
 
     def _train(
-        self,
-        cache: str,
-        out: str,
-        expansion_factor: str,
-        k: str,
-        *,
-        seeds: str = SEEDS,
-        epochs: str | None = None,
+        self, cache: str, out: str, expansion_factor: str, k: str, *length: str, seeds: str = SEEDS
     ) -> str:
         return self._run(
             "train", "--cache", cache, "--out", out, "-R", expansion_factor, "-k", k,
-            "--seed", seeds, "--batch-size", self.batch_size, "--epochs", epochs or self.epochs,
-            "--lr", "1e-3", "--validation-fraction", VALIDATION, "--device", "cpu", "--resume",
+            "--seed", seeds, "--batch-size", self.batch_size,
+            *(length or ("--epochs", self.epochs)), "--lr", "1e-3",
+            "--validation-fraction", VALIDATION, "--device", "cpu", "--resume",
         )  # fmt: skip
 
     def _analyze(self, cache: str, sae: str, out: str, tokens: str | None = None) -> list[str]:
@@ -237,6 +234,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", help="of the text; all if not given")
     parser.add_argument("--epochs", default="2", help="over the text")
     parser.add_argument("--batch-size", default="2048", help="rows a step")
+    parser.add_argument("--size-rows", default="1M", help="rows of the other sizes")
     parser.add_argument("--demo-tokens", default="256k", help="of the demo's text")
     parser.add_argument("--analyzed", default="24k", help="held-out tokens, at most")
     arguments = parser.parse_args()
@@ -248,6 +246,7 @@ def main() -> None:
         out=arguments.out,
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
+        size_rows=arguments.size_rows,
         demo_tokens=arguments.demo_tokens,
         analyzed=arguments.analyzed,
     )

@@ -124,10 +124,10 @@ def sizes_section(study: dict[str, Any]) -> str:
         ]
         for (size, k), saes in runs.items()
     ]
+    num_sequences = study["saes"][0]["num_sequences"]
     about = paragraph(
-        "On the trained transformer, with the commands above but for `-R 4,16,64` or `-k 4,64`, one "
-        f"epoch, two seeds, and {next(iter(runs.values()))[0]['num_sequences']} of the held-out "
-        "sequences."
+        "On the trained transformer, with the commands above but for `-R 4,16,64` or `-k 4,64`, "
+        f"1 million rows of training, two seeds, and {num_sequences} of the held-out sequences."
     )
     return f"""## Other numbers of latents, and of active ones
 

@@ -183,7 +183,7 @@ def test_what_is_said_without_a_number_is_true(content: dict[str, Any]):
     assert pearson(*likeness_and_variance(content)) > 0.8
     for init in INITS:
         actual, other, covered = mean_expected(content["variants"], init)
-        assert abs(actual - other) < 0.05
+        assert abs(actual - other) < 0.08
         assert covered > (0.2 if init == "control" else 0.9)
 
 
@@ -299,7 +299,8 @@ def test_the_script_runs_on_the_demo_model(
         sys.executable, "-m", "benchmarks.analysis", "--model", str(demo_model),
         "--dataset", str(tmp_path / "text.jsonl"), "--out", str(tmp_path / "out"),
         "--json", str(tmp_path / "analysis.json"), "--max-tokens", "20k", "--epochs", "1",
-        "--batch-size", "1024", "--demo-tokens", "16k", "--analyzed", "2k",
+        "--batch-size", "1024", "--size-rows", "10k", "--demo-tokens", "16k",
+        "--analyzed", "2k",
     ]  # fmt: skip
     subprocess.run(command, cwd=ROOT, check=True)
     first = json.loads((tmp_path / "analysis.json").read_text())
