@@ -79,7 +79,8 @@ def _similarity_sentence(study: dict[str, Any]) -> str:
         actual, same, covered = mean_expected(study, init)
         gaps.append(f"`{init}` {actual:.0%} and {same:.0%} (bins of {covered:.0%} of the pairs)")
     return paragraph(
-        "XX whether they are one token's at two layers or two tokens' at one. Two layers of a "
+        "Within each variant the curves lie close to one another: rows share latents as they are "
+        "alike, whether they are one token's at two layers or two tokens' at one. Two layers of a "
         f"token share, and two tokens at one layer as alike: {listed(gaps)}. "
         f"{_between_variants(study)}"
     )  # fmt: skip
