@@ -31,7 +31,7 @@ METRICS = (
     ("token_entropy", "Token entropy, nats"),
     ("token_entropy_strongest", "Its 40 strongest, nats"),
 )
-DPI = 130
+DPI = 120
 LEAST_PAIRS = 30
 """Pairs of rows that a bin has to have to be shown."""
 

@@ -95,8 +95,8 @@ def _between_variants(study: dict[str, Any]) -> str:
     at = max(set.intersection(*(set(of) for of in shares)))
     here = [of[at] for of in shares]
     return (
-        f"Nor do the variants differ much: at a cosine of about {at:.2f}, two tokens at one layer "
-        f"share {min(here):.0%} to {max(here):.0%}. Of the control few pairs can be held against "
+        f"Variants differ more from each other: at a cosine of about {at:.2f}, two tokens at one "
+        f"layer share {min(here):.0%} to {max(here):.0%}. Of the control few pairs can be held against "
         "each other, because no two of its tokens are alike."
     )
 

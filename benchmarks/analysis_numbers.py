@@ -17,8 +17,10 @@ def spread(values: Sequence[float | None], form: str = ".3f") -> str:
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return "–"
-    low, high = format(min(known), form), format(max(known), form)
-    middle = format(mean(known), form)
+    low, middle, high = (
+        format(value, form).removeprefix("-" if format(value, form).strip("-0.%") == "" else "")
+        for value in (min(known), mean(known), max(known))
+    )
     return middle if low == high else f"{middle} ({low}–{high})".replace("–-", " to -")
 
 
