@@ -96,8 +96,8 @@ def _between_variants(study: dict[str, Any]) -> str:
     here = [of[at] for of in shares]
     return (
         f"Variants differ more from each other: at a cosine of about {at:.2f}, two tokens at one "
-        f"layer share {min(here):.0%} to {max(here):.0%}. Of the control few pairs can be held against "
-        "each other, because no two of its tokens are alike."
+        f"layer share {min(here):.0%} to {max(here):.0%}. Of the control few pairs can be held "
+        "against each other, because no two of its tokens are alike."
     )
 
 

@@ -145,8 +145,8 @@ def _caution(study: dict[str, Any]) -> str:
     return paragraph(
         "**Cross-entropy says something of the trained model alone.** It has a CE of "
         f"{ce['trained']:.2f} nats; the others predict nothing ({others}), so that what a "
-        f"reconstruction changes says little: delta CE is below 0 in {below:.0%} of their layers and "
-        f"seeds, and loss recovered goes from {min(recovered):.1f} to {max(recovered):.1f}. For "
+        f"reconstruction changes says little: delta CE is below 0 in {below:.0%} of their layers "
+        f"and seeds, loss recovered goes from {min(recovered):.1f} to {max(recovered):.1f}. For "
         f"the trained model loss recovered is {zero:.3f} against zero ablation and {by_mean:.3f} "
         "against mean ablation, mean over layers; of these the second is the fairer. In the tables "
         "it is – where an ablation costs nothing for a seed, so that it is not defined."
