@@ -55,7 +55,7 @@ def short_section(content: dict[str, Any]) -> str:
         f"layer, as alike by cosine, {shares[1]:.0%}. So that a latent here is active at several "
         "layers of a token says little more than that the residual stream is nearly the same "
         "there.",
-        "**It depends on the size of the dictionary**: "
+        "**It depends on the dictionary**: "
         f"{_size_ends(content['sizes'])}.",
     ]  # fmt: skip
     items = "\n".join(_item(text) for text in points_text)
@@ -69,10 +69,12 @@ def _item(text: str) -> str:
 
 def _size_ends(study: dict[str, Any]) -> str:
     runs = by_size(study)
-    k = middle_of(k for _, k in runs)
+    k, middle = middle_of(k for _, k in runs), middle_of(size for size, _ in runs)
     sizes = [size for size, each in runs if each == k]
-    ends = [mean(map(ratio("mass"), runs[size, k])) for size in (sizes[0], sizes[-1])]
+    least, most = (mean(map(ratio("mass"), runs[size, k])) for size in (sizes[0], sizes[-1]))
+    by_k = {each: mean(map(ratio("mass"), saes)) for (n, each), saes in runs.items() if n == middle}
+    active = listed([f"{value:.0%} at k {each}" for each, value in by_k.items()])
     return (
-        f"{ends[0]:.0%} by mass with {sizes[0]:,} latents, {ends[1]:.0%} with {sizes[-1]:,}, both "
-        f"at k {k}"
+        f"{least:.0%} by mass with {sizes[0]:,} latents, {most:.0%} with {sizes[-1]:,}, both at k "
+        f"{k}; with {middle:,}, {active}"
     )
