@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check test-faults test-slow test-external demo-model results results-training scale reliability
+.PHONY: demo test check test-faults test-slow test-external demo-model results results-training results-analysis scale reliability
 
 demo: .venv/installed
 	$(BIN)/mlsae demo --out demo-run
@@ -35,6 +35,10 @@ results: .venv/installed
 # From docs/results/training.json, which `python -m benchmarks.training` writes.
 results-training: .venv/installed
 	$(BIN)/python -m benchmarks.training_page
+
+# From docs/results/analysis.json, which `python -m benchmarks.analysis` writes; figures too.
+results-analysis: .venv/installed
+	$(BIN)/python -m benchmarks.analysis_page
 
 scale: .venv/installed
 	$(BIN)/python benchmarks/scale.py
