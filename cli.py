@@ -294,7 +294,7 @@ def train(**settings: Any) -> None:
 @click.option("--device", default="auto", help="cpu, cuda, cuda:N, or auto.")
 @click.option("--to-delphi", type=DIRECTORY, help="Write Delphi's latent cache of the events, too.")
 def analyze(**settings: Any) -> None:
-    """Turn an SAE's latents into Parquet tables, figures and a summary."""
+    """Turn an SAE's latents into Parquet tables, figures and a page to look at them."""
     from mlsae.analyze import AnalyzeConfig, run
 
     run(AnalyzeConfig(**settings))

@@ -62,14 +62,14 @@ def walk(to_harvest: HarvestConfig, to_train: TrainConfig, to_analyze: AnalyzeCo
     harvest(to_harvest)
     click.echo("\n2. train: one sparse autoencoder on all layers")
     train(to_train)
-    click.echo("\n3. analyze: tables and figures")
+    click.echo("\n3. analyze: tables, figures and a page")
     analysis = analyze(to_analyze)
     click.echo(f"\n{render(analysis)}")
     return analysis
 
 
 def render(analysis: Analysis) -> str:
-    """The table by layer, and where the figures are."""
+    """The table by layer, and where the figures and the page are."""
     active = _active_by_layer(analysis)
     num_latents = len(analysis.latents)
     lines = ["layer     FVU  delta CE    L0  latents dead at the layer"]
@@ -87,6 +87,7 @@ def render(analysis: Analysis) -> str:
         f"held-out sequences; FVU 0 is perfect; delta CE in nats a token; {dead_everywhere} "
         "latents dead at every layer",
         f"figures in {figures[0].parent}: {', '.join(shown)}",
+        f"all of it on one page, to open in a browser: {analysis.page}",
     ]
     return "\n".join(lines)
 
