@@ -1,10 +1,15 @@
 """Threads that fill batches ahead of the one that takes them."""
 
+import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 
 from mlsae.train.jobs import Job, Share
+
+NICENESS = 10
+"""Of the threads that read: a tenth of a core where all are wanted, all of one that is idle."""
 
 
 class Reading:
@@ -70,6 +75,7 @@ class Reading:
         return self._closed or self._error is not None or self._num_busy == 0
 
     def _run(self) -> None:
+        _yield_to_others()
         try:
             while (job := self._take()) is not None and self._may_do(job):
                 self._do(job)
@@ -99,3 +105,12 @@ class Reading:
         with self._changed:
             self._changed.wait_for(lambda: self._released >= job.after or self._closed)
             return not self._closed
+
+
+def _yield_to_others() -> None:
+    """Let other threads go first: a step's threads wait for the one whose core was taken."""
+    if sys.platform != "linux":  # Elsewhere a priority is the whole process's.
+        return
+    thread = threading.get_native_id()
+    if os.getpriority(os.PRIO_PROCESS, thread) < NICENESS:
+        os.setpriority(os.PRIO_PROCESS, thread, NICENESS)

@@ -1,5 +1,7 @@
 """Threads do every job, none before its place is free, and steps come in order."""
 
+import os
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -8,7 +10,7 @@ import pytest
 
 from mlsae.store.runs import Runs
 from mlsae.train.jobs import Job, Share
-from mlsae.train.reading import Reading
+from mlsae.train.reading import NICENESS, Reading
 
 NOTHING = np.zeros(0, np.int64)
 RING = 4
@@ -79,6 +81,22 @@ def test_an_error_comes_in_place_of_the_step_that_it_spoilt(num_threads: int) ->
     with pytest.raises(OSError, match="no more"):
         reading.next()
     reading.stop()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
+def test_threads_that_read_let_those_that_compute_go_first() -> None:
+    """The priority is theirs alone: the thread that takes batches keeps its own."""
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    found: list[int] = []
+
+    def do(_: Job) -> None:
+        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    reading = Reading(jobs_of(20), do, 2, 0)
+    take_all(reading, [])
+    reading.stop()
+    assert set(found) == {NICENESS}
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before < NICENESS
 
 
 def test_an_error_of_the_plan_comes_too() -> None:
