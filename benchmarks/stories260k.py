@@ -48,6 +48,8 @@ PROTOTYPE_FVU = (0.040, 0.074, 0.090, 0.115, 0.156)
 """Held-out FVU by layer of a plain prototype: raw loss space, one seed, the same settings."""
 SHOWN = ("raw", 0)
 """The run whose figures are kept."""
+FIGURES = ("layer_distribution.png", "norm_cosine.png", "density.png")
+"""Those of its analysis that the page shows."""
 COLUMNS = (
     "layer",
     "num_rows_position_0_in",
@@ -137,6 +139,27 @@ def readings(analysis: Analysis) -> dict[str, float]:
     }
 
 
+def draw_layers(shown: Analysis, path: Path) -> None:
+    """FVU, by channel means and as published, and delta CE of one run by layer."""
+    column = {name: shown.layers[name].to_numpy() for name in shown.layers.column_names}
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.0, 3.0), layout="constrained")
+        fvu, delta_ce = figure.subplots(1, 2)
+        fvu.plot(column["layer"], column["fvu"], "o-", color="#0072B2", label="channel means")
+        published = {"color": "#D55E00", "label": "one mean, as published"}
+        fvu.plot(column["layer"], column["fvu_published"], "s--", **published)
+        fvu.set(title="Variance unexplained", xlabel="layer", ylabel="FVU")
+        fvu.legend()
+        delta_ce.plot(column["layer"], column["delta_ce"], "o-", color="#0072B2")
+        delta_ce.set(
+            title="Cross-entropy added by one layer", xlabel="layer", ylabel="nats / token"
+        )
+        for axes in (fvu, delta_ce):
+            axes.set_xticks(column["layer"])
+            axes.set_ylim(bottom=0)
+        figure.savefig(path)
+
+
 def draw_comparison(runs: list[dict[str, Any]], path: Path) -> None:
     """Held-out FVU and delta CE by layer: a line a loss space, a dot a seed, the prototype."""
     with mpl.rc_context(STYLE):
@@ -179,8 +202,9 @@ def main() -> None:
     shown = analyses[SHOWN]
     folder = arguments.json.parent / arguments.json.stem
     folder.mkdir(parents=True, exist_ok=True)
-    for name in shown.summary["figures"]:
-        shutil.copy(shown.path / name, folder)
+    for name in FIGURES:
+        shutil.copy(shown.path / "figures" / name, folder)
+    draw_layers(shown, folder / "fvu_delta_ce.png")
     draw_comparison(measured["runs"], folder / "comparison.png")
     content = {
         "command": f"python -m benchmarks.stories260k {shlex.join(sys.argv[1:])}",

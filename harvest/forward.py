@@ -271,7 +271,7 @@ def _as_numpy(values: torch.Tensor) -> npt.NDArray[Any]:
 
 @contextmanager
 def memory_explained(num_sequences: int | None = None) -> Iterator[None]:
-    """Running out of memory in a forward pass, or after one, in one line."""
+    """Running out of memory in a forward pass, or with None in what follows one, in one line."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -280,8 +280,10 @@ def memory_explained(num_sequences: int | None = None) -> Iterator[None]:
             raise
         if isinstance(error, ResourceError):
             raise
-        what = f"in a forward pass of {num_sequences} sequences" if num_sequences else "after one"
+        where = f"a forward pass of {num_sequences} sequences"
+        if num_sequences is None:
+            where = "measuring what a forward pass gave"
         raise ResourceError(
-            f"out of memory {what}; use a smaller "
+            f"out of memory in {where}; use a smaller "
             "--batch-size (it belongs to the plan, so begin again in an empty --out)"
         ) from error

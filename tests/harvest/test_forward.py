@@ -227,6 +227,16 @@ def test_out_of_memory_names_the_batch_size(error: Exception) -> None:
         raise error
 
 
+def test_out_of_memory_after_a_pass_says_so() -> None:
+    with (
+        pytest.raises(
+            ResourceError, match="in measuring what a forward pass gave; use a smaller --b"
+        ),
+        memory_explained(),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def test_moments_are_of_the_stored_values(transformer: Transformer) -> None:
     forward = begin(transformer, (0, 1), "float16")
     computed = measured(forward, batch(), group=19)
