@@ -38,6 +38,7 @@ from mlsae.base.ranks import Ranks
 from mlsae.base.units import parse_bytes
 from mlsae.harvest.batches import Batches
 from mlsae.harvest.calibrate import calibrate
+from mlsae.harvest.pipeline import keeps_cached
 from mlsae.harvest.shards import harvest_shards
 from mlsae.models import Transformer, load
 from mlsae.store import Writer, create
@@ -120,6 +121,7 @@ class Rounds:
             calibration=self.calibration,
             batch_sequences=BATCH,
             source={"packing": {"packing": "concatenate", "isolate_documents": False}},
+            cached=keeps_cached(self.model),
         )
 
     def _directory(self, name: str) -> Path:
@@ -229,6 +231,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
+    if arguments.dir is not None:
+        arguments.dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.dir) as directory:
         if arguments.ballast:
             fill_page_cache(Path(directory) / "ballast", arguments.ballast)

@@ -35,6 +35,7 @@ class OpenShard:
         shard: index of the shard.
         keys: (site, layer) of all, in the plan's order.
         codecs: site → how its rows are held.
+        cached: as for a `ShardFile`.
     """
 
     def __init__(
@@ -44,6 +45,8 @@ class OpenShard:
         shard: int,
         keys: Sequence[Key],
         codecs: Mapping[str, SiteCodec],
+        *,
+        cached: bool,
     ) -> None:
         self.shard = shard
         self._path, self._plan, self._keys = path, plan, keys
@@ -62,6 +65,7 @@ class OpenShard:
                         chunk_rows=plan["chunk_rows"],
                         shard_rows=plan["shard_rows"],
                         compressor=compressor_of(plan["compression"], part.dtype),
+                        cached=cached,
                     )
         except BaseException:
             self.abandon()

@@ -6,8 +6,10 @@ The layout is that of Zarr's `sharding_indexed` codec with inner codecs `bytes` 
 them is durable, hashes while it writes, and gives the same bytes on every run.
 """
 
+import errno
 import hashlib
 import os
+import sys
 from pathlib import Path
 
 import google_crc32c
@@ -20,6 +22,9 @@ from mlsae.store.layout import CRC_BYTES, INDEX_ENTRY_BYTES
 
 Bytes = npt.NDArray[np.uint8]
 ABSENT = 2**64 - 1
+_RWF_DONTCACHE = 0x80
+"""Of Linux 6.14's uapi/linux/fs.h: pages leave the page cache once they are on disk."""
+_UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.EINVAL})
 
 
 def crc32c_bytes(data: Bytes) -> bytes:
@@ -55,6 +60,9 @@ class ShardFile:
         chunk_rows: rows of a chunk.
         shard_rows: rows of a full shard.
         compressor: of the chunks; None to write them as they are.
+        cached: leave what is written in the page cache. Finding room for it there takes more of the
+            CPU's time than the copy, where memory is full. Elsewhere than on Linux, and where the
+            file system does not know how, it stays there all the same.
     """
 
     def __init__(
@@ -65,6 +73,7 @@ class ShardFile:
         chunk_rows: int,
         shard_rows: int,
         compressor: Compressor | None = None,
+        cached: bool = True,
     ) -> None:
         self._path = path
         self._chunk_bytes = row_bytes * chunk_rows
@@ -77,6 +86,7 @@ class ShardFile:
         self._in_chunk = 0
         self._sizes: list[int] = []
         self.num_bytes = 0
+        self._flags = 0 if cached or sys.platform != "linux" else _RWF_DONTCACHE
         self._partial = partial_path(path)
         self._fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
 
@@ -115,31 +125,44 @@ class ShardFile:
 
     def _add(self, piece: Bytes) -> None:
         """Add bytes that do not pass the end of the chunk in hand."""
-        if self._whole is None:
-            self._crc = google_crc32c.extend(self._crc, piece)
-            self._put(piece)
-        else:
-            self._whole[self._in_chunk : self._in_chunk + len(piece)] = piece
         self._in_chunk += len(piece)
-        if self._in_chunk == self._chunk_bytes:
-            self._end_chunk()
-
-    def _end_chunk(self) -> None:
-        size = self._chunk_bytes
-        if self._compressor is not None and self._whole is not None:
-            packed = self._compressor.compress(self._whole)
-            self._crc = google_crc32c.extend(0, packed)
-            self._put(packed)
-            size = len(packed)
-        self._put(np.frombuffer(int(self._crc).to_bytes(CRC_BYTES, "little"), np.uint8))
+        is_whole, size = self._in_chunk == self._chunk_bytes, self._chunk_bytes
+        if self._whole is not None:
+            self._whole[self._in_chunk - len(piece) : self._in_chunk] = piece
+            if not is_whole:
+                return
+            assert self._compressor is not None
+            piece = self._compressor.compress(self._whole)
+            size = len(piece)
+        self._crc = google_crc32c.extend(self._crc, piece)
+        if not is_whole:
+            self._put(piece)
+            return
+        self._put(piece, np.frombuffer(int(self._crc).to_bytes(CRC_BYTES, "little"), np.uint8))
         self._sizes.append(size + CRC_BYTES)
         self._crc = 0
         self._in_chunk = 0
 
-    def _put(self, data: Bytes) -> None:
-        self._hash.update(data.data)
-        view = data.data
+    def _put(self, *pieces: Bytes) -> None:
+        for piece in pieces:
+            self._hash.update(piece.data)
+        views = [piece.data for piece in pieces]
         with full_disk_explained(self._path):
-            while view:
-                view = view[os.write(self._fd, view) :]
-        self.num_bytes += len(data)
+            while views:
+                count = self._write(views)
+                self.num_bytes += count
+                while views and count >= len(views[0]):
+                    count -= len(views.pop(0))
+                if views:
+                    views[0] = views[0][count:]
+
+    def _write(self, views: list[memoryview]) -> int:
+        """Bytes of the views that were written."""
+        if self._flags:
+            try:
+                return os.pwritev(self._fd, views, self.num_bytes, self._flags)
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+            self._flags = 0
+        return os.pwritev(self._fd, views, self.num_bytes)

@@ -61,6 +61,7 @@ class Writer:
         producer: Producer | None = None,
         allow_mixed: bool = False,
         max_added_fvu: float = MAX_ADDED_FVU,
+        cached: bool = True,
     ) -> None:
         self._objects = LocalObjects(path)
         plan = read_plan(self._objects)
@@ -85,6 +86,7 @@ class Writer:
         self._codecs = site_codecs(plan, read_calibration(self._objects, plan))
         self._parts = self._codecs[plan["sites"][0]].parts
         self._max_added_fvu = max_added_fvu
+        self._cached = cached
         self._added: dict[Key, AddedFVU] = {}
         remove_stale_partials(path)
         num_threads = min(max(WRITER_THREADS, os.cpu_count() or 1), MOST_WRITER_THREADS)
@@ -292,7 +294,9 @@ class Writer:
         # Waiting here, and not after submitting, overlaps writing with the caller's next batch.
         self._finish_batch()
         if self._open is None:
-            self._open = OpenShard(self.path, self.plan, shard, self._keys, self._codecs)
+            self._open = OpenShard(
+                self.path, self.plan, shard, self._keys, self._codecs, cached=self._cached
+            )
         jobs = self._open.jobs(batch.stored, groups, batch.moments)
         batch.futures = [self._pool.submit(job) for job in jobs]
         self._batch = batch
