@@ -9,13 +9,12 @@ so the system calls are made by number. Where they are missing or forbidden ther
 import ctypes
 import platform
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-MOST_READS = 128
+MOST_READS = 256
 """Reads of one call."""
 _CALLS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}
 """Machine → numbers of io_setup, io_destroy, io_getevents, io_submit."""
@@ -59,10 +58,10 @@ class Queue:
 
     def read(
         self,
-        files: Sequence[int],
-        offsets: Sequence[int],
-        addresses: Sequence[int],
-        sizes: Sequence[int],
+        files: npt.ArrayLike,
+        offsets: npt.ArrayLike,
+        addresses: npt.ArrayLike,
+        sizes: npt.ArrayLike,
     ) -> npt.NDArray[np.int64]:
         """Read, and wait until all is read.
 
@@ -75,7 +74,7 @@ class Queue:
         Returns:
             (n,) bytes that each has read, or negative numbers where it failed.
         """
-        count = len(files)
+        count = len(np.asarray(files))
         reads = self._reads[:count]
         reads["file"], reads["offset"] = files, offsets
         reads["address"], reads["num_bytes"] = addresses, sizes

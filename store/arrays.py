@@ -76,10 +76,10 @@ class ArrayReader:
         self._objects = objects
         self._name = name
         self._row_bytes = int(np.prod(row_shape, dtype=np.int64)) * self.dtype.itemsize
-        self._chunk_rows = chunk_rows
+        self.chunk_rows = chunk_rows
         self._shard_rows = shard_rows
         self._chunk_bytes = chunk_rows * self._row_bytes
-        self._chunks_per_shard = shard_rows // chunk_rows
+        self.chunks_per_shard = shard_rows // chunk_rows
         self._compressor = compressor
         self._reads_parts = compressor is None and objects.is_local
         self._files = objects if self._reads_parts and isinstance(objects, LocalObjects) else None
@@ -118,25 +118,23 @@ class ArrayReader:
         """
         done, num_rows = 0, len(out)
         while done < num_rows:
-            chunk, first = divmod(start + done, self._chunk_rows)
-            take = min(num_rows - done, self._chunk_rows - first)
+            chunk, first = divmod(start + done, self.chunk_rows)
+            take = min(num_rows - done, self.chunk_rows - first)
             piece = out if take == num_rows else out[done : done + take]
             self._read_in_chunk(piece, chunk, first)
             done += take
 
-    def locate(self, start: int, num_rows: int) -> tuple[Descriptor, int, int] | None:
-        """Where rows from `start` on lie in a file: the file, the first byte, and how many do.
+    def file(self, chunk: int) -> Descriptor | None:
+        """The file in which a chunk lies as it is, each but the first behind the CRC of another.
 
-        These are the rows up to the end of their chunk, or `num_rows`. None where they must be read
-        by `read_into`: if their chunk is compressed, elsewhere, or not yet known to be sound.
+        None where its rows must be read by `read_into`: if it is compressed, elsewhere, or not yet
+        known to be sound.
         """
-        chunk, first = divmod(start, self._chunk_rows)
-        number, inner = divmod(chunk, self._chunks_per_shard)
+        number, inner = divmod(chunk, self.chunks_per_shard)
         shard = self._shards.get(number)
         if self._files is None or shard is None or not shard.checked[inner]:
             return None
-        offset = inner * (self._chunk_bytes + CRC_BYTES) + first * self._row_bytes
-        return self._files.descriptor(shard.name), offset, min(num_rows, self._chunk_rows - first)
+        return self._files.descriptor(shard.name)
 
     def check_chunk(self, chunk: int, digest: "hashlib._Hash") -> Array:
         """Read one whole chunk, padding included, and check it; (chunk_rows, *row_shape).
@@ -146,7 +144,7 @@ class ArrayReader:
         Raises:
             DamagedStoreError: the chunk's bytes are missing or differ from its checksum.
         """
-        shard, inner = divmod(chunk, self._chunks_per_shard)
+        shard, inner = divmod(chunk, self.chunks_per_shard)
         body = self._load(self._open(shard), inner, digest)
         return body.view(self.dtype).reshape(-1, *self.row_shape)
 
@@ -157,14 +155,14 @@ class ArrayReader:
             DamagedStoreError: it is missing.
         """
         opened = self._open(shard)
-        index = np.empty(index_bytes(self._chunks_per_shard), np.uint8)
+        index = np.empty(index_bytes(self.chunks_per_shard), np.uint8)
         offset = self._objects.size(opened.name) - len(index)
         if self._objects.read_into(opened.name, offset, index) != len(index):
             raise self._damage(shard, "it ends too early")
         digest.update(index.data)
 
     def _read_in_chunk(self, out: Array, chunk: int, first: int) -> None:
-        number, inner = divmod(chunk, self._chunks_per_shard)
+        number, inner = divmod(chunk, self.chunks_per_shard)
         shard = self._shards.get(number) or self._open(number)
         start = first * self._row_bytes
         if self._reads_parts and shard.checked[inner]:
@@ -224,7 +222,7 @@ class ArrayReader:
             spans = self._check_index(number, name, size)
         except FileNotFoundError:
             raise self._damage(number, "its file is missing", "R-COMMIT-4") from None
-        num_used = -(-self._rows_of(number) // self._chunk_rows)
+        num_used = -(-self._rows_of(number) // self.chunk_rows)
         shard = _Shard(number, name, np.zeros(num_used, np.bool_), spans)
         with self._lock:
             self._shards[number] = shard
@@ -239,10 +237,10 @@ class ArrayReader:
     def _check_index(self, number: int, name: str, size: int) -> npt.NDArray[np.uint64] | None:
         """Refuse a shard of a wrong size or index; the spans of its chunks if they differ."""
         rows = self._rows_of(number)
-        num_used = -(-rows // self._chunk_rows)
-        length = index_bytes(self._chunks_per_shard)
+        num_used = -(-rows // self.chunk_rows)
+        length = index_bytes(self.chunks_per_shard)
         if self._compressor is None:
-            expected_size = object_bytes(rows, self._row_bytes, self._chunk_rows, self._shard_rows)
+            expected_size = object_bytes(rows, self._row_bytes, self.chunk_rows, self._shard_rows)
             if size != expected_size:
                 raise self._damage(number, f"it has {size} bytes, not {expected_size}", "R-SHARD-2")
         elif not length <= size <= MAX_OBJECT_BYTES:

@@ -19,7 +19,6 @@ from mlsae.store.borders import Borders
 from mlsae.store.calibration import Calibration
 from mlsae.store.encoding import Parts
 from mlsae.store.moments import GroupMoments, Moments, eligible_groups
-from mlsae.store.objects import Descriptor
 from mlsae.store.reader import RowReader, Store, open_store
 from mlsae.store.together import check_together
 
@@ -67,6 +66,11 @@ class CorpusReader:
         self._readers = readers
         self._borders = borders
 
+    @property
+    def segments(self) -> list[tuple[int, RowReader]]:
+        """First row and reader of each store that the rows are of."""
+        return list(zip(self._borders.starts, self._readers, strict=False))
+
     def read(self, start: int = 0, stop: int | None = None) -> Parts:
         """Rows start … stop − 1: for each part an array (stop − start, width).
 
@@ -95,11 +99,6 @@ class CorpusReader:
             pieces = [part[done : done + end - first] for part in out]
             self._readers[at].read_into(pieces, first)
             done += end - first
-
-    def locate(self, start: int, num_rows: int) -> list[tuple[Descriptor, int, int]] | None:
-        """Where rows from `start` on lie in files: for each part as `ArrayReader.locate` says."""
-        at, first, end = next(self._borders.spans(start, start + num_rows))
-        return self._readers[at].locate(first, end - first)
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,14 @@ class RowReader:
         self.parts = parts
         """Width and data type of each array: one, and for int8 a second with the exponents."""
         self.arrays = readers
+        self.num_rows = readers[0].num_rows
+        self.chunk_rows = readers[0].chunk_rows
+        self.chunks_per_shard = readers[0].chunks_per_shard
+
+    @property
+    def segments(self) -> list[tuple[int, "RowReader"]]:
+        """First row and reader of each store that the rows are of: this one."""
+        return [(0, self)]
 
     def read(self, start: int = 0, stop: int | None = None) -> Parts:
         """Rows start … stop − 1: for each part an array (stop − start, width).
@@ -111,14 +119,13 @@ class RowReader:
         for reader, values in zip(self.arrays, out, strict=True):
             reader.read_into(values, start)
 
-    def locate(self, start: int, num_rows: int) -> list[tuple[Descriptor, int, int]] | None:
-        """Where rows from `start` on lie in files: for each part as `ArrayReader.locate` says."""
+    def files(self, chunk: int) -> list[Descriptor] | None:
+        """For each part the file of a chunk, as `ArrayReader.file` says; None if one has none."""
         found = []
         for reader in self.arrays:
-            place = reader.locate(start, num_rows)
-            if place is None:
+            if (file := reader.file(chunk)) is None:
                 return None
-            found.append(place)
+            found.append(file)
         return found
 
 

@@ -1,22 +1,19 @@
-"""From the store to batches: threads read slices and deal their rows to the next batches."""
+"""From the store to batches: threads read slices ahead and cut batches from them."""
 
-import threading
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from mlsae.store import AnyStore
-from mlsae.store.runs import Lines
 from mlsae.train.decode import Parts
-from mlsae.train.jobs import JOB_RUNS, Job, jobs
+from mlsae.train.jobs import plan
 from mlsae.train.reading import Reading
-from mlsae.train.ring import Ring
-from mlsae.train.rows import Mixture
+from mlsae.train.rows import NUM_BATCHES, Mixture
+from mlsae.train.window import Window
 
 _THREADS, _THREADS_REMOTE = 2, 8
+_JOB_RUNS, _JOB_RUNS_REMOTE = 128, 16
 
 
 class Batch(NamedTuple):
@@ -37,6 +34,11 @@ class Batch(NamedTuple):
 def num_threads(store: AnyStore) -> int:
     """Threads that pay for reading slices of a store: more where each read waits for a network."""
     return _THREADS if store.objects.is_local else _THREADS_REMOTE
+
+
+def job_runs(store: AnyStore) -> int:
+    """Slices that a thread reads at once: fewer where each takes long, so that all threads read."""
+    return _JOB_RUNS if store.objects.is_local else _JOB_RUNS_REMOTE
 
 
 class Loader:
@@ -65,16 +67,14 @@ class Loader:
         pin: bool = False,
         threads: int | None = None,
     ) -> None:
-        self._readers = [mixture.store.reader(mixture.site, layer) for layer in mixture.layers]
-        self._parts = mixture.store.parts
-        self._row_origin = mixture.store.row_origin
-        self._local = threading.local()
-        self._ring = Ring(mixture, rank, world_size, pin=pin)
+        self._window = Window(mixture, rank, world_size, pin=pin)
         self._reading = Reading(
-            jobs(mixture, self._ring, start, stop, rank, world_size),
-            self._read,
-            threads or num_threads(mixture.store),
-            start,
+            plan(mixture, start, stop, rank, world_size, job_runs(mixture.store)),
+            self._window.read,
+            self._window.cut,
+            num_threads=threads or num_threads(mixture.store),
+            num_batches=NUM_BATCHES,
+            start=start,
         )
 
     def __iter__(self) -> "Loader":
@@ -84,7 +84,7 @@ class Loader:
         share = self._reading.next()
         if share is None:
             raise StopIteration
-        (x, *more), layer, origin = self._ring.batch(share.step, share.num_mine)
+        (x, *more), layer, origin = self._window.batch(share)
         return Batch(x, layer, share.num_rows, tuple(more), origin)
 
     def __enter__(self) -> "Loader":
@@ -97,28 +97,4 @@ class Loader:
         trace: TracebackType | None,
     ) -> None:
         self._reading.stop()
-        self._ring.close()
-
-    def _read(self, job: Job) -> None:
-        if not hasattr(self._local, "lines"):
-            self._local.lines = Lines(self._parts, JOB_RUNS, job.to.shape[1])
-        lines: Lines = self._local.lines
-        lines.read(self._readers, job.runs)
-        to = job.to.reshape(-1)
-        for batches, rows in zip(self._ring.arrays, lines.rows, strict=True):
-            _as_items(batches)[to] = _as_items(rows[: len(job.to)]).reshape(-1)
-        self._ring.layer[job.to] = job.runs.reader[:, None]
-        if self._ring.origin is not None:
-            _, *runs = (values.tolist() for values in job.runs)
-            for start, num_rows, column, places in zip(*runs, job.to, strict=True):
-                origin = self._row_origin(np.arange(start, start + num_rows))
-                self._ring.origin[places[column : column + num_rows]] = origin
-
-
-def _as_items(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A view without the last axis, each row an element: numpy then copies rows as one piece.
-
-    For a row of 512 bytes that takes three quarters of the time, for one of 8 bytes an eighth.
-    """
-    size = rows.shape[-1] * rows.itemsize
-    return rows.view(np.uint64 if size == 8 else f"V{size}")[..., 0]
+        self._window.close()

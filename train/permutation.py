@@ -25,9 +25,13 @@ def derive_keys(num_keys: int, *parts: int | str) -> UInt64:
 
 def mix(values: UInt64) -> UInt64:
     """A bijection of uint64 that scatters neighbours (splitmix64's finaliser, variant 13)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    shifted = values >> np.uint64(30)
+    mixed = values ^ shifted
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= np.right_shift(mixed, np.uint64(27), out=shifted)
+    mixed *= np.uint64(0x94D049BB133111EB)
+    mixed ^= np.right_shift(mixed, np.uint64(31), out=shifted)
+    return mixed
 
 
 def permute(index: npt.NDArray[np.int64], size: int, keys: UInt64) -> npt.NDArray[np.int64]:

@@ -1,39 +1,62 @@
-"""Threads that fill batches ahead of the one that takes them."""
+"""Threads that read ahead and cut batches ahead of the one that takes them."""
 
 import os
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 
-from mlsae.train.jobs import Job, Share
+from mlsae.store.runs import Runs
+from mlsae.train.jobs import Job, Planned, Share
 
 NICENESS = 10
 """Of the threads that read: a tenth of a core where all are wanted, all of one that is idle."""
 
+Task = Callable[[], None]
+
 
 class Reading:
-    """Does jobs in threads, and gives the steps in order, each once its batch is complete.
+    """Does jobs in threads, and gives the steps in order, each once its batch is cut.
 
-    What a batch holds does not depend on the number of threads.
+    Each thread does what is most urgent: it cuts the next batch, once all is read for it and its
+    place is free; else it plans, if no more jobs wait than were planned last; else it reads. What a
+    batch holds does not depend on the number of threads.
 
     Args:
-        jobs: taken in order, by one thread at a time.
-        do: does the reads of a job; several threads call it at once.
+        plan: steps and jobs, in order; asked for the next by one thread at a time.
+        read: does the reads of a job; several threads call it at once.
+        cut: makes a step's batch; several threads call it at once, for different steps.
         num_threads: how many.
+        num_batches: places for batches, at least 2: that of a step is free once the consumer has
+            asked for the step after the one that had it before.
         start: first step.
     """
 
     def __init__(
-        self, jobs: Iterator[Job], do: Callable[[Job], None], num_threads: int, start: int
+        self,
+        plan: Iterator[Planned],
+        read: Callable[[Runs], None],
+        cut: Callable[[Share], None],
+        *,
+        num_threads: int,
+        num_batches: int,
+        start: int,
     ) -> None:
-        self._jobs, self._do = jobs, do
-        self._taking = threading.Lock()
-        self._changed = threading.Condition()
-        self._shares: deque[Share] = deque()
-        self._newest: Share | None = None
-        self._released = start - 1
-        self._num_busy = num_threads
+        self._plan, self._read, self._cut = plan, read, cut
+        self._num_batches = num_batches
+        # Waking a thread that has nothing to do costs as much as its work.
+        lock = threading.RLock()
+        self._changed, self._arrived = threading.Condition(lock), threading.Condition(lock)
+        self._jobs: deque[Job] = deque()
+        self._few_jobs = 0
+        self._is_planning = self._is_planned = False
+        self._uncut: deque[Share] = deque()
+        self._being_cut: set[int] = set()
+        self._next_cut = start
+        self._batches: dict[int, Share] = {}
+        self._next_given = start
+        self._num_threads = num_threads
         self._closed = False
         self._error: BaseException | None = None
         self._threads = [
@@ -44,67 +67,105 @@ class Reading:
             thread.start()
 
     def next(self) -> Share | None:
-        """The next step, once its batch is complete; None after the last.
+        """The next step, once its batch is cut; None after the last.
 
-        The batch that was given before may be filled anew from now on. What goes wrong in a thread
-        is raised in place of the first step that is not complete.
+        The batch that was given before may be cut anew from now on. What goes wrong in a thread is
+        raised in place of the first step that could not be cut.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._is_ready() or self._has_ended())
-            if not self._is_ready() or self._closed:
+            step, self._next_given = self._next_given, self._next_given + 1
+            self._changed.notify_all()
+            self._arrived.wait_for(lambda: step in self._batches or self._num_threads == 0)
+            share = self._batches.pop(step, None)
+            if share is None:
+                self._next_given = step
                 if self._error is not None:
                     raise self._error
-                return None
-            share = self._shares.popleft()
-            self._released = share.step - 1
-            self._changed.notify_all()
             return share
 
     def stop(self) -> None:
-        """End the threads: each does so before its next job."""
+        """End the threads: each does so before its next task."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
 
-    def _is_ready(self) -> bool:
-        return bool(self._shares) and self._shares[0].num_jobs == 0
-
-    def _has_ended(self) -> bool:
-        return self._closed or self._error is not None or self._num_busy == 0
-
     def _run(self) -> None:
         _yield_to_others()
+        while (task := self._next_task()) is not None:
+            try:
+                task()
+            except BaseException as error:
+                self._fail(error)
+        with self._changed:
+            self._num_threads -= 1
+            self._arrived.notify_all()
+
+    def _fail(self, error: BaseException) -> None:
+        """Read no more, and raise the error once all that can still be cut is given."""
+        with self._changed:
+            self._error = self._error or error
+            self._jobs.clear()
+            self._is_planned = True
+            self._changed.notify_all()
+
+    def _next_task(self) -> Task | None:
+        """Wait for something to do; None if there will be nothing."""
+        with self._changed:
+            while not self._closed:
+                is_read = bool(self._uncut) and self._uncut[0].num_jobs == 0
+                if is_read and self._uncut[0].step < self._next_given - 1 + self._num_batches:
+                    return partial(self._do_cut, self._take_share())
+                if not (self._is_planned or self._is_planning or len(self._jobs) > self._few_jobs):
+                    self._is_planning = True
+                    return self._do_plan
+                all_cut_before = min(self._being_cut, default=self._next_cut)
+                if self._jobs and self._jobs[0].after < all_cut_before:
+                    return partial(self._do_read, self._jobs.popleft())
+                if self._is_planned and not self._jobs and not is_read:
+                    return None
+                self._changed.wait()
+            return None
+
+    def _take_share(self) -> Share:
+        share = self._uncut.popleft()
+        self._being_cut.add(share.step)
+        self._next_cut = share.step + 1
+        return share
+
+    def _do_cut(self, share: Share) -> None:
         try:
-            while (job := self._take()) is not None and self._may_do(job):
-                self._do(job)
-                with self._changed:
-                    job.share.num_jobs -= 1
-                    if job.share.num_jobs == 0:
-                        self._changed.notify_all()
+            self._cut(share)
         except BaseException as error:
             with self._changed:
-                self._error = self._error or error
-        finally:
-            with self._changed:
-                self._num_busy -= 1
-                self._changed.notify_all()
-
-    def _take(self) -> Job | None:
-        with self._taking:
-            job = next(self._jobs, None)
-            if job is not None and job.share is not self._newest:
-                self._newest = job.share
-                with self._changed:
-                    self._shares.append(job.share)
-            return job
-
-    def _may_do(self, job: Job) -> bool:
-        """Wait until the batches that it fills are free; False if that is moot."""
+                self._fail(error)
+                self._uncut.clear()  # No step after this one will be given.
+            return
         with self._changed:
-            self._changed.wait_for(lambda: self._released >= job.after or self._closed)
-            return not self._closed
+            self._being_cut.remove(share.step)
+            self._batches[share.step] = share
+            self._changed.notify_all()
+            self._arrived.notify_all()
+
+    def _do_plan(self) -> None:
+        planned = next(self._plan, None)
+        with self._changed:
+            self._is_planning = False
+            if planned is None:
+                self._is_planned = True
+            elif self._error is None:
+                self._few_jobs = len(planned.jobs)
+                self._jobs.extend(planned.jobs)
+                self._uncut.extend(planned.shares)
+            self._changed.notify_all()
+
+    def _do_read(self, job: Job) -> None:
+        self._read(job.runs)
+        with self._changed:
+            job.share.num_jobs -= 1
+            if job.share.num_jobs == 0:
+                self._changed.notify_all()
 
 
 def _yield_to_others() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 
 from mlsae.base.errors import InputError
 from mlsae.base.units import format_bytes
@@ -13,8 +14,8 @@ from mlsae.train.sampler import Order, slice_rows
 
 SLICE_BYTES = 64 << 10
 """Bytes of a slice unless a window is asked for: less is slow to read, more is memory."""
-_BATCHES_HELD = 3
-"""Batches beyond those that a slice fills: one with the consumer, the others ready for it."""
+NUM_BATCHES = 4
+"""Batches in memory: one with the consumer, the others ready for it or being cut."""
 _BLOCK_ROWS = 1 << 20
 
 
@@ -60,16 +61,18 @@ class TrainingRows:
         """
         num_rows, every_token = self._store.num_rows, self._every_token
         mask = self._unless_flagged(slices * rows_per_slice, rows_per_slice)
-        for i in np.flatnonzero(np.count_nonzero(mask, axis=1) != counts).tolist():
+        for i in np.flatnonzero(mask.sum(axis=1, dtype=np.int32) != counts).tolist():
             start = int(slices[i]) * rows_per_slice
             stop = min(start + rows_per_slice, num_rows)
             if every_token:
                 mask[i, : stop - start] &= self._store.row_flags(start, stop) == 0
             else:
                 mask[i, : stop - start] = self.mask(start, stop)
-        which, row = np.nonzero(mask)
-        places = np.empty(mask.shape, np.int64)
-        places[which, np.arange(len(row)) - (np.cumsum(counts) - counts)[which]] = row
+        trained = np.flatnonzero(mask)
+        nth = (np.cumsum(counts) - counts)[:, None] + np.arange(rows_per_slice)
+        # Beyond a slice's count, and the last one's end, are those that mean nothing.
+        places = trained.take(nth, mode="clip")
+        places -= np.arange(len(slices))[:, None] * rows_per_slice
         return places
 
     def _unless_flagged(
@@ -81,10 +84,12 @@ class TrainingRows:
         all count as if they were beyond the first.
         """
         length = self._store.rows_per_sequence
-        rows = starts[:, None] + np.arange(num_rows)
-        trained = rows < self._store.num_rows
-        if self._every_token:
-            trained &= rows % length >= self._skip_positions
+        skipped = self._skip_positions if self._every_token else 0
+        of_rows = np.arange(length + num_rows - 1) % length >= skipped
+        trained = sliding_window_view(of_rows, num_rows)[starts % length]
+        beyond = np.flatnonzero(starts + num_rows > self._store.num_rows)
+        for i in beyond.tolist():
+            trained[i, self._store.num_rows - int(starts[i]) :] = False
         ends = np.stack([starts // length, (starts + num_rows - 1) // length + 1])
         held_out = np.searchsorted(self._validation, ends)
         for i in np.flatnonzero(held_out[0] < held_out[1]).tolist():
@@ -228,17 +233,15 @@ class Mixture:
         """Most rows of a batch that a rank gets, at least 1."""
         return max(1, min(self.batch_rows, self.rank_slots(rank, world_size)))
 
-    @property
-    def ring_batches(self) -> int:
-        """Batches in memory: as many as a slice has rows for, an eighth more, and those held."""
-        # A slot gives a row a round, and may be one step or two from one to the next.
-        round_rows = self.num_slots * len(self.layers)
-        span = (self.slice_rows - 1) * round_rows // self.batch_rows + 2
-        return span + span // 8 + _BATCHES_HELD
+    def rank_lines(self, rank: int, world_size: int) -> int:
+        """Slices that a rank has in memory."""
+        return num_buffers(self.rank_slots(rank, world_size))
 
     def window_bytes(self, rank: int, world_size: int) -> int:
-        """Bytes of the batches that a rank has in memory."""
-        return self.ring_batches * self.rank_rows(rank, world_size) * self.store.row_bytes
+        """Bytes of the slices and batches that a rank has in memory."""
+        rows = self.rank_lines(rank, world_size) * self.slice_rows
+        rows += NUM_BATCHES * self.rank_rows(rank, world_size)
+        return rows * self.store.row_bytes
 
 
 def num_buffers(num_slots: int) -> int:

@@ -150,9 +150,12 @@ class Order:
         key = mix(parts.slice.astype(np.uint64) + self._row_keys[parts.layer])
         rank = mix(key[:, None] + row.astype(np.uint64))
         if int(parts.num_rows.min(initial=width)) < width:
-            rank[np.arange(width) >= parts.num_rows[:, None]] = np.iinfo(np.uint64).max
+            beyond = np.arange(width) >= parts.num_rows[:, None]
+            np.copyto(rank, np.iinfo(np.uint64).max, where=beyond)
         # Distinct rows have distinct ranks, so every way of sorting gives the same order.
-        return np.argsort(rank, axis=1) + parts.first[:, None]
+        order = np.argsort(rank, axis=1)
+        order += parts.first[:, None]
+        return order
 
     def slices(self, layer: Int64, position: Int64) -> Int64:
         """The slices at these positions of their layers' permuted orders."""

@@ -2,12 +2,9 @@
 
 Each slot of each layer gives one row a *round*. A rank's *places* are its slots of all layers in
 the order in which a round visits them, so its share of a step is a run of places, which may go on
-in the next round. Parts are found many steps at a time: arrays over places and parts cost little
-for each row, while a step alone would cost more than reading its rows.
-
-Within a rank's share of a batch, rows stand in the order in which their parts were opened. So parts
-that are read together give each batch neighbouring rows, and copying them there is half the work
-that copying to places all over the batch would be.
+in the next round; rows stand in that order in their batch. Parts are found many steps at a time:
+arrays over places and parts cost little for each row, while a step alone would cost more than
+reading its rows.
 """
 
 from collections.abc import Iterator
@@ -17,7 +14,7 @@ import numpy as np
 
 from mlsae.train.sampler import Int64, Order, Parts, check_world_size, owned_slots
 
-_BLOCK_ROWS = 1 << 16
+_BLOCK_ROWS = 1 << 17
 """Rows of a rank's share of the steps that are walked at once, or nearly."""
 
 
@@ -33,11 +30,11 @@ class Block:
     """(n,) step of the walk that needs the part first: ascending."""
     closes: Int64
     """(n,) step that needs the part last."""
-    step: Int64
-    """(n, width) step that visits each row of a part, in the order of visits; −1 where a part has
-    no such row, or one that was visited before the walk began."""
-    position: Int64
-    """(n, width) which row of the rank's share of that step it is."""
+    place: Int64
+    """(n,) the place whose rows the part holds."""
+    round: Int64
+    """(n,) the round that visits the part's first row; the next row has the next round. Rounds
+    before the walk began are passed over."""
 
 
 class Walk:
@@ -66,8 +63,6 @@ class Walk:
         self._round_items = len(items)
         self._owned_before = np.concatenate([[0], np.cumsum(owned)])
         self._cursors = _Cursors(order, self.layer, slot[owned], self._first_round(start))
-        self._filled = np.zeros(0, np.int64)
-        """Rows of each step, from the next block on, whose positions are settled."""
 
     def __iter__(self) -> Iterator[Block]:
         share = self.order.batch_rows * len(self.layer) // self._round_items
@@ -80,10 +75,10 @@ class Walk:
         first, stop = self._batch(step)
         return stop - first
 
-    def share_rows(self, step: int) -> int:
-        """Rows of the rank's share of a step's batch."""
+    def share(self, step: int) -> range:
+        """The rank's rows of a step's batch, each as round · places + place."""
         first, stop = self._batch(step)
-        return self._rows_before(stop) - self._rows_before(first)
+        return range(self._rows_before(first), self._rows_before(stop))
 
     def _block(self, steps: range) -> Block:
         place, parts, first_round = self._cursors.open_before(self._first_round(steps.stop))
@@ -92,41 +87,17 @@ class Walk:
         by_opening = np.lexsort((first_round, place, opened))
         place, first_round, opened = place[by_opening], first_round[by_opening], opened[by_opening]
         parts = Parts(*(column[by_opening] for column in parts))
-        turn = np.arange(int(parts.num_rows.max(initial=0)))
-        step = self._step_of(place[:, None], first_round[:, None] + turn)
-        step[(turn >= parts.num_rows[:, None]) | (step < self.start)] = -1
         return Block(
             steps=steps,
             parts=parts,
             opens=np.maximum(opened, self.start),
-            closes=step.max(axis=1, initial=-1),
-            step=step,
-            position=self._positions(steps, step),
+            closes=self._step_of(place, first_round + parts.num_rows - 1),
+            place=place,
+            round=first_round,
         )
-
-    def _positions(self, steps: range, step: Int64) -> Int64:
-        """Positions in their batches for the rows of parts, after those that have one already."""
-        is_row = step >= 0
-        ahead = step[is_row] - steps.start
-        filled = np.zeros(
-            max(len(self._filled), len(steps), int(ahead.max(initial=0)) + 1), np.int64
-        )
-        filled[: len(self._filled)] = self._filled
-        counts = np.bincount(ahead, minlength=len(filled))
-        # Sorting 16 bits takes a twentieth of the time of 64.
-        narrow = ahead.astype(np.uint16) if len(filled) <= 2**16 else ahead
-        by_step = np.argsort(narrow, kind="stable")
-        found = np.empty_like(ahead)
-        found[by_step] = np.arange(len(ahead)) + np.repeat(
-            filled - np.cumsum(counts) + counts, counts
-        )
-        self._filled = (filled + counts)[len(steps) :]
-        position = np.full(step.shape, -1)
-        position[is_row] = found
-        return position
 
     def _step_of(self, place: Int64, round_: Int64) -> Int64:
-        """The step that needs the row of a place in a round; the arguments broadcast."""
+        """(n,) the step that needs the row of each place in a round."""
         return (round_ * self._round_items + self._items[place]) // self.order.batch_rows
 
     def _rows_before(self, item: int) -> int:

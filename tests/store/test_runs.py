@@ -51,7 +51,8 @@ def random_runs(generator: np.random.Generator, longest: int) -> Runs:
     num_rows[:3] = 1, longest, longest
     start = generator.integers(0, NUM_ROWS - num_rows + 1)
     column = generator.integers(0, longest + 2 - num_rows)
-    return Runs(generator.integers(0, 2, count), start, num_rows, column)
+    line = generator.permutation(count + 5)[:count]
+    return Runs(generator.integers(0, 2, count), start, num_rows, line, column)
 
 
 @pytest.mark.parametrize(
@@ -76,13 +77,13 @@ def test_a_line_holds_its_run(
     stored = [reader.read() for reader in readers]
     for fresh in (False, True):
         at = [open_store(store.place).reader(*key) for key in KEYS] if fresh else readers
-        lines = Lines(store.parts, len(runs.start), longest + 2)
+        lines = Lines(at, len(runs.start) + 5, longest + 2)
         expected = [rows.copy() for rows in lines.rows]
         each = zip(*(values.tolist() for values in runs), strict=True)
-        for line, (reader, start, num_rows, column) in enumerate(each):
+        for reader, start, num_rows, line, column in each:
             for values, rows in zip(expected, stored[reader], strict=True):
                 values[line, column : column + num_rows] = rows[start : start + num_rows]
-        lines.read(at, runs)
+        lines.read(runs)
         for found, values in zip(lines.rows, expected, strict=True):
             assert np.array_equal(found.view(np.uint8), values.view(np.uint8))
 
@@ -90,32 +91,42 @@ def test_a_line_holds_its_run(
 def test_nothing_is_written_outside_the_lines(make: Callable[..., Store]) -> None:
     """Runs that do not fit are refused before the kernel hears of them."""
     store = make()
-    readers, lines = [store.reader(*KEYS[0])], Lines(store.parts, 2, 5)
-    for num_rows, column in [(6, 0), (1, 5), (2, 4), (1, -1)]:
+    lines = Lines([store.reader(*KEYS[0])], 2, 5)
+    for num_rows, line, column in [
+        (6, 0, 0),
+        (1, 0, 5),
+        (2, 1, 4),
+        (1, 0, -1),
+        (1, 2, 0),
+        (1, -1, 0),
+    ]:
+        run = Runs(*(np.array([value]) for value in (0, 0, num_rows, line, column)))
         with pytest.raises(IndexError, match="do not fit into 2 lines of 5 rows"):
-            lines.read(readers, Runs(*(np.array([value]) for value in (0, 0, num_rows, column))))
-    with pytest.raises(IndexError, match="do not fit into 2 lines of 5 rows"):
-        lines.read(readers, Runs(*(np.array([value] * 3) for value in (0, 0, 1, 0))))
+            lines.read(run)
+    for start, num_rows in [(-1, 1), (NUM_ROWS - 1, 2), (NUM_ROWS, 1)]:
+        run = Runs(*(np.array([value]) for value in (0, start, num_rows, 0, 0)))
+        with pytest.raises(IndexError, match=f"not among the {NUM_ROWS} rows"):
+            lines.read(run)
 
 
 def test_damage_is_found_as_in_reading(make: Callable[..., Store]) -> None:
     """A chunk that was never checked is; one whose file ended since is missed."""
     store, runs = make(), random_runs(np.random.default_rng(0), 5)
     readers = [store.reader(*key) for key in KEYS]
-    lines = Lines(store.parts, len(runs.start), 7)
+    lines = Lines(readers, len(runs.start) + 5, 7)
     for reader in readers:
         reader.read()
-    lines.read(readers, runs)
+    lines.read(runs)
     path = Path(store.place) / "activations/resid_post/3/c.1.0"
     data = bytearray(path.read_bytes())
     data[5000] ^= 4
     path.write_bytes(data)
     fresh = [open_store(store.place).reader(*key) for key in KEYS]
     with pytest.raises(DamagedStoreError, match=r"resid_post/3/c\.1\.0 .* checksum"):
-        lines.read(fresh, runs)
+        Lines(fresh, len(runs.start) + 5, 7).read(runs)
     os.truncate(path, 100)
     with pytest.raises(DamagedStoreError, match=r"resid_post/3/c\.1\.0 .* ends too early"):
-        lines.read(readers, runs)
+        lines.read(runs)
 
 
 def test_a_queue_says_what_each_read_gave(tmp_path: Path) -> None:

@@ -108,29 +108,30 @@ class Played:
         rows = np.flatnonzero(self.eligible)
         starts = np.cumsum(self.order.counts, dtype=np.int64) - self.order.counts
         walk = Walk(self.order, step, rank, world_size)
-        pending = np.zeros((5, 0), np.int64)
+        places, last_step = len(walk.layer), self.order.num_steps
+        shares = [walk.share(number) for number in range(last_step)]
+        assert [share.start for share in shares] == [0, *(share.stop for share in shares[:-1])]
+        step_of = np.repeat(np.arange(last_step), [len(share) for share in shares])
+        columns = np.full((3, len(step_of)), -1)
         for block in walk:
             parts, order = block.parts, self.order.part_order(block.parts)
             row = rows[np.minimum(starts[parts.slice][:, None] + order, len(rows) - 1)]
-            given = block.step >= 0
-            columns = block.step, block.position, parts.layer[:, None], row, parts.slice[:, None]
-            found = [np.broadcast_to(column, given.shape)[given] for column in columns]
-            last = self.order.num_steps
-            first = np.where(given, block.step, last).min(axis=1, initial=last)
+            turn = np.arange(row.shape[1])
+            at = (block.round[:, None] + turn) * places + block.place[:, None]
+            given = turn < parts.num_rows[:, None]
+            found = [parts.layer[:, None], row, parts.slice[:, None]]
+            columns[:, at[given]] = [np.broadcast_to(c, given.shape)[given] for c in found]
+            visits = np.where(given, step_of[np.minimum(at, len(step_of) - 1)], -1)
+            closes = visits.max(axis=1, initial=-1)
+            opens = np.where(visits < step, last_step, visits).min(axis=1, initial=last_step)
             # Parts under way when the walk begins are opened then, whenever they are due.
-            assert np.array_equal(block.opens, np.where(block.opens == step, step, first))
-            assert (block.opens <= first).all()
-            assert np.array_equal(block.closes, block.step.max(axis=1, initial=-1))
-            pending = np.concatenate([pending, found], axis=1)
-            pending = pending[:, np.lexsort(pending[1::-1])]
-            ends = np.searchsorted(pending[0], np.arange(block.steps.start, block.steps.stop + 1))
-            assert ends[0] == 0
-            for number, first, stop in zip(block.steps, ends[:-1], ends[1:], strict=True):
-                _, place_in_batch, layer, row, slice_ = pending[:, first:stop]
-                assert np.array_equal(place_in_batch, np.arange(stop - first))
-                assert walk.share_rows(number) == stop - first
+            assert np.array_equal(block.opens, np.where(block.opens == step, step, opens))
+            assert (block.opens <= opens).all()
+            assert np.array_equal(block.closes, closes)
+            for number in block.steps:
+                layer, row, slice_ = columns[:, shares[number]]
+                assert (row >= 0).all()
                 yield Batch(layer, row, slice_, walk.batch_rows(number))
-            pending = pending[:, ends[-1] :]
 
 
 @dataclass(frozen=True)
