@@ -47,7 +47,7 @@ class Stepper:
     def install(self) -> None:
         """Replace the functions of `os`, and the `open` that paths use by one that calls them."""
         real_open, real_close = os.open, os.close
-        real_rename, real_link = os.rename, os.link
+        real_rename, real_link, real_pwritev = os.rename, os.link, os.pwritev
 
         def stepping_open(path: Any, flags: int, mode: int = 0o777, **options: Any) -> int:
             with self._lock:
@@ -71,6 +71,17 @@ class Stepper:
                     self._step({"op": "write", "name": name}, lambda: self._write(number, half))
                 return self._write(number, data)
 
+        def stepping_pwritev(number: int, buffers: Any, offset: int, flags: int = 0) -> int:
+            with self._lock:
+                if (name := self._names.get(number)) is not None:
+                    data = b"".join(buffers)
+                    half = data[: len(data) // 2]
+                    self._step(
+                        {"op": "write", "name": name},
+                        lambda: real_pwritev(number, [half], offset, flags),
+                    )
+                return real_pwritev(number, buffers, offset, flags)
+
         def stepping_rename(source: Any, target: Any, **options: Any) -> None:
             with self._lock:
                 if (name := self._name(source)) is not None:
@@ -86,7 +97,7 @@ class Stepper:
                 real_link(source, target, **options)
 
         os.open, os.close, os.write = stepping_open, stepping_close, stepping_write
-        os.rename, os.link = stepping_rename, stepping_link
+        os.rename, os.link, os.pwritev = stepping_rename, stepping_link, stepping_pwritev
         os.fsync = self._stepping("fsync", os.fsync)
         os.mkdir = self._stepping("mkdir", os.mkdir)
         os.unlink = self._stepping("unlink", os.unlink)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,6 +14,13 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SERVED = {ROOT / "docs/sharing.md"}
 """Pages that need servers; tests/house/test_sharing.py runs them."""
+BEGINNING = """\
+MODEL=$(python -c 'import mlsae.demo; print(mlsae.demo.model_path())')
+TEXT=$(python -c 'import mlsae.demo; print(mlsae.demo.text_path("held_out"))')
+mlsae harvest --model "$MODEL" --dataset "$TEXT" --max-tokens 20k --context-length 128 --out acts
+mlsae train --cache acts --out sae -R 4 -k 8 --batch-size 1024 --validation-fraction 0.1
+"""
+"""What several pages begin with: run once, and each of them goes on in a copy."""
 REASON = r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?"
 BLOCK = re.compile(REASON + r"^```(?P<kind>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 
@@ -36,15 +44,25 @@ def blocks(page: Path) -> list[Block]:
     return [block for block in found if block.kind in {"sh", "bash", "console", "python"}]
 
 
+@pytest.fixture(scope="session")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory in which the common beginning was run."""
+    path = tmp_path_factory.mktemp("begun")
+    run([BEGINNING], path)
+    return path
+
+
 @pytest.mark.timeout(900)  # README walks the whole path: a minute where nothing else runs.
 @pytest.mark.parametrize(
     "page",
     [page for page in PAGES if page not in SERVED],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
-def test_every_command_of_a_page_runs_as_written(page: Path, tmp_path: Path):
+def test_every_command_of_a_page_runs_as_written(
+    page: Path, tmp_path: Path, request: pytest.FixtureRequest
+):
     """All blocks of a page in one shell, in an empty directory, stopping at the first failure."""
-    script = ["set -euo pipefail"]
+    script = []
     for block in blocks(page):
         if block.reason is not None:
             assert len(block.reason.split()) > 2, f"{page}: {block.reason!r} is no reason"
@@ -52,17 +70,30 @@ def test_every_command_of_a_page_runs_as_written(page: Path, tmp_path: Path):
             script.append(f"python - <<'END_OF_BLOCK'\n{block.code}END_OF_BLOCK")
         else:
             script.append(block.code)
+    if script and script[0].startswith(BEGINNING):
+        shutil.copytree(request.getfixturevalue("begun"), tmp_path, dirs_exist_ok=True)
+        script[0] = script[0].removeprefix(BEGINNING)
+    run(script, tmp_path)
+
+
+def run(script: list[str], directory: Path) -> None:
     binaries = Path(sys.executable).parent
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     done = subprocess.run(
-        ["bash", "-c", "\n".join(script)],
-        cwd=tmp_path,
+        ["bash", "-c", "\n".join(["set -euo pipefail", *script])],
+        cwd=directory,
         env={**environment, "PATH": f"{binaries}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def test_the_common_beginning_is_common():
+    """Pages that change it run it themselves."""
+    first = [next((b.code for b in blocks(p) if b.reason is None), "") for p in PAGES]
+    assert sum(code.startswith(BEGINNING) for code in first) >= 4
 
 
 def test_there_are_commands_to_run():
