@@ -74,7 +74,7 @@ class Queue:
         Returns:
             (n,) bytes that each has read, or negative numbers where it failed.
         """
-        count = len(np.asarray(files))
+        count = np.size(files)
         reads = self._reads[:count]
         reads["file"], reads["offset"] = files, offsets
         reads["address"], reads["num_bytes"] = addresses, sizes

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from mlsae.base.errors import InputError
 from mlsae.store.compression import Compressor
 from mlsae.store.errors import DamagedStoreError
-from mlsae.store.layout import CRC_BYTES, MAX_OBJECT_BYTES, object_bytes
+from mlsae.store.layout import CRC_BYTES, MAX_OBJECT_BYTES, chunk_offset, object_bytes
 from mlsae.store.objects import Descriptor, LocalObjects, Objects
 from mlsae.store.schema import chunk_key
 from mlsae.store.shardfile import ABSENT, crc32c_bytes, index_bytes
@@ -125,10 +125,10 @@ class ArrayReader:
             done += take
 
     def file(self, chunk: int) -> Descriptor | None:
-        """The file in which a chunk lies as it is, each but the first behind the CRC of another.
+        """The file in which a chunk lies as it is, its rows at `chunk_offset`.
 
-        None where its rows must be read by `read_into`: if it is compressed, elsewhere, or not yet
-        known to be sound.
+        None where they must be read by `read_into`: if the chunk is compressed, elsewhere, or not
+        yet known to be sound.
         """
         number, inner = divmod(chunk, self.chunks_per_shard)
         shard = self._shards.get(number)
@@ -164,12 +164,12 @@ class ArrayReader:
     def _read_in_chunk(self, out: Array, chunk: int, first: int) -> None:
         number, inner = divmod(chunk, self.chunks_per_shard)
         shard = self._shards.get(number) or self._open(number)
-        start = first * self._row_bytes
         if self._reads_parts and shard.checked[inner]:
-            offset = inner * (self._chunk_bytes + CRC_BYTES) + start
+            offset = chunk_offset(inner, first, self.chunk_rows, self._row_bytes)
             if self._objects.read_into(shard.name, offset, out) != out.nbytes:
                 raise self._damage(number, "it ends too early")
             return
+        start = first * self._row_bytes
         out.reshape(-1).view(np.uint8)[:] = self._load(shard, inner)[start : start + out.nbytes]
 
     def _load(self, shard: _Shard, inner: int, digest: "hashlib._Hash | None" = None) -> Bytes:

@@ -3,6 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from mlsae.base.errors import InputError
 from mlsae.base.units import format_bytes
@@ -18,6 +22,7 @@ MAX_OBJECT_BYTES = 5 * 10**9
 MAX_SHARDS = 999
 """With its metadata or its setup record a folder holds at most 1,000 objects."""
 CRC_BYTES = 4
+Number = TypeVar("Number", int, npt.NDArray[np.int64])
 INDEX_ENTRY_BYTES = 16
 TOKEN_CHUNK = 2**18
 TOKEN_SHARD = 2**26
@@ -50,6 +55,15 @@ def chunk_rows_for(
         return batch_rows * max(1, min(round(want / batch_rows), -(-num_rows // batch_rows)))
     divisors = [d for d in range(1, batch_rows + 1) if batch_rows % d == 0]
     return min(divisors, key=lambda d: abs(math.log(d / want)))
+
+
+def chunk_offset(inner: Number, row: Number, chunk_rows: Number, row_bytes: Number) -> Number:
+    """First byte, in a shard that is not compressed, of a row of its chunk `inner`.
+
+    Of numbers or of arrays, which broadcast.
+    """
+    offset: Number = inner * (chunk_rows * row_bytes + CRC_BYTES) + row * row_bytes
+    return offset
 
 
 def object_bytes(rows: int, row_bytes: int, chunk_rows: int, shard_rows: int) -> int:

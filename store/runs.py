@@ -2,25 +2,22 @@
 
 A reader that mixes rows asks for tens of thousands of short runs a second, and each read by itself
 would cost more than its bytes. What cannot be read so (compressed and remote chunks, chunks that
-were not checked before, runs over the border of chunks, systems without such a call) is read run by
-run, to the same places.
+were not checked before, systems without such a call) is read run by run, to the same places.
 """
 
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from mlsae.store.aio import MOST_READS, Queue, open_queue
+from mlsae.store.corpus import CorpusReader
 from mlsae.store.encoding import Part
-from mlsae.store.layout import CRC_BYTES
+from mlsae.store.layout import chunk_offset
 from mlsae.store.objects import Descriptor
-
-if TYPE_CHECKING:
-    from mlsae.store.corpus import CorpusReader
-    from mlsae.store.reader import RowReader
+from mlsae.store.reader import RowReader
 
 Array = npt.NDArray[Any]
 Int64 = npt.NDArray[np.int64]
@@ -54,7 +51,7 @@ class Lines:
     """
 
     def __init__(
-        self, readers: Sequence["RowReader | CorpusReader"], num_lines: int, num_columns: int
+        self, readers: Sequence[RowReader | CorpusReader], num_lines: int, num_columns: int
     ) -> None:
         parts: Sequence[Part] = readers[0].parts
         self.rows: list[Array] = [
@@ -115,8 +112,8 @@ class Lines:
             at, chunk, inner, num_rows, place = (
                 values[ready] for values in (at, chunk, inner, num_rows, place)
             )
-        chunk_bytes = self._chunk_rows[at] * self._row_bytes + CRC_BYTES
-        offset = chunk % self._num_chunks[at] * chunk_bytes + inner * self._row_bytes
+        in_shard = chunk % self._num_chunks[at]
+        offset = chunk_offset(in_shard, inner, self._chunk_rows[at], self._row_bytes)
         address = place * self._row_bytes + self._addresses
         size = num_rows * self._row_bytes
         # All of one part, then all of the next.

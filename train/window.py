@@ -31,14 +31,16 @@ class Window:
         self._rows = [rows.reshape(-1, rows.shape[2]) for rows in self._lines.rows]
         self._slice_rows = mixture.slice_rows
         self._line_layer = np.zeros(num_lines, np.int64)
+        """(num_lines,) index into the layers of the run of what each line holds."""
         self._row_origin = store.row_origin
-        # None where decoding does not ask for it.
+        # (num_lines, slice_rows); None where decoding does not ask for it.
         self._line_origin = origin_of(store, np.zeros((num_lines, mixture.slice_rows), np.int64))
         self._batch_rows = mixture.rank_rows(rank, world_size)
         batches = NUM_BATCHES * self._batch_rows
         self._batches: list[npt.NDArray[Any]] = [
             np.zeros((batches, part.width), part.dtype) for part in store.parts
         ]
+        """(NUM_BATCHES · batch_rows, width) for each part of a row, batch after batch."""
         self._layer = np.zeros(batches, np.int64)
         self._origin = None if self._line_origin is None else np.zeros(batches, np.int64)
         self._tensors = [torch_rows(rows, store.encoding) for rows in self._batches]
