@@ -42,7 +42,7 @@ from mlsae.base.units import parse_bytes
 from mlsae.store import Store, open_store
 from mlsae.store.split import validation_of
 from mlsae.train.loader import Loader
-from mlsae.train.rows import NUM_BATCHES, Mixture
+from mlsae.train.rows import Mixture
 
 NUM_LAYERS, D_MODEL, NUM_ROWS = 6, 512, 262_144
 BATCHES = (4096, 16384)
@@ -91,7 +91,7 @@ class Epochs:
 
     def __init__(self, mixture: Mixture, steps: int | None, **options: Any) -> None:
         self.loader = Loader(mixture, start=mixture.epoch_steps, stop=ENDLESS, **options)
-        self._ready = NUM_BATCHES + 2
+        self._ready = mixture.num_batches
         self._steps = steps or mixture.epoch_steps
 
     def skip_ready(self) -> None:

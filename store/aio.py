@@ -16,6 +16,9 @@ import numpy.typing as npt
 
 MOST_READS = 256
 """Reads of one call."""
+MOST_VECTORS = 1024
+"""Pieces of memory that one read may fill: UIO_MAXIOV of linux/uio.h."""
+_PREAD, _PREADV = 0, 7
 _CALLS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}
 """Machine → numbers of io_setup, io_destroy, io_getevents, io_submit."""
 _READ = np.dtype(
@@ -47,7 +50,6 @@ class Queue:
         if call(setup, ctypes.c_long(MOST_READS), ctypes.byref(self._context)) != 0:
             raise OSError(ctypes.get_errno(), "io_setup")
         self._reads = np.zeros(MOST_READS, _READ)
-        # Operation 0, as all are here, is pread.
         self._reads["number"] = np.arange(MOST_READS)
         self._addresses = self._reads.ctypes.data + np.arange(MOST_READS) * _READ.itemsize
         self._events = np.empty((MOST_READS, 4), np.int64)
@@ -62,14 +64,18 @@ class Queue:
         offsets: npt.ArrayLike,
         addresses: npt.ArrayLike,
         sizes: npt.ArrayLike,
+        *,
+        to_vectors: bool = False,
     ) -> npt.NDArray[np.int64]:
         """Read, and wait until all is read.
 
         Args:
             files: descriptor of each read; at most `MOST_READS`.
             offsets: first byte of each in its file.
-            addresses: where its bytes go, in memory that is the caller's.
-            sizes: bytes of each.
+            addresses: where its bytes go, in memory that is the caller's; or where the vectors
+                are that say so.
+            sizes: bytes of each; or its number of vectors, at most `MOST_VECTORS`.
+            to_vectors: vectors, (n, 2) uint64, say where bytes go: address and number of bytes.
 
         Returns:
             (n,) bytes that each has read, or negative numbers where it failed.
@@ -78,6 +84,7 @@ class Queue:
         reads = self._reads[:count]
         reads["file"], reads["offset"] = files, offsets
         reads["address"], reads["num_bytes"] = addresses, sizes
+        reads["operation"] = _PREADV if to_vectors else _PREAD
         found = np.full(count, -1)
         submitted = self._call(
             self._submit,

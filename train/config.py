@@ -67,7 +67,7 @@ class TrainConfig(WantedSAE):
     loss_space: str = "standardized"
     """Where the reconstruction error is measured: `standardized` rows, or `raw` ones."""
     window: int | None = None
-    """Bytes of slices in memory, over all ranks; None for slices of 64 KiB."""
+    """Bytes of rows in memory, over all ranks, by way of the slice; None for slices of 64 KiB."""
     seed: int = 0
     """Of the initial weights."""
     data_seed: int | None = None

@@ -1,7 +1,7 @@
-"""What to read for each step, and where it lies then: settled many steps at a time.
+"""What to read for each step, and where it goes: settled many steps at a time.
 
-A slice is read when the first of its rows is due, to a line of the window that no step needs any
-more, and stays until the last of its rows was cut. Nothing here reads an activation.
+A slice is read when the first of its rows is due, and each of its rows goes to its place in the
+batch that will hold it. Nothing here reads an activation.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mlsae.store.runs import Runs
+from mlsae.store.scatter import Runs
 from mlsae.train.rows import Mixture
 from mlsae.train.walk import Block, Walk
 
@@ -28,8 +28,8 @@ class Share:
     """Rows of the whole batch, over ranks."""
     num_jobs: int
     """Jobs that are still to be done of those that begin with this step; may be 0."""
-    rows: Int64 = field(repr=False)
-    """(n,) where each row of the share lies: line · slice_rows + column; n may be 0."""
+    layer: Int64 = field(repr=False)
+    """(n,) index into the layers of each row of the share; n may be 0."""
 
 
 class Job(NamedTuple):
@@ -37,8 +37,8 @@ class Job(NamedTuple):
 
     share: Share
     """The first step that needs some of it."""
-    after: int
-    """The step that was the last to need what lies in those lines; −1 for none."""
+    until: int
+    """The last step that does."""
     runs: Runs
     """Readers are those of the layers of the run."""
 
@@ -46,7 +46,7 @@ class Job(NamedTuple):
 class Planned(NamedTuple):
     """Some steps, and what to read for them.
 
-    A step can be cut when its jobs and those of all steps before it are done.
+    A batch is complete when its step's jobs and those of all steps before it are done.
     """
 
     shares: list[Share]
@@ -58,6 +58,9 @@ def plan(
 ) -> Iterator[Planned]:
     """The steps and jobs of a rank, in order.
 
+    Rows go to `mixture.num_batches` batches in turn, each of as many places as a rank's share may
+    have rows; those that no step needs go to the place after all batches.
+
     Args:
         mixture: the rows and their order.
         start: first step, counted over epochs.
@@ -66,11 +69,11 @@ def plan(
         world_size: number of ranks.
         job_runs: most slices of a job.
     """
-    lines = _Lines(mixture.rank_lines(rank, world_size))
+    batch_rows = mixture.rank_rows(rank, world_size)
     while start < stop:
         epoch, first = divmod(start, mixture.epoch_steps)
         walk = Walk(mixture.order(epoch), first, rank, world_size)
-        of_epoch = _Epoch(mixture, walk, start - first, lines, job_runs)
+        of_epoch = _Epoch(mixture, walk, start - first, batch_rows, job_runs)
         for block in walk:
             if start - first + block.steps.start >= stop:
                 return
@@ -82,102 +85,71 @@ def plan(
         start += mixture.epoch_steps - first
 
 
-class _Lines:
-    """Which lines of the window are in use, and until when."""
-
-    def __init__(self, num_lines: int) -> None:
-        self._closes = np.full(num_lines, -1)
-
-    def take(self, opens: int, closes: Int64) -> tuple[Int64, Int64]:
-        """Lines for parts that are opened at a step, those that have been free for longest.
-
-        There are enough: a place needs one part at a time.
-
-        Returns:
-            (n,) lines, (n,) step that was the last to need what each holds.
-        """
-        free = np.flatnonzero(self._closes < opens)
-        found = free[np.argsort(self._closes[free])[: len(closes)]]
-        after = self._closes[found]
-        self._closes[found] = closes
-        return found, after
-
-
 class _Epoch:
     """The jobs of an epoch, block by block."""
 
     def __init__(
-        self, mixture: Mixture, walk: Walk, epoch_start: int, lines: _Lines, job_runs: int
+        self, mixture: Mixture, walk: Walk, epoch_start: int, batch_rows: int, job_runs: int
     ) -> None:
         self._mixture, self._walk, self._epoch_start = mixture, walk, epoch_start
-        self._lines, self._job_runs = lines, job_runs
-        self._first_round = 0
-        self._rows = np.zeros((0, max(1, len(walk.layer))), np.int64)
-        """(rounds, places) where the row of each place lies, from the first round on."""
+        self._batch_rows, self._job_runs = batch_rows, job_runs
 
     def plan(self, block: Block) -> tuple[list[Share], list[Job]]:
         """The steps and jobs of the next block."""
-        opens, closes = block.opens + self._epoch_start, block.closes + self._epoch_start
-        line, after = np.empty_like(opens), np.empty_like(opens)
-        steps = range(block.steps.start + self._epoch_start, block.steps.stop + self._epoch_start)
-        ends = np.searchsorted(opens, np.arange(steps.start, steps.stop) + 1).tolist()
-        for step, first, end in zip(steps, [0, *ends], ends, strict=False):
-            line[first:end], after[first:end] = self._lines.take(step, closes[first:end])
-        runs, rows = _runs(self._mixture, self._walk, block, line)
-        self._put(block, rows)
+        walk, steps = self._walk, block.steps
+        rows = walk.rows_before(np.arange(steps.start, steps.stop + 1)).tolist()
         shares = [
-            Share(self._epoch_start + step, self._walk.batch_rows(step), 0, self._share(step))
-            for step in block.steps
+            Share(self._epoch_start + step, walk.batch_rows(step), 0, walk.layers(start, stop))
+            for step, start, stop in zip(steps, rows, rows[1:], strict=False)
         ]
+        if not len(block.opens):
+            return shares, []
+        runs = self._runs(block)
         jobs, first = [], 0
+        opens, closes = block.opens.tolist(), block.closes + self._epoch_start
         while first < len(opens):
-            # What lies there must not be what the job's own steps wait for.
+            share = shares[opens[first] - steps.start]
+            # What needs a batch that the job's own step must free first is another job's.
             some = slice(first, first + self._job_runs)
-            too_late = np.flatnonzero(after[some] >= opens[first])
+            too_late = np.flatnonzero(closes[some] >= share.step + self._mixture.num_batches)
             stop = first + int(too_late[0]) if len(too_late) else min(some.stop, len(opens))
-            share = shares[int(opens[first]) - steps.start]
             share.num_jobs += 1
-            jobs.append(Job(share, int(after[first:stop].max()), runs.part(first, stop)))
+            jobs.append(Job(share, int(closes[first:stop].max()), runs.part(first, stop)))
             first = stop
         return shares, jobs
 
-    def _put(self, block: Block, rows: Int64) -> None:
-        """Note where the rows of a block's parts lie, and forget the rounds before the block."""
-        _, places = self._rows.shape
-        first = self._walk.share(block.steps.start).start // places
-        first = min(first, int(block.round.min(initial=first)))
-        beyond = int(block.round.max(initial=first)) + rows.shape[1]
-        beyond = max(beyond, self._first_round + len(self._rows))
-        kept = self._rows[first - self._first_round :]
-        self._rows = np.empty((beyond - first, places), np.int64)
-        self._rows[: len(kept)] = kept
-        self._first_round = first
-        at = (block.round - first)[:, None] + np.arange(rows.shape[1])
-        at *= places
-        at += block.place[:, None]
-        # Beyond its rows a part means nothing: what is written there, the next part of the place
-        # writes over, which comes later.
-        self._rows.reshape(-1)[at.reshape(-1)] = rows.reshape(-1)
+    def _runs(self, block: Block) -> Runs:
+        """The runs of rows of a block's parts, and where each row goes."""
+        mixture, parts, size = self._mixture, block.parts, self._mixture.slice_rows
+        # (n, width) which row of its slice each visit is of.
+        row = self._walk.order.part_order(parts)
+        starts = parts.slice * size
+        first, last = parts.first.copy(), parts.first + parts.num_rows - 1
+        counts = mixture.counts[parts.slice].astype(np.int64)
+        gaps = np.flatnonzero(counts < np.minimum(size, mixture.store.num_rows - starts))
+        if len(gaps):
+            places = mixture.rows.places(parts.slice[gaps], counts[gaps], size)
+            each = np.arange(len(gaps))
+            # Beyond a part's rows are those that mean nothing.
+            row[gaps] = places.take(row[gaps] + each[:, None] * size, mode="clip")
+            first[gaps], last[gaps] = places[each, first[gaps]], places[each, last[gaps]]
+        num_rows = last + 1 - first
+        width = int(num_rows.max())
+        row += (np.arange(len(row)) * width - first)[:, None]
+        beyond = np.arange(row.shape[1]) >= parts.num_rows[:, None]
+        np.copyto(row, len(row) * width, where=beyond)
+        place = np.full(len(row) * width + 1, mixture.num_batches * self._batch_rows)
+        place[row.reshape(-1)] = self._places(block, row.shape[1]).reshape(-1)
+        return Runs(parts.layer, starts + first, num_rows, place[:-1].reshape(len(row), width))
 
-    def _share(self, step: int) -> Int64:
-        share, before = self._walk.share(step), self._first_round * self._rows.shape[1]
-        return self._rows.reshape(-1)[share.start - before : share.stop - before].copy()
-
-
-def _runs(mixture: Mixture, walk: Walk, block: Block, line: Int64) -> tuple[Runs, Int64]:
-    """The runs of rows of a block's parts, and (n, width) where each row will lie."""
-    parts, size = block.parts, mixture.slice_rows
-    row = walk.order.part_order(parts)
-    starts = parts.slice * size
-    first, last = parts.first.copy(), parts.first + parts.num_rows - 1
-    counts = mixture.counts[parts.slice].astype(np.int64)
-    gaps = np.flatnonzero(counts < np.minimum(size, mixture.store.num_rows - starts))
-    if len(gaps):
-        places = mixture.rows.places(parts.slice[gaps], counts[gaps], size)
-        each = np.arange(len(gaps))
-        # Beyond a part's rows are those that mean nothing.
-        row[gaps] = places.take(row[gaps] + each[:, None] * size, mode="clip")
-        first[gaps], last[gaps] = places[each, first[gaps]], places[each, last[gaps]]
-    runs = Runs(parts.layer, starts + first, last + 1 - first, line, first)
-    row += line[:, None] * size
-    return runs, row
+    def _places(self, block: Block, width: int) -> Int64:
+        """(n, width) where the row of each visit to a part goes."""
+        step, row = self._walk.visits(block, width)
+        first = int(step.min())
+        steps = np.arange(first, int(step.max()) + 1)
+        batch = (self._epoch_start + steps) % self._mixture.num_batches
+        row += (batch * self._batch_rows - self._walk.rows_before(steps))[step - first]
+        if first < self._walk.start:
+            nowhere = self._mixture.num_batches * self._batch_rows
+            np.copyto(row, nowhere, where=step < self._walk.start)
+        return row

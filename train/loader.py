@@ -1,4 +1,4 @@
-"""From the store to batches: threads read slices ahead and cut batches from them."""
+"""From the store to batches: threads read slices ahead, each row to its place in a batch."""
 
 from types import TracebackType
 from typing import NamedTuple
@@ -9,11 +9,11 @@ from mlsae.store import AnyStore
 from mlsae.train.decode import Parts
 from mlsae.train.jobs import plan
 from mlsae.train.reading import Reading
-from mlsae.train.rows import NUM_BATCHES, Mixture
+from mlsae.train.rows import Mixture
 from mlsae.train.window import Window
 
 _THREADS, _THREADS_REMOTE = 2, 8
-_JOB_RUNS, _JOB_RUNS_REMOTE = 128, 16
+_JOB_RUNS, _JOB_RUNS_REMOTE = 256, 16
 
 
 class Batch(NamedTuple):
@@ -36,9 +36,15 @@ def num_threads(store: AnyStore) -> int:
     return _THREADS if store.objects.is_local else _THREADS_REMOTE
 
 
-def job_runs(store: AnyStore) -> int:
-    """Slices that a thread reads at once: fewer where each takes long, so that all threads read."""
-    return _JOB_RUNS if store.objects.is_local else _JOB_RUNS_REMOTE
+def job_runs(mixture: Mixture, rank: int, world_size: int) -> int:
+    """Slices that a thread reads at once.
+
+    So few that three jobs fit into what may be read ahead, for two threads not to wait for each
+    other; fewer where each takes long, so that all threads read.
+    """
+    most = _JOB_RUNS if mixture.store.objects.is_local else _JOB_RUNS_REMOTE
+    rows_ahead = mixture.num_ahead * mixture.rank_rows(rank, world_size)
+    return max(1, min(most, rows_ahead // (3 * mixture.slice_rows)))
 
 
 class Loader:
@@ -69,11 +75,10 @@ class Loader:
     ) -> None:
         self._window = Window(mixture, rank, world_size, pin=pin)
         self._reading = Reading(
-            plan(mixture, start, stop, rank, world_size, job_runs(mixture.store)),
+            plan(mixture, start, stop, rank, world_size, job_runs(mixture, rank, world_size)),
             self._window.read,
-            self._window.cut,
             num_threads=threads or num_threads(mixture.store),
-            num_batches=NUM_BATCHES,
+            num_batches=mixture.num_batches,
             start=start,
         )
 

@@ -1,4 +1,4 @@
-"""Threads that read ahead and cut batches ahead of the one that takes them."""
+"""Threads that read batches ahead of the one that takes them."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from mlsae.store.runs import Runs
+from mlsae.store.scatter import Runs
 from mlsae.train.jobs import Job, Planned, Share
 
 NICENESS = 10
@@ -17,19 +17,18 @@ Task = Callable[[], None]
 
 
 class Reading:
-    """Does jobs in threads, and gives the steps in order, each once its batch is cut.
+    """Does jobs in threads, and gives the steps in order, each once its batch is complete.
 
-    Each thread does what is most urgent: it cuts the next batch, once all is read for it and its
-    place is free; else it plans, if no more jobs wait than were planned last; else it reads. What a
-    batch holds does not depend on the number of threads.
+    Each thread does what is most urgent: it plans, if no more jobs wait than were planned last;
+    else it reads, once the batches that the next job goes to are free. What a batch holds does not
+    depend on the number of threads.
 
     Args:
         plan: steps and jobs, in order; asked for the next by one thread at a time.
         read: does the reads of a job; several threads call it at once.
-        cut: makes a step's batch; several threads call it at once, for different steps.
         num_threads: how many.
-        num_batches: places for batches, at least 2: that of a step is free once the consumer has
-            asked for the step after the one that had it before.
+        num_batches: batches in memory, as many as a job is spread over or more: that of a step is
+            free once the consumer has asked for a step after the one that had it before.
         start: first step.
     """
 
@@ -37,13 +36,12 @@ class Reading:
         self,
         plan: Iterator[Planned],
         read: Callable[[Runs], None],
-        cut: Callable[[Share], None],
         *,
         num_threads: int,
         num_batches: int,
         start: int,
     ) -> None:
-        self._plan, self._read, self._cut = plan, read, cut
+        self._plan, self._read = plan, read
         self._num_batches = num_batches
         # Waking a thread that has nothing to do costs as much as its work.
         lock = threading.RLock()
@@ -51,11 +49,9 @@ class Reading:
         self._jobs: deque[Job] = deque()
         self._few_jobs = 0
         self._is_planning = self._is_planned = False
-        self._uncut: deque[Share] = deque()
-        self._being_cut: set[int] = set()
-        self._next_cut = start
-        self._batches: dict[int, Share] = {}
-        self._next_given = start
+        self._shares: deque[Share] = deque()
+        self._asked = start - 1
+        """The step that the consumer was the last to ask for."""
         self._num_threads = num_threads
         self._closed = False
         self._error: BaseException | None = None
@@ -67,21 +63,21 @@ class Reading:
             thread.start()
 
     def next(self) -> Share | None:
-        """The next step, once its batch is cut; None after the last.
+        """The next step, once its batch is complete; None after the last.
 
-        The batch that was given before may be cut anew from now on. What goes wrong in a thread is
-        raised in place of the first step that could not be cut.
+        The batch that was given before may be read over from now on. What goes wrong in a thread is
+        raised in place of the first step that lacks something.
         """
         with self._changed:
-            step, self._next_given = self._next_given, self._next_given + 1
+            self._asked += 1
             self._changed.notify_all()
-            self._arrived.wait_for(lambda: step in self._batches or self._num_threads == 0)
-            share = self._batches.pop(step, None)
-            if share is None:
-                self._next_given = step
-                if self._error is not None:
-                    raise self._error
-            return share
+            self._arrived.wait_for(lambda: self._is_complete() or self._num_threads == 0)
+            if self._is_complete():
+                return self._shares.popleft()
+            self._asked -= 1
+            if self._error is not None:
+                raise self._error
+            return None
 
     def stop(self) -> None:
         """End the threads: each does so before its next task."""
@@ -90,6 +86,9 @@ class Reading:
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
+
+    def _is_complete(self) -> bool:
+        return bool(self._shares) and self._shares[0].num_jobs == 0
 
     def _run(self) -> None:
         _yield_to_others()
@@ -103,7 +102,7 @@ class Reading:
             self._arrived.notify_all()
 
     def _fail(self, error: BaseException) -> None:
-        """Read no more, and raise the error once all that can still be cut is given."""
+        """Read no more, and raise the error once all that is complete is given."""
         with self._changed:
             self._error = self._error or error
             self._jobs.clear()
@@ -114,39 +113,15 @@ class Reading:
         """Wait for something to do; None if there will be nothing."""
         with self._changed:
             while not self._closed:
-                is_read = bool(self._uncut) and self._uncut[0].num_jobs == 0
-                if is_read and self._uncut[0].step < self._next_given - 1 + self._num_batches:
-                    return partial(self._do_cut, self._take_share())
                 if not (self._is_planned or self._is_planning or len(self._jobs) > self._few_jobs):
                     self._is_planning = True
                     return self._do_plan
-                all_cut_before = min(self._being_cut, default=self._next_cut)
-                if self._jobs and self._jobs[0].after < all_cut_before:
+                if self._jobs and self._jobs[0].until < self._asked + self._num_batches:
                     return partial(self._do_read, self._jobs.popleft())
-                if self._is_planned and not self._jobs and not is_read:
+                if self._is_planned and not self._jobs:
                     return None
                 self._changed.wait()
             return None
-
-    def _take_share(self) -> Share:
-        share = self._uncut.popleft()
-        self._being_cut.add(share.step)
-        self._next_cut = share.step + 1
-        return share
-
-    def _do_cut(self, share: Share) -> None:
-        try:
-            self._cut(share)
-        except BaseException as error:
-            with self._changed:
-                self._fail(error)
-                self._uncut.clear()  # No step after this one will be given.
-            return
-        with self._changed:
-            self._being_cut.remove(share.step)
-            self._batches[share.step] = share
-            self._changed.notify_all()
-            self._arrived.notify_all()
 
     def _do_plan(self) -> None:
         planned = next(self._plan, None)
@@ -157,15 +132,16 @@ class Reading:
             elif self._error is None:
                 self._few_jobs = len(planned.jobs)
                 self._jobs.extend(planned.jobs)
-                self._uncut.extend(planned.shares)
+                self._shares.extend(planned.shares)
             self._changed.notify_all()
+            self._arrived.notify_all()
 
     def _do_read(self, job: Job) -> None:
         self._read(job.runs)
         with self._changed:
             job.share.num_jobs -= 1
             if job.share.num_jobs == 0:
-                self._changed.notify_all()
+                self._arrived.notify_all()
 
 
 def _yield_to_others() -> None:

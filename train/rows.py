@@ -14,8 +14,8 @@ from mlsae.train.sampler import Order, slice_rows
 
 SLICE_BYTES = 64 << 10
 """Bytes of a slice unless a window is asked for: less is slow to read, more is memory."""
-NUM_BATCHES = 4
-"""Batches in memory: one with the consumer, the others ready for it or being cut."""
+LEAST_AHEAD = 4
+"""Batches by which reading may be ahead, at least."""
 _BLOCK_ROWS = 1 << 20
 
 
@@ -166,7 +166,8 @@ class Mixture:
             seed: of the order.
             skip_positions: first positions of a sequence that are left out.
             validation: ascending indices of sequences held out.
-            window: bytes of slices in memory, over ranks; None for slices of 64 KiB.
+            window: bytes of rows in memory, over ranks, by way of the slice; None for slices of
+                64 KiB.
 
         Raises:
             InputError: the window holds less than a row a slot, the batch is smaller than the
@@ -233,17 +234,24 @@ class Mixture:
         """Most rows of a batch that a rank gets, at least 1."""
         return max(1, min(self.batch_rows, self.rank_slots(rank, world_size)))
 
-    def rank_lines(self, rank: int, world_size: int) -> int:
-        """Slices that a rank has in memory."""
-        return num_buffers(self.rank_slots(rank, world_size))
+    @property
+    def num_batches(self) -> int:
+        """Batches that a rank has in memory: those that a slice's rows are spread over, and more,
+        so that reading can be ahead."""
+        round_rows = self.num_slots * len(self.layers)
+        return -(-(self.slice_rows - 1) * round_rows // self.batch_rows) + 1 + self.num_ahead
+
+    @property
+    def num_ahead(self) -> int:
+        """Batches by which reading may be ahead."""
+        return max(LEAST_AHEAD, self.slice_rows // 6)
 
     def window_bytes(self, rank: int, world_size: int) -> int:
-        """Bytes of the slices and batches that a rank has in memory."""
-        rows = self.rank_lines(rank, world_size) * self.slice_rows
-        rows += NUM_BATCHES * self.rank_rows(rank, world_size)
-        return rows * self.store.row_bytes
+        """Bytes of the batches that a rank has in memory."""
+        rows = self.num_batches * self.rank_rows(rank, world_size)
+        return (rows + 1) * self.store.row_bytes
 
 
 def num_buffers(num_slots: int) -> int:
-    """Buffers for so many slots: an eighth more, so that reading can be ahead of cutting."""
+    """Buffers for so many slots: an eighth more, so that reading can be ahead."""
     return num_slots + max(1, num_slots // 8)

@@ -14,7 +14,7 @@ import numpy as np
 
 from mlsae.train.sampler import Int64, Order, Parts, check_world_size, owned_slots
 
-_BLOCK_ROWS = 1 << 17
+_BLOCK_ROWS = 1 << 18
 """Rows of a rank's share of the steps that are walked at once, or nearly."""
 
 
@@ -59,8 +59,10 @@ class Walk:
         owned = owned_slots(layer, slot, rank, world_size, order.num_lanes)
         self.layer: Int64 = layer[owned]
         """(num_places,) index into the layers of each place."""
+        self._layers = np.concatenate([self.layer, self.layer])
         self._items = items[owned]
         self._round_items = len(items)
+        self._num_items = order.num_rows * order.num_layers
         self._owned_before = np.concatenate([[0], np.cumsum(owned)])
         self._cursors = _Cursors(order, self.layer, slot[owned], self._first_round(start))
 
@@ -72,13 +74,35 @@ class Walk:
 
     def batch_rows(self, step: int) -> int:
         """Rows of a step's batch, over all ranks."""
-        first, stop = self._batch(step)
-        return stop - first
+        return min(self.order.batch_rows, self._num_items - step * self.order.batch_rows)
 
-    def share(self, step: int) -> range:
-        """The rank's rows of a step's batch, each as round · places + place."""
-        first, stop = self._batch(step)
-        return range(self._rows_before(first), self._rows_before(stop))
+    def rows_before(self, step: Int64) -> Int64:
+        """(n,) rows of the rank in the epoch before each step."""
+        item = np.minimum(step * self.order.batch_rows, self._num_items)
+        round_, rest = np.divmod(item, self._round_items)
+        rows: Int64 = round_ * len(self.layer) + self._owned_before[rest]
+        return rows
+
+    def layers(self, start: int, stop: int) -> Int64:
+        """(stop − start,) layer of each of the rank's rows start … stop − 1, a round or less."""
+        place = start % max(1, len(self.layer))
+        return self._layers[place : place + stop - start]
+
+    def visits(self, block: Block, width: int) -> tuple[Int64, Int64]:
+        """When the rows of parts are visited.
+
+        Args:
+            block: of the walk.
+            width: visits of each part; those beyond its number of rows mean nothing.
+
+        Returns:
+            (n, width) step of each visit, (n, width) rows of the rank in the epoch before it.
+        """
+        nth = np.arange(width)
+        item = block.round * self._round_items + self._items[block.place]
+        row = block.round * len(self.layer) + block.place
+        step = (item[:, None] + nth * self._round_items) // self.order.batch_rows
+        return step, row[:, None] + nth * len(self.layer)
 
     def _block(self, steps: range) -> Block:
         place, parts, first_round = self._cursors.open_before(self._first_round(steps.stop))
@@ -99,15 +123,6 @@ class Walk:
     def _step_of(self, place: Int64, round_: Int64) -> Int64:
         """(n,) the step that needs the row of each place in a round."""
         return (round_ * self._round_items + self._items[place]) // self.order.batch_rows
-
-    def _rows_before(self, item: int) -> int:
-        """Rows of the rank before an item of the epoch."""
-        round_, rest = divmod(item, self._round_items)
-        return round_ * len(self.layer) + int(self._owned_before[rest])
-
-    def _batch(self, step: int) -> tuple[int, int]:
-        order, first = self.order, step * self.order.batch_rows
-        return first, min(first + order.batch_rows, order.num_rows * order.num_layers)
 
     def _first_round(self, step: int) -> Int64:
         """(num_places,) the first round in which a place is visited at `step` or later."""

@@ -109,9 +109,8 @@ class Played:
         starts = np.cumsum(self.order.counts, dtype=np.int64) - self.order.counts
         walk = Walk(self.order, step, rank, world_size)
         places, last_step = len(walk.layer), self.order.num_steps
-        shares = [walk.share(number) for number in range(last_step)]
-        assert [share.start for share in shares] == [0, *(share.stop for share in shares[:-1])]
-        step_of = np.repeat(np.arange(last_step), [len(share) for share in shares])
+        before = walk.rows_before(np.arange(last_step + 1))
+        step_of = np.repeat(np.arange(last_step), np.diff(before))
         columns = np.full((3, len(step_of)), -1)
         for block in walk:
             parts, order = block.parts, self.order.part_order(block.parts)
@@ -119,9 +118,11 @@ class Played:
             turn = np.arange(row.shape[1])
             at = (block.round[:, None] + turn) * places + block.place[:, None]
             given = turn < parts.num_rows[:, None]
-            found = [parts.layer[:, None], row, parts.slice[:, None]]
-            columns[:, at[given]] = [np.broadcast_to(c, given.shape)[given] for c in found]
+            each = [parts.layer[:, None], row, parts.slice[:, None]]
+            columns[:, at[given]] = [np.broadcast_to(c, given.shape)[given] for c in each]
             visits = np.where(given, step_of[np.minimum(at, len(step_of) - 1)], -1)
+            for found, expected in zip(walk.visits(block, len(turn)), (visits, at), strict=True):
+                assert np.array_equal(found[given], expected[given])
             closes = visits.max(axis=1, initial=-1)
             opens = np.where(visits < step, last_step, visits).min(axis=1, initial=last_step)
             # Parts under way when the walk begins are opened then, whenever they are due.
@@ -129,8 +130,10 @@ class Played:
             assert (block.opens <= opens).all()
             assert np.array_equal(block.closes, closes)
             for number in block.steps:
-                layer, row, slice_ = columns[:, shares[number]]
+                start, stop = before[number : number + 2].tolist()
+                layer, row, slice_ = columns[:, start:stop]
                 assert (row >= 0).all()
+                assert np.array_equal(walk.layers(start, stop), layer)
                 yield Batch(layer, row, slice_, walk.batch_rows(number))
 
 

@@ -15,7 +15,7 @@ from mlsae.train.window import Window
 @pytest.mark.parametrize("window", [2_000, 20_000, None])
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2), (15, 16)])
 @pytest.mark.parametrize("job_runs", [1, 16, 128])
-def test_a_line_is_read_over_once_its_last_row_was_cut(
+def test_a_place_is_read_over_once_its_row_was_given(
     batch_rows: int,
     window: int | None,
     rank: int,
@@ -23,7 +23,7 @@ def test_a_line_is_read_over_once_its_last_row_was_cut(
     job_runs: int,
     sample_maker: Callable,
 ) -> None:
-    """Played step by step: each row lies where its slice was put, until the step that cuts it."""
+    """Played step by step: each row lies where it was put, until its step was given."""
     store = open_store(sample_maker().path)
     mixture = Mixture.plan(
         store,
@@ -35,7 +35,7 @@ def test_a_line_is_read_over_once_its_last_row_was_cut(
         validation=np.array([3, 20]),
         window=window and window * batch_rows,
     )
-    num_lines, size = mixture.rank_lines(rank, world_size), mixture.slice_rows
+    batch_rows, num_batches = mixture.rank_rows(rank, world_size), mixture.num_batches
     memory = Window(mixture, rank, world_size).num_bytes
     assert memory == mixture.window_bytes(rank, world_size)
     for start in (0, mixture.epoch_steps // 2):
@@ -49,29 +49,30 @@ def test_a_line_is_read_over_once_its_last_row_was_cut(
         assert [share.num_jobs for share in shares] == [
             first_steps.count(share.step) for share in shares
         ]
-        held = np.full((num_lines, size), -1)
-        """Which row lies at each place of the window, numbered over layers."""
-        needed = [-1] * num_lines
-        """The last step that cuts from what a line holds, as far as it is seen."""
+        held = np.full(num_batches * batch_rows + 1, -1)
+        """Which row lies at each place of the batches, numbered over layers."""
         left, seen = jobs, []
         for share in shares:
-            while left and left[0].share.step <= share.step:
-                (_, after, runs), *left = left
-                assert after < share.step
-                assert 1 <= len(runs.line) <= job_runs
-                for reader, first, num_rows, line, column in zip(
-                    *(values.tolist() for values in runs), strict=True
-                ):
-                    assert needed[line] <= after
-                    rows = reader * store.num_rows + first + np.arange(num_rows)
-                    held[line] = -1
-                    held[line, column : column + num_rows] = rows
-            assert len(share.rows) <= mixture.rank_rows(rank, world_size)
-            seen.append(held.reshape(-1)[share.rows])
-            # Nobody has read over what was to be cut here.
-            assert (seen[-1] >= 0).all()
-            for line in (share.rows // size).tolist():
-                needed[line] = share.step
+            # All that may be read by then is, as if by the fastest of threads.
+            while left and left[0].until < share.step + num_batches:
+                (first_share, until, runs), *left = left
+                batches = {step % num_batches for step in range(first_share.step, until + 1)}
+                assert 1 <= len(runs.start) <= job_runs
+                for reader, first, num_rows, place in zip(*runs, strict=True):
+                    wanted = place[place < len(held) - 1]
+                    assert (held[wanted] == -1).all()
+                    assert batches.issuperset((wanted // batch_rows).tolist())
+                    assert (place[num_rows:] == len(held) - 1).all()
+                    held[place[:num_rows]] = reader * store.num_rows + first + np.arange(num_rows)
+                    held[-1] = -1
+            assert not left or left[0].share.step > share.step
+            here = share.step % num_batches * batch_rows + np.arange(len(share.layer))
+            assert len(here) <= batch_rows
+            # Nobody has read over what the step needs.
+            assert (held[here] >= 0).all()
+            assert np.array_equal(held[here] // store.num_rows, share.layer)
+            seen.append(held[here])
+            held[here] = -1
         if world_size == 1 and start == 0:
             of_epoch = np.concatenate(seen)[: mixture.epoch_rows]
             rows = np.flatnonzero(mixture.rows.mask(0, store.num_rows))

@@ -1,4 +1,4 @@
-"""Threads read and cut all there is, nothing before its place is free, and steps in order."""
+"""Threads read all there is, nothing before its place is free, and give steps in order."""
 
 import os
 import sys
@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from mlsae.store.runs import Runs
+from mlsae.store.scatter import Runs
 from mlsae.train.jobs import Job, Planned, Share
 from mlsae.train.reading import NICENESS, Reading
 
 NOTHING = np.zeros(0, np.int64)
-PLACES = 4
-"""For batches."""
-HELD = 5
-"""Steps for which what a step reads is needed: its jobs wait for the cut before those."""
+BATCHES = 9
+"""In memory."""
+SPREAD = 5
+"""Steps beyond its first that a job reads for."""
 
 
 def plan_of(steps: int) -> Iterator[Planned]:
@@ -25,8 +25,8 @@ def plan_of(steps: int) -> Iterator[Planned]:
     jobs: list[Job] = []
     for step in range(steps):
         shares.append(Share(step, 1, num_jobs(step), NOTHING))
-        runs = Runs(*[np.array([step])] * 5)
-        jobs += [Job(shares[-1], step - HELD, runs)] * num_jobs(step)
+        runs = Runs(*[np.array([step])] * 3, np.zeros((1, 1), np.int64))
+        jobs += [Job(shares[-1], step + SPREAD, runs)] * num_jobs(step)
         if step % 7 == 6:
             yield Planned(shares, jobs)
             shares, jobs = [], []
@@ -48,29 +48,17 @@ class Watch:
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.read: list[int] = []
-        self.cut: list[int] = []
         self.asked = -1
         """The step that the consumer was the last to ask for."""
-        self.early: list[tuple[str, int]] = []
+        self.early: list[int] = []
 
     def do_read(self, runs: Runs) -> None:
-        """No line is read over before the step that needs it last was cut."""
+        """No batch is read to before the step that had it was given back."""
         with self.changed:
             step = int(runs.reader[0])
-            if not set(range(step - HELD + 1)) <= set(self.cut):
-                self.early.append(("read", step))
+            if step + SPREAD - BATCHES >= self.asked:
+                self.early.append(step)
             self.read.append(step)
-            self.changed.notify_all()
-
-    def do_cut(self, share: Share) -> None:
-        """No step is cut before it was read, nor to a batch that is in use."""
-        with self.changed:
-            steps = range(share.step + 1)
-            if any(self.read.count(step) < num_jobs(step) for step in steps[-9:]):
-                self.early.append(("cut", share.step))
-            if share.step - PLACES >= self.asked:
-                self.early.append(("in use", share.step))
-            self.cut.append(share.step)
             self.changed.notify_all()
 
 
@@ -81,9 +69,8 @@ def test_steps_come_in_order_and_nothing_is_used_too_early(num_threads: int) -> 
     reading = Reading(
         plan_of(300),
         watch.do_read,
-        watch.do_cut,
         num_threads=num_threads,
-        num_batches=PLACES,
+        num_batches=BATCHES,
         start=0,
     )
     for step in range(300):
@@ -93,32 +80,29 @@ def test_steps_come_in_order_and_nothing_is_used_too_early(num_threads: int) -> 
         assert share is not None
         assert share.step == step
         with watch.changed:
-            ahead = min(300, step + PLACES)
-            assert watch.changed.wait_for(lambda n=ahead: len(watch.cut) == n, timeout=60)
-            read = sum(num_jobs(s) for s in range(min(300, ahead + HELD)))
+            # No step is given before it was read.
+            assert watch.read.count(step) == num_jobs(step)
+            read = sum(num_jobs(s) for s in range(min(300, step + BATCHES - SPREAD)))
             assert watch.changed.wait_for(lambda n=read: len(watch.read) == n, timeout=60)
     assert reading.next() is None
     assert reading.next() is None
     reading.stop()
     assert watch.early == []
-    assert sorted(watch.cut) == list(range(300))
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 8])
-@pytest.mark.parametrize("where", ["read", "cut"])
-def test_an_error_comes_in_place_of_the_step_that_it_spoilt(num_threads: int, where: str) -> None:
+def test_an_error_comes_in_place_of_the_step_that_it_spoilt(num_threads: int) -> None:
     """Never lost, and what was complete before comes first; asking again raises it again."""
 
-    def fail(name: str, step: int) -> None:
-        if name == where and step == 7:
+    def fail(runs: Runs) -> None:
+        if runs.reader[0] == 7:
             raise OSError("no more")
 
     reading = Reading(
         plan_of(500),
-        lambda runs: fail("read", int(runs.reader[0])),
-        lambda share: fail("cut", share.step),
+        fail,
         num_threads=num_threads,
-        num_batches=PLACES,
+        num_batches=BATCHES,
         start=0,
     )
     steps: list[int] = []
@@ -138,10 +122,10 @@ def test_threads_that_read_let_those_that_compute_go_first() -> None:
     before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     found: list[int] = []
 
-    def do(_: Runs | Share) -> None:
+    def do(_: Runs) -> None:
         found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
 
-    reading = Reading(plan_of(20), do, do, num_threads=2, num_batches=PLACES, start=0)
+    reading = Reading(plan_of(20), do, num_threads=2, num_batches=BATCHES, start=0)
     take_all(reading, [])
     reading.stop()
     assert set(found) == {max(before, NICENESS)}
@@ -156,7 +140,7 @@ def test_an_error_of_the_plan_comes_too() -> None:
         raise ValueError("no plan")
 
     nothing: Callable[[object], None] = lambda _: None  # noqa: E731
-    reading = Reading(broken(), nothing, nothing, num_threads=2, num_batches=PLACES, start=0)
+    reading = Reading(broken(), nothing, num_threads=2, num_batches=BATCHES, start=0)
     steps: list[int] = []
     with pytest.raises(ValueError, match="no plan"):
         take_all(reading, steps)

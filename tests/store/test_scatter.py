@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from mlsae.store import DamagedStoreError, Store, create, open_store
-from mlsae.store import runs as module
-from mlsae.store.aio import MOST_READS, open_queue
+from mlsae.store import scatter as module
+from mlsae.store.aio import MOST_READS, MOST_VECTORS, open_queue
 from mlsae.store.calibration import Calibrator
-from mlsae.store.runs import Lines, Runs
+from mlsae.store.scatter import Runs, ScatteredRows
 
 KEYS = [("resid_post", 0), ("resid_post", 3)]
 NUM_ROWS = 2000
@@ -44,15 +44,17 @@ def make(tmp_path: Path) -> Callable[..., Store]:
     return make
 
 
-def random_runs(generator: np.random.Generator, longest: int) -> Runs:
-    """Runs of any length up to the longest, anywhere in lines that are a little longer."""
-    count = 150 if longest < 1000 else 9
+def random_runs(generator: np.random.Generator, longest: int) -> tuple[Runs, int]:
+    """Runs of any length up to the longest, some rows of them unwanted; and places for the rest."""
+    count = 300 if longest < 1000 else 9
     num_rows = generator.integers(1, longest + 1, count)
     num_rows[:3] = 1, longest, longest
     start = generator.integers(0, NUM_ROWS - num_rows + 1)
-    column = generator.integers(0, longest + 2 - num_rows)
-    line = generator.permutation(count + 5)[:count]
-    return Runs(generator.integers(0, 2, count), start, num_rows, line, column)
+    places = count * longest + 7
+    place = generator.permutation(places)[: count * longest].reshape(count, longest)
+    is_wanted = generator.random(place.shape) < 0.9
+    place[~is_wanted | (np.arange(longest) >= num_rows[:, None])] = places
+    return Runs(generator.integers(0, 2, count), start, num_rows, place), places
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,7 @@ def random_runs(generator: np.random.Generator, longest: int) -> Runs:
 )
 @pytest.mark.parametrize("has_queue", [True, False])
 @pytest.mark.parametrize("longest", [5, 120, 1500])
-def test_a_line_holds_its_run(
+def test_each_row_is_at_its_place(
     encoding: str,
     compression: str,
     has_queue: bool,
@@ -72,61 +74,62 @@ def test_a_line_holds_its_run(
     """Runs within chunks, over their borders and over shards', and nothing beside them."""
     if not has_queue:
         monkeypatch.setattr(module, "open_queue", lambda: None)
-    store, runs = make(encoding, compression), random_runs(np.random.default_rng(longest), longest)
+    store = make(encoding, compression)
+    runs, places = random_runs(np.random.default_rng(longest), longest)
+    assert longest < MOST_VECTORS or max(runs.num_rows) > MOST_VECTORS
+    assert longest > 1000 or len(runs.start) > MOST_READS
     readers = [store.reader(*key) for key in KEYS]
     stored = [reader.read() for reader in readers]
     for fresh in (False, True):
         at = [open_store(store.place).reader(*key) for key in KEYS] if fresh else readers
-        lines = Lines(at, len(runs.start) + 5, longest + 2)
-        expected = [rows.copy() for rows in lines.rows]
-        each = zip(*(values.tolist() for values in runs), strict=True)
-        for reader, start, num_rows, line, column in each:
+        memory = ScatteredRows(at, places)
+        expected = [rows.copy() for rows in memory.rows]
+        for reader, start, num_rows, place in zip(*runs, strict=True):
             for values, rows in zip(expected, stored[reader], strict=True):
-                values[line, column : column + num_rows] = rows[start : start + num_rows]
-        lines.read(runs)
-        for found, values in zip(lines.rows, expected, strict=True):
-            assert np.array_equal(found.view(np.uint8), values.view(np.uint8))
+                values[place[:num_rows]] = rows[start : start + num_rows]
+        memory.read(runs)
+        for found, values in zip(memory.rows, expected, strict=True):
+            assert np.array_equal(found[:-1].view(np.uint8), values[:-1].view(np.uint8))
 
 
-def test_nothing_is_written_outside_the_lines(make: Callable[..., Store]) -> None:
+def test_nothing_is_written_outside_the_memory(make: Callable[..., Store]) -> None:
     """Runs that do not fit are refused before the kernel hears of them."""
-    store = make()
-    lines = Lines([store.reader(*KEYS[0])], 2, 5)
-    for num_rows, line, column in [
-        (6, 0, 0),
-        (1, 0, 5),
-        (2, 1, 4),
-        (1, 0, -1),
-        (1, 2, 0),
-        (1, -1, 0),
-    ]:
-        run = Runs(*(np.array([value]) for value in (0, 0, num_rows, line, column)))
-        with pytest.raises(IndexError, match="do not fit into 2 lines of 5 rows"):
-            lines.read(run)
+    memory = ScatteredRows([make().reader(*KEYS[0])], 10)
+
+    def read(start: int, num_rows: int, place: list[int]) -> None:
+        memory.read(Runs(*(np.array([value]) for value in (0, start, num_rows, place))))
+
+    for place in ([0, 11], [-1, 0]):
+        with pytest.raises(IndexError, match="do not fit into 11 places"):
+            read(0, 1, place)
+    for num_rows in (-1, 3):
+        with pytest.raises(IndexError, match="more rows than the 2 places of each"):
+            read(0, num_rows, [0, 1])
     for start, num_rows in [(-1, 1), (NUM_ROWS - 1, 2), (NUM_ROWS, 1)]:
-        run = Runs(*(np.array([value]) for value in (0, start, num_rows, 0, 0)))
         with pytest.raises(IndexError, match=f"not among the {NUM_ROWS} rows"):
-            lines.read(run)
+            read(start, num_rows, [0, 1])
+    assert not memory.rows[0].any()
 
 
 def test_damage_is_found_as_in_reading(make: Callable[..., Store]) -> None:
     """A chunk that was never checked is; one whose file ended since is missed."""
-    store, runs = make(), random_runs(np.random.default_rng(0), 5)
+    store = make()
+    runs, places = random_runs(np.random.default_rng(0), 5)
     readers = [store.reader(*key) for key in KEYS]
-    lines = Lines(readers, len(runs.start) + 5, 7)
+    memory = ScatteredRows(readers, places)
     for reader in readers:
         reader.read()
-    lines.read(runs)
+    memory.read(runs)
     path = Path(store.place) / "activations/resid_post/3/c.1.0"
     data = bytearray(path.read_bytes())
     data[5000] ^= 4
     path.write_bytes(data)
     fresh = [open_store(store.place).reader(*key) for key in KEYS]
     with pytest.raises(DamagedStoreError, match=r"resid_post/3/c\.1\.0 .* checksum"):
-        Lines(fresh, len(runs.start) + 5, 7).read(runs)
+        ScatteredRows(fresh, places).read(runs)
     os.truncate(path, 100)
     with pytest.raises(DamagedStoreError, match=r"resid_post/3/c\.1\.0 .* ends too early"):
-        lines.read(runs)
+        memory.read(runs)
 
 
 def test_a_queue_says_what_each_read_gave(tmp_path: Path) -> None:
@@ -153,3 +156,11 @@ def test_a_queue_says_what_each_read_gave(tmp_path: Path) -> None:
         assert found[0] == 10
         assert found[1] < 0
         assert (memory[3:] == memory[3]).all()
+        # To pieces of memory: 3 bytes each to places in turn, the last of them not filled.
+        vectors = np.array([[addresses[i], 3] for i in (5, 2, 9)])
+        got = queue.read(
+            [number] * 2, [4, 95], vectors.ctypes.data + np.array([0, 16]), [3, 2], to_vectors=True
+        )
+        assert got.tolist() == [9, 5]
+        assert memory[5, :4].tolist() == [4, 5, 6, 10]
+        assert memory[[2, 9], :3].tolist() == [[95, 96, 97], [98, 99, 12]]
