@@ -3,23 +3,30 @@
 Shape suffixes: B rows, D channels, N latents, K selected latents.
 """
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from mlsae.sae.largest import largest, supports
+from mlsae.sae.screen import Screen
 from mlsae.sae.sparse import Support
 
 BLOCK_BYTES = 16 << 20
 """Pre-activations alive at once: a block of rows × latents."""
 _GROUP = 16
 """Latents in a group of the two-stage selection: measured best of 8, 16, 32, 64 on CPUs."""
+_SCREENED_ROWS = 1024
+"""Rows screened at once."""
+_LEAST_ROWS, _LEAST_WEIGHTS = 256, 1 << 19
+"""Rows and weights from which screening pays: rounding the weights takes as long as some rows."""
 
 
 def select(c_BD: torch.Tensor, W_enc_ND: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k largest of W_enc c for each row, exactly; among equal values any choice.
 
-    No (B, N) tensor is made: rows are taken in blocks that share one buffer.
+    No (B, N) tensor is made: rows are taken in blocks that share one buffer. Among pre-activations
+    that are not above 0 the choice is any, because a ReLU follows.
 
     Args:
         c_BD: (B, D) centred rows u − b.
@@ -30,11 +37,81 @@ def select(c_BD: torch.Tensor, W_enc_ND: torch.Tensor, k: int) -> tuple[torch.Te
         (B, K) pre-activations, unordered, and (B, K) int64 latent indices. Neither carries a
         gradient.
     """
+    with torch.no_grad():
+        if _screening_pays(c_BD, W_enc_ND, k):
+            return select_screened(c_BD, W_enc_ND, k)
+        return _select(c_BD, W_enc_ND, k)
+
+
+def select_screened(
+    c_BD: torch.Tensor, W_enc_ND: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`select` by way of bfloat16, and exactly: of float32 rows and directions on a CPU.
+
+    The largest of a product in bfloat16 are computed again in float32. Where the k-th of them is
+    at least what any other latent can be, they hold the k largest; other rows are done in float32.
+    """
+    num_rows, num_latents = c_BD.shape[0], W_enc_ND.shape[0]
+    screen, candidates = Screen(W_enc_ND), _num_candidates(k, W_enc_ND)
+    values_BK = c_BD.new_empty(num_rows, k)
+    indices_BK = torch.empty(num_rows, k, dtype=torch.int64)
+    open_B = torch.ones(num_rows, dtype=torch.bool)
+    for start in range(0, num_rows, _SCREENED_ROWS):
+        rows = slice(start, start + _SCREENED_ROWS)
+        c16_BD = c_BD[rows].to(torch.bfloat16)
+        seen, found = _select(c16_BD, screen.W_ND, candidates)
+        scores = Support(found, num_latents).sampled_product(c_BD[rows], W_enc_ND)
+        values_BK[rows], chosen = torch.topk(scores, k, dim=1, sorted=False)
+        indices_BK[rows] = found.gather(1, chosen)
+        # What is not above 0 comes in no order.
+        others_B = screen.most(c_BD[rows], c16_BD, seen.amin(dim=1).clamp(min=0))
+        open_B[rows] = ~(values_BK[rows].amin(dim=1) >= others_B)
+        # Directions so much alike, or rows with so few above 0, are no better further on.
+        if open_B[rows].sum() > len(c16_BD) // 2:
+            break
+    open_rows = open_B.nonzero().squeeze(1)
+    if len(open_rows):
+        values_BK[open_rows], indices_BK[open_rows] = _select(c_BD[open_rows], W_enc_ND, k)
+    return values_BK, indices_BK
+
+
+def _screening_pays(c_BD: torch.Tensor, W_enc_ND: torch.Tensor, k: int) -> bool:
+    """On CPUs that multiply bfloat16 faster than float32, and sum in float32."""
+    return (
+        c_BD.dtype == torch.float32
+        and c_BD.device.type == "cpu"
+        and len(c_BD) >= _LEAST_ROWS
+        and W_enc_ND.numel() >= _LEAST_WEIGHTS
+        and _num_candidates(k, W_enc_ND) * 4 * _GROUP <= len(W_enc_ND)
+        and _has_fast_bfloat16()
+    )
+
+
+def _num_candidates(k: int, W_enc_ND: torch.Tensor) -> int:
+    """So many that the last of them is clearly below the k-th.
+
+    Rounding errors grow with the square root of the channels, measured in the spread of a row's
+    products.
+    """
+    per_latent = 3 if W_enc_ND.shape[1] <= 2048 else 5
+    return min(max(per_latent * k, k + 16), len(W_enc_ND))
+
+
+@functools.cache
+def _has_fast_bfloat16() -> bool:
+    # Older versions of torch do not say.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def _select(
+    c_BD: torch.Tensor, W_enc_ND: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     num_rows, num_latents = c_BD.shape[0], W_enc_ND.shape[0]
     values_BK = c_BD.new_empty(num_rows, k)
     indices_BK = torch.empty(num_rows, k, dtype=torch.int64, device=c_BD.device)
     block = max(1, BLOCK_BYTES // (c_BD.element_size() * num_latents))
-    with torch.no_grad(), ThreadPoolExecutor(torch.get_num_threads(), "mlsae-select") as pool:
+    with ThreadPoolExecutor(torch.get_num_threads(), "mlsae-select") as pool:
         buffer = c_BD.new_empty(min(block, num_rows), num_latents)
         for start in range(0, num_rows, block):
             rows = slice(start, min(start + block, num_rows))
@@ -57,8 +134,8 @@ def select_mixed(
     pre-activations that are not above 0 the choice is any, because a ReLU follows.
     """
     candidates = min(k + max(8, k // 4), W_enc_ND.shape[0])
-    _, indices = select(c_BD.to(torch.bfloat16), W_enc_ND.to(torch.bfloat16), candidates)
     with torch.no_grad():
+        _, indices = _select(c_BD.to(torch.bfloat16), W_enc_ND.to(torch.bfloat16), candidates)
         scores = Support(indices, W_enc_ND.shape[0]).sampled_product(c_BD, W_enc_ND)
         values, chosen = torch.topk(scores, k, dim=1, sorted=False)
     return values, indices.gather(1, chosen)

@@ -69,10 +69,10 @@ def step_memory(
         "weights": weights,
         "Adam and gradients": (3 if world_size == 1 else 4) * weights,
         # A block of pre-activations, what selecting from it takes and what the product keeps for
-        # itself; the encoder in bfloat16.
+        # itself; the encoder in bfloat16, by which float32 is screened too.
         "activations": _rows_memory(rows, sae.d_in, active * 5 // 4 if mixed else active)
         + 3 * BLOCK_BYTES
-        + (weights // 4 if mixed else 0),
+        + weights // 4,
         # Should every latent be dead: their weights and gradients beside the others'.
         "AuxK": _rows_memory(sampled_rows, sae.d_in, default_k_aux(sae.d_in)) + 2 * weights,
     }
