@@ -100,7 +100,7 @@ def _num_candidates(k: int, W_enc_ND: torch.Tensor) -> int:
 @functools.cache
 def _has_fast_bfloat16() -> bool:
     # Older versions of torch do not say.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
