@@ -1,9 +1,11 @@
 """One forward call of a model, or of its backbone alone."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
+from mlsae.models.attention import BlockedAttention, blocks_pay
 from mlsae.models.control import control_embeddings
 from mlsae.models.inputs import Inputs
 from mlsae.models.kinds import DECODER
@@ -20,5 +22,6 @@ def forward(transformer: Transformer, module: Any, inputs: Inputs) -> Any:
         arguments["use_cache"] = False
     if inputs.padding is not None:
         arguments["attention_mask"] = (~inputs.padding).to(transformer.device, torch.long)
-    with control_embeddings(transformer, inputs):
+    pays = blocks_pay(transformer.device, transformer.dtype)
+    with control_embeddings(transformer, inputs), BlockedAttention() if pays else nullcontext():
         return module(**arguments)

@@ -3,11 +3,11 @@
 Shape suffixes: B rows, D channels, N latents, K selected latents.
 """
 
-import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from mlsae.base.processor import has_fast_bfloat16
 from mlsae.sae.largest import largest, supports
 from mlsae.sae.screen import Screen
 from mlsae.sae.sparse import Support
@@ -83,7 +83,7 @@ def _screening_pays(c_BD: torch.Tensor, W_enc_ND: torch.Tensor, k: int) -> bool:
         and len(c_BD) >= _LEAST_ROWS
         and W_enc_ND.numel() >= _LEAST_WEIGHTS
         and _num_candidates(k, W_enc_ND) * 4 * _GROUP <= len(W_enc_ND)
-        and _has_fast_bfloat16()
+        and has_fast_bfloat16()
     )
 
 
@@ -95,13 +95,6 @@ def _num_candidates(k: int, W_enc_ND: torch.Tensor) -> int:
     """
     per_latent = 3 if W_enc_ND.shape[1] <= 2048 else 5
     return min(max(per_latent * k, k + 16), len(W_enc_ND))
-
-
-@functools.cache
-def _has_fast_bfloat16() -> bool:
-    # Older versions of torch do not say.
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def _select(

@@ -169,10 +169,10 @@ def test_a_row_that_is_no_number_comes_as_ever() -> None:
 def test_select_screens_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same latents with and without; the product in bfloat16 is of this machine."""
     c, W = made(plain, 600, 256, 2048)
-    monkeypatch.setattr(module, "_has_fast_bfloat16", lambda: False)
+    monkeypatch.setattr(module, "has_fast_bfloat16", lambda: False)
     _, without = select(c, W, K)
     screened = []
-    monkeypatch.setattr(module, "_has_fast_bfloat16", lambda: True)
+    monkeypatch.setattr(module, "has_fast_bfloat16", lambda: True)
     monkeypatch.setattr(
         module,
         "select_screened",

@@ -1,0 +1,106 @@
+"""Causal attention in bfloat16 on a CPU, by blocks of queries.
+
+On processors that multiply bfloat16 without matrix units torch's kernel for it takes one and a half
+to nearly three times as long as products of 128 queries with all keys up to theirs, few enough at
+once that scores stay in the cache. Scores and probabilities are rounded to bfloat16, as in the
+`eager` attention of transformers.
+
+B = sequences, H = heads, T = positions, d = channels of a head.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from mlsae.base.processor import has_fast_bfloat16, has_matrix_units
+
+_QUERIES = 128
+"""Queries at once: measured best of 64, 128 and 256."""
+_HEADS = 16
+"""Heads at once, over sequences: of 8, 16, 32 and all."""
+_LEAST_POSITIONS = 256
+"""Of shorter sequences torch's kernel is as fast."""
+
+
+class BlockedAttention(TorchFunctionMode):
+    """While entered, causal attention that pays for it is computed in blocks.
+
+    What has a mask, another dtype or device, or dropout goes to torch as ever.
+    """
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention and _pays(*args, **kwargs):
+            return _in_blocks(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def blocks_pay(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a model's attention is worth `BlockedAttention` on this machine."""
+    return (
+        device.type == "cpu"
+        and dtype == torch.bfloat16
+        and has_fast_bfloat16()
+        and not has_matrix_units()
+    )
+
+
+def _pays(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **_: Any,
+) -> bool:
+    return (
+        is_causal
+        and attn_mask is None
+        and dropout_p == 0
+        and query.dim() == 4
+        and query.shape[2] == key.shape[2] >= _LEAST_POSITIONS
+        and all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in (query, key, value))
+    )
+
+
+def _in_blocks(
+    query_BHTd: Tensor,
+    key_BHTd: Tensor,
+    value_BHTd: Tensor,
+    *_: Any,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    **__: Any,
+) -> Tensor:
+    num_sequences, num_heads, num_positions, width = query_BHTd.shape
+    if enable_gqa:
+        key_BHTd, value_BHTd = (
+            x.repeat_interleave(num_heads // x.shape[1], dim=1) for x in (key_BHTd, value_BHTd)
+        )
+    # In the order in which models join heads, so that this costs them no copy.
+    out_BHTd = query_BHTd.new_empty(
+        num_sequences, num_positions, num_heads, value_BHTd.shape[3]
+    ).transpose(1, 2)
+    later = torch.ones(_QUERIES, _QUERIES, dtype=torch.bool).triu(1)
+    at_once = max(1, _HEADS // num_heads)
+    for first in range(0, num_sequences, at_once):
+        of = slice(first, first + at_once)
+        queries = query_BHTd[of] * (width**-0.5 if scale is None else scale)
+        keys, values = key_BHTd[of].transpose(2, 3), value_BHTd[of]
+        for start in range(0, num_positions, _QUERIES):
+            stop = min(start + _QUERIES, num_positions)
+            scores = queries[:, :, start:stop] @ keys[..., :stop]
+            scores[..., start:].masked_fill_(later[: stop - start, : stop - start], -torch.inf)
+            out_BHTd[of, :, start:stop] = torch.softmax(scores, dim=3) @ values[:, :, :stop]
+    return out_BHTd
