@@ -89,18 +89,30 @@ def _in_blocks(
             x.repeat_interleave(num_heads // x.shape[1], dim=1) for x in (key_BHTd, value_BHTd)
         )
     # In the order in which models join heads, so that this costs them no copy.
-    out_BHTd = query_BHTd.new_empty(
-        num_sequences, num_positions, num_heads, value_BHTd.shape[3]
-    ).transpose(1, 2)
-    later = torch.ones(_QUERIES, _QUERIES, dtype=torch.bool).triu(1)
+    out_BTHd = query_BHTd.new_empty(num_sequences, num_positions, num_heads, value_BHTd.shape[3])
+    later = _later(num_positions)
     at_once = max(1, _HEADS // num_heads)
     for first in range(0, num_sequences, at_once):
         of = slice(first, first + at_once)
-        queries = query_BHTd[of] * (width**-0.5 if scale is None else scale)
-        keys, values = key_BHTd[of].transpose(2, 3), value_BHTd[of]
+        queries, keys, values = (
+            x[of].reshape(-1, num_positions, x.shape[3]) for x in (query_BHTd, key_BHTd, value_BHTd)
+        )
         for start in range(0, num_positions, _QUERIES):
             stop = min(start + _QUERIES, num_positions)
-            scores = queries[:, :, start:stop] @ keys[..., :stop]
-            scores[..., start:].masked_fill_(later[: stop - start, : stop - start], -torch.inf)
-            out_BHTd[of, :, start:stop] = torch.softmax(scores, dim=3) @ values[:, :, :stop]
-    return out_BHTd
+            begins = later.shape[1] - _QUERIES - start
+            scores = torch.baddbmm(
+                later[: stop - start, begins : begins + stop],
+                queries[:, start:stop],
+                keys[:, :stop].transpose(1, 2),
+                alpha=width**-0.5 if scale is None else scale,
+            )
+            found = torch.softmax(scores, dim=2) @ values[:, :stop]
+            out_BTHd[of, start:stop] = found.unflatten(0, (-1, num_heads)).transpose(1, 2)
+    return out_BTHd.transpose(1, 2)
+
+
+def _later(num_positions: int) -> Tensor:
+    """(queries, positions rounded up) −∞ at keys after each of the last queries, elsewhere 0."""
+    width = -(-num_positions // _QUERIES) * _QUERIES
+    infinite = torch.full((_QUERIES, width), -torch.inf, dtype=torch.bfloat16)
+    return infinite.triu(width - _QUERIES + 1)
