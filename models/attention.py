@@ -107,7 +107,9 @@ def _in_blocks(
                 alpha=width**-0.5 if scale is None else scale,
             )
             found = torch.softmax(scores, dim=2) @ values[:, :stop]
-            out_BTHd[of, start:stop] = found.unflatten(0, (-1, num_heads)).transpose(1, 2)
+            out_BTHd[of, start:stop] = found.reshape(
+                -1, num_heads, stop - start, found.shape[2]
+            ).transpose(1, 2)
     return out_BTHd.transpose(1, 2)
 
 
