@@ -1,8 +1,9 @@
 """The harvest against what bounds it: the bare backbone forward, and the disk.
 
-Each round runs, on the same batches, (1) the backbone alone, (2) the harvest's own loop from the
-first batch to the last committed shard, (3) the usual way, `AutoModelForCausalLM` with
-`output_hidden_states=True`; and writes the same bytes with `numpy.tofile` and `fsync`. Rounds
+Each round runs, on the same batches, (1) the backbone alone, as transformers runs it, (2) the
+harvest's own loop from the first batch to the last committed shard, (3) the usual way,
+`AutoModelForCausalLM` with `output_hidden_states=True`; and writes the same bytes with
+`numpy.tofile` and `fsync`. Rounds
 alternate; figures are ratios of medians, the first round discarded. The process keeps
 freed memory, as `mlsae harvest` does on a CPU, whichever of the four runs. The page cache is filled
 first (--ballast), buffers are reused, no output is deleted before the end, and system CPU time is

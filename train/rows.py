@@ -14,7 +14,7 @@ from mlsae.train.sampler import Order, slice_rows
 
 SLICE_BYTES = 64 << 10
 """Bytes of a slice unless a window is asked for: less is slow to read, more is memory."""
-LEAST_AHEAD = 4
+_LEAST_AHEAD = 4
 """Batches by which reading may be ahead, at least."""
 _BLOCK_ROWS = 1 << 20
 
@@ -178,7 +178,7 @@ class Mixture:
         row_bytes = store.row_bytes
         max_rows = max(1, SLICE_BYTES // row_bytes)
         if window is not None:
-            buffers = num_buffers(len(layers) * -(-batch_rows // len(layers)))
+            buffers = _num_buffers(len(layers) * -(-batch_rows // len(layers)))
             max_rows = window // (buffers * row_bytes)
             if max_rows < 1:
                 raise InputError(
@@ -244,7 +244,7 @@ class Mixture:
     @property
     def num_ahead(self) -> int:
         """Batches by which reading may be ahead."""
-        return max(LEAST_AHEAD, self.slice_rows // 6)
+        return max(_LEAST_AHEAD, self.slice_rows // 6)
 
     def window_bytes(self, rank: int, world_size: int) -> int:
         """Bytes of the batches that a rank has in memory."""
@@ -252,6 +252,6 @@ class Mixture:
         return (rows + 1) * self.store.row_bytes
 
 
-def num_buffers(num_slots: int) -> int:
+def _num_buffers(num_slots: int) -> int:
     """Buffers for so many slots: an eighth more, so that reading can be ahead."""
     return num_slots + max(1, num_slots // 8)

@@ -24,10 +24,8 @@ class Window:
 
     def __init__(self, mixture: Mixture, rank: int, world_size: int, *, pin: bool = False) -> None:
         store = mixture.store
-        self._num_batches, self._batch_rows = (
-            mixture.num_batches,
-            mixture.rank_rows(rank, world_size),
-        )
+        self._num_batches = mixture.num_batches
+        self._batch_rows = mixture.rank_rows(rank, world_size)
         readers = [store.reader(mixture.site, layer) for layer in mixture.layers]
         num_rows = self._num_batches * self._batch_rows
         self._rows = ScatteredRows(readers, num_rows)
