@@ -10,10 +10,11 @@ float64 between pieces.
 Shape suffixes: L layers, N rows of a piece, D channels.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ from torch import Tensor
 from mlsae.harvest.codecs import Codecs, Key, Parts
 from mlsae.store.moments import STANDARDIZE_EPS, GroupMoments
 
-PIECE_VALUES = 3 << 16
+PIECE_VALUES = 3 << 17
 """Values of a piece, all layers of a site: its three tables stay in a core's cache."""
 LEAST_ROWS = 16
 """Of a piece, however wide: what is done once a piece and column must not outweigh its rows."""
@@ -135,13 +136,16 @@ class _Share:
     def add(self, pieces: Sequence[Piece], stored: Mapping[Key, Parts]) -> Tensor:
         """(sites, L) largest magnitudes."""
         largest_SL = torch.zeros(len(self._sites), len(self._layers))
+        held = {
+            site: [(self._codecs[site, layer], stored[site, layer]) for layer in self._layers]
+            for site in self._sites
+        }
         for group, rows in pieces:
-            index = torch.from_numpy(rows)
+            picked = _picker(rows)
+            x_LND, *scratch = self._tables_for(len(rows))
             for site, largest_L in zip(self._sites, largest_SL, strict=True):
-                x_LND, *scratch = self._tables_for(len(rows))
-                for layer, x_ND in zip(self._layers, x_LND, strict=True):
-                    parts = tuple(_picked(part, index, rows) for part in stored[site, layer])
-                    self._codecs[site, layer].decode_into(parts, x_ND)
+                for (codec, parts), x_ND in zip(held[site], x_LND, strict=True):
+                    codec.decode_into(tuple(map(picked, parts)), x_ND)
                 magnitude_L = torch.maximum(x_LND.amax(dim=(1, 2)), -x_LND.amin(dim=(1, 2)))
                 torch.maximum(largest_L, magnitude_L, out=largest_L)
                 sums = self._sums_of(site, group)
@@ -215,12 +219,13 @@ class _Share:
         return self._tables[:, :size].view(3, len(self._layers), num_rows, self._d_model)
 
 
-def _picked(part: Tensor, index: Tensor, rows: npt.NDArray[np.int64]) -> Tensor:
-    """Some rows; a view where they follow one another."""
+def _picker(rows: npt.NDArray[np.int64]) -> Callable[[Tensor], Tensor]:
+    """Takes some rows; a view where they follow one another."""
     first, last = int(rows[0]), int(rows[-1])
     if last - first == len(rows) - 1:
-        return part[first : last + 1]
-    return part.index_select(0, index)
+        return itemgetter(slice(first, last + 1))
+    index = torch.from_numpy(rows)
+    return lambda part: part.index_select(0, index)
 
 
 @contextmanager

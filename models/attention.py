@@ -1,7 +1,7 @@
 """Causal attention in bfloat16 on a CPU, by blocks of queries.
 
 On processors that multiply bfloat16 without matrix units torch's kernel for it takes one and a half
-to nearly three times as long as products of 128 queries with all keys up to theirs, few enough at
+to nearly three times as long as products of some queries with all keys up to theirs, few enough at
 once that scores stay in the cache. Scores and probabilities are rounded to bfloat16, as in the
 `eager` attention of transformers.
 
@@ -18,10 +18,11 @@ from torch.overrides import TorchFunctionMode
 
 from mlsae.base.processor import has_fast_bfloat16, has_matrix_units
 
-_QUERIES = 128
-"""Queries at once: measured best of 64, 128 and 256."""
-_HEADS = 16
-"""Heads at once, over sequences: of 8, 16, 32 and all."""
+_FEW_QUERIES, _MANY_QUERIES, _MANY_POSITIONS = 128, 256, 1024
+"""Queries at once, and of how many positions there are the more: measured best of 64 to 512. Half
+of the scores of a block's last keys are of no use, but short products are slow ones."""
+_SCORES = 2**21
+"""Scores at once, where those of one sequence are not more: 4 MiB."""
 _LEAST_POSITIONS = 256
 """Of shorter sequences torch's kernel is as fast."""
 
@@ -90,31 +91,27 @@ def _in_blocks(
         )
     # In the order in which models join heads, so that this costs them no copy.
     out_BTHd = query_BHTd.new_empty(num_sequences, num_positions, num_heads, value_BHTd.shape[3])
-    later = _later(num_positions)
-    at_once = max(1, _HEADS // num_heads)
+    num_queries = _FEW_QUERIES if num_positions < _MANY_POSITIONS else _MANY_QUERIES
+    later = query_BHTd.new_full((num_queries, num_queries), -torch.inf).triu(1)
+    at_once = max(1, _SCORES // (num_heads * num_queries * num_positions))
     for first in range(0, num_sequences, at_once):
         of = slice(first, first + at_once)
         queries, keys, values = (
             x[of].reshape(-1, num_positions, x.shape[3]) for x in (query_BHTd, key_BHTd, value_BHTd)
         )
-        for start in range(0, num_positions, _QUERIES):
-            stop = min(start + _QUERIES, num_positions)
-            begins = later.shape[1] - _QUERIES - start
+        for start in range(0, num_positions, num_queries):
+            stop = min(start + num_queries, num_positions)
             scores = torch.baddbmm(
-                later[: stop - start, begins : begins + stop],
+                queries.new_zeros(1),
                 queries[:, start:stop],
                 keys[:, :stop].transpose(1, 2),
+                beta=0,
                 alpha=width**-0.5 if scale is None else scale,
             )
+            # Adding takes a third of the time of `masked_fill_`.
+            scores[:, :, start:] += later[: stop - start, : stop - start]
             found = torch.softmax(scores, dim=2) @ values[:, :stop]
             out_BTHd[of, start:stop] = found.reshape(
                 -1, num_heads, stop - start, found.shape[2]
             ).transpose(1, 2)
     return out_BTHd.transpose(1, 2)
-
-
-def _later(num_positions: int) -> Tensor:
-    """(queries, positions rounded up) −∞ at keys after each of the last queries, elsewhere 0."""
-    width = -(-num_positions // _QUERIES) * _QUERIES
-    infinite = torch.full((_QUERIES, width), -torch.inf, dtype=torch.bfloat16)
-    return infinite.triu(width - _QUERIES + 1)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from mlsae.base.errors import InputError
 from mlsae.base.files import remove_stale_partials
+from mlsae.base.priority import yield_to_others
 from mlsae.store.added_fvu import MAX_ADDED_FVU, AddedFVU, check_added_fvu
 from mlsae.store.commit import num_shards_of, pending_shards
 from mlsae.store.completion import complete
@@ -35,9 +36,10 @@ from mlsae.store.schema import (
 )
 from mlsae.store.setup import read_calibration, site_codecs
 
-WRITER_THREADS, MOST_WRITER_THREADS = 3, 8
-"""The first number flushes; as many as there are cores, from the first to the second, hash and
-write. More would keep a fast disk no busier, and several ranks may share a machine."""
+WRITER_THREADS, MOST_WRITER_THREADS = 2, 8
+"""As many as there are cores, from the first to the second, hash and write. More would keep a fast
+disk no busier, and several ranks may share a machine."""
+FLUSHING_THREADS = 3
 Array = npt.NDArray[Any]
 Rows = Array | Parts
 """Floats, or values as stored: of int8 the quanta and their exponents."""
@@ -90,9 +92,11 @@ class Writer:
         self._added: dict[Key, AddedFVU] = {}
         remove_stale_partials(path)
         num_threads = min(max(WRITER_THREADS, os.cpu_count() or 1), MOST_WRITER_THREADS)
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="store-write")
+        self._pool = ThreadPoolExecutor(
+            num_threads, thread_name_prefix="store-write", initializer=yield_to_others
+        )
         # Of their own, so that waiting for the disk never holds up the next shard's rows.
-        self._flushers = ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="store-flush")
+        self._flushers = ThreadPoolExecutor(FLUSHING_THREADS, thread_name_prefix="store-flush")
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="store-commit")
         self._batch: _Batch | None = None
         # Rows of the open shard, by group, whose moments are still to be given.

@@ -1,17 +1,13 @@
 """Threads that read batches ahead of the one that takes them."""
 
-import os
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 
+from mlsae.base.priority import yield_to_others
 from mlsae.store.scatter import Runs
 from mlsae.train.jobs import Job, Planned, Share
-
-NICENESS = 10
-"""Of the threads that read: a tenth of a core where all are wanted, all of one that is idle."""
 
 Task = Callable[[], None]
 
@@ -91,7 +87,7 @@ class Reading:
         return bool(self._shares) and self._shares[0].num_jobs == 0
 
     def _run(self) -> None:
-        _yield_to_others()
+        yield_to_others()
         while (task := self._next_task()) is not None:
             try:
                 task()
@@ -142,12 +138,3 @@ class Reading:
             job.share.num_jobs -= 1
             if job.share.num_jobs == 0:
                 self._arrived.notify_all()
-
-
-def _yield_to_others() -> None:
-    """Let other threads go first: a step's threads wait for the one whose core was taken."""
-    if sys.platform != "linux":  # Elsewhere a priority is the whole process's.
-        return
-    thread = threading.get_native_id()
-    if os.getpriority(os.PRIO_PROCESS, thread) < NICENESS:
-        os.setpriority(os.PRIO_PROCESS, thread, NICENESS)

@@ -74,16 +74,24 @@ def test_site_that_a_model_has_not_is_refused_before_anything_is_made(config: Ma
     assert not settings.out.exists()
 
 
+@pytest.mark.parametrize(("num_kept", "batch_size"), [(5, 3), (1, 1)], ids=["some", "one row"])
 def test_kept_positions_are_those_rows_of_the_full_store(
-    config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    num_kept: int,
+    batch_size: int,
+    config: MakeConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    full = harvested(config(out=tmp_path / "full"))
-    kept = harvested(config(out=tmp_path / "kept", keep_positions=5, keep_seed=3))
+    """Down to a row a batch."""
+    full = harvested(config(out=tmp_path / "full", batch_size=batch_size))
+    kept = harvested(
+        config(out=tmp_path / "kept", batch_size=batch_size, keep_positions=num_kept, keep_seed=3)
+    )
     assert kept.num_tokens == full.num_tokens
     last = capsys.readouterr().out.splitlines()[-1]
     assert f"{kept.num_tokens:,} tokens, {kept.num_rows:,} rows of each of 4 layers, in " in last
-    assert kept.num_rows == full.num_sequences * 5
-    positions = kept_positions(3, 0, full.num_sequences, 16, 5)
+    assert kept.num_rows == full.num_sequences * num_kept
+    positions = kept_positions(3, 0, full.num_sequences, 16, num_kept)
     tokens = (positions + np.arange(full.num_sequences)[:, None] * 16).reshape(-1)
     np.testing.assert_array_equal(kept.row_tokens(), tokens)
     for layer in full.layers:

@@ -46,7 +46,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("num_heads", [1, 4, 20])
-@pytest.mark.parametrize("length", [256, 300, 512])
+@pytest.mark.parametrize("length", [256, 300, 512, 1100])
 @pytest.mark.parametrize("scale", [None, 0.3])
 @torch.inference_mode()
 def test_blocks_give_attention(num_heads: int, length: int, scale: float | None) -> None:

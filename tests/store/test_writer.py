@@ -6,12 +6,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mlsae.base.errors import InputError, ResourceError
+from mlsae.base.priority import NICENESS
 from mlsae.store import (
     ActivationError,
     IncompleteStoreError,
@@ -24,6 +26,7 @@ from mlsae.store import (
 from mlsae.store.accumulate import Accumulator, blocks_of
 from mlsae.store.encoding import SiteCodec
 from mlsae.store.moments import GroupMoments
+from mlsae.store.shardfile import ShardFile
 from mlsae.store.verify import verify
 
 PRODUCER = Path(__file__).with_name("producer.py")
@@ -321,6 +324,26 @@ def test_one_set_of_buffers_is_enough_where_rows_are_waited_for(tmp_path: Path):
             writer.drain()
         buffer[3] = 0
         writer.seek(0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
+def test_threads_that_write_let_those_that_compute_go_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The priority is theirs alone: the thread that appends keeps its own."""
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    found: set[int] = set()
+    write = ShardFile.write
+
+    def noted(file: ShardFile, values: np.ndarray) -> None:
+        found.add(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        write(file, values)
+
+    with create(tmp_path / "a", tokens=TOKENS, **SHAPE) as writer:
+        monkeypatch.setattr(ShardFile, "write", noted)
+        writer.append(rows(64))
+    assert found == {max(before, NICENESS)}
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
 
 
 def test_killed_setups_leave_nothing_behind(tmp_path: Path):

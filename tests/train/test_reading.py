@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
+from mlsae.base.priority import NICENESS
 from mlsae.store.scatter import Runs
 from mlsae.train.jobs import Job, Planned, Share
-from mlsae.train.reading import NICENESS, Reading
+from mlsae.train.reading import Reading
 
 NOTHING = np.zeros(0, np.int64)
 BATCHES = 9
