@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from benchmarks.markdown import table
 from mlsae.base.units import format_bytes, format_count
-from mlsae.store.encoding import check_encoding
+from mlsae.store.encoding import check_encoding, parts_of
 from mlsae.store.layout import plan_layout
+from mlsae.store.writer import MOST_WRITER_THREADS
 
 H200_PEAK = 989e12
 """Dense bfloat16 FLOP/s, NVIDIA's data sheet."""
@@ -21,8 +22,9 @@ FORWARD_SHARE = 0.4
 """Of that peak, what a plain forward pass of transformers is taken to reach."""
 WRITER_SHARE = 0.6
 """Of the disk's own rate, what the writer is held to; see docs/benchmarks.md."""
-HASH_RATE = 3 * 1.1e9
-"""Bytes a second that one process hashes (SHA-256) and writes with its three threads."""
+HASH_RATE = MOST_WRITER_THREADS * 1.1e9
+"""Bytes a second that one process with cores enough hashes (SHA-256) and writes. A thread reached
+1.1 GB/s on an Intel Xeon and 2.1 GB/s on an AMD EPYC."""
 OVERHEAD = 1.1
 """Of the larger bound, what the harvest is held to."""
 DISKS = {"shared file system, 2 GB/s": 2e9, "NVMe array, 10 GB/s": 10e9}
@@ -52,7 +54,7 @@ def size_rows(case: Case) -> list[list[str]]:
     """By encoding and by kept positions: bytes, shards of a layer, largest object, objects."""
     rows = []
     for keep in KEPT:
-        for encoding in ("bfloat16", "float32"):
+        for encoding in ("bfloat16", "int8", "float32"):
             layout = plan_layout(
                 num_tokens=case.num_tokens // CONTEXT * CONTEXT,
                 context_length=CONTEXT,
@@ -63,7 +65,11 @@ def size_rows(case: Case) -> list[list[str]]:
                 batch_sequences=16,
                 keep_positions=keep,
             )
-            object_bytes = layout.activation_bytes / (layout.num_shards * case.num_layers)
+            row_bytes = [
+                part.row_bytes for part in parts_of(check_encoding(encoding), case.d_model)
+            ]
+            shards = layout.num_shards * case.num_layers
+            object_bytes = layout.activation_bytes * max(row_bytes) / sum(row_bytes) / shards
             rows.append(
                 [
                     "all" if keep is None else str(keep),
@@ -71,7 +77,7 @@ def size_rows(case: Case) -> list[list[str]]:
                     format_bytes(layout.total_bytes),
                     format_count(layout.num_shards),
                     format_bytes(object_bytes),
-                    format_count(layout.num_shards * case.num_layers),
+                    format_count(shards * len(row_bytes)),
                 ]
             )
     return rows
