@@ -1,9 +1,9 @@
 """Causal attention in bfloat16 on a CPU, by blocks of queries.
 
-On processors that multiply bfloat16 without matrix units torch's kernel for it takes one and a half
-to nearly three times as long as products of some queries with all keys up to theirs, few enough at
-once that scores stay in the cache. Scores and probabilities are rounded to bfloat16, as in the
-`eager` attention of transformers.
+On processors that multiply bfloat16 without matrix units torch's kernel for it takes two to three
+times as long as products of some queries with all keys up to theirs, few enough at once that scores
+stay in the cache. Scores and probabilities are rounded to bfloat16, as in the `eager` attention of
+transformers.
 
 B = sequences, H = heads, T = positions, d = channels of a head.
 """
@@ -19,10 +19,10 @@ from torch.overrides import TorchFunctionMode
 from mlsae.base.processor import has_fast_bfloat16, has_matrix_units
 
 _FEW_QUERIES, _MANY_QUERIES, _MANY_POSITIONS = 128, 256, 1024
-"""Queries at once, and of how many positions there are the more: measured best of 64 to 512. Half
-of the scores of a block's last keys are of no use, but short products are slow ones."""
+"""Queries at once, and from how many positions on they are many: measured best of 64 to 512. Half
+of a block's last scores are of no use, but small products are slow."""
 _SCORES = 2**21
-"""Scores at once, where those of one sequence are not more: 4 MiB."""
+"""Scores at once, 4 MiB, unless a single sequence has more."""
 _LEAST_POSITIONS = 256
 """Of shorter sequences torch's kernel is as fast."""
 

@@ -40,6 +40,7 @@ WRITER_THREADS, MOST_WRITER_THREADS = 2, 8
 """As many as there are cores, from the first to the second, hash and write. More would keep a fast
 disk no busier, and several ranks may share a machine."""
 FLUSHING_THREADS = 3
+"""They only wait for the disk."""
 Array = npt.NDArray[Any]
 Rows = Array | Parts
 """Floats, or values as stored: of int8 the quanta and their exponents."""
