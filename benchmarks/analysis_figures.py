@@ -248,7 +248,8 @@ def layer_pairs(study: dict[str, Any], init: str) -> list[tuple[float, float, bo
 
 def adjacent_cosine(sae: dict[str, Any]) -> float:
     """Mean over the layers that have a next one."""
-    return mean(of["adjacent_cosine"] for of in sae["layers"] if of["adjacent_cosine"] is not None)
+    found = [of["adjacent_cosine"] for of in sae["layers"]]
+    return float(mean(cosine for cosine in found if cosine is not None))
 
 
 def _confound(content: dict[str, Any]) -> Figure:

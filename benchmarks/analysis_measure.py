@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.compute as pc
 import torch
 
@@ -125,7 +126,8 @@ def _mean(values: Float) -> float:
 
 def _histogram(values: Float, num_layers: int) -> list[int]:
     """How many are 1, 2, … `num_layers`."""
-    return np.bincount(values.astype(np.int64), minlength=num_layers + 1)[1:].tolist()
+    counts: list[int] = np.bincount(values.astype(np.int64), minlength=num_layers + 1)[1:].tolist()
+    return counts
 
 
 def cosines_of_layers(directory: Path, store: Store) -> list[dict[str, Any]]:
@@ -153,11 +155,10 @@ def cosines_of_layers(directory: Path, store: Store) -> list[dict[str, Any]]:
     ]
 
 
-def _rows(store: Store, site: str, layer: int, tokens_N: Int) -> Float:
+def _rows(store: Store, site: str, layer: int, tokens_N: Int) -> npt.NDArray[np.float32]:
     """(N, D) activations of tokens, ascending, in a store that keeps every position."""
     low, high = int(tokens_N[0]), int(tokens_N[-1]) + 1
-    found: Float = store.read(site, layer, low, high)[tokens_N - low]
-    return found
+    return store.read(site, layer, low, high)[tokens_N - low]
 
 
 def similarity(directory: Path, sae_directory: Path, store: Store) -> dict[str, Any]:

@@ -77,7 +77,8 @@ def make_model(size: Size, dtype: str, path: Path) -> Transformer:
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model: Any = transformers.AutoModelForCausalLM.from_config(config)
+        auto_class: Any = transformers.AutoModelForCausalLM
+        model = auto_class.from_config(config)
     model.to(getattr(torch, dtype)).save_pretrained(path)
     return load(path)
 

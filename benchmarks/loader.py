@@ -52,7 +52,7 @@ COLD_STEPS, COLD_THREADS, COLD_ROUNDS = 100, (1, 2, 4, 8), 4
 ENDLESS = 10**9
 
 MEMORY_ROWS = (2**20, 2**24)
-MEMORY_SHAPE = {"num_layers": 2, "d_model": 128}
+MEMORY_SHAPE: dict[str, Any] = {"num_layers": 2, "d_model": 128}
 MEMORY_BATCH, MEMORY_STEPS = 1024, 300
 
 
@@ -151,9 +151,9 @@ def speeds(paths: dict[str, Path], peers: dict[str, Path], rounds: int) -> dict[
     speed = {contender.name: contender.speed for contender in contenders}
     results = {contender.name: contender.result() for contender in contenders}
     for name, result in results.items():
-        kind, form, batch_rows, *_ = name.replace(",", "").split()
+        kind, form, rows, *_ = name.replace(",", "").split()
         if kind in ("later", "first"):
-            measure = f"take {form.removesuffix('-zstd')} {batch_rows}"
+            measure = f"take {form.removesuffix('-zstd')} {rows}"
             result["ratio_to_take"] = round(speed[name] / speed[measure], 3)
         print(json.dumps({name: result}), flush=True)
     return results
@@ -173,7 +173,7 @@ def sequential(path: Path) -> int:
     buffer, size = np.zeros(2**20, np.uint8), 0
     for file in sorted((path / "activations" / SITE / "0").glob("c.*")):
         with file.open("rb", buffering=0) as opened:
-            while count := opened.readinto(buffer):
+            while count := opened.readinto(buffer.data):
                 size += count
     return size // (2 * D_MODEL)
 

@@ -68,8 +68,9 @@ def ours(settings: dict[str, Any]) -> None:
     from mlsae.train.plan import make_plan
 
     keep_freed_memory()
+    path = Path(settings["store"])
     config = TrainConfig(
-        cache=Path(settings["store"]),
+        cache=path,
         out=Path("unused"),
         num_latents=settings["num_latents"],
         k=settings["k"],
@@ -79,7 +80,7 @@ def ours(settings: dict[str, Any]) -> None:
         device="cpu",
         precision=settings["precision"],
     )
-    plan = make_plan(config, open_store(config.cache))
+    plan = make_plan(config, open_store(path))
     mixture = plan.mixture
     decode = Decoder(mixture.store, mixture.site, mixture.layers, torch.device("cpu"))
     member = Member(plan, Accelerator(cpu=True), decode, writes=False)

@@ -90,12 +90,14 @@ def _made(record: dict[str, Any]) -> str:
     rows += [("---", "---", "---", "---:", "---:")]
     machines: dict[str, str] = {}
     for name, run in record.items():
-        seconds = f"{run['seconds']:,}", f"{run['cpu_seconds']:,}"
-        rows.append((f"`{name}.py`", run["date"], run["commit"][:12], *seconds))
+        wall, cpu = f"{run['seconds']:,}", f"{run['cpu_seconds']:,}"
+        rows.append((f"`{name}.py`", run["date"], run["commit"][:12], wall, cpu))
         about = _machine(run["machine"])
         machines[about] = f"{machines[about]}, `{name}`" if about in machines else f"`{name}`"
-    total = [sum(run[key] for run in record.values()) for key in ("seconds", "cpu_seconds")]
-    rows.append(("all", "", "", *(f"{number:,}" for number in total)))
+    wall, cpu = (
+        f"{sum(run[key] for run in record.values()):,}" for key in ("seconds", "cpu_seconds")
+    )
+    rows.append(("all", "", "", wall, cpu))
     where = [
         paragraph(about if len(machines) == 1 else f"{names}: {about}")
         for about, names in machines.items()

@@ -80,7 +80,7 @@ tokens are out. Each number is the mean over the seeds.
 
 
 def _mean(runs: Sequence[dict[str, Any]], layer: int, column: str) -> float:
-    return statistics.mean(run["layers"][layer][column] for run in runs)
+    return float(statistics.mean(run["layers"][layer][column] for run in runs))
 
 
 def _against_prototype(raw: Sequence[dict[str, Any]], prototype: Sequence[float]) -> str:
@@ -137,7 +137,7 @@ def _loss_spaces_sentence(runs: Sequence[dict[str, Any]], num_layers: int) -> st
         return f"{first}, {min(raw, standardized):.4f} against {max(raw, standardized):.4f}"
 
     def of_seed(run: dict[str, Any]) -> float:
-        return statistics.mean(layer["delta_ce"] for layer in run["layers"])
+        return float(statistics.mean(layer["delta_ce"] for layer in run["layers"]))
 
     pairs = list(zip(by_space["raw"], by_space["standardized"], strict=True))
     cheaper = sum(of_seed(standardized) < of_seed(raw) for raw, standardized in pairs)

@@ -49,13 +49,13 @@ def make_model(path: Path) -> None:
         intermediate_size=4 * D_MODEL,
         max_position_embeddings=2048,
     )
-    model: Any = transformers.AutoModelForCausalLM.from_config(config)
+    auto_class: Any = transformers.AutoModelForCausalLM
+    model = auto_class.from_config(config)
     model.to(torch.bfloat16).save_pretrained(path)
     words = {f"t{i}": i for i in range(VOCABULARY - 1)} | {"<eos>": VOCABULARY - 1}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>"
-    ).save_pretrained(path)
+    tokenizer_class: Any = transformers.PreTrainedTokenizerFast
+    tokenizer_class(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(path)
 
 
 def make_text(path: Path, num_tokens: int) -> None:

@@ -133,7 +133,7 @@ def ratios(figures: dict[str, Any], key: str) -> dict[str, float]:
     """Ours over the products, the peers over ours, and AuxK's share of a step."""
 
     def ratio(a: str, b: str) -> float:
-        return round(figures[a][key] / figures[b][key], 2)
+        return round(float(figures[a][key] / figures[b][key]), 2)
 
     found = {f"ours bfloat16 / {name}": ratio("ours bfloat16", name) for name in PRODUCTS[1:]}
     found["ours float32 / product float32 reused"] = ratio(OURS[0], PRODUCTS[0])

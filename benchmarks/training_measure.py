@@ -175,7 +175,7 @@ def _rows(store: Store, site: str, layer: int, sequences: Any) -> torch.Tensor:
 def _penalised(sae: mlsae.sae.SAE, x: torch.Tensor, layer: int) -> dict[str, float]:
     lengths = torch.linalg.vector_norm(sae.W_dec, dim=1)
     error = active = penalty = in_units_of_x = 0.0
-    for piece in x.split(4096):
+    for piece in torch.split(x, 4096):
         latents = sae.encode(piece, layer)
         values = latents.values.double()
         active += float((values > 0).sum())

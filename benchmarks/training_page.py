@@ -187,7 +187,9 @@ def _held_against(
 ) -> str:
     """Where the multi-layer SAE's worst seed beats the others' best, and the other way round."""
     ours, theirs = list(found[one].values()), list(found[other].values())
-    lower, higher, neither = [], [], []
+    lower: list[int] = []
+    higher: list[int] = []
+    neither: list[int] = []
     for layer in range(len(ours[0])):
         a, b = [run[layer] for run in ours], [run[layer] for run in theirs]
         (lower if max(a) < min(b) else higher if min(a) > max(b) else neither).append(layer)

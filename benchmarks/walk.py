@@ -103,6 +103,7 @@ class DenseLoop:
         self.W_enc, self.W_dec, self.b = sae.W_enc, sae.W_dec, sae.b
         variances = layer_variances(plan.store.moments(plan.site, 1), plan.layers, "standardized")
         self.weights = torch.from_numpy(1 / variances).float()
+        assert plan.sae.k is not None
         self.k, self.batches, self.done = plan.sae.k, batches, 0
         self.adam = torch.optim.Adam(
             sae.parameters(), lr=plan.schedule.peak, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True
@@ -120,12 +121,13 @@ class DenseLoop:
         u_hat = z @ self.W_dec + self.b
         loss = ((u - u_hat).square().sum(1) * self.weights[layer]).sum() / len(x)
         self.adam.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             W, grad = self.W_dec, self.W_dec.grad
+            assert grad is not None
             grad -= (grad * W).sum(1, keepdim=True) * W
             self.adam.step()
-            W /= W.norm(dim=1, keepdim=True)
+            W.div_(torch.linalg.vector_norm(W, dim=1, keepdim=True))
 
 
 def timed(work: Callable[[], None], steps: int) -> tuple[float, float]:

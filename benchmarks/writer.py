@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from mlsae.base.files import fsync_directory
 from mlsae.base.units import parse_bytes
 from mlsae.store import GroupMoments, create
 from mlsae.store.accumulate import Accumulator, blocks_of
+from mlsae.store.encoding import SiteCodec
 from mlsae.store.moments import group_of_rows
 
 SITE = "resid_post"
@@ -76,8 +78,8 @@ class Producer:
             for layer in layers:
                 values = generator.standard_normal((self.batch_rows, shape.d_model), np.float32)
                 batch[SITE, layer] = values.astype(np.float16)
-            total = Accumulator(layers, shape.d_model, "float16")
-            total.add(blocks_of(groups, shape.d_model), list(batch.values()))
+            total = Accumulator(layers, shape.d_model, SiteCodec("float16", shape.d_model))
+            total.add(blocks_of(groups, shape.d_model), [(rows,) for rows in batch.values()])
             self.ring.append(batch)
             self.moments.append(total)
 
@@ -161,7 +163,7 @@ def measure(shape: Shape, parent: Path, rounds: int) -> dict[str, Any]:
     for number in range(rounds):
         for name in sorted(works, reverse=number % 2 == 1):
             path = outputs.new()
-            figures[name].append(timed(lambda work=works[name], path=path: work(path)))
+            figures[name].append(timed(partial(works[name], path)))
     result: dict[str, Any] = {**asdict(shape), "num_bytes": shape.num_bytes}
     for name, measured in figures.items():
         speeds = [shape.num_bytes / seconds / 1e9 for seconds, _ in measured[1:]]

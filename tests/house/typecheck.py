@@ -1,4 +1,4 @@
-"""Type-check the package under its own name.
+"""Type-check the package under its own name, and the benchmarks.
 
 The checkout is the package, so a type checker that starts from files would name the modules after
 the checkout's folder. Here mypy sees the tree as `<temporary>/mlsae`.
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> int:
-    """Run mypy in strict mode on the package; its exit status is ours."""
+    """Run mypy in strict mode; its exit status is ours."""
     with tempfile.TemporaryDirectory() as temporary:
         package = Path(temporary) / "mlsae"
         package.mkdir()
@@ -22,8 +22,9 @@ def main() -> int:
             is_room = entry.is_dir() and (entry / "__init__.py").exists()
             if is_room or entry.suffix == ".py" or entry.name == "py.typed":
                 (package / entry.name).symlink_to(entry)
+        (Path(temporary) / "benchmarks").symlink_to(ROOT / "benchmarks")
         command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "setup.cfg")]
-        command += ["--cache-dir", str(ROOT / ".mypy_cache"), "-p", "mlsae"]
+        command += ["--cache-dir", str(ROOT / ".mypy_cache"), "-p", "mlsae", "-p", "benchmarks"]
         # A finder of an editable install is no type information; the tree above is.
         environment = {**os.environ, "MYPYPATH": temporary}
         return subprocess.run(command, cwd=temporary, env=environment, check=False).returncode
