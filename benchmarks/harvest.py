@@ -3,13 +3,12 @@
 Each round runs, on the same batches, (1) the backbone alone, as transformers runs it, (2) the
 harvest's own loop from the first batch to the last committed shard, (3) the usual way,
 `AutoModelForCausalLM` with `output_hidden_states=True`; and writes the same bytes with
-`numpy.tofile` and `fsync`. Rounds
-alternate; figures are ratios of medians, the first round discarded. The process keeps
-freed memory, as `mlsae harvest` does on a CPU, whichever of the four runs. The page cache is filled
-first (--ballast), buffers are reused, no output is deleted before the end, and system CPU time is
-printed, because on a virtual machine that hands freed memory back to its host the price of fresh
-pages can hide everything else. Packing, loading and the preflight batch are outside: they do not
-grow with the tokens, or are paid once.
+`numpy.tofile` and `fsync`. Rounds alternate; figures are ratios of medians, the first round
+discarded. The process keeps freed memory, as `mlsae harvest` does on a CPU, whichever of the four
+runs. The page cache is filled first (--ballast), buffers are reused, no output is deleted before
+the end, and system CPU time is printed, because on a virtual machine that hands freed memory back
+to its host the price of fresh pages can hide everything else. Packing, loading and the preflight
+batch are outside: they do not grow with the tokens, or are paid once.
 
     python -m benchmarks.harvest [--rounds 5] [--threads 2] [--sizes 512x6,1024x8]
         [--dir DISK] [--ballast 8GB]

@@ -54,20 +54,18 @@ def size_rows(case: Case) -> list[list[str]]:
     """By encoding and by kept positions: bytes, shards of a layer, largest object, objects."""
     rows = []
     for keep in KEPT:
-        for encoding in ("bfloat16", "int8", "float32"):
+        for encoding in map(check_encoding, ("bfloat16", "int8", "float32")):
+            row_bytes = [part.row_bytes for part in parts_of(encoding, case.d_model)]
             layout = plan_layout(
                 num_tokens=case.num_tokens // CONTEXT * CONTEXT,
                 context_length=CONTEXT,
                 layers=range(case.num_layers),
                 sites=("resid_post",),
                 d_model=case.d_model,
-                encoding=check_encoding(encoding),
+                encoding=encoding,
                 batch_sequences=16,
                 keep_positions=keep,
             )
-            row_bytes = [
-                part.row_bytes for part in parts_of(check_encoding(encoding), case.d_model)
-            ]
             shards = layout.num_shards * case.num_layers
             object_bytes = layout.activation_bytes * max(row_bytes) / sum(row_bytes) / shards
             rows.append(

@@ -36,10 +36,10 @@ from mlsae.store.schema import (
 )
 from mlsae.store.setup import read_calibration, site_codecs
 
-WRITER_THREADS, MOST_WRITER_THREADS = 2, 8
+_LEAST_WRITER_THREADS, MOST_WRITER_THREADS = 2, 8
 """As many as there are cores, from the first to the second, hash and write. More would keep a fast
 disk no busier, and several ranks may share a machine."""
-FLUSHING_THREADS = 3
+_FLUSHING_THREADS = 3
 """They only wait for the disk."""
 Array = npt.NDArray[Any]
 Rows = Array | Parts
@@ -92,12 +92,12 @@ class Writer:
         self._cached = cached
         self._added: dict[Key, AddedFVU] = {}
         remove_stale_partials(path)
-        num_threads = min(max(WRITER_THREADS, os.cpu_count() or 1), MOST_WRITER_THREADS)
+        num_threads = min(max(_LEAST_WRITER_THREADS, os.cpu_count() or 1), MOST_WRITER_THREADS)
         self._pool = ThreadPoolExecutor(
             num_threads, thread_name_prefix="store-write", initializer=yield_to_others
         )
         # Of their own, so that waiting for the disk never holds up the next shard's rows.
-        self._flushers = ThreadPoolExecutor(FLUSHING_THREADS, thread_name_prefix="store-flush")
+        self._flushers = ThreadPoolExecutor(_FLUSHING_THREADS, thread_name_prefix="store-flush")
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="store-commit")
         self._batch: _Batch | None = None
         # Rows of the open shard, by group, whose moments are still to be given.

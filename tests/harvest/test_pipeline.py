@@ -12,8 +12,9 @@ import torch
 from mlsae.base.errors import InputError, ResourceError
 from mlsae.harvest import HarvestConfig, run
 from mlsae.harvest.packing import pack
+from mlsae.harvest.plan import producer_of
 from mlsae.harvest.text import Source
-from mlsae.models import load, load_for
+from mlsae.models import attention, load, load_for
 from mlsae.store import ActivationError, NotAStoreError, PlanMismatchError, open_store
 
 MakeConfig = Callable[..., HarvestConfig]
@@ -128,6 +129,25 @@ def test_layers_are_a_choice(config: MakeConfig) -> None:
     store = open_store(settings.out)
     assert store.layers == (1, 3)
     assert store.num_tokens == 96
+
+
+def test_shards_say_whether_attention_was_ours(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It decides bits, so what one CPU began another does not finish by itself."""
+    model = config().model
+    monkeypatch.setattr(attention, "has_fast_bfloat16", lambda: True)
+    monkeypatch.setattr(attention, "has_matrix_units", lambda: False)
+
+    def device(dtype: str, implementation: str) -> str:
+        loaded = load(model, dtype=dtype, attention_implementation=implementation)
+        return producer_of(loaded)["device"]
+
+    plain = f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    assert device("bfloat16", "sdpa") == f"{plain}, attention by blocks"
+    assert device("float32", "sdpa") == device("bfloat16", "eager") == plain
+    monkeypatch.setattr(attention, "has_matrix_units", lambda: True)
+    assert device("bfloat16", "sdpa") == plain
 
 
 def test_finished_harvest_is_left_as_it_is(
