@@ -187,7 +187,7 @@ def producer_of(model: Transformer) -> dict[str, str]:
     else:
         device = f"cpu {torch.backends.cpu.get_cpu_capability()}"
         if model.attention_implementation == "sdpa" and blocks_pay(model.device, model.dtype):
-            device += ", attention by blocks"
+            device += " with attention by blocks"
     return {"device": device, "torch": torch.__version__}
 
 

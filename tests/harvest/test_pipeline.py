@@ -144,7 +144,7 @@ def test_shards_say_whether_attention_was_ours(
         return producer_of(loaded)["device"]
 
     plain = f"cpu {torch.backends.cpu.get_cpu_capability()}"
-    assert device("bfloat16", "sdpa") == f"{plain}, attention by blocks"
+    assert device("bfloat16", "sdpa") == f"{plain} with attention by blocks"
     assert device("float32", "sdpa") == device("bfloat16", "eager") == plain
     monkeypatch.setattr(attention, "has_matrix_units", lambda: True)
     assert device("bfloat16", "sdpa") == plain
