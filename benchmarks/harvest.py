@@ -32,8 +32,8 @@ import torch
 import transformers
 
 from benchmarks.page_cache import fill_page_cache
-from mlsae.base.heap import keep_freed_memory
 from mlsae.base.interruption import interruptible
+from mlsae.base.machine.heap import keep_freed_memory
 from mlsae.base.ranks import Ranks
 from mlsae.base.units import parse_bytes
 from mlsae.harvest.batches import Batches

@@ -59,7 +59,7 @@ def ours(settings: dict[str, Any]) -> None:
     """
     from accelerate import Accelerator
 
-    from mlsae.base.heap import keep_freed_memory
+    from mlsae.base.machine.heap import keep_freed_memory
     from mlsae.store import open_store
     from mlsae.train import TrainConfig
     from mlsae.train.decode import Decoder

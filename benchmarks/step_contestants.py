@@ -50,7 +50,7 @@ def ours(num_latents: int, d_in: int, k: int, *, mixed: bool, dead: bool) -> Ste
     import numpy as np
     from accelerate import Accelerator
 
-    from mlsae.base.heap import keep_freed_memory
+    from mlsae.base.machine.heap import keep_freed_memory
     from mlsae.sae import SAE, SAEConfig, topk
     from mlsae.train.dead import DeadLatents
     from mlsae.train.loader import Batch

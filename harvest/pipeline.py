@@ -7,13 +7,13 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from mlsae.base.devices import resolve_device
-from mlsae.base.heap import keep_freed_memory
 from mlsae.base.interruption import (
     InterruptedWorkError,
     Interruption,
     StopNow,
     interruptible,
 )
+from mlsae.base.machine.heap import keep_freed_memory
 from mlsae.base.ranks import Ranks, wait_until
 from mlsae.base.resources import require_writable
 from mlsae.harvest.batch_size import choose_batch_size

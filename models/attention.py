@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from mlsae.base.processor import has_fast_bfloat16, has_matrix_units
+from mlsae.base.machine.processor import has_fast_bfloat16, has_matrix_units
 
 _FEW_QUERIES, _MANY_QUERIES, _MANY_POSITIONS = 128, 256, 1024
 """Queries at once, and from how many positions on they are many: measured best of 64 to 512. Half

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from mlsae.base.processor import has_fast_bfloat16
+from mlsae.base.machine.processor import has_fast_bfloat16
 from mlsae.sae.largest import largest, supports
 from mlsae.sae.screen import Screen
 from mlsae.sae.sparse import Support

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from mlsae.base.errors import InputError
 from mlsae.base.files import remove_stale_partials
-from mlsae.base.priority import yield_to_others
+from mlsae.base.machine.priority import yield_to_others
 from mlsae.store.added_fvu import MAX_ADDED_FVU, AddedFVU, check_added_fvu
 from mlsae.store.commit import num_shards_of, pending_shards
 from mlsae.store.completion import complete

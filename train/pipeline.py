@@ -13,13 +13,13 @@ from accelerate import Accelerator
 
 from mlsae.base.errors import InputError, MlsaeError
 from mlsae.base.files import read_sealed, seal, write_durably
-from mlsae.base.heap import keep_freed_memory
 from mlsae.base.interruption import (
     InterruptedWorkError,
     Interruption,
     StopNow,
     interruptible,
 )
+from mlsae.base.machine.heap import keep_freed_memory
 from mlsae.sae.directory import TRAINING
 from mlsae.store import open_corpus
 from mlsae.train.checkpoint import Checkpoints, common_step

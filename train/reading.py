@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from mlsae.base.priority import yield_to_others
+from mlsae.base.machine.priority import yield_to_others
 from mlsae.store.scatter import Runs
 from mlsae.train.jobs import Job, Planned, Share
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mlsae.base.errors import InputError, ResourceError
-from mlsae.base.priority import NICENESS
+from mlsae.base.machine.priority import NICENESS
 from mlsae.store import (
     ActivationError,
     IncompleteStoreError,

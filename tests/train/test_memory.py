@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import torch
 from accelerate import Accelerator
-from mlsae.base.heap import keep_freed_memory
+from mlsae.base.machine.heap import keep_freed_memory
 from mlsae.sae import SAE, SAEConfig
 from mlsae.train.dead import DeadLatents
 from mlsae.train.loader import Batch

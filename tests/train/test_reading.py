@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from mlsae.base.priority import NICENESS
+from mlsae.base.machine.priority import NICENESS
 from mlsae.store.scatter import Runs
 from mlsae.train.jobs import Job, Planned, Share
 from mlsae.train.reading import Reading

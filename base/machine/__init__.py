@@ -1,0 +1,1 @@
+"""The processor, the heap and the scheduler of the machine that runs this process."""
