@@ -360,7 +360,7 @@ def examples_(**settings: Any) -> None:
 @click.option("--model", help="Name of the transformer, for the formats that record it.")
 def export(run: str, to: str, out: Path, model: str | None) -> None:
     """Write the SAE of RUN, a directory or hub id, in the format of another tool."""
-    from mlsae.sae.convert import export_sae
+    from mlsae.sae.formats.convert import export_sae
 
     for directory in export_sae(run, to, out, model=model):
         click.echo(f"SAE for {to}: {directory}")
@@ -373,7 +373,7 @@ def export(run: str, to: str, out: Path, model: str | None) -> None:
 @click.option("--layers", type=LAYERS, help="Its layers, such as 0-5, where its files do not say.")
 def import_(source: str, out: Path, site: str | None, layers: tuple[int, ...] | None) -> None:
     """Read an SAE of another tool from SRC, a directory or hub id."""
-    from mlsae.sae.convert import format_imported, import_sae
+    from mlsae.sae.formats.convert import format_imported, import_sae
 
     click.echo(format_imported(import_sae(source, out, site=site, layers=layers), out))
 

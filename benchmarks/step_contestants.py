@@ -51,7 +51,8 @@ def ours(num_latents: int, d_in: int, k: int, *, mixed: bool, dead: bool) -> Ste
     from accelerate import Accelerator
 
     from mlsae.base.machine.heap import keep_freed_memory
-    from mlsae.sae import SAE, SAEConfig, topk
+    from mlsae.sae import SAE, SAEConfig
+    from mlsae.sae.architectures import topk
     from mlsae.train.dead import DeadLatents
     from mlsae.train.loader import Batch
     from mlsae.train.objective import Objective

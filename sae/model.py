@@ -1,7 +1,7 @@
 """The sparse autoencoder: one dictionary for the rows of every layer.
 
 z = act(W_enc (u − b) + b_enc),  û = W_dec z + b,  x̂ = û · s + m, where u = (x − m) / s is the
-normalised row (sae/normalize.py) and act is that of the architecture (sae/topk.py, sae/relu.py).
+normalised row (sae/normalize.py) and act is that of the architecture (sae/architectures/topk.py, sae/architectures/relu.py).
 Source of one dictionary for all layers: Lawson et al. (2024), arXiv 2409.04185.
 
 Shape suffixes: B rows, D channels, N latents, K selected latents; L layers; `...` any
@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 import torch
 
 from mlsae.base.errors import InputError
-from mlsae.sae.architecture import Architecture, Weights
+from mlsae.sae.architectures.base import Architecture, Weights
+from mlsae.sae.architectures.relu import ReLU, listed
+from mlsae.sae.architectures.topk import TopK
 from mlsae.sae.config import SAEConfig
 from mlsae.sae.directory import FILES, read, write
-from mlsae.sae.functions import bag
+from mlsae.sae.kernels.functions import bag
+from mlsae.sae.kernels.sparse import FullSupport, Support
 from mlsae.sae.location import find
 from mlsae.sae.normalize import Standardized, by_layer, restore, standardize
-from mlsae.sae.relu import ReLU, listed
-from mlsae.sae.sparse import FullSupport, Support
-from mlsae.sae.topk import TopK
 
 
 class Latents(NamedTuple):

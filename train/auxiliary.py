@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from mlsae.sae import SAE
-from mlsae.sae.functions import bag, preactivations
-from mlsae.sae.select import select
-from mlsae.sae.sparse import Support
+from mlsae.sae.kernels.functions import bag, preactivations
+from mlsae.sae.kernels.select import select
+from mlsae.sae.kernels.sparse import Support
 
 Sum = Callable[[torch.Tensor], torch.Tensor]
 """Adds a tensor up over ranks."""

@@ -19,8 +19,8 @@ import torch
 
 from mlsae.base.errors import InputError
 from mlsae.sae import SAE
+from mlsae.sae.kernels.sparse import Support
 from mlsae.sae.normalize import EPS
-from mlsae.sae.sparse import Support
 from mlsae.store import Moments
 from mlsae.train import auxiliary, resample
 from mlsae.train.auxiliary import Residual, Sum

@@ -25,10 +25,10 @@ from typing import NamedTuple
 import torch
 
 from mlsae.sae import SAE
-from mlsae.sae.functions import bag, preactivations
+from mlsae.sae.kernels.functions import bag, preactivations
+from mlsae.sae.kernels.select import select
+from mlsae.sae.kernels.sparse import Support
 from mlsae.sae.normalize import restore
-from mlsae.sae.select import select
-from mlsae.sae.sparse import Support
 from mlsae.train.optimizer import ADAM_BETAS, ADAM_EPS
 from mlsae.train.trainer import DivergedError
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mlsae.sae import SAE, SAEConfig, load
-from mlsae.sae.convert import export_sae, import_sae
+from mlsae.sae.formats.convert import export_sae, import_sae
 
 pytestmark = [
     pytest.mark.external,

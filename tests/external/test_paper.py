@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mlsae.sae import SAE, SAEConfig, load
-from mlsae.sae.convert import export_sae
+from mlsae.sae.formats.convert import export_sae
 from mlsae.train.paper import PaperTrainer
 
 pytestmark = [

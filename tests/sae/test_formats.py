@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from mlsae.base.errors import InputError
 from mlsae.sae import SAE, load
-from mlsae.sae.convert import export_sae, import_sae
+from mlsae.sae.formats.convert import export_sae, import_sae
 
 Float = npt.NDArray[np.float64]
 Make = Callable[..., Path]

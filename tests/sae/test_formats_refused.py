@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from mlsae.cli import main
 from mlsae.sae import SAE, SAEConfig, load
-from mlsae.sae.convert import export_sae
-from mlsae.sae.foreign import ConversionError
+from mlsae.sae.formats.common import ConversionError
+from mlsae.sae.formats.convert import export_sae
 
 Make = Callable[..., Path]
 D, N, K = 12, 48, 5

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from mlsae.sae import SAE, SAEConfig, load
-from mlsae.sae.convert import FORMATS, export_sae, import_sae
-from mlsae.sae.foreign import ConversionError
+from mlsae.sae.formats.common import ConversionError
+from mlsae.sae.formats.convert import FORMATS, export_sae, import_sae
 
 D, N = 12, 48
 

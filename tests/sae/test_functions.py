@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mlsae.sae.functions import bag, preactivations
-from mlsae.sae.select import select
-from mlsae.sae.sparse import Support
+from mlsae.sae.kernels.functions import bag, preactivations
+from mlsae.sae.kernels.select import select
+from mlsae.sae.kernels.sparse import Support
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
 

@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from mlsae.sae import select as select_module
-from mlsae.sae.largest import largest, supports
-from mlsae.sae.select import select
+from mlsae.sae.kernels import select as select_module
+from mlsae.sae.kernels.largest import largest, supports
+from mlsae.sae.kernels.select import select
 
 
 def places(pre: torch.Tensor, k: int, threads: int = 1) -> torch.Tensor:

@@ -24,7 +24,7 @@ import torch
 from pathlib import Path
 from mlsae.base.errors import InputError
 from mlsae.sae import load
-from mlsae.sae.convert import import_sae
+from mlsae.sae.formats.convert import import_sae
 for what, name, out in json.loads(sys.argv[1]):
     try:
         sae = load(name) if what == "load" else import_sae(name, Path(out))

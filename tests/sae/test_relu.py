@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from mlsae.base.errors import InputError
-from mlsae.sae import SAE, SAEConfig, load, relu
-from mlsae.sae.relu import listed, positive
+from mlsae.sae import SAE, SAEConfig, load
+from mlsae.sae.architectures import relu
+from mlsae.sae.architectures.relu import listed, positive
 
 D, N = 8, 40
 

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mlsae.sae import select as module
-from mlsae.sae.screen import Screen
-from mlsae.sae.select import select, select_screened
+from mlsae.sae.kernels import select as module
+from mlsae.sae.kernels.screen import Screen
+from mlsae.sae.kernels.select import select, select_screened
 
 K = 8
 

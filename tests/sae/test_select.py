@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mlsae.sae import select as module
-from mlsae.sae.select import select, select_mixed, top_k
+from mlsae.sae.kernels import select as module
+from mlsae.sae.kernels.select import select, select_mixed, top_k
 
 
 def rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from mlsae.sae import SAE, SAEConfig, relu
-from mlsae.sae.sparse import FullSupport
+from mlsae.sae import SAE, SAEConfig
+from mlsae.sae.architectures import relu
+from mlsae.sae.kernels.sparse import FullSupport
 from mlsae.train.auxiliary import hashed
 from mlsae.train.dead import DeadLatents
 from mlsae.train.loader import Batch

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from mlsae.sae import SAE, SAEConfig
-from mlsae.sae.select import select, select_mixed
+from mlsae.sae.kernels.select import select, select_mixed
 from mlsae.train import auxiliary
 from mlsae.train.dead import DeadLatents
 from mlsae.train.loader import Batch

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from mlsae.sae import SAE, SAEConfig
-from mlsae.sae.select import select
+from mlsae.sae.kernels.select import select
 from mlsae.train import auxiliary
 from mlsae.train.auxiliary import sample
 from mlsae.train.dead import DeadLatents

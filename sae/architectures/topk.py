@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from mlsae.sae.architecture import Weights
-from mlsae.sae.functions import preactivations
-from mlsae.sae.select import select, select_mixed
-from mlsae.sae.sparse import Support
+from mlsae.sae.architectures.base import Weights
+from mlsae.sae.kernels.functions import preactivations
+from mlsae.sae.kernels.select import select, select_mixed
+from mlsae.sae.kernels.sparse import Support
 
 
 @dataclass(frozen=True)

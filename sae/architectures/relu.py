@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from mlsae.sae.architecture import Weights
-from mlsae.sae.functions import bag, preactivations
-from mlsae.sae.select import BLOCK_BYTES
-from mlsae.sae.sparse import FullSupport, Support
+from mlsae.sae.architectures.base import Weights
+from mlsae.sae.kernels.functions import bag, preactivations
+from mlsae.sae.kernels.select import BLOCK_BYTES
+from mlsae.sae.kernels.sparse import FullSupport, Support
 
 _DENSE = 8
 """Dense products pay where some row uses more than 1 in so many latents."""

@@ -8,9 +8,17 @@ from typing import Any
 
 from mlsae.base.errors import InputError
 from mlsae.base.files import canonical_json, fsync_directory, sha256_file, write_durably
-from mlsae.sae import dictionary_learning, published, saelens, sparsify
 from mlsae.sae.directory import CONFIG, WEIGHTS, write
-from mlsae.sae.foreign import SITES, ConversionError, Foreign, Format, Origin, plural, read_json
+from mlsae.sae.formats import dictionary_learning, published, saelens, sparsify
+from mlsae.sae.formats.common import (
+    SITES,
+    ConversionError,
+    Foreign,
+    Format,
+    Origin,
+    plural,
+    read_json,
+)
 from mlsae.sae.location import Found, find, nothing_at
 from mlsae.sae.model import SAE, load
 

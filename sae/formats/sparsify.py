@@ -13,7 +13,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from mlsae.sae.foreign import (
+from mlsae.sae.formats.common import (
     OURS,
     ConversionError,
     Foreign,

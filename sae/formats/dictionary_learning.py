@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from mlsae.sae.foreign import (
+from mlsae.sae.formats.common import (
     OURS,
     SITES,
     ConversionError,

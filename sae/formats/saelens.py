@@ -15,7 +15,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from mlsae.sae.foreign import (
+from mlsae.sae.formats.common import (
     OURS,
     SITES,
     ConversionError,

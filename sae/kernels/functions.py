@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mlsae.sae.sparse import Support
+from mlsae.sae.kernels.sparse import Support
 
 
 class _Preactivations(torch.autograd.Function):

@@ -15,7 +15,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 
-from mlsae.sae.foreign import (
+from mlsae.sae.formats.common import (
     ConversionError,
     Foreign,
     Format,

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from mlsae.base.machine.processor import has_fast_bfloat16
-from mlsae.sae.largest import largest, supports
-from mlsae.sae.screen import Screen
-from mlsae.sae.sparse import Support
+from mlsae.sae.kernels.largest import largest, supports
+from mlsae.sae.kernels.screen import Screen
+from mlsae.sae.kernels.sparse import Support
 
 BLOCK_BYTES = 16 << 20
 """Pre-activations alive at once: a block of rows × latents."""

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from mlsae.sae.sparse import Support
+from mlsae.sae.kernels.sparse import Support
 
 
 class Weights(NamedTuple):

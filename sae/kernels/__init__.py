@@ -1,0 +1,1 @@
+"""Operations on rows and latents that cost time: selection, sparse products."""
