@@ -397,7 +397,7 @@ def store() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(location: str, as_json: bool) -> None:
     """Say what a store holds."""
-    from mlsae.store.info import format_info, store_info
+    from mlsae.store.tools.info import format_info, store_info
 
     found = store_info(location)
     click.echo(json.dumps(found, indent=2) if as_json else format_info(found))
@@ -408,7 +408,7 @@ def info(location: str, as_json: bool) -> None:
 def verify(location: str) -> None:
     """Check every hash, checksum, moment and rule of a store."""
     from mlsae.store import open_store
-    from mlsae.store.verify import verify as find_problems
+    from mlsae.store.tools.verify import verify as find_problems
 
     # What is kept on this machine says nothing of what the place holds now.
     report = find_problems(location, progress=True, cache_bytes=0)
@@ -434,7 +434,7 @@ def verify(location: str) -> None:
 )
 def copy_store(**settings: Any) -> None:
     """Copy a store: every byte of it, or some of it, or in another encoding."""
-    from mlsae.store.copy import CopyConfig, copy
+    from mlsae.store.copying.copy import CopyConfig, copy
 
     done = copy(CopyConfig(**settings), progress=True)
     for note in done.notes:
@@ -447,7 +447,7 @@ def copy_store(**settings: Any) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def rm(directory: str, yes: bool) -> None:
     """Remove a store, and nothing but a store."""
-    from mlsae.store.remove import find_removable, remove
+    from mlsae.store.tools.remove import find_removable, remove
 
     found = find_removable(directory)
     if not yes:

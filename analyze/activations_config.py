@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mlsae.analyze.config import ROWS
 from mlsae.base.errors import InputError
-from mlsae.store.corpus import Location
+from mlsae.store.read.corpus import Location
 
 PART_EVENTS = 2**22
 """Events that are held, sorted and written together, unless told otherwise."""

@@ -9,7 +9,7 @@ from typing import Any
 from mlsae.analyze.config import AnalyzeConfig
 from mlsae.analyze.pairing import Pairing
 from mlsae.store import RemoteError, Store
-from mlsae.store.presets import preset_of
+from mlsae.store.format.presets import preset_of
 
 RUN_FILE = "run.yaml"
 """What `mlsae train` leaves beside an SAE: the run with every default resolved."""

@@ -10,7 +10,7 @@ from mlsae.analyze.commands import commands
 from mlsae.analyze.config import AnalyzeConfig
 from mlsae.analyze.pairing import Pairing
 from mlsae.store import RemoteError
-from mlsae.store.presets import preset_of
+from mlsae.store.format.presets import preset_of
 
 _LIBRARIES = ("torch", "transformers", "numpy", "pyarrow", "zarr", "matplotlib")
 

@@ -13,7 +13,7 @@ from mlsae.sae import SAE
 from mlsae.sae import load as load_sae
 from mlsae.sae.directory import WEIGHTS
 from mlsae.store import AnyStore, open_corpus
-from mlsae.store.corpus import Location
+from mlsae.store.read.corpus import Location
 
 _NEEDED = frozenset(
     {"store_id", "model_fingerprint", "site", "layers", "skip_positions", "validation"}

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from mlsae.base.errors import InputError
 from mlsae.store import AnyStore, Store
-from mlsae.store.split import validation_of
+from mlsae.store.read.split import validation_of
 
 Int = npt.NDArray[np.int64]
 Single = npt.NDArray[np.float32]

@@ -14,7 +14,7 @@ from torch import Tensor
 from mlsae.analyze.selection import Int
 from mlsae.models.inputs import Inputs
 from mlsae.store import PADDING, AnyStore
-from mlsae.store.corpus import sequence_origin
+from mlsae.store.read.corpus import sequence_origin
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

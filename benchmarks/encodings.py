@@ -29,7 +29,7 @@ import numpy.typing as npt
 from mlsae.demo import model_path, text_path
 from mlsae.harvest import HarvestConfig, run
 from mlsae.store import Calibrator, Store, create, open_store
-from mlsae.store.presets import PRESETS
+from mlsae.store.format.presets import PRESETS
 
 SITE = "resid_post"
 PIECE_ROWS = 4096

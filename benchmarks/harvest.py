@@ -42,7 +42,7 @@ from mlsae.harvest.pipeline import keeps_cached
 from mlsae.harvest.shards import harvest_shards
 from mlsae.models import Transformer, load
 from mlsae.store import Writer, create
-from mlsae.store.encoding import check_encoding, parts_of
+from mlsae.store.format.encoding import check_encoding, parts_of
 
 CONTEXT = 512
 BATCH = 16

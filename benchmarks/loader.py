@@ -40,7 +40,7 @@ from benchmarks.page_cache import fill_page_cache
 from benchmarks.rounds import Contender, alternate, anonymous_memory
 from mlsae.base.units import parse_bytes
 from mlsae.store import Store, open_store
-from mlsae.store.split import validation_of
+from mlsae.store.read.split import validation_of
 from mlsae.train.loader import Loader
 from mlsae.train.rows import Mixture
 

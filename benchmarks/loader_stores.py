@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.store import SPECIAL, create
-from mlsae.store.calibration import Calibrator
+from mlsae.store.format.calibration import Calibrator
 
 SITE = "resid_post"
 CONTEXT_LENGTH = 256

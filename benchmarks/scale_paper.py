@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from benchmarks.markdown import table
 from mlsae.base.units import format_bytes, format_count
-from mlsae.store.encoding import check_encoding, parts_of
-from mlsae.store.layout import plan_layout
-from mlsae.store.writer import MOST_WRITER_THREADS
+from mlsae.store.format.encoding import check_encoding, parts_of
+from mlsae.store.format.layout import plan_layout
+from mlsae.store.write.writer import MOST_WRITER_THREADS
 
 H200_PEAK = 989e12
 """Dense bfloat16 FLOP/s, NVIDIA's data sheet."""

@@ -11,7 +11,7 @@ import torch
 
 import mlsae.sae
 from mlsae.store import Store, open_store
-from mlsae.store.split import validation_of
+from mlsae.store.read.split import validation_of
 from mlsae.train.evaluate import POSITION_0_OUT, evaluate
 
 HELD_OUT_SHARE = 0.05

@@ -34,9 +34,9 @@ from benchmarks.page_cache import fill_page_cache
 from mlsae.base.files import fsync_directory
 from mlsae.base.units import parse_bytes
 from mlsae.store import GroupMoments, create
-from mlsae.store.accumulate import Accumulator, blocks_of
-from mlsae.store.encoding import SiteCodec
-from mlsae.store.moments import group_of_rows
+from mlsae.store.format.accumulate import Accumulator, blocks_of
+from mlsae.store.format.encoding import SiteCodec
+from mlsae.store.format.moments import group_of_rows
 
 SITE = "resid_post"
 CONTEXT_LENGTH = 256

@@ -10,8 +10,8 @@ from mlsae.harvest.forward import PINNED, memory_explained
 from mlsae.models import Transformer
 from mlsae.models.capture import capture
 from mlsae.models.inputs import Inputs
-from mlsae.store.encoding import Part, parts_of
-from mlsae.store.presets import resolve_preset
+from mlsae.store.format.encoding import Part, parts_of
+from mlsae.store.format.presets import resolve_preset
 
 TOKENS_AT_ONCE = {"cpu": 2**13, "cuda": 2**16}
 """Beyond these a larger pass gains no more speed."""

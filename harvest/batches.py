@@ -13,7 +13,7 @@ import torch
 
 from mlsae.models.inputs import Inputs
 from mlsae.store import PADDING
-from mlsae.store.rows import kept_positions
+from mlsae.store.format.positions import kept_positions
 
 Slice = Callable[[int, int], npt.NDArray[Any]]
 

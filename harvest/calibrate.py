@@ -11,8 +11,8 @@ from mlsae.harvest.forward import memory_explained, stored_rows
 from mlsae.models import Transformer
 from mlsae.models.capture import capture
 from mlsae.store import Calibration, Calibrator
-from mlsae.store.calibration import CALIBRATION_ROWS
-from mlsae.store.moments import eligible_groups, group_of_rows
+from mlsae.store.format.calibration import CALIBRATION_ROWS
+from mlsae.store.format.moments import eligible_groups, group_of_rows
 
 PIECE_ROWS = 1 << 10
 """Rows of every layer that are on the host at once."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mlsae.store import Calibration, Encoding
-from mlsae.store.encoding import (
+from mlsae.store.format.encoding import (
     BLOCK_CHANNELS,
     EIGHTHS,
     MAX_EXPONENT,
@@ -97,7 +97,7 @@ class FloatCodec:
 
 
 class Int8Codec:
-    """int8 with an exponent a block, as `mlsae.store.encoding.encode_int8`.
+    """int8 with an exponent a block, as `mlsae.store.format.encoding.encode_int8`.
 
     A block's exponent is looked up in a table of the magnitudes that each can hold, where the host
     takes a logarithm: so that every device finds the same one.

@@ -9,9 +9,9 @@ from mlsae.harvest.text import TextConfig
 from mlsae.models.initialization import INITS
 from mlsae.models.loading import DTYPES
 from mlsae.models.sites import SITES
-from mlsae.store.added_fvu import MAX_ADDED_FVU
-from mlsae.store.layout import SHARD_BYTES
-from mlsae.store.presets import PRESETS
+from mlsae.store.format.added_fvu import MAX_ADDED_FVU
+from mlsae.store.format.layout import SHARD_BYTES
+from mlsae.store.format.presets import PRESETS
 
 DEFAULT_CONTEXT_LENGTH = 1024
 DEVICE_MAPS = ("auto",)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mlsae.harvest.codecs import Codecs, Key, Parts
-from mlsae.store.moments import GROUPS, STANDARDIZE_EPS, GroupMoments
+from mlsae.store.format.moments import GROUPS, STANDARDIZE_EPS, GroupMoments
 
 PIECE_VALUES = {"cpu": 1 << 18, "cuda": 1 << 30}
 """Values of a piece: on the CPU its tables stay in the caches of two cores."""

@@ -1,6 +1,6 @@
 """What the encoding of a shard costs, measured where the transformer computed its rows.
 
-The figure is that of `mlsae.store.added_fvu`: of the eligible rows, in total and by decile of norm.
+The figure is that of `mlsae.store.format.added_fvu`: of the eligible rows, in total and by decile of norm.
 Rows are summed in float32, each about the mean of the shard's first ones, so that nothing cancels,
 and pieces of rows in float64: a figure is right to a relative 1e-5. Rows that differ by no more
 than float32 rounds have no variance here.
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from mlsae.harvest.codecs import Codec, Codecs, Key, Parts, piece_rows
-from mlsae.store.added_fvu import NUM_DECILES, AddedFVU
-from mlsae.store.moments import eligible_groups
+from mlsae.store.format.added_fvu import NUM_DECILES, AddedFVU
+from mlsae.store.format.moments import eligible_groups
 
 ROUNDING = 1e-6
 """Less of a sum of squares about the centre than this is what float32 left over."""
@@ -71,7 +71,7 @@ class EncodingCost:
         """Add a batch; one in which the encoding changes nothing or the first ones tell is passed.
 
         Args:
-            group_N: index into `mlsae.store.moments.GROUPS` of each row.
+            group_N: index into `mlsae.store.format.moments.GROUPS` of each row.
             rows: (site, layer) → (N, D) floats before encoding, on any device.
             stored: the same rows as they will be stored.
         """

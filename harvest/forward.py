@@ -22,7 +22,7 @@ from mlsae.harvest.host_moments import HostMoments, each_alone
 from mlsae.models import Transformer
 from mlsae.models.capture import capture
 from mlsae.store import ActivationError
-from mlsae.store.presets import Preset, resolve_preset
+from mlsae.store.format.presets import Preset, resolve_preset
 
 FLOAT16_AUTO_LIMIT = 16_000.0
 BFLOAT16_ADVICE = "--encoding bfloat16 for values over 65,504, or "

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mlsae.harvest.codecs import Codecs, Key, Parts
-from mlsae.store.moments import STANDARDIZE_EPS, GroupMoments
+from mlsae.store.format.moments import STANDARDIZE_EPS, GroupMoments
 
 PIECE_VALUES = 3 << 17
 """Values of a piece, all layers of a site: 1.3 ns each. In pieces of a quarter, with tables that
@@ -68,7 +68,7 @@ class HostMoments:
         """Add a batch.
 
         Args:
-            group_N: index into `mlsae.store.moments.GROUPS` of each row.
+            group_N: index into `mlsae.store.format.moments.GROUPS` of each row.
             stored: (site, layer) → rows as they will be stored.
 
         Returns:

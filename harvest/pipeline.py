@@ -39,11 +39,11 @@ from mlsae.harvest.text_report import text_lines
 from mlsae.models import Transformer, load, outline
 from mlsae.models.sites import check_sites
 from mlsae.store import Calibration, PlanMismatchError, Writer, create, open_store, resume
-from mlsae.store.commit import num_shards_of, pending_shards
-from mlsae.store.completion import complete
-from mlsae.store.objects import LocalObjects
+from mlsae.store.places.objects import LocalObjects
 from mlsae.store.plan import find_plan, read_plan
 from mlsae.store.schema import COMPLETE, SETUP
+from mlsae.store.write.commit import num_shards_of, pending_shards
+from mlsae.store.write.completion import complete
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,10 +22,10 @@ from mlsae.models.attention import blocks_pay
 from mlsae.models.sites import check_sites
 from mlsae.models.tokenizer import tokenizer_sha256
 from mlsae.store import PlanMismatchError
-from mlsae.store.compression import plan_compression
-from mlsae.store.layout import Layout, plan_layout
+from mlsae.store.format.compression import plan_compression
+from mlsae.store.format.layout import Layout, plan_layout
+from mlsae.store.format.presets import PRESETS, resolve_preset
 from mlsae.store.plan import find_plan
-from mlsae.store.presets import PRESETS, resolve_preset
 from mlsae.store.schema import describe_difference
 
 

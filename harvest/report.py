@@ -11,9 +11,9 @@ from mlsae.harvest.config import HarvestConfig
 from mlsae.harvest.outliers import outlier_lines
 from mlsae.harvest.packing import PackedText
 from mlsae.store import Store
-from mlsae.store.encoding_cost import largest_added_fvu
-from mlsae.store.layout import Layout
-from mlsae.store.presets import PRESETS
+from mlsae.store.format.layout import Layout
+from mlsae.store.format.presets import PRESETS
+from mlsae.store.read.encoding_cost import largest_added_fvu
 
 DECODED_TOKENS = 40
 

@@ -1,9 +1,5 @@
 """The activation store: one verifiable, resumable Zarr v3 group for all layers of a transformer."""
 
-from mlsae.store.begin import create, resume
-from mlsae.store.calibration import Calibration, Calibrator
-from mlsae.store.corpus import AnyStore, Corpus, open_corpus
-from mlsae.store.encoding import Encoding
 from mlsae.store.errors import (
     ActivationError,
     DamagedStoreError,
@@ -16,10 +12,14 @@ from mlsae.store.errors import (
     SchemaVersionError,
     StoreError,
 )
-from mlsae.store.moments import GroupMoments, Moments
-from mlsae.store.reader import Store, open_store
+from mlsae.store.format.calibration import Calibration, Calibrator
+from mlsae.store.format.encoding import Encoding
+from mlsae.store.format.moments import GroupMoments, Moments
+from mlsae.store.read.corpus import AnyStore, Corpus, open_corpus
+from mlsae.store.read.store import Store, open_store
 from mlsae.store.schema import MASKED, PADDING, SCHEMA_VERSION, SPECIAL
-from mlsae.store.writer import Writer
+from mlsae.store.write.create import create, resume
+from mlsae.store.write.writer import Writer
 
 __all__ = [
     "MASKED",

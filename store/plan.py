@@ -8,14 +8,14 @@ from typing import Any
 
 from mlsae.base.errors import InputError
 from mlsae.base.files import canonical_json
-from mlsae.store.calibration import Calibration, check_calibration
-from mlsae.store.compression import plan_compression
-from mlsae.store.encoding import check_encoding
 from mlsae.store.errors import DamagedStoreError, NotAStoreError
-from mlsae.store.layout import plan_layout, token_rows_for
-from mlsae.store.objects import LocalObjects, Objects
+from mlsae.store.format.calibration import Calibration, check_calibration
+from mlsae.store.format.compression import plan_compression
+from mlsae.store.format.encoding import check_encoding
+from mlsae.store.format.layout import plan_layout, token_rows_for
+from mlsae.store.places.objects import LocalObjects, Objects
 from mlsae.store.plancheck import check_plan
-from mlsae.store.records import read_sealed_object
+from mlsae.store.read.records import read_sealed_object
 from mlsae.store.schema import (
     COMPLETE,
     IGNORED,
@@ -25,7 +25,7 @@ from mlsae.store.schema import (
     SITES,
     TOKEN_ARRAYS,
 )
-from mlsae.store.tokens import TokenArrays
+from mlsae.store.write.tokens import TokenArrays
 
 
 def make_plan(

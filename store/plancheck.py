@@ -8,12 +8,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mlsae.store.compression import COMPRESSIONS
-from mlsae.store.encoding import STORED_DTYPE, parts_of
 from mlsae.store.errors import InvalidStoreError, SchemaVersionError
-from mlsae.store.layout import MAX_OBJECT_BYTES, MAX_SHARDS, object_bytes
-from mlsae.store.moments import moments_bytes
-from mlsae.store.rows import MAX_KEPT_CONTEXT, num_rows_of, rows_per_sequence_of
+from mlsae.store.format.compression import COMPRESSIONS
+from mlsae.store.format.encoding import STORED_DTYPE, parts_of
+from mlsae.store.format.layout import MAX_OBJECT_BYTES, MAX_SHARDS, object_bytes
+from mlsae.store.format.moments import moments_bytes
+from mlsae.store.format.positions import MAX_KEPT_CONTEXT, num_rows_of, rows_per_sequence_of
 from mlsae.store.schema import PLAN, PLAN_KEYS, SCHEMA_VERSION, SITES
 
 MAX_COUNT = 2**62

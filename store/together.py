@@ -6,7 +6,7 @@ from math import inf
 from typing import Any
 
 from mlsae.base.errors import InputError
-from mlsae.store.reader import Store
+from mlsae.store.read.store import Store
 
 _DIGEST = 64
 

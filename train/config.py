@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlsae.base.errors import InputError
-from mlsae.store.corpus import Location
+from mlsae.store.read.corpus import Location
 from mlsae.train.objective import LOSS_SPACES
 from mlsae.train.schedule import SCHEDULES
 from mlsae.train.tracking import TRACKERS

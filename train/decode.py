@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from mlsae.store import AnyStore
-from mlsae.store.encoding import BLOCK_CHANNELS, EIGHTHS, MAX_EXPONENT, MIN_EXPONENT
+from mlsae.store.format.encoding import BLOCK_CHANNELS, EIGHTHS, MAX_EXPONENT, MIN_EXPONENT
 
 Parts = tuple[torch.Tensor, ...]
 """Rows as stored: (N, width) for each of the arrays that hold them."""

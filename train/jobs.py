@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mlsae.store.scatter import Runs
+from mlsae.store.read.scatter import Runs
 from mlsae.train.rows import Mixture
 from mlsae.train.walk import Block, Walk
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from mlsae.base.errors import InputError
 from mlsae.sae import SAEConfig
 from mlsae.store import AnyStore
-from mlsae.store.split import validation_of
+from mlsae.store.read.split import validation_of
 from mlsae.train.auxiliary import default_k_aux
 from mlsae.train.config import TrainConfig
 from mlsae.train.dead import default_dead_after

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from mlsae.base.machine.priority import yield_to_others
-from mlsae.store.scatter import Runs
+from mlsae.store.read.scatter import Runs
 from mlsae.train.jobs import Job, Planned, Share
 
 Task = Callable[[], None]

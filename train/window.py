@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mlsae.store.scatter import Runs, ScatteredRows
+from mlsae.store.read.scatter import Runs, ScatteredRows
 from mlsae.train.decode import Parts, origin_of, torch_rows
 from mlsae.train.jobs import Share
 from mlsae.train.rows import Mixture

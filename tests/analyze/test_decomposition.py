@@ -16,7 +16,7 @@ from mlsae.analyze.pairing import pair
 from mlsae.sae import SAE, SAEConfig
 from mlsae.sae import load as load_sae
 from mlsae.store import open_store
-from mlsae.store.split import validation_sequences
+from mlsae.store.read.split import validation_sequences
 
 Float = npt.NDArray[np.float64]
 

@@ -18,8 +18,8 @@ from mlsae.base.errors import InputError
 from mlsae.models import load
 from mlsae.sae import load as load_sae
 from mlsae.store import SPECIAL, create, open_store
-from mlsae.store.rows import kept_positions
-from mlsae.store.split import validation_sequences
+from mlsae.store.format.positions import kept_positions
+from mlsae.store.read.split import validation_sequences
 
 LENGTH, KEPT, SEED, NUM_SEQUENCES = 24, 7, 5, 20
 CE_COLUMNS = ("num_ce_tokens", "ce", "ce_sae", "delta_ce", "kl")

@@ -17,7 +17,7 @@ from mlsae.analyze.figures import FIGURES
 from mlsae.base.errors import InputError, ResourceError
 from mlsae.sae import SAE, SAEConfig
 from mlsae.store import IncompleteStoreError, create, open_store
-from mlsae.store.split import validation_sequences
+from mlsae.store.read.split import validation_sequences
 
 PICTURES = sorted(f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg"))
 TABLES = (

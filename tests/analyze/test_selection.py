@@ -9,7 +9,7 @@ import pytest
 from mlsae.analyze.selection import choose_sequences, first_tokens, read_rows
 from mlsae.base.errors import InputError
 from mlsae.store import open_store
-from mlsae.store.split import validation_sequences
+from mlsae.store.read.split import validation_sequences
 
 SPLIT = {"fraction": 0.2, "seed": 3}
 

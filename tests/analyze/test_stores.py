@@ -21,7 +21,7 @@ from mlsae.base.files import read_sealed, seal
 from mlsae.cli import main
 from mlsae.sae import load as load_sae
 from mlsae.store import Store, open_corpus, open_store
-from mlsae.store.corpus import sequence_origin
+from mlsae.store.read.corpus import sequence_origin
 
 LENGTH = 24
 CE = ("num_ce_tokens", "ce", "ce_store", "ce_sae", "delta_ce", "kl")

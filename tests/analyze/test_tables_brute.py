@@ -12,7 +12,7 @@ import pytest
 from mlsae.analyze import Analysis, AnalyzeConfig, run
 from mlsae.sae import load as load_sae
 from mlsae.store import open_store
-from mlsae.store.split import validation_sequences
+from mlsae.store.read.split import validation_sequences
 
 Float = npt.NDArray[np.float64]
 LAYERS = (0, 1, 3)

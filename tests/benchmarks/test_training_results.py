@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mlsae.store import open_store
-from mlsae.store.copy import CopyConfig, copy
+from mlsae.store.copying.copy import CopyConfig, copy
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from mlsae.cli import main
 from mlsae.store import IncompleteStoreError, InvalidStoreError, StoreError, open_store
-from mlsae.store.verify import verify
+from mlsae.store.tools.verify import verify
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -13,7 +13,7 @@ import pytest
 
 from mlsae.sae.directory import WEIGHTS
 from mlsae.store import open_store
-from mlsae.store.verify import verify
+from mlsae.store.tools.verify import verify
 from mlsae.train import TrainConfig, run
 
 pytestmark = pytest.mark.external

@@ -28,7 +28,7 @@ from mutations import make_store
 from stepping import Line, Stepper, cut_power, read_journal
 
 from mlsae.store import IncompleteStoreError, NotAStoreError, open_store
-from mlsae.store.verify import verify
+from mlsae.store.tools.verify import verify
 
 VARIANTS: list[dict[str, Any]] = [
     {"layers": (0, 2)},

@@ -26,8 +26,8 @@ from mutations import BASES, KINDS, NEST, Edit, Files, make_store, mutate, paths
 
 from mlsae.base.errors import InputError
 from mlsae.store import Store, open_store
-from mlsae.store.info import format_info, store_info
-from mlsae.store.verify import verify
+from mlsae.store.tools.info import format_info, store_info
+from mlsae.store.tools.verify import verify
 
 MEMORY = 2**30
 """Bytes of address space beyond what the process has when the cases begin."""

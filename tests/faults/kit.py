@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from mlsae.demo import model_path, text_path
 from mlsae.store import StoreError, open_store
-from mlsae.store.verify import verify
+from mlsae.store.tools.verify import verify
 
 PATIENCE_SECONDS = 240
 WORKERS = min(2, os.cpu_count() or 1)

@@ -16,7 +16,7 @@ import torch
 
 from mlsae.analyze.selection import read_rows
 from mlsae.store import StoreError, open_store
-from mlsae.store.verify import verify
+from mlsae.store.tools.verify import verify
 from mlsae.train.loader import Loader
 from mlsae.train.rows import Mixture
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlsae.store import StoreError, open_store
-from mlsae.store.verify import verify
+from mlsae.store.tools.verify import verify
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 

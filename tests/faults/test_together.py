@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from mlsae.store import open_store
-from mlsae.store.verify import verify
+from mlsae.store.tools.verify import verify
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 

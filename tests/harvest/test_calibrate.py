@@ -16,7 +16,7 @@ from mlsae.models import Transformer, load
 from mlsae.models.capture import capture
 from mlsae.models.inputs import Inputs
 from mlsae.store import SPECIAL, Calibration, Calibrator
-from mlsae.store.rows import kept_positions
+from mlsae.store.format.positions import kept_positions
 
 LENGTH, SEQUENCES = 16, 20
 TOKENS = np.random.default_rng(0).integers(1, 52, LENGTH * SEQUENCES, dtype=np.uint32)
@@ -49,7 +49,7 @@ def needing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
     def act(num_rows: int) -> None:
         monkeypatch.setattr(module, "CALIBRATION_ROWS", num_rows)
-        monkeypatch.setattr("mlsae.store.calibration.CALIBRATION_ROWS", num_rows)
+        monkeypatch.setattr("mlsae.store.format.calibration.CALIBRATION_ROWS", num_rows)
 
     return act
 

@@ -16,8 +16,8 @@ from mlsae.models import load_for
 from mlsae.models.capture import capture
 from mlsae.models.sites import SITES
 from mlsae.store import PADDING, PlanMismatchError, Store, open_store
-from mlsae.store.rows import kept_positions
-from mlsae.store.verify import verify
+from mlsae.store.format.positions import kept_positions
+from mlsae.store.tools.verify import verify
 
 MakeConfig = Callable[..., HarvestConfig]
 

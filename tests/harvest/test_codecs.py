@@ -9,7 +9,7 @@ import torch
 from mlsae.harvest import codecs as module
 from mlsae.harvest.codecs import UNSOUND, FloatCodec, Int8Codec, Scratch
 from mlsae.store import Calibration, Calibrator
-from mlsae.store.encoding import SiteCodec, encode_int8, num_blocks
+from mlsae.store.format.encoding import SiteCodec, encode_int8, num_blocks
 
 KEY = ("resid_post", 0)
 WIDTHS = (1, 20, 64, 100, 192)

@@ -10,7 +10,7 @@ from mlsae.harvest import host_moments
 from mlsae.harvest.codecs import Codecs, codecs_for
 from mlsae.harvest.device_moments import DeviceMoments
 from mlsae.harvest.host_moments import HostMoments
-from mlsae.store.moments import GROUPS
+from mlsae.store.format.moments import GROUPS
 
 LAYERS = (1, 4, 5)
 SITES = ("resid_post", "mlp_out")

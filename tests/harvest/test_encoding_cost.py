@@ -11,7 +11,7 @@ from mlsae.harvest import codecs as module
 from mlsae.harvest.codecs import Codecs, codecs_for
 from mlsae.harvest.encoding_cost import EncodingCost
 from mlsae.store import Calibrator
-from mlsae.store.added_fvu import AddedFVU
+from mlsae.store.format.added_fvu import AddedFVU
 
 SITES, LAYERS, WIDTH = ("resid_post",), (0, 3), 70
 KEYS = [("resid_post", 0), ("resid_post", 3)]

@@ -15,8 +15,8 @@ from mlsae.harvest.forward import Computed, Forward, choose_encoding, memory_exp
 from mlsae.models import Transformer, load
 from mlsae.models.capture import capture
 from mlsae.store import PADDING, SPECIAL, ActivationError, Calibrator
-from mlsae.store.encoding import decode
-from mlsae.store.rows import kept_positions
+from mlsae.store.format.encoding import decode
+from mlsae.store.format.positions import kept_positions
 
 TOKENS = np.random.default_rng(0).integers(0, 52, (4, 16), dtype=np.uint32)
 DOCUMENTS = np.sort(np.random.default_rng(1).integers(0, 9, 64)).astype(np.uint32)

@@ -15,10 +15,10 @@ from mlsae.base.units import parse_bytes
 from mlsae.cli import main
 from mlsae.harvest import HarvestConfig, pipeline, run
 from mlsae.store import Calibration, PlanMismatchError, Store, open_store
-from mlsae.store.info import format_info, store_info
-from mlsae.store.presets import PRESETS, preset_of
+from mlsae.store.format.presets import PRESETS, preset_of
 from mlsae.store.schema import COMPLETE, PLAN, commit_record
-from mlsae.store.verify import verify
+from mlsae.store.tools.info import format_info, store_info
+from mlsae.store.tools.verify import verify
 
 MakeConfig = Callable[..., HarvestConfig]
 

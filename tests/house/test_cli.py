@@ -77,7 +77,7 @@ def test_every_option_has_help():
 
 def test_help_and_docs_say_what_each_encoding_costs():
     """A line each."""
-    from mlsae.store.presets import PRESETS
+    from mlsae.store.format.presets import PRESETS
 
     shown = CliRunner().invoke(main, ["harvest", "--help"]).output
     lines = [line.split() for line in shown.splitlines()]

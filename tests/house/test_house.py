@@ -200,7 +200,7 @@ def test_imports_go_one_way(room: str):
 def test_a_store_is_read_and_written_without_torch(tmp_path: Path):
     """Producers and readers of activations need not have it loaded."""
     script = (
-        "import sys, mlsae.store, mlsae.store.verify, mlsae.store.info\n"
+        "import sys, mlsae.store, mlsae.store.tools.verify, mlsae.store.tools.info\n"
         "sys.exit(', '.join({'torch', 'transformers', 'accelerate'} & set(sys.modules)) or None)\n"
     )
     done = subprocess.run(

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from mlsae.store.remote import open_objects
-from mlsae.store.retry import Patience
+from mlsae.store.places.remote import open_objects
+from mlsae.store.places.retry import Patience
 
 
 class Located(NamedTuple):

@@ -7,7 +7,7 @@ import pytest
 
 from mlsae.base.files import read_sealed
 from mlsae.store import ActivationError, Calibrator, create, open_store
-from mlsae.store.added_fvu import AddedFVU
+from mlsae.store.format.added_fvu import AddedFVU
 
 
 def brute_force(x: np.ndarray, decoded: np.ndarray) -> float:

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from mlsae.store import DamagedStoreError, open_store
-from mlsae.store.cache import CachedObjects, ChunkCache, default_cache_dir
-from mlsae.store.remote import open_objects
+from mlsae.store.places.cache import CachedObjects, ChunkCache, default_cache_dir
+from mlsae.store.places.remote import open_objects
 
 LARGE = "activations/resid_post/0/c.0.0"
 
@@ -69,7 +69,7 @@ def test_what_was_read_is_not_asked_for_again(objects, web, content, tmp_path):
     script = (
         "import sys, numpy as np\n"
         "from pathlib import Path\n"
-        "from mlsae.store.remote import open_objects\n"
+        "from mlsae.store.places.remote import open_objects\n"
         "objects = open_objects(sys.argv[1], cache_dir=Path(sys.argv[2]))\n"
         "out = np.empty(1000, np.uint8)\n"
         "objects.read('complete.json', 100)\n"
@@ -224,7 +224,7 @@ def test_a_store_read_through_a_bad_cache_is_read_right(sample_maker, servers, t
 WORK = """
 import sys, random, numpy as np
 from pathlib import Path
-from mlsae.store.cache import ChunkCache
+from mlsae.store.places.cache import ChunkCache
 cache, generator = ChunkCache(Path(sys.argv[1]), 100_000), random.Random(int(sys.argv[2]))
 out, bad = np.empty(1000, np.uint8), 0
 print("ready", flush=True)
@@ -319,7 +319,7 @@ FULL = """
 import sys
 from pathlib import Path
 import numpy as np
-from mlsae.store.cache import ChunkCache
+from mlsae.store.places.cache import ChunkCache
 cache, out = ChunkCache(Path(sys.argv[1]), 2**30), np.empty(2**20, np.uint8)
 for number in range(8):
     cache.put("store", str(number), np.full(2**20, number, np.uint8))

@@ -7,7 +7,7 @@ import pytest
 
 from mlsae.base.errors import InputError
 from mlsae.store import Calibration, Calibrator, create, open_store
-from mlsae.store.encoding import SiteCalibration
+from mlsae.store.format.encoding import SiteCalibration
 
 KEYS = [("mlp_out", 1), ("mlp_out", 4), ("resid_post", 1), ("resid_post", 4)]
 SHAPE = {"context_length": 8, "layers": (1, 4), "d_model": 6, "sites": ("mlp_out", "resid_post")}

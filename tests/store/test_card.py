@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from mlsae.store import Calibrator, create, open_store
-from mlsae.store.card import card_of
-from mlsae.store.completion import complete
-from mlsae.store.encoding_cost import EncodingCost
-from mlsae.store.verify import verify
+from mlsae.store.read.encoding_cost import EncodingCost
+from mlsae.store.tools.verify import verify
+from mlsae.store.write.card import card_of
+from mlsae.store.write.completion import complete
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 HARVESTED = {
@@ -234,7 +234,7 @@ def test_every_flipped_bit_of_a_card_is_found(sample):
     everywhere = range(0, len(data), 97)
     last_line = range(data.rfind(b"<!--"), len(data))
     first_mark = range(marks[0] - 3, marks[0] + 12)
-    from mlsae.store.card import card_problem
+    from mlsae.store.write.card import card_problem
 
     for at in (*everywhere, *last_line, *first_mark):
         for bit in (0, 3, 7):

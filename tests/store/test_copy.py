@@ -26,13 +26,13 @@ from mlsae.store import (
     StoreError,
     open_store,
 )
-from mlsae.store.copy import CopyConfig, CopyResult, copy
+from mlsae.store.copying.copy import CopyConfig, CopyResult, copy
 from mlsae.store.schema import is_provenance
-from mlsae.store.verify import verify
+from mlsae.store.tools.verify import verify
 
 SIGNALLED = """
 import os, signal, sys
-from mlsae.store.copy import CopyConfig, copy
+from mlsae.store.copying.copy import CopyConfig, copy
 
 number, left, source, target = signal.Signals[sys.argv[1]], int(sys.argv[2]), *sys.argv[3:5]
 def count(event, args):
@@ -278,7 +278,7 @@ def test_records_that_do_not_fit_stop_a_copy_before_it_begins(
 
 def test_a_source_that_changes_meanwhile_is_noticed(sample_maker, tmp_path, monkeypatch):
     """Another store takes its place while its first shards are being copied."""
-    import mlsae.store.target as target_module
+    import mlsae.store.copying.target as target_module
 
     one, other = sample_maker("one").path, sample_maker("other", seed=1).path
     receive = target_module.DirectoryTarget.receive
@@ -418,10 +418,10 @@ FULL = """
 import shutil, sys
 from pathlib import Path
 from mlsae.base.errors import ResourceError
-from mlsae.store.copy import CopyConfig, copy
-from mlsae.store.target import DirectoryTarget
+from mlsae.store.copying.copy import CopyConfig, copy
+from mlsae.store.copying.target import DirectoryTarget
 from mlsae.store.schema import is_provenance
-from mlsae.store.verify import verify
+from mlsae.store.tools.verify import verify
 
 source, disk = sys.argv[1], Path(sys.argv[2])
 ballast = disk / "ballast"

@@ -10,9 +10,9 @@ import pytest
 
 from mlsae.base.errors import InputError
 from mlsae.store import Calibrator, Corpus, IncompleteStoreError, Store, create, open_corpus
-from mlsae.store.corpus import sequence_origin
-from mlsae.store.moments import GROUPS
-from mlsae.store.split import validation_of, validation_sequences
+from mlsae.store.format.moments import GROUPS
+from mlsae.store.read.corpus import sequence_origin
+from mlsae.store.read.split import validation_of, validation_sequences
 
 LENGTH, WIDTH, LAYERS, SITES = 8, 70, (1, 4), ("mlp_out", "resid_post")
 MODEL = {"fingerprint": "a" * 64, "init": "trained", "init_seed": None}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mlsae.store import DamagedStoreError, open_store
-from mlsae.store.verify import verify
+from mlsae.store.tools.verify import verify
 
 
 def flip(file: Path, at: int = 7) -> None:

@@ -26,8 +26,8 @@ from mlsae.store import (
     create,
     open_store,
 )
-from mlsae.store.copy import CopyConfig, CopyResult, copy
-from mlsae.store.verify import verify
+from mlsae.store.copying.copy import CopyConfig, CopyResult, copy
+from mlsae.store.tools.verify import verify
 
 SIGNALLED = """
 import os, signal, sys
@@ -360,7 +360,7 @@ def test_a_killed_copy_goes_on_to_the_same_store(sample_maker, tmp_path):
 
 def test_a_source_that_changes_meanwhile_is_noticed(sample_maker, tmp_path, monkeypatch):
     """The copy is not completed: what it holds may be of two stores."""
-    from mlsae.store.chosen import ChosenRows
+    from mlsae.store.copying.rows import ChosenRows
 
     one, other = sample_maker("one").path, sample_maker("other", seed=1).path
     read = ChosenRows.read

@@ -13,9 +13,9 @@ import zarr
 from mlsae.base.files import read_sealed
 from mlsae.harvest import HarvestConfig, run
 from mlsae.store import ActivationError, Calibration, Calibrator, Store, create, open_store
-from mlsae.store.added_fvu import MAX_ADDED_FVU
-from mlsae.store.presets import PRESETS, resolve_preset
-from mlsae.store.verify import verify
+from mlsae.store.format.added_fvu import MAX_ADDED_FVU
+from mlsae.store.format.presets import PRESETS, resolve_preset
+from mlsae.store.tools.verify import verify
 
 SITE = "resid_post"
 MOST_FVU = 2e-4

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from mlsae.base.errors import ResourceError
 from mlsae.store import create, open_store
-from mlsae.store.verify import verify
+from mlsae.store.tools.verify import verify
 
 disk = Path(sys.argv[1])
 ballast = disk / "ballast"

@@ -12,14 +12,14 @@ import pytest
 from mlsae.base.errors import InputError
 from mlsae.base.files import read_sealed, seal
 from mlsae.store import DamagedStoreError, InvalidStoreError, open_store
-from mlsae.store.info import format_info, store_info
-from mlsae.store.layout import plan_layout
-from mlsae.store.moments import GroupMoments, to_bytes
+from mlsae.store.format.layout import plan_layout
+from mlsae.store.format.moments import GroupMoments, to_bytes
+from mlsae.store.format.positions import check_num_positions
 from mlsae.store.plan import make_plan
 from mlsae.store.plancheck import check_plan
-from mlsae.store.rows import check_num_positions
-from mlsae.store.tokens import TokenArrays
-from mlsae.store.verify import verify
+from mlsae.store.tools.info import format_info, store_info
+from mlsae.store.tools.verify import verify
+from mlsae.store.write.tokens import TokenArrays
 
 
 def as_pipe(path: Path) -> None:

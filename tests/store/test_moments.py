@@ -8,9 +8,9 @@ import pytest
 
 from mlsae.base.errors import InputError
 from mlsae.store import MASKED, PADDING, SPECIAL, open_store
-from mlsae.store.accumulate import Accumulator, blocks_of
-from mlsae.store.encoding import SiteCodec, decode, encode
-from mlsae.store.moments import GROUPS, GroupMoments, from_bytes, group_of_rows, to_bytes
+from mlsae.store.format.accumulate import Accumulator, blocks_of
+from mlsae.store.format.encoding import SiteCodec, decode, encode
+from mlsae.store.format.moments import GROUPS, GroupMoments, from_bytes, group_of_rows, to_bytes
 
 
 @pytest.mark.parametrize("encoding", ["float16", "bfloat16", "float32"])

@@ -8,8 +8,8 @@ import pytest
 
 from mlsae.base.files import read_sealed
 from mlsae.store import MixedProducersError, Writer, create, open_store, resume
-from mlsae.store.info import format_info, store_info
-from mlsae.store.verify import verify
+from mlsae.store.tools.info import format_info, store_info
+from mlsae.store.tools.verify import verify
 
 CPU = {"device": "cpu", "torch": "2.8.0"}
 GPU = {"device": "NVIDIA H200", "torch": "2.8.0"}

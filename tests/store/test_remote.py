@@ -13,8 +13,8 @@ import pytest
 
 from mlsae.base.errors import InputError
 from mlsae.store import DamagedStoreError, RemoteError, open_store
-from mlsae.store.objects import LocalObjects
-from mlsae.store.remote import is_remote, open_objects, open_writable
+from mlsae.store.places.objects import LocalObjects
+from mlsae.store.places.remote import is_remote, open_objects, open_writable
 
 LARGE = "activations/resid_post/0/c.0.0"
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlsae.store import DamagedStoreError, RemoteError
-from mlsae.store.retry import Patience
+from mlsae.store.places.retry import Patience
 
 LARGE = "activations/resid_post/0/c.0.0"
 

@@ -13,11 +13,11 @@ from click.testing import CliRunner, Result
 from mlsae.base.files import seal
 from mlsae.cli import main
 from mlsae.store import IncompleteStoreError, StoreError, open_store
-from mlsae.store.remove import find_removable, remove
+from mlsae.store.tools.remove import find_removable, remove
 
 KILLED = """
 import os, signal, sys
-from mlsae.store.remove import find_removable, remove
+from mlsae.store.tools.remove import find_removable, remove
 
 left = int(sys.argv[2])
 def count(event, _):

@@ -12,7 +12,7 @@ import zarr
 
 from mlsae.base.errors import InputError
 from mlsae.store import open_store
-from mlsae.store.encoding import SiteCodec, decode, encode
+from mlsae.store.format.encoding import SiteCodec, decode, encode
 
 TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -10,9 +10,9 @@ import zarr
 from mlsae.base.errors import InputError
 from mlsae.base.files import read_sealed, seal
 from mlsae.store import PADDING, SPECIAL, InvalidStoreError, create, open_store
-from mlsae.store.layout import plan_layout
-from mlsae.store.rows import kept_positions
-from mlsae.store.verify import verify
+from mlsae.store.format.layout import plan_layout
+from mlsae.store.format.positions import kept_positions
+from mlsae.store.tools.verify import verify
 
 LENGTH, NUM_SEQUENCES, KEPT = 24, 31, 5
 FIXED = [[16, 59, 87, 94], [28, 43, 46, 56]]

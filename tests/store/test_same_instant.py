@@ -9,7 +9,7 @@ import pytest
 
 from mlsae.base.files import write_new_durably
 from mlsae.store import PlanMismatchError, create, open_store
-from mlsae.store.verify import verify
+from mlsae.store.tools.verify import verify
 
 
 def produce(path: Path, context_length: int, ready: threading.Barrier, outcomes: list[str]) -> None:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from mlsae.store import DamagedStoreError, Store, create, open_store
-from mlsae.store import scatter as module
-from mlsae.store.aio import MOST_READS, MOST_VECTORS, open_queue
-from mlsae.store.calibration import Calibrator
-from mlsae.store.scatter import Runs, ScatteredRows
+from mlsae.store.format.calibration import Calibrator
+from mlsae.store.read import scatter as module
+from mlsae.store.read.aio import MOST_READS, MOST_VECTORS, open_queue
+from mlsae.store.read.scatter import Runs, ScatteredRows
 
 KEYS = [("resid_post", 0), ("resid_post", 3)]
 NUM_ROWS = 2000

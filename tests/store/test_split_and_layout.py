@@ -5,8 +5,8 @@ import pytest
 
 from mlsae.base.errors import InputError
 from mlsae.store import open_store
-from mlsae.store.layout import Layout, object_bytes, plan_layout
-from mlsae.store.split import validation_sequences
+from mlsae.store.format.layout import Layout, object_bytes, plan_layout
+from mlsae.store.read.split import validation_sequences
 
 
 def test_the_split_depends_on_text_and_seed_alone():

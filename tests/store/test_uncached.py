@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from mlsae.store import create, open_store
-from mlsae.store.shardfile import ShardFile
-from mlsae.store.verify import verify
+from mlsae.store.tools.verify import verify
+from mlsae.store.write.shardfile import ShardFile
 
 ROWS = np.random.default_rng(0).normal(size=(3000, 64)).astype(np.float16)
 

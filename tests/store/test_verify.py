@@ -20,9 +20,9 @@ from mlsae.store import (
     resume,
 )
 from mlsae.store.plan import make_plan
-from mlsae.store.setup import write_setup
-from mlsae.store.tokens import TokenArrays
-from mlsae.store.verify import Problem, verify
+from mlsae.store.tools.verify import Problem, verify
+from mlsae.store.write.setup import write_setup
+from mlsae.store.write.tokens import TokenArrays
 
 SPECIFICATION = Path(__file__).parents[2] / "storage_schema.md"
 
@@ -119,7 +119,7 @@ def test_foreign_files_are_named_and_hub_files_ignored(sample):
 
 def test_moments_that_are_not_those_of_the_values_are_found(sample):
     """Even when every hash around them is right."""
-    from mlsae.store import moments as m
+    from mlsae.store.format import moments as m
 
     store = open_store(sample.path)
     name = sample.path / "moments/00002.safetensors"

@@ -23,11 +23,11 @@ from mlsae.store import (
     open_store,
     resume,
 )
-from mlsae.store.accumulate import Accumulator, blocks_of
-from mlsae.store.encoding import SiteCodec
-from mlsae.store.moments import GroupMoments
-from mlsae.store.shardfile import ShardFile
-from mlsae.store.verify import verify
+from mlsae.store.format.accumulate import Accumulator, blocks_of
+from mlsae.store.format.encoding import SiteCodec
+from mlsae.store.format.moments import GroupMoments
+from mlsae.store.tools.verify import verify
+from mlsae.store.write.shardfile import ShardFile
 
 PRODUCER = Path(__file__).with_name("producer.py")
 SHAPE = {"context_length": 8, "layers": (0, 1), "d_model": 4}

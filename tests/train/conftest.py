@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mlsae.store import create, open_store
-from mlsae.store.calibration import Calibrator
+from mlsae.store.format.calibration import Calibrator
 from mlsae.train.sampler import Order, slice_rows
 from mlsae.train.walk import Walk
 

@@ -8,7 +8,7 @@ import torch
 
 from mlsae.sae import SAE, SAEConfig
 from mlsae.store import open_store
-from mlsae.store.rows import kept_positions
+from mlsae.store.format.positions import kept_positions
 from mlsae.train import evaluate as module
 from mlsae.train.evaluate import evaluate
 

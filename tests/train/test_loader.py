@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mlsae.store import AnyStore, DamagedStoreError, Store, open_store
-from mlsae.store import scatter as module
+from mlsae.store.read import scatter as module
 from mlsae.train.loader import Batch, Loader
 from mlsae.train.rows import Mixture
 

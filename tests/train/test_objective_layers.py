@@ -64,7 +64,7 @@ def test_a_run_of_every_kind(changes: dict[str, Any], sample: Any, tmp_path: Pat
 
 
 def load_validation(store: Any, record: dict[str, Any]) -> np.ndarray[Any, Any]:
-    from mlsae.store.split import validation_of
+    from mlsae.store.read.split import validation_of
 
     split = record["validation"]
     sequences = validation_of(store, split["fraction"], split["seed"])

@@ -13,7 +13,7 @@ import torch
 from mlsae.base.errors import InputError
 from mlsae.sae import SAE, SAEConfig, load
 from mlsae.store import open_store
-from mlsae.store.split import validation_of
+from mlsae.store.read.split import validation_of
 from mlsae.train import TrainConfig, run
 from mlsae.train.paper import PaperTrainer, geometric_median
 from mlsae.train.trainer import DivergedError

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlsae.base.machine.priority import NICENESS
-from mlsae.store.scatter import Runs
+from mlsae.store.read.scatter import Runs
 from mlsae.train.jobs import Job, Planned, Share
 from mlsae.train.reading import Reading
 

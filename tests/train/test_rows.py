@@ -7,7 +7,7 @@ import pytest
 
 from mlsae.base.errors import InputError
 from mlsae.store import open_store
-from mlsae.store.rows import kept_positions
+from mlsae.store.format.positions import kept_positions
 from mlsae.train import rows as module
 from mlsae.train.rows import Mixture, TrainingRows
 from mlsae.train.sampler import owned_slots

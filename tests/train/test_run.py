@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from mlsae.base.errors import InputError
 from mlsae.sae import load
 from mlsae.store import open_store
-from mlsae.store.split import validation_of
+from mlsae.store.read.split import validation_of
 from mlsae.train import Sweep, TrainConfig, run, run_sweep
 from mlsae.train.checkpoint import DamagedCheckpointError
 from mlsae.train.trainer import Trainer

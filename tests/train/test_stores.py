@@ -17,8 +17,8 @@ from safetensors.numpy import load_file
 from mlsae.base.errors import InputError
 from mlsae.sae import load
 from mlsae.store import Calibrator, NotAStoreError, Store, create, open_corpus, open_store
-from mlsae.store.corpus import Location
-from mlsae.store.split import validation_of
+from mlsae.store.read.corpus import Location
+from mlsae.store.read.split import validation_of
 from mlsae.train import TrainConfig, run
 from mlsae.train.evaluate import evaluate
 from mlsae.train.loader import Loader

@@ -1,0 +1,1 @@
+"""A store copied whole, in part, or in another encoding."""

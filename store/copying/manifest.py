@@ -1,0 +1,176 @@
+"""What an exact copy of a store is made of: every object, with the SHA-256 that a record names."""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlsae.base.files import seal
+from mlsae.store.errors import DamagedStoreError, InvalidStoreError, RemoteError, StoreError
+from mlsae.store.read.records import read_commit, read_complete, read_setup
+from mlsae.store.read.store import Store
+from mlsae.store.schema import (
+    COMPLETE,
+    MOMENTS,
+    SETUP,
+    chunk_key,
+    commit_record,
+    shard_moments,
+)
+from mlsae.store.write.commit import num_shards_of, store_id_of
+
+_REQUESTS = 16
+"""Records asked for at once."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """An object that a record vouches for."""
+
+    name: str
+    sha256: str
+    record: str
+    """The record, for messages."""
+
+
+class Manifest:
+    """The objects of a complete store.
+
+    Args:
+        store: open, complete.
+
+    Raises:
+        DamagedStoreError, InvalidStoreError: its records are damaged or do not fit one another.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.num_shards = num_shards_of(store.plan)
+        setup = read_setup(store.objects, store.plan_id)
+        complete = read_complete(store.objects, store.plan_id)
+        self.plan_record = seal(store.plan)
+        self.setup_record = seal(setup)
+        self.complete_record = seal(complete)
+        self.setup = [
+            Item(name, digest, SETUP)
+            for key in ("metadata", "objects")
+            for name, digest in setup[key].items()
+        ]
+        self._metadata = set(setup["metadata"])
+        self.moments = Item(MOMENTS, complete["moments_sha256"], COMPLETE)
+        self.commit_sha256 = self._check_shards(setup["objects"])
+        """SHA-256 of the commit record of each shard."""
+
+    def shard(self, shard: int) -> tuple[list[Item], bytes]:
+        """The objects and moments of a shard, and its commit record.
+
+        Raises:
+            DamagedStoreError: the record is no longer what it was.
+        """
+        try:
+            record = self._read(shard)
+            data = seal(record)
+        except StoreError:
+            data = b""
+        if sha256(data) != self.commit_sha256[shard]:
+            raise DamagedStoreError(
+                f"{self.store.place}/{commit_record(shard)} changed while the store was copied; if "
+                f"that was meant, give another place and copy again"
+            )
+        where = f"the record of shard {shard}"
+        items = [Item(key, digest, where) for key, digest in record["objects"].items()]
+        return [*items, Item(shard_moments(shard), record["moments_sha256"], where)], data
+
+    def recordsha256(self, shard: int) -> str:
+        """SHA-256 of a shard's commit record."""
+        return self.commit_sha256[shard]
+
+    def sizes(self) -> dict[str, int]:
+        """Name → bytes of every object but records.
+
+        A place that lists nothing is asked for the sizes of the first shard alone: those of the
+        others are taken to be the same.
+
+        Raises:
+            DamagedStoreError: an object is not there.
+        """
+        objects = self.store.objects
+        shared = [item.name for item in (*self.setup, self.moments)]
+        shards = [self.names(shard) for shard in range(self.num_shards)]
+        every = [*shared, *(name for names in shards for name in names)]
+        try:
+            if objects.is_local:
+                return {name: (Path(objects.place) / name).stat().st_size for name in every}
+            with suppress(RemoteError):
+                listed = dict(objects.walk())
+                return {name: listed[name] for name in every}
+            asked = [*shared, *shards[0]]
+            with ThreadPoolExecutor(_REQUESTS) as pool:
+                found = dict(zip(asked, pool.map(objects.size, asked), strict=True))
+        except FileNotFoundError as error:
+            missing = error.filename
+        except KeyError as error:
+            missing = f"{self.store.place}/{error.args[0]}"
+        else:
+            for names in shards[1:]:
+                found |= {name: found[first] for first, name in zip(shards[0], names, strict=True)}
+            return found
+        raise DamagedStoreError(
+            f"{missing} is missing, but the store's records name it; restore it from a copy",
+            rule="R-COMMIT-4",
+        )
+
+    def _check_shards(self, objects: dict[str, str]) -> list[str]:
+        """SHA-256 of every commit record, once they are found to make up this store."""
+        objects = dict(objects)
+        digests = []
+        with ThreadPoolExecutor(1 if self.store.objects.is_local else _REQUESTS) as pool:
+            for shard, record in enumerate(pool.map(self._read, range(self.num_shards))):
+                if set(record["objects"]) != set(self._keys(shard)):
+                    raise InvalidStoreError(
+                        f"{self.store.place}/{commit_record(shard)} must name every object of its "
+                        f"shard and no other",
+                        rule="R-COMMIT-3",
+                    )
+                objects.update(record["objects"])
+                digests.append(sha256(seal(record)))
+        if store_id_of(self.store.plan_id, objects) != self.store.store_id:
+            raise InvalidStoreError(
+                f"{self.store.place}: the store_id is not that of the recorded objects; restore it "
+                f"from a copy",
+                rule="R-COMPLETE-2",
+            )
+        return digests
+
+    def _read(self, shard: int) -> dict[str, Any]:
+        try:
+            return read_commit(self.store.objects, self.store.plan_id, shard)
+        except FileNotFoundError:
+            raise DamagedStoreError(
+                f"{self.store.place}: {commit_record(shard)} is missing; restore it from a copy",
+                rule="R-COMMIT-1",
+            ) from None
+
+    def names(self, shard: int) -> list[str]:
+        """Names of the objects and the moments of a shard, in the same order for each."""
+        return [*self._keys(shard), shard_moments(shard)]
+
+    def object_names(self) -> list[str]:
+        """Names of all objects that decide the store_id."""
+        setup = [item.name for item in self.setup if item.name not in self._metadata]
+        return setup + [name for s in range(self.num_shards) for name in self._keys(s)]
+
+    def _keys(self, shard: int) -> list[str]:
+        return [
+            f"{part.array(site, layer)}/{chunk_key(shard, 2)}"
+            for site in self.store.sites
+            for layer in self.store.layers
+            for part in self.store.parts
+        ]
+
+
+def sha256(data: bytes) -> str:
+    """Hex SHA-256 of bytes."""
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,1 @@
+"""Bytes of a store: layout, encodings, compression, moments."""

@@ -1,0 +1,154 @@
+"""Opening the objects of a store, wherever they are."""
+
+import os
+import re
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
+
+from mlsae.base.errors import InputError
+from mlsae.store.places.cache import CachedObjects, ChunkCache, default_cache_dir
+from mlsae.store.places.objects import LocalObjects, Objects
+from mlsae.store.places.retry import Patience
+
+CACHE_BYTES = 10 * 2**30
+"""Most bytes of remote stores that are kept on this machine, unless said otherwise."""
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_FORMS = (
+    "a directory, https://host/path, s3://bucket/prefix or "
+    "hf://datasets/owner/name[@revision][/path]"
+)
+
+
+def is_remote(location: str | os.PathLike[str]) -> bool:
+    """Whether a location names a place elsewhere: a URL that is not of a file."""
+    return _scheme(os.fspath(location)) not in (None, "file")
+
+
+class WritableObjects(Objects, Protocol):
+    """Objects of a store elsewhere that can be added to. What was there of that name is replaced.
+
+    The place checks what arrives, and an object appears whole or not at all.
+    """
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write an object.
+
+        Raises:
+            RemoteError: the place cannot be reached, or refuses it.
+        """
+        ...
+
+    def put_file(self, name: str, path: Path) -> None:
+        """Write an object that holds the bytes of a file.
+
+        Raises:
+            RemoteError: the place cannot be reached, or refuses it.
+        """
+        ...
+
+
+def open_objects(
+    location: str | os.PathLike[str],
+    *,
+    cache_dir: Path | None = None,
+    cache_bytes: int | None = None,
+    patience: Patience | None = None,
+) -> Objects:
+    """The objects of a store.
+
+    Args:
+        location: a directory, or a URL: `file://…`, `https://host/path` (or `http://`),
+            `s3://bucket/prefix`, `hf://datasets/owner/name[@revision][/path]`. S3 and the hub
+            take credentials, endpoint and region from where their own tools do.
+        cache_dir: where parts of a remote store are kept; `default_cache_dir()` if not given.
+        cache_bytes: most bytes kept there; 10 GiB if not given, and 0 keeps and uses none.
+        patience: how long to go on where a request fails.
+
+    Raises:
+        InputError: `location` is of no such form.
+        RemoteError: the hub cannot be reached, or does not have the data set.
+    """
+    text = os.fspath(location)
+    scheme = _scheme(text)
+    if scheme is None:
+        return LocalObjects(Path(text))
+    if scheme == "file":
+        return LocalObjects(_path_of(text))
+    objects = _open_remote(scheme, text, patience or Patience())
+    cache_bytes = CACHE_BYTES if cache_bytes is None else cache_bytes
+    if cache_bytes == 0:
+        return objects
+    return CachedObjects(objects, ChunkCache(cache_dir or default_cache_dir(), cache_bytes))
+
+
+def open_writable(location: str, *, patience: Patience | None = None) -> WritableObjects:
+    """The objects of a store to be, elsewhere.
+
+    Args:
+        location: `s3://bucket/prefix`.
+        patience: how long to go on where a request fails.
+
+    Raises:
+        InputError: nothing can be written there.
+    """
+    scheme = _scheme(location)
+    if scheme == "s3":
+        return _open_bucket(location, patience or Patience())
+    if scheme == "hf":
+        raise InputError(
+            f"{location}: cannot be written directly; copy to a directory, then run `hf upload "
+            f"owner/name DIRECTORY . --repo-type dataset`"
+        )
+    if scheme in ("http", "https"):
+        raise InputError(
+            f"{location}: a web server takes no uploads; copy to a directory that it serves"
+        )
+    raise InputError(f"{location}: expected s3://bucket/prefix")
+
+
+def _scheme(text: str) -> str | None:
+    found = _SCHEME.match(text)
+    return found[1].lower() if found else None
+
+
+def _path_of(text: str) -> Path:
+    url = urlsplit(text)
+    if url.netloc not in ("", "localhost"):
+        raise InputError(f"{text}: a file URL has three slashes, as in file:///path")
+    return Path(unquote(url.path))
+
+
+def _open_remote(scheme: str, text: str, patience: Patience) -> Objects:
+    if scheme in ("http", "https"):
+        return _open_web(text, patience)
+    if scheme == "s3":
+        return _open_bucket(text, patience)
+    if scheme == "hf":
+        from mlsae.store.places.hub import HubObjects
+
+        return HubObjects(text, patience)
+    raise InputError(f"{text}: expected {_FORMS}")
+
+
+def _open_web(text: str, patience: Patience) -> Objects:
+    from mlsae.store.places.web import WebObjects
+
+    url = urlsplit(text)
+    if not url.hostname or url.query or url.fragment:
+        raise InputError(f"{text}: expected https://host/path, without ? or #")
+    path = quote(url.path.rstrip("/"), safe="/%:@!$&'()*+,;=~")
+    # Apart from the address, which messages show.
+    login, _, host = url.netloc.rpartition("@")
+    return WebObjects(urlunsplit((url.scheme, host, path, "", "")), login, patience)
+
+
+def _open_bucket(text: str, patience: Patience) -> WritableObjects:
+    from mlsae.store.places.web import BucketObjects
+
+    bucket, _, prefix = text.partition("://")[2].partition("/")
+    if not bucket:
+        raise InputError(f"{text}: expected s3://bucket/prefix")
+    prefix = prefix.strip("/")
+    return BucketObjects(f"s3://{bucket}/{prefix}".rstrip("/"), bucket, prefix, patience)

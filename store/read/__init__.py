@@ -1,0 +1,1 @@
+"""A store, or several as one, opened and read."""

@@ -1,0 +1,307 @@
+"""Several stores of one model over different text, read as if they were one.
+
+Rows, tokens and sequences are counted through: those of the first store, then those of the next.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlsae.base.errors import InputError
+from mlsae.base.files import canonical_json
+from mlsae.store.borders import Borders
+from mlsae.store.format.calibration import Calibration
+from mlsae.store.format.encoding import Parts
+from mlsae.store.format.moments import GroupMoments, Moments, eligible_groups
+from mlsae.store.read.store import RowReader, Store, open_store
+from mlsae.store.together import check_together
+
+Array = npt.NDArray[Any]
+Location = str | os.PathLike[str]
+"""A directory, or a URL: file://, https://, s3:// or hf://datasets/…"""
+
+
+def open_corpus(
+    locations: Location | Iterable[Location],
+    *,
+    cache_dir: Path | None = None,
+    cache_bytes: int | None = None,
+) -> "AnyStore":
+    """Open one store, or several as one.
+
+    Args:
+        locations: one, or some in any order.
+        cache_dir: as for `open_store`.
+        cache_bytes: as for `open_store`; for all of them together.
+
+    Returns:
+        The store where there is one location, else a `Corpus`.
+
+    Raises:
+        InputError: the stores are not of one model, or hold the same text.
+        StoreError: as `open_store`.
+    """
+    if isinstance(locations, str | os.PathLike):
+        locations = [locations]
+    stores = [
+        open_store(location, cache_dir=cache_dir, cache_bytes=cache_bytes) for location in locations
+    ]
+    if not stores:
+        raise InputError("give at least one store")
+    return stores[0] if len(stores) == 1 else Corpus(stores)
+
+
+class CorpusReader:
+    """Rows of one site and layer as they are stored. Threads may share it."""
+
+    def __init__(self, readers: Sequence[RowReader], borders: Borders) -> None:
+        self.parts = readers[0].parts
+        """Width and data type of each array, as for a `RowReader`."""
+        self._readers = readers
+        self._borders = borders
+
+    @property
+    def segments(self) -> list[tuple[int, RowReader]]:
+        """First row and reader of each store that the rows are of."""
+        return list(zip(self._borders.starts, self._readers, strict=False))
+
+    def read(self, start: int = 0, stop: int | None = None) -> Parts:
+        """Rows start … stop − 1: for each part an array (stop − start, width).
+
+        Raises:
+            InputError: there are no such rows.
+            DamagedStoreError: a chunk's bytes are missing or differ from its checksum.
+        """
+        pieces = [
+            self._readers[at].read(first, end)
+            for at, first, end in self._borders.spans(start, stop)
+        ]
+        return tuple(_joined(parts) for parts in zip(*pieces, strict=True))
+
+    def read_into(self, out: Sequence[Array], start: int) -> None:
+        """Fill arrays with the rows from `start` on, across stores.
+
+        Args:
+            out: for each part (n, width) of its data type, C-contiguous.
+            start: first row; start + n may not pass the end.
+
+        Raises:
+            DamagedStoreError: a chunk's bytes are missing or differ from its checksum.
+        """
+        done = 0
+        for at, first, end in self._borders.spans(start, start + len(out[0])):
+            pieces = [part[done : done + end - first] for part in out]
+            self._readers[at].read_into(pieces, first)
+            done += end - first
+
+
+@dataclass(frozen=True)
+class _Places:
+    """As far as `Objects` of several stores go."""
+
+    place: str
+    is_local: bool
+
+
+class Corpus:
+    """Several stores as one, open for reading. Threads may share it.
+
+    It has what training and analysis use of a `Store`; whatever is of one store alone is in
+    `stores`. Their order is that of their ids, so it does not matter how they were given.
+
+    Args:
+        stores: complete ones, at least one.
+
+    Raises:
+        InputError: they are not of one model, or hold the same text; the message names the
+            difference.
+    """
+
+    def __init__(self, stores: Iterable[Store]) -> None:
+        self.stores: tuple[Store, ...] = tuple(sorted(stores, key=lambda store: store.store_id))
+        """By `store_id`, ascending."""
+        check_together(self.stores)
+        first = self.stores[0]
+        self.place = " + ".join(store.place for store in self.stores)
+        """Directories and URLs."""
+        self.objects = _Places(self.place, all(store.objects.is_local for store in self.stores))
+        self.store_id = combined_id(store.store_id for store in self.stores)
+        """Hex SHA-256 of the canonical JSON of the list of the stores' ids, sorted."""
+        self.plan_id = combined_id(store.plan_id for store in self.stores)
+        """The same of the stores' plan ids."""
+        self.source: dict[str, Any] = {
+            key: value
+            for key, value in first.source.items()
+            if all(store.source.get(key) == value for store in self.stores)
+        }
+        """What the stores' producers all said."""
+        self.context_length = first.context_length
+        self.rows_per_sequence = first.rows_per_sequence
+        """Row r belongs to sequence r // rows_per_sequence."""
+        self.sites = first.sites
+        self.layers = first.layers
+        self.d_model = first.d_model
+        self.encoding = first.encoding
+        self.parts = first.parts
+        """The arrays that hold a site and layer: one, and for int8 a second."""
+        self.row_bytes = first.row_bytes
+        """Bytes of a stored row of one site and layer, before compression."""
+        self.is_compressed = any(store.is_compressed for store in self.stores)
+        self._rows = Borders("rows", (store.num_rows for store in self.stores))
+        self._tokens = Borders("tokens", (store.num_tokens for store in self.stores))
+        self._sequences = Borders("sequences", (store.num_sequences for store in self.stores))
+        self.num_rows = self._rows.total
+        self.num_tokens = self._tokens.total
+        self.num_sequences = self._sequences.total
+        self._readers: dict[tuple[str, int], CorpusReader] = {}
+        self._group_moments: dict[str, GroupMoments] | None = None
+
+    @property
+    def calibrations(self) -> tuple[Calibration | None, ...]:
+        """That of each of `stores`."""
+        return tuple(store.calibration for store in self.stores)
+
+    def row_origin(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """(n,) index into `stores`, and so into `calibrations`, for each of (n,) rows."""
+        return self._rows.origin(rows)
+
+    def tokens(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint32]:
+        """(stop − start,) token ids, by token."""
+        return self._read(self._tokens, Store.tokens, start, stop)
+
+    def documents(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint32]:
+        """(stop − start,) index of each token's document in its own store, by token."""
+        return self._read(self._tokens, Store.documents, start, stop)
+
+    def token_flags(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
+        """(stop − start,) bits SPECIAL, PADDING, MASKED, by token."""
+        return self._read(self._tokens, Store.token_flags, start, stop)
+
+    def row_tokens(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int64]:
+        """(stop − start,) index of the token that each row belongs to."""
+        return _joined(
+            [
+                self.stores[at].row_tokens(first, end) + self._tokens.starts[at]
+                for at, first, end in self._rows.spans(start, stop)
+            ]
+        )
+
+    def row_flags(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
+        """(stop − start,) bits SPECIAL, PADDING, MASKED of each row's token."""
+        return self._read(self._rows, Store.row_flags, start, stop)
+
+    def row_groups(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int8]:
+        """(stop − start,) index into `mlsae.store.format.moments.GROUPS` of each row."""
+        return self._read(self._rows, Store.row_groups, start, stop)
+
+    def positions(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int64]:
+        """(stop − start,) position of each row within its sequence."""
+        return self._read(self._rows, Store.positions, start, stop)
+
+    def eligible(
+        self, skip_positions: int = 1, start: int = 0, stop: int | None = None
+    ) -> npt.NDArray[np.bool_]:
+        """(stop − start,) whether each row has no flag set and a position ≥ skip_positions."""
+        return self._read(
+            self._rows,
+            lambda store, first, end: store.eligible(skip_positions, first, end),
+            start,
+            stop,
+        )
+
+    def check_site(self, site: str | None) -> str:
+        """The site asked for, or the only one; as for a `Store`."""
+        return self.stores[0].check_site(site)
+
+    def check_layers(self, layers: Iterable[int] | None) -> tuple[int, ...]:
+        """The layers asked for, ascending, or all; as for a `Store`."""
+        return self.stores[0].check_layers(layers)
+
+    def reader(self, site: str, layer: int) -> CorpusReader:
+        """Rows of one site and layer as they are stored.
+
+        Raises:
+            InputError: the stores have no such site or layer.
+        """
+        key = (self.check_site(site), self.check_layers([layer])[0])
+        if key not in self._readers:
+            self._readers[key] = CorpusReader(
+                [store.reader(*key) for store in self.stores], self._rows
+            )
+        return self._readers[key]
+
+    def read(
+        self, site: str, layer: int, start: int = 0, stop: int | None = None
+    ) -> npt.NDArray[np.float32]:
+        """(stop − start, d_model) float32: stored values, each decoded as its own store says.
+
+        Raises:
+            InputError: no such site, layer or rows.
+            DamagedStoreError: a chunk's bytes are missing or differ from its checksum.
+        """
+        return self._read(
+            self._rows, lambda store, first, end: store.read(site, layer, first, end), start, stop
+        )
+
+    def moments(self, site: str | None = None, skip_positions: int = 1) -> Moments:
+        """Moments of the eligible rows of a site over all stores, every layer, merged exactly.
+
+        Raises:
+            InputError: no such site, or skip_positions is not in 0 … 16.
+            DamagedStoreError: a store's moments object is missing or damaged.
+        """
+        groups = eligible_groups(skip_positions)
+        return self.group_moments()[self.check_site(site)].select(groups)
+
+    def group_moments(self) -> Mapping[str, GroupMoments]:
+        """Site → moments of every row, by group; not to be changed.
+
+        Raises:
+            DamagedStoreError: a store's moments object is missing or damaged.
+        """
+        if self._group_moments is None:
+            merged = {site: GroupMoments(self.layers, self.d_model) for site in self.sites}
+            for store in self.stores:
+                for site, of_site in store.group_moments().items():
+                    merged[site].merge(of_site)
+            self._group_moments = merged
+        return self._group_moments
+
+    def _read(
+        self,
+        borders: Borders,
+        read: Callable[[Store, int, int], Array],
+        start: int,
+        stop: int | None,
+    ) -> Array:
+        return _joined(
+            [read(self.stores[at], first, end) for at, first, end in borders.spans(start, stop)]
+        )
+
+
+AnyStore = Store | Corpus
+"""What is trained from and analyzed: one store, or several as one."""
+
+
+def combined_id(ids: Iterable[str]) -> str:
+    """Hex SHA-256 of the canonical JSON of the list of ids, sorted."""
+    return hashlib.sha256(canonical_json(sorted(ids))).hexdigest()
+
+
+def sequence_origin(
+    store: AnyStore, sequences: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Whose the (n,) sequences are: (n,) index into `stores`, and (n,) their numbers there."""
+    borders = Borders("sequences", (member.num_sequences for member in store.stores))
+    origin = borders.origin(sequences)
+    return origin, sequences - np.array(borders.starts)[origin]
+
+
+def _joined(pieces: Sequence[Array]) -> Array:
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)

@@ -1,0 +1,146 @@
+"""Reading the sealed records of a store, wherever it is; each is held against the specification."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from mlsae.base.files import DamagedFileError, parse_sealed
+from mlsae.store.errors import DamagedStoreError, InvalidStoreError
+from mlsae.store.places.objects import Objects
+from mlsae.store.plancheck import check_keys, is_sha256
+from mlsae.store.schema import COMPLETE, SETUP, commit_record
+
+MAX_RECORD_BYTES = 2**26
+"""Most bytes of a record: no store within the other limits needs more."""
+_LAYER = re.compile(r"[0-9]{1,18}")
+_SETUP_KEYS = frozenset({"plan_id", "objects", "metadata"})
+_COMMIT_KEYS = frozenset({"plan_id", "shard", "objects", "moments_sha256", "producer", "added_fvu"})
+_COMPLETE_KEYS = frozenset({"plan_id", "store_id", "num_shards", "moments_sha256"})
+
+
+def read_sealed_object(objects: Objects, name: str) -> dict[str, Any]:
+    """A sealed JSON object of a store, its seal taken off.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+        DamagedStoreError: it is not what was written.
+    """
+    data = objects.read(name, MAX_RECORD_BYTES)
+    try:
+        return parse_sealed(data, f"{objects.place}/{name}")
+    except DamagedFileError as error:
+        raise DamagedStoreError(str(error), rule="R-SEAL-1") from None
+
+
+def read_setup(objects: Objects, plan_id: str) -> dict[str, Any]:
+    """`commits/setup.json`: plan_id, objects and metadata, both name → SHA-256.
+
+    Raises:
+        DamagedStoreError, InvalidStoreError: missing, damaged, of another plan, or ill-formed.
+    """
+    record = _read(objects, SETUP, _SETUP_KEYS, plan_id, "R-SETUP-1")
+    for key in ("objects", "metadata"):
+        _check_hashes(record[key], f"{objects.place}/{SETUP}: {key}", "R-SETUP-1")
+    return record
+
+
+def read_complete(objects: Objects, plan_id: str) -> dict[str, Any]:
+    """`complete.json`: plan_id, store_id, num_shards and moments_sha256.
+
+    Raises:
+        DamagedStoreError, InvalidStoreError: missing, damaged, of another plan, or ill-formed.
+    """
+    record = _read(objects, COMPLETE, _COMPLETE_KEYS, plan_id, "R-COMPLETE-1")
+    if not (is_sha256(record["store_id"]) and is_sha256(record["moments_sha256"])):
+        raise InvalidStoreError(
+            f"{objects.place}/{COMPLETE}: store_id and moments_sha256 must be SHA-256",
+            rule="R-COMPLETE-1",
+        )
+    return record
+
+
+def read_commit(objects: Objects, plan_id: str, shard: int) -> dict[str, Any]:
+    """A shard's commit record: plan_id, shard, objects, moments_sha256, producer, added_fvu.
+
+    Raises:
+        FileNotFoundError: the shard is not committed.
+        DamagedStoreError, InvalidStoreError: damaged, of another plan or shard, or ill-formed.
+    """
+    name = commit_record(shard)
+    record = _checked(
+        objects, name, read_sealed_object(objects, name), _COMMIT_KEYS, plan_id, "R-COMMIT-2"
+    )
+    if type(record["shard"]) is not int or record["shard"] != shard:
+        raise InvalidStoreError(
+            f"{objects.place}/{name} is the record of another shard", rule="R-COMMIT-2"
+        )
+    _check_hashes(record["objects"], f"{objects.place}/{name}: objects", "R-COMMIT-2")
+    if not is_sha256(record["moments_sha256"]):
+        raise InvalidStoreError(
+            f"{objects.place}/{name}: moments_sha256 must be a SHA-256", rule="R-COMMIT-2"
+        )
+    if record["producer"] is not None and not isinstance(record["producer"], Mapping):
+        raise InvalidStoreError(
+            f"{objects.place}/{name}: producer must be null or an object", rule="R-COMMIT-2"
+        )
+    if not _is_added_fvu(record["added_fvu"]):
+        raise InvalidStoreError(
+            f"{objects.place}/{name}: added_fvu must be null or map sites and layers to num_rows, "
+            f"total and by_decile",
+            rule="R-COMMIT-2",
+        )
+    return record
+
+
+def _read(
+    objects: Objects, name: str, keys: frozenset[str], plan_id: str, rule: str
+) -> dict[str, Any]:
+    try:
+        record = read_sealed_object(objects, name)
+    except FileNotFoundError:
+        raise DamagedStoreError(
+            f"{objects.place}: {name} is missing; restore it from a copy", rule=rule
+        ) from None
+    return _checked(objects, name, record, keys, plan_id, rule)
+
+
+def _checked(
+    objects: Objects,
+    name: str,
+    record: dict[str, Any],
+    keys: frozenset[str],
+    plan_id: str,
+    rule: str,
+) -> dict[str, Any]:
+    where = f"{objects.place}/{name}"
+    check_keys(record, keys, where, rule)
+    if record["plan_id"] != plan_id:
+        raise InvalidStoreError(
+            f"{where} belongs to another plan; restore the store from a copy", rule="R-PLAN-3"
+        )
+    return record
+
+
+def _check_hashes(value: object, where: str, rule: str) -> None:
+    if not isinstance(value, Mapping) or not all(is_sha256(digest) for digest in value.values()):
+        raise InvalidStoreError(f"{where} must map names to SHA-256", rule=rule)
+
+
+def _is_added_fvu(value: object) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, Mapping) and all(
+        isinstance(layers, Mapping)
+        and all(_LAYER.fullmatch(layer) and _is_measured(found) for layer, found in layers.items())
+        for layers in value.values()
+    )
+
+
+def _is_measured(value: object) -> bool:
+    if not isinstance(value, Mapping) or not {"num_rows", "total", "by_decile"} <= value.keys():
+        return False
+    deciles = value["by_decile"]
+    return isinstance(deciles, list) and all(
+        number is None or type(number) is float or (type(number) is int and number < 2**53)
+        for number in (value["total"], *deciles)
+    )

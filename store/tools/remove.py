@@ -1,0 +1,183 @@
+"""Removing a store: nothing but a store, and never so that what is left passes for one."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlsae.base.errors import InputError
+from mlsae.base.files import DamagedFileError, fsync_directory, read_sealed
+from mlsae.base.units import format_bytes, format_count, format_ranges
+from mlsae.store.errors import NotAStoreError
+from mlsae.store.places.remote import is_remote, open_objects
+from mlsae.store.schema import (
+    ACTIVATIONS,
+    ARRAY_METADATA,
+    BLOCK_EXPONENTS,
+    CHANNEL_MEAN,
+    CHANNEL_SCALE,
+    COMMITS,
+    COMPLETE,
+    IGNORED,
+    MOMENTS,
+    PARTIAL,
+    PLAN,
+    PROVENANCE,
+    ROW_TOKEN,
+    SHARD_MOMENTS,
+    SITES,
+    TOKEN_ARRAYS,
+)
+
+_NAMED = 5
+"""Most foreign files that a message names."""
+_ROOT = "|".join(re.escape(n) for n in sorted({PLAN, COMPLETE, MOMENTS, ARRAY_METADATA, *IGNORED}))
+_SITE = "|".join(SITES)
+_NAME = re.compile(
+    rf"(?:{_ROOT}"
+    rf"|(?:{'|'.join((*TOKEN_ARRAYS, ROW_TOKEN))})/(?:zarr\.json|c\.\d+)"
+    rf"|(?:{ACTIVATIONS}|{BLOCK_EXPONENTS})(?:/(?:{_SITE})(?:/\d+)?)?/zarr\.json"
+    rf"|(?:{ACTIVATIONS}|{BLOCK_EXPONENTS})/(?:{_SITE})/\d+/c\.\d+\.0"
+    rf"|(?:{CHANNEL_MEAN}|{CHANNEL_SCALE})(?:/(?:{_SITE}))?/zarr\.json"
+    rf"|(?:{CHANNEL_MEAN}|{CHANNEL_SCALE})/(?:{_SITE})/c\.0\.0"
+    rf"|{COMMITS}/(?:setup|\d{{5,}})\.json"
+    rf"|{SHARD_MOMENTS}/\d{{5,}}\.safetensors"
+    rf"|{PROVENANCE}/[^/]+\.json)(?:\.[^/]+{re.escape(PARTIAL)})?"
+)
+"""Names of the files of a store, those that are being written included."""
+_FOLDER = re.compile(
+    rf"(?:{'|'.join((*TOKEN_ARRAYS, ROW_TOKEN, COMMITS, SHARD_MOMENTS, PROVENANCE))}"
+    rf"|(?:{ACTIVATIONS}|{BLOCK_EXPONENTS})(?:/(?:{_SITE})(?:/\d+)?)?"
+    rf"|(?:{CHANNEL_MEAN}|{CHANNEL_SCALE})(?:/(?:{_SITE}))?)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removable:
+    """A directory that holds a store, or what is left of one, and nothing else."""
+
+    path: Path
+    files: tuple[str, ...]
+    """Names; what a link points at is left alone."""
+    folders: tuple[str, ...]
+    """Names, inner ones first."""
+    description: str
+    """What it is, for the question whether to remove it."""
+
+
+def find_removable(location: str | os.PathLike[str]) -> Removable:
+    """Look at a store that is to be removed, complete or not, sound or damaged; change nothing.
+
+    Raises:
+        InputError: it is not on this machine, or is a link.
+        NotAStoreError: the directory is no store, or holds other files too; they are named.
+    """
+    if is_remote(location):
+        raise InputError(
+            f"{os.fspath(location)} is not on this machine; remove it with the tools of that place"
+        )
+    path = Path(open_objects(location).place)
+    if path.is_symlink():
+        raise InputError(
+            f"{path} is a link to {path.resolve()}; give that directory, then the link"
+        )
+    plan = _plan(path)
+    folders, files, foreign, num_bytes = [], [], [], 0
+    for name, is_folder, size in _walk(path):
+        num_bytes += size
+        if (_FOLDER if is_folder else _NAME).fullmatch(name) is None:
+            foreign.append(name)
+        elif is_folder:
+            folders.append(name)
+        else:
+            files.append(name)
+    if foreign:
+        shown = ", ".join(sorted(foreign)[:_NAMED])
+        more = f" and {len(foreign) - _NAMED} more" if len(foreign) > _NAMED else ""
+        raise NotAStoreError(
+            f"{path} holds what is no part of a store: {shown}{more}; nothing was removed: move it "
+            f"away first"
+        )
+    state = "complete" if COMPLETE in files else "incomplete"
+    return Removable(
+        path=path,
+        files=tuple(files),
+        folders=tuple(sorted(folders, key=lambda name: name.count("/"), reverse=True)),
+        description=f"{path}: {state} store{_content(plan)}, {format_bytes(num_bytes)}",
+    )
+
+
+def remove(found: Removable) -> None:
+    """Remove a store; killed at any instant, what is left is visibly incomplete.
+
+    What vouches for data goes before the data, because a harvest into what is left would take
+    shards with a record for safe. The plan goes last, so that the rest can still be told for a
+    store, and removed.
+    """
+    records = [name for name in found.files if name.startswith(f"{COMMITS}/")]
+    last = {COMPLETE, PLAN, *records}
+    for names, folder in (
+        ([COMPLETE], found.path),
+        (records, found.path / COMMITS),
+        ([name for name in found.files if name not in last], None),
+    ):
+        for name in names:
+            (found.path / name).unlink(missing_ok=True)
+        if folder is not None and folder.exists():
+            fsync_directory(folder)
+    for name in found.folders:
+        (found.path / name).rmdir()
+    (found.path / PLAN).unlink()
+    # Of the directory that a process is in the system takes the name only.
+    found.path.resolve().rmdir()
+
+
+def _plan(path: Path) -> dict[str, Any]:
+    """The plan of a store, whatever its version; empty if it is damaged."""
+    plan: dict[str, Any] = {}
+    try:
+        plan = read_sealed(path / PLAN)
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotAStoreError(
+            f"{path} is not an activation store: it has no {PLAN}; nothing was removed"
+        ) from None
+    except DamagedFileError:
+        pass
+    if "schema_version" in plan or _has_our_group(path):
+        return plan
+    raise NotAStoreError(
+        f"{path} is not an activation store: its {PLAN} is none of a store; nothing was removed"
+    )
+
+
+def _has_our_group(path: Path) -> bool:
+    """Whether the Zarr metadata say that this is a store, where the plan cannot."""
+    try:
+        return "plan_id" in json.loads((path / ARRAY_METADATA).read_bytes())["attributes"]["mlsae"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _walk(path: Path) -> Iterator[tuple[str, bool, int]]:
+    """(name, whether it is a folder, bytes) of all there is; links count as files of no bytes."""
+    for entry in os.scandir(path):
+        if entry.is_dir(follow_symlinks=False):
+            yield entry.name, True, 0
+            for name, is_folder, size in _walk(path / entry.name):
+                yield f"{entry.name}/{name}", is_folder, size
+        else:
+            is_link = entry.is_symlink()
+            yield entry.name, False, 0 if is_link else entry.stat(follow_symlinks=False).st_size
+
+
+def _content(plan: Mapping[str, Any]) -> str:
+    try:
+        return (
+            f" of {format_count(plan['num_tokens'])} tokens, {', '.join(plan['sites'])} of layers "
+            f"{format_ranges(plan['layers'])} in {plan['encoding']}"
+        )
+    except (KeyError, TypeError, ValueError):
+        return ""

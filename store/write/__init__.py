@@ -1,0 +1,1 @@
+"""A store made: its plan, its shards, its completion."""

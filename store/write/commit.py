@@ -1,0 +1,51 @@
+"""What vouches for a shard: its record, written when all that it names is durable."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlsae.base.files import canonical_json, seal, write_durably
+from mlsae.store.format.moments import GroupMoments, to_bytes
+from mlsae.store.format.positions import num_rows_of
+from mlsae.store.places.objects import Objects
+from mlsae.store.plan import plan_id_of
+from mlsae.store.schema import commit_record, shard_moments
+
+
+def num_shards_of(plan: Mapping[str, Any]) -> int:
+    """Shards of every activation array."""
+    return -(-num_rows_of(plan) // int(plan["shard_rows"]))
+
+
+def pending_shards(objects: Objects, plan: Mapping[str, Any]) -> list[int]:
+    """Shards without a commit record by now."""
+    return [s for s in range(num_shards_of(plan)) if not objects.exists(commit_record(s))]
+
+
+def commit_shard(
+    path: Path,
+    plan: Mapping[str, Any],
+    shard: int,
+    objects: Mapping[str, str],
+    moments: Mapping[str, GroupMoments],
+    producer: Mapping[str, Any] | None,
+    added_fvu: Mapping[str, Any] | None,
+) -> None:
+    """Record a shard whose objects (path → SHA-256) are durable; its moments go first."""
+    data = to_bytes(moments)
+    write_durably(path / shard_moments(shard), data)
+    record = {
+        "plan_id": plan_id_of(plan),
+        "shard": shard,
+        "objects": dict(objects),
+        "moments_sha256": hashlib.sha256(data).hexdigest(),
+        "producer": None if producer is None else dict(producer),
+        "added_fvu": None if added_fvu is None else dict(added_fvu),
+    }
+    write_durably(path / commit_record(shard), seal(record))
+
+
+def store_id_of(plan_id: str, objects: Mapping[str, str]) -> str:
+    """SHA-256 of the canonical JSON of [plan_id, [[path, SHA-256] … sorted]], hex."""
+    return hashlib.sha256(canonical_json([plan_id, sorted(objects.items())])).hexdigest()

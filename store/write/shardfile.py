@@ -1,0 +1,168 @@
+"""The bytes of one Zarr v3 shard: chunks in C order, each with its CRC-32C, then index and its CRC.
+
+The layout is that of Zarr's `sharding_indexed` codec with inner codecs `bytes` (little endian),
+`blosc` where chunks are compressed, and `crc32c`, index at the end with codecs `bytes` and `crc32c`
+(Zarr v3 core and codec specifications). Written here, and not by a Zarr library, because none of
+them is durable, hashes while it writes, and gives the same bytes on every run.
+"""
+
+import errno
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from mlsae.base.files import fsync_directory, full_disk_explained, partial_path
+from mlsae.store.format.compression import Compressor
+from mlsae.store.format.layout import CRC_BYTES, INDEX_ENTRY_BYTES
+
+Bytes = npt.NDArray[np.uint8]
+ABSENT = 2**64 - 1
+_RWF_DONTCACHE = 0x80
+"""Of Linux 6.14's uapi/linux/fs.h: pages leave the page cache once they are on disk."""
+_UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.EINVAL})
+
+
+def crc32c_bytes(data: Bytes) -> bytes:
+    """CRC-32C of the bytes, little endian."""
+    return int(google_crc32c.value(data)).to_bytes(CRC_BYTES, "little")
+
+
+def shard_index(sizes: list[int], num_chunks: int) -> bytes:
+    """The index of a shard whose first chunks follow one another, and its CRC.
+
+    Args:
+        sizes: bytes of each chunk that is there, its checksum included.
+        num_chunks: chunks that a full shard has.
+    """
+    index = np.full((num_chunks, 2), ABSENT, "<u8")
+    index[: len(sizes), 1] = sizes
+    index[: len(sizes), 0] = np.cumsum([0, *sizes])[:-1]
+    raw = index.reshape(-1).view(np.uint8)
+    return raw.tobytes() + crc32c_bytes(raw)
+
+
+def index_bytes(num_chunks: int) -> int:
+    """Bytes of a shard's index and its CRC."""
+    return num_chunks * INDEX_ENTRY_BYTES + CRC_BYTES
+
+
+class ShardFile:
+    """One shard being written, piece by piece, under a temporary name until `commit`.
+
+    Args:
+        path: of the file.
+        row_bytes: bytes of a row, uncompressed.
+        chunk_rows: rows of a chunk.
+        shard_rows: rows of a full shard.
+        compressor: of the chunks; None to write them as they are.
+        cached: leave what is written in the page cache. Finding room for it there takes more of the
+            CPU's time than the copy, where memory is full. Elsewhere than on Linux, and where the
+            file system does not know how, it stays there all the same.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        row_bytes: int,
+        chunk_rows: int,
+        shard_rows: int,
+        compressor: Compressor | None = None,
+        cached: bool = True,
+    ) -> None:
+        self._path = path
+        self._chunk_bytes = row_bytes * chunk_rows
+        self._num_chunks = shard_rows // chunk_rows
+        self._compressor = compressor
+        # Only whole chunks can be compressed; others go to the file as they come.
+        self._whole = None if compressor is None else np.empty(self._chunk_bytes, np.uint8)
+        self._hash = hashlib.sha256()
+        self._crc = 0
+        self._in_chunk = 0
+        self._sizes: list[int] = []
+        self.num_bytes = 0
+        self._flags = 0 if cached or sys.platform != "linux" else _RWF_DONTCACHE
+        self._partial = partial_path(path)
+        self._fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+
+    def write(self, rows: npt.NDArray[np.generic]) -> None:
+        """Add rows of the stored data type, C-contiguous."""
+        data = rows.reshape(-1).view(np.uint8)
+        start = 0
+        while start < len(data):
+            take = min(len(data) - start, self._chunk_bytes - self._in_chunk)
+            self._add(data[start : start + take])
+            start += take
+
+    def commit(self) -> str:
+        """Pad the last chunk with zeros, write the index, make the shard durable under its name.
+
+        Returns:
+            Hex SHA-256 of the file.
+        """
+        if self._in_chunk:
+            self._add(np.zeros(self._chunk_bytes - self._in_chunk, np.uint8))
+        self._put(np.frombuffer(shard_index(self._sizes, self._num_chunks), np.uint8))
+        with full_disk_explained(self._path):
+            os.fsync(self._fd)
+        os.close(self._fd)
+        self._fd = -1
+        self._partial.rename(self._path)
+        fsync_directory(self._path.parent)
+        return self._hash.hexdigest()
+
+    def abandon(self) -> None:
+        """Remove what was written; does nothing after `commit`."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            self._partial.unlink(missing_ok=True)
+
+    def _add(self, piece: Bytes) -> None:
+        """Add bytes that do not pass the end of the chunk in hand."""
+        self._in_chunk += len(piece)
+        is_whole, size = self._in_chunk == self._chunk_bytes, self._chunk_bytes
+        if self._whole is not None:
+            self._whole[self._in_chunk - len(piece) : self._in_chunk] = piece
+            if not is_whole:
+                return
+            assert self._compressor is not None
+            piece = self._compressor.compress(self._whole)
+            size = len(piece)
+        self._crc = google_crc32c.extend(self._crc, piece)
+        if not is_whole:
+            self._put(piece)
+            return
+        self._put(piece, np.frombuffer(int(self._crc).to_bytes(CRC_BYTES, "little"), np.uint8))
+        self._sizes.append(size + CRC_BYTES)
+        self._crc = 0
+        self._in_chunk = 0
+
+    def _put(self, *pieces: Bytes) -> None:
+        for piece in pieces:
+            self._hash.update(piece.data)
+        views = [piece.data for piece in pieces]
+        with full_disk_explained(self._path):
+            while views:
+                count = self._write(views)
+                self.num_bytes += count
+                while views and count >= len(views[0]):
+                    count -= len(views.pop(0))
+                if views:
+                    views[0] = views[0][count:]
+
+    def _write(self, views: list[memoryview]) -> int:
+        """Bytes of the views that were written."""
+        if self._flags:
+            try:
+                return os.pwritev(self._fd, views, self.num_bytes, self._flags)
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+            self._flags = 0
+        return os.pwritev(self._fd, views, self.num_bytes)

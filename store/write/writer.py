@@ -1,0 +1,458 @@
+"""Adding activations to a store: rows from their producer to shards that are durable.
+
+The harvest and every other producer write through here. A store is complete, or visibly incomplete
+and resumable: each step writes whole files under temporary names and renames them, data before the
+record that vouches for it.
+"""
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from mlsae.base.errors import InputError
+from mlsae.base.files import remove_stale_partials
+from mlsae.base.machine.priority import yield_to_others
+from mlsae.store.errors import ActivationError, NotAStoreError, NotFiniteError
+from mlsae.store.format.added_fvu import MAX_ADDED_FVU, AddedFVU, check_added_fvu
+from mlsae.store.format.encoding import Parts
+from mlsae.store.format.moments import GROUPS, GroupMoments, eligible_groups
+from mlsae.store.places.objects import LocalObjects
+from mlsae.store.plan import plan_id_of, read_plan
+from mlsae.store.read.producers import Producer, Producers
+from mlsae.store.read.rowindex import RowIndex
+from mlsae.store.schema import (
+    COMPLETE,
+    SETUP,
+)
+from mlsae.store.write.commit import num_shards_of, pending_shards
+from mlsae.store.write.completion import complete
+from mlsae.store.write.openshard import Key, OpenShard
+from mlsae.store.write.setup import read_calibration, site_codecs
+
+_LEAST_WRITER_THREADS, MOST_WRITER_THREADS = 2, 8
+"""As many as there are cores, from the first to the second, hash and write. More would keep a fast
+disk no busier, and several ranks may share a machine."""
+_FLUSHING_THREADS = 3
+"""They only wait for the disk."""
+Array = npt.NDArray[Any]
+Rows = Array | Parts
+"""Floats, or values as stored: of int8 the quanta and their exponents."""
+
+
+class Writer:
+    """Adds activations to a store, shard by shard; each full shard is committed durably.
+
+    Rows are written by threads while the caller computes the next, and a full shard is made durable
+    while the next one fills. In memory lie the arrays of the last two calls of `append` and, for
+    each of at most two shards, its moments.
+
+    Use as a context manager: leaving it completes the store if every shard is committed, and an
+    exception drops the unfinished shard only.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        producer: Producer | None = None,
+        allow_mixed: bool = False,
+        max_added_fvu: float = MAX_ADDED_FVU,
+        cached: bool = True,
+    ) -> None:
+        self._objects = LocalObjects(path)
+        plan = read_plan(self._objects)
+        if not (path / SETUP).exists():
+            raise NotAStoreError(f"{path}: the tokens are not all written; create the store first")
+        self.path = path
+        self.plan = plan
+        self.plan_id = plan_id_of(plan)
+        self._index = RowIndex(self._objects, plan)
+        self.num_rows = self._index.num_rows
+        self.rows_per_sequence = self._index.rows_per_sequence
+        """Row r belongs to sequence r // rows_per_sequence."""
+        self.shard_rows: int = plan["shard_rows"]
+        self.num_shards = num_shards_of(plan)
+        self.bytes_written = 0
+        """Bytes of activation objects this writer has committed."""
+        self._producer = producer
+        self._producers = None if allow_mixed else Producers(self._objects, plan)
+        self._require_one_producer()
+        self._encoding: str = plan["encoding"]
+        self._keys: list[Key] = [(s, layer) for s in plan["sites"] for layer in plan["layers"]]
+        self._codecs = site_codecs(plan, read_calibration(self._objects, plan))
+        self._parts = self._codecs[plan["sites"][0]].parts
+        self._max_added_fvu = max_added_fvu
+        self._cached = cached
+        self._added: dict[Key, AddedFVU] = {}
+        remove_stale_partials(path)
+        num_threads = min(max(_LEAST_WRITER_THREADS, os.cpu_count() or 1), MOST_WRITER_THREADS)
+        self._pool = ThreadPoolExecutor(
+            num_threads, thread_name_prefix="store-write", initializer=yield_to_others
+        )
+        # Of their own, so that waiting for the disk never holds up the next shard's rows.
+        self._flushers = ThreadPoolExecutor(_FLUSHING_THREADS, thread_name_prefix="store-flush")
+        self._committer = ThreadPoolExecutor(1, thread_name_prefix="store-commit")
+        self._batch: _Batch | None = None
+        # Rows of the open shard, by group, whose moments are still to be given.
+        self._owed_G = np.zeros(len(GROUPS), np.int64)
+        self._open: OpenShard | None = None
+        self._committing: tuple[int, Future[None]] | None = None
+        self._closed = False
+        self._shard: int | None = None
+        self._row = 0
+        self._go_to_next_pending()
+
+    @property
+    def position(self) -> int | None:
+        """The row that the next `append` begins with; None when nothing is pending."""
+        return None if self._shard is None else self._row
+
+    def row_tokens(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """(stop − start,) index of the token that each row belongs to."""
+        return self._index.tokens(start, stop)
+
+    def row_groups(self, start: int, stop: int) -> npt.NDArray[np.int8]:
+        """(stop − start,) index into `mlsae.store.format.moments.GROUPS` of each row."""
+        return self._index.groups(start, stop)
+
+    def shard_range(self, shard: int) -> range:
+        """Rows of a shard."""
+        return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.num_rows))
+
+    def pending(self) -> list[int]:
+        """Shards that no process has committed yet, as the disk says now.
+
+        Raises:
+            MixedProducersError: another producer has committed one.
+            ActivationError, ResourceError: as for `append`, of a shard that was being committed.
+        """
+        self._finish_batch()
+        self._finish_commit()
+        self._require_one_producer()
+        return pending_shards(self._objects, self.plan)
+
+    def seek(self, shard: int) -> None:
+        """Go to the first row of a shard; an unfinished shard is dropped.
+
+        Raises:
+            InputError: there is no such shard.
+        """
+        if not 0 <= shard < self.num_shards:
+            raise InputError(f"{self.path}: shard {shard} is not in 0 to {self.num_shards - 1}")
+        self._drop()
+        self._shard, self._row = shard, self.shard_range(shard).start
+
+    def append(
+        self,
+        activations: Mapping[Key, Rows],
+        moments: Mapping[str, GroupMoments] | None = None,
+        added_fvu: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Add rows of every (site, layer) at `position`.
+
+        Threads check and write the arrays while the caller computes the next batch: they belong to
+        the writer until the next call has returned (or the writer is closed), so a caller with two
+        sets of buffers may use them in turn.
+
+        Args:
+            activations: (site, layer) → (num_rows, d_model) floats, or values of the stored data
+                type; for int8 a pair of (num_rows, d_model) and (num_rows, blocks) int8. Any number
+                of rows; a shard that becomes full is committed.
+            moments: site → moments of the decoded stored values of exactly these rows, where the
+                caller has them; computed here otherwise. An empty mapping says that they come with
+                a later call, for these rows too, by the end of the shard at the latest.
+            added_fvu: site → layer (decimal) → what `AddedFVU.result` gives, of the shard that
+                these rows end, where the caller measured what the encoding costs; otherwise it is
+                measured here, of floats that the encoding changes (of int8 all, else the shard's
+                first call).
+
+        Raises:
+            ActivationError: values that are not finite or too large for the encoding (they may be
+                those of the call before), a wrong shape, a missing or unknown (site, layer), or an
+                encoding that adds too much FVU.
+            InputError: more rows than the store has; moments of other rows, or of rows that do not
+                lie in one shard.
+            MixedProducersError: another producer has committed a shard meanwhile.
+            ResourceError: the disk is full.
+        """
+        num_rows = self._check_shapes(activations)
+        start = 0
+        while start < num_rows:
+            if self._shard is None:
+                raise InputError(
+                    f"{self.path}: all {self.num_rows} rows are there, {num_rows - start} too many"
+                )
+            take = min(num_rows - start, self.shard_range(self._shard).stop - self._row)
+            if moments is not None and take < num_rows:
+                raise InputError(
+                    f"{self.path}: moments were given for {num_rows} rows from {self._row} on, but "
+                    f"shard {self._shard} ends after {take}; append the rows of one shard at a time"
+                )
+            rows = slice(start, start + take)
+            stored = {key: self._encode(key, activations[key], rows) for key in self._keys}
+            batch = _Batch(stored, self._row, moments)
+            self._append_within_shard(batch, self._shard, take, added_fvu)
+            start += take
+
+    def drain(self) -> None:
+        """Wait until the rows of the last `append` are written, though not yet durable.
+
+        For a caller that needs the cores of the threads that write.
+
+        Raises:
+            ActivationError, ResourceError: as for `append`, of those rows.
+        """
+        self._finish_batch()
+
+    def close(self) -> None:
+        """Stop writing; complete the store if every shard is committed by now.
+
+        Raises:
+            StoreError, ResourceError: as for `append`, of what was still being written.
+        """
+        if not self._closed:
+            try:
+                if not self.pending():
+                    # Of processes that shared the work and were killed meanwhile.
+                    remove_stale_partials(self.path)
+                    if not (self.path / COMPLETE).exists():
+                        complete(self.path, self.plan)
+            finally:
+                self._stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._stop()
+
+    def _check_shapes(self, activations: Mapping[Key, Rows]) -> int:
+        if activations.keys() != set(self._keys):
+            raise ActivationError(
+                f"{self.path}: expected activations of {self._keys}, got {sorted(activations)}"
+            )
+        first = activations[self._keys[0]]
+        num_rows = len(first[0] if isinstance(first, tuple) else first)
+        for (site, layer), rows in activations.items():
+            widths = [part.width for part in self._parts]
+            given = rows if isinstance(rows, tuple) else (rows,)
+            if not isinstance(rows, tuple):
+                widths = widths[:1]
+            elif any(a.dtype != part.dtype for a, part in zip(rows, self._parts, strict=False)):
+                raise ActivationError(
+                    f"stored values of {site} layer {layer} must be of "
+                    f"{', '.join(part.dtype.name for part in self._parts)}, got "
+                    f"{', '.join(values.dtype.name for values in rows)}"
+                )
+            if [values.shape for values in given] != [(num_rows, width) for width in widths]:
+                raise ActivationError(
+                    f"activations of {site} layer {layer} must have shape "
+                    f"{' and '.join(str((num_rows, width)) for width in widths)}, got "
+                    f"{' and '.join(str(values.shape) for values in given)}"
+                )
+        return num_rows
+
+    def _encode(self, key: Key, rows: Rows, some: slice) -> Parts:
+        """Stored values of some rows; what the encoding costs them is measured on the way."""
+        if isinstance(rows, tuple):
+            return tuple(values[some] for values in rows)
+        site, layer = key
+        values, codec = rows[some], self._codecs[site]
+        index = self.plan["layers"].index(layer)
+        try:
+            stored = codec.encode(values, index)
+        except NotFiniteError:
+            raise self._not_finite(key, values, self._row) from None
+        is_first = self._shard is not None and self._row == self.shard_range(self._shard).start
+        if values.dtype.kind == "f" and values.dtype != stored[0].dtype:
+            if is_first:
+                self._added[key] = AddedFVU()
+            if key in self._added and (is_first or self._encoding == "int8"):
+                groups = self._index.groups(self._row, self._row + len(values))
+                chosen = groups >= eligible_groups(1)[0]
+                with np.errstate(invalid="ignore", over="ignore"):
+                    decoded = codec.decode(stored, index)
+                    self._added[key].add(values[chosen], decoded[chosen])
+        return stored
+
+    def _append_within_shard(
+        self, batch: "_Batch", shard: int, num_rows: int, added_fvu: Mapping[str, Any] | None
+    ) -> None:
+        groups = self._index.groups(self._row, self._row + num_rows)
+        if batch.moments is not None:
+            self._check_moments(batch, batch.moments, groups, shard)
+        # Waiting here, and not after submitting, overlaps writing with the caller's next batch.
+        self._finish_batch()
+        if self._open is None:
+            self._open = OpenShard(
+                self.path, self.plan, shard, self._keys, self._codecs, cached=self._cached
+            )
+        jobs = self._open.jobs(batch.stored, groups, batch.moments)
+        batch.futures = [self._pool.submit(job) for job in jobs]
+        self._batch = batch
+        self._row += num_rows
+        if self._row == self.shard_range(shard).stop:
+            self._hand_over(self._open, batch.futures, added_fvu or self._measured())
+            self._open = None
+            self._go_to_next_pending()
+
+    def _check_moments(
+        self,
+        batch: "_Batch",
+        moments: Mapping[str, GroupMoments],
+        groups: npt.NDArray[np.int8],
+        shard: int,
+    ) -> None:
+        owed_G = self._owed_G + np.bincount(groups, minlength=len(GROUPS))
+        if not moments and self._row + len(groups) < self.shard_range(shard).stop:
+            self._owed_G = owed_G
+            return
+        if moments.keys() != set(self.plan["sites"]):
+            raise InputError(
+                f"{self.path}: expected moments of {self.plan['sites']}, got {sorted(moments)}"
+            )
+        first_row = self._row + len(groups) - int(owed_G.sum())
+        for site, of_site in moments.items():
+            if not np.array_equal(of_site.count_G, owed_G):
+                raise InputError(
+                    f"{self.path}: the moments of {site} count {int(of_site.count_G.sum())} rows, "
+                    f"but not those from {first_row} on, group by group; give the moments "
+                    f"of the rows that are appended"
+                )
+            if not of_site.is_finite():
+                self._explain_not_finite(batch)
+        self._owed_G = np.zeros(len(GROUPS), np.int64)
+
+    def _measured(self) -> dict[str, dict[str, Any]] | None:
+        """What the encoding costs the shard, where floats were appended."""
+        if not self._added:
+            return None
+        added: dict[str, dict[str, Any]] = {}
+        for (site, layer), measured in self._added.items():
+            added.setdefault(site, {})[str(layer)] = measured.result()
+        self._added = {}
+        return added
+
+    def _explain_not_finite(self, batch: "_Batch") -> NoReturn:
+        for key in self._keys:
+            index = self.plan["layers"].index(key[1])
+            values = self._codecs[key[0]].decode(batch.stored[key], index)
+            if not np.isfinite(values).all():
+                raise self._not_finite(key, values, batch.first_row)
+        raise ActivationError(
+            f"{self.path}: the moments of the rows from {batch.first_row} on are not finite, but "
+            f"their values are; they overflowed where they were computed"
+        )
+
+    def _not_finite(self, key: Key, values: Array, first_row: int) -> ActivationError:
+        finite = np.isfinite(values)
+        if finite.all():
+            largest_N = np.abs(values).max(axis=1)
+            return ActivationError(
+                f"layer {key[1]} ({key[0]}), row {first_row + int(largest_N.argmax())}: a value of "
+                f"magnitude {largest_N.max():.5g} lies too far from its channel's mean for "
+                f"{self._encoding}; use another --encoding"
+            )
+        row = first_row + int(np.flatnonzero(~finite.all(axis=1))[0])
+        largest = float(np.abs(values[finite]).max(initial=0.0))
+        too_large = self._encoding == "float16" and bool(np.isinf(values).any())
+        return ActivationError(
+            f"layer {key[1]} ({key[0]}), row {row}: a value is not finite in {self._encoding}; "
+            f"the largest finite magnitude of that batch is {largest:.5g}"
+            + ("; use --encoding bfloat16 for values over 65,504" if too_large else "")
+        )
+
+    def _finish_batch(self) -> None:
+        """Wait until the batch of the last call is written; raise what went wrong with it."""
+        if (batch := self._batch) is None:
+            return
+        wait(batch.futures)
+        self._batch = None
+        try:
+            for future in batch.futures:
+                future.result()
+        except NotFiniteError:
+            self._explain_not_finite(batch)
+
+    def _hand_over(
+        self,
+        full: OpenShard,
+        futures: list[Future[None]],
+        added_fvu: Mapping[str, Any] | None,
+    ) -> None:
+        """Commit a full shard in another thread, one shard at a time."""
+        self._finish_commit()
+
+        def commit() -> None:
+            try:
+                for future in futures:
+                    future.result()
+                self._require_one_producer()
+                if added_fvu is not None:
+                    check_added_fvu(added_fvu, full.shard, self._encoding, self._max_added_fvu)
+                num_bytes = full.commit(self._flushers, self._producer, added_fvu)
+            finally:
+                full.abandon()
+            self.bytes_written += num_bytes
+
+        self._committing = (full.shard, self._committer.submit(commit))
+
+    def _finish_commit(self) -> None:
+        if self._committing is not None:
+            future = self._committing[1]
+            wait([future])
+            self._committing = None
+            future.result()
+
+    def _require_one_producer(self) -> None:
+        if self._producers is not None:
+            self._producers.require_one(self._producer)
+
+    def _go_to_next_pending(self) -> None:
+        own = None if self._committing is None else self._committing[0]
+        pending = [shard for shard in pending_shards(self._objects, self.plan) if shard != own]
+        later = [shard for shard in pending if self._shard is None or shard > self._shard]
+        self._shard = next(iter(later or pending), None)
+        self._row = 0 if self._shard is None else self.shard_range(self._shard).start
+
+    def _stop(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._drop()
+            # The committer waits for the others, so it goes first.
+            for pool in (self._committer, self._flushers, self._pool):
+                pool.shutdown()
+
+    def _drop(self) -> None:
+        """Let go of the unfinished shard; one that is full is committed all the same."""
+        if self._open is not None:
+            batch, self._batch = self._batch, None
+            wait([] if batch is None else [f for f in batch.futures if not f.cancel()])
+            self._open.abandon()
+            self._open = None
+        self._added = {}
+
+
+@dataclass
+class _Batch:
+    """The rows of one call within one shard, and the work that is under way for them."""
+
+    stored: dict[Key, Parts]
+    first_row: int
+    moments: Mapping[str, GroupMoments] | None
+    futures: list[Future[None]] = field(default_factory=list)
