@@ -62,10 +62,10 @@ def ours(settings: dict[str, Any]) -> None:
     from mlsae.base.machine.heap import keep_freed_memory
     from mlsae.store import open_store
     from mlsae.train import TrainConfig
-    from mlsae.train.decode import Decoder
-    from mlsae.train.loader import Batch, Loader
-    from mlsae.train.member import Member
+    from mlsae.train.data.decode import Decoder
+    from mlsae.train.data.loader import Batch, Loader
     from mlsae.train.plan import make_plan
+    from mlsae.train.run.member import Member
 
     keep_freed_memory()
     path = Path(settings["store"])

@@ -53,12 +53,12 @@ def ours(num_latents: int, d_in: int, k: int, *, mixed: bool, dead: bool) -> Ste
     from mlsae.base.machine.heap import keep_freed_memory
     from mlsae.sae import SAE, SAEConfig
     from mlsae.sae.architectures import topk
-    from mlsae.train.dead import DeadLatents
-    from mlsae.train.loader import Batch
-    from mlsae.train.objective import Objective
-    from mlsae.train.optimizer import Optimizer
-    from mlsae.train.schedule import Schedule
-    from mlsae.train.trainer import Trainer
+    from mlsae.train.data.loader import Batch
+    from mlsae.train.step.dead import DeadLatents
+    from mlsae.train.step.objective import Objective
+    from mlsae.train.step.optimizer import Optimizer
+    from mlsae.train.step.schedule import Schedule
+    from mlsae.train.step.trainer import Trainer
 
     keep_freed_memory()
     sae = SAE(SAEConfig(d_in=d_in, num_latents=num_latents, k=k), torch.Generator().manual_seed(0))

@@ -30,12 +30,12 @@ from accelerate import Accelerator
 from mlsae.sae import SAE
 from mlsae.store import Store, create, open_store
 from mlsae.train import TrainConfig
-from mlsae.train.dead import DeadLatents
-from mlsae.train.loader import Batch, Loader
-from mlsae.train.objective import Objective, layer_variances
-from mlsae.train.optimizer import ADAM_BETAS, ADAM_EPS
+from mlsae.train.data.loader import Batch, Loader
 from mlsae.train.plan import Plan, make_plan
-from mlsae.train.trainer import Trainer
+from mlsae.train.step.dead import DeadLatents
+from mlsae.train.step.objective import Objective, layer_variances
+from mlsae.train.step.optimizer import ADAM_BETAS, ADAM_EPS
+from mlsae.train.step.trainer import Trainer
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Source: Pascanu et al. (2013), arXiv 1211.5063.
 import torch
 
 from mlsae.sae import SAE
-from mlsae.train.optimizer import Optimizer
+from mlsae.train.step.optimizer import Optimizer
 
 
 class ClippedOptimizer(Optimizer):

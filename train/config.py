@@ -6,9 +6,9 @@ from pathlib import Path
 
 from mlsae.base.errors import InputError
 from mlsae.store.read.corpus import Location
-from mlsae.train.objective import LOSS_SPACES
-from mlsae.train.schedule import SCHEDULES
-from mlsae.train.tracking import TRACKERS
+from mlsae.train.run.tracking import TRACKERS
+from mlsae.train.step.objective import LOSS_SPACES
+from mlsae.train.step.schedule import SCHEDULES
 from mlsae.train.wanted import WantedSAE
 
 PRECISIONS = ("float32", "bfloat16")

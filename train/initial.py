@@ -14,8 +14,8 @@ from mlsae.base.errors import InputError
 from mlsae.sae import SAE, SAEConfig
 from mlsae.store import Moments
 from mlsae.train.config import TrainConfig
-from mlsae.train.objective import Objective, Penalty, layer_variances
-from mlsae.train.resample import PUBLISHED_TIMES, Resampling
+from mlsae.train.step.objective import Objective, Penalty, layer_variances
+from mlsae.train.step.resample import PUBLISHED_TIMES, Resampling
 
 Float64 = npt.NDArray[np.float64]
 

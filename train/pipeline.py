@@ -22,25 +22,25 @@ from mlsae.base.interruption import (
 from mlsae.base.machine.heap import keep_freed_memory
 from mlsae.sae.directory import TRAINING
 from mlsae.store import open_corpus
-from mlsae.train.checkpoint import Checkpoints, common_step
 from mlsae.train.config import TrainConfig
-from mlsae.train.decode import Decoder
-from mlsae.train.devices import make_accelerator
-from mlsae.train.evaluate import evaluate
-from mlsae.train.log import draw_curves, read_log
-from mlsae.train.member import Member, divergence, is_finished
-from mlsae.train.memory import require_training_memory
+from mlsae.train.data.decode import Decoder
+from mlsae.train.data.sampler import check_world_size
 from mlsae.train.options import write_run_file
-from mlsae.train.output import CHECKPOINTS, CURVES, LOG, check_output, claim
-from mlsae.train.paper_run import run_paper
-from mlsae.train.passing import Pass
 from mlsae.train.plan import Plan, make_plans
-from mlsae.train.ranks import Alone
-from mlsae.train.record import format_summary, format_sweep, sweep_entry, training_record
-from mlsae.train.sampler import check_world_size
+from mlsae.train.published.run import run_paper
+from mlsae.train.run.checkpoint import Checkpoints, common_step
+from mlsae.train.run.devices import make_accelerator
+from mlsae.train.run.evaluate import evaluate
+from mlsae.train.run.log import draw_curves, read_log
+from mlsae.train.run.loop import Pass
+from mlsae.train.run.member import Member, divergence, is_finished
+from mlsae.train.run.memory import require_training_memory
+from mlsae.train.run.output import CHECKPOINTS, CURVES, LOG, check_output, claim
+from mlsae.train.run.ranks import Alone
+from mlsae.train.run.record import format_summary, format_sweep, sweep_entry, training_record
+from mlsae.train.run.team import Shape, Team, team_shape
+from mlsae.train.run.tracking import check_tracker
 from mlsae.train.sweep import SUMMARY, SWEEP, Sweep
-from mlsae.train.team import Shape, Team, team_shape
-from mlsae.train.tracking import check_tracker
 
 
 class DivergedSAEsError(MlsaeError, ArithmeticError):

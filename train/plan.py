@@ -10,12 +10,12 @@ from mlsae.base.errors import InputError
 from mlsae.sae import SAEConfig
 from mlsae.store import AnyStore
 from mlsae.store.read.split import validation_of
-from mlsae.train.auxiliary import default_k_aux
 from mlsae.train.config import TrainConfig
-from mlsae.train.dead import default_dead_after
+from mlsae.train.data.rows import Mixture
 from mlsae.train.initial import layer_factors, objective_settings, resample_every, sae_config
-from mlsae.train.rows import Mixture
-from mlsae.train.schedule import Schedule
+from mlsae.train.step.auxiliary import default_k_aux
+from mlsae.train.step.dead import default_dead_after
+from mlsae.train.step.schedule import Schedule
 from mlsae.train.sweep import Sweep
 
 

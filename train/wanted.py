@@ -24,7 +24,7 @@ class WantedSAE:
     """
 
     preset: str | None = None
-    """`paper` for the step of the published multi-layer SAEs (train/paper.py)."""
+    """`paper` for the step of the published multi-layer SAEs (train/published/step.py)."""
     architecture: str = "topk"
     """`topk`, or `relu` with an L1 penalty."""
     l1: float | None = None

@@ -10,7 +10,7 @@ import torch
 
 from mlsae.sae import SAE, SAEConfig, load
 from mlsae.sae.formats.convert import export_sae
-from mlsae.train.paper import PaperTrainer
+from mlsae.train.published.step import PaperTrainer
 
 pytestmark = [
     pytest.mark.external,

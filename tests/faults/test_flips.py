@@ -17,8 +17,8 @@ import torch
 from mlsae.analyze.selection import read_rows
 from mlsae.store import StoreError, open_store
 from mlsae.store.tools.verify import verify
-from mlsae.train.loader import Loader
-from mlsae.train.rows import Mixture
+from mlsae.train.data.loader import Loader
+from mlsae.train.data.rows import Mixture
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 

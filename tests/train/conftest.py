@@ -14,8 +14,8 @@ import torch
 
 from mlsae.store import create, open_store
 from mlsae.store.format.calibration import Calibrator
-from mlsae.train.sampler import Order, slice_rows
-from mlsae.train.walk import Walk
+from mlsae.train.data.sampler import Order, slice_rows
+from mlsae.train.data.walk import Walk
 
 Int64 = npt.NDArray[np.int64]
 

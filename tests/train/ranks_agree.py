@@ -10,11 +10,11 @@ import torch
 from accelerate import Accelerator
 
 from mlsae.sae import SAE, SAEConfig
-from mlsae.train.dead import DeadLatents
-from mlsae.train.loader import Batch
-from mlsae.train.objective import Objective
-from mlsae.train.schedule import Schedule
-from mlsae.train.trainer import Trainer
+from mlsae.train.data.loader import Batch
+from mlsae.train.step.dead import DeadLatents
+from mlsae.train.step.objective import Objective
+from mlsae.train.step.schedule import Schedule
+from mlsae.train.step.trainer import Trainer
 
 STEPS, ROWS, D, N = 50, 40, 12, 64
 

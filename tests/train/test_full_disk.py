@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from mlsae.base.errors import ResourceError
 from mlsae.sae import SAE, SAEConfig
-from mlsae.train.checkpoint import Checkpoints
-from mlsae.train.dead import DeadLatents
+from mlsae.train.run.checkpoint import Checkpoints
+from mlsae.train.step.dead import DeadLatents
 
 class Trainer:
     # What a checkpoint holds of one, without a step taken.

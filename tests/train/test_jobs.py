@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from mlsae.store import open_store
-from mlsae.train.jobs import plan
-from mlsae.train.rows import Mixture
-from mlsae.train.window import Window
+from mlsae.train.data.jobs import plan
+from mlsae.train.data.rows import Mixture
+from mlsae.train.data.window import Window
 
 
 @pytest.mark.parametrize("batch_rows", [3, 7, 33, 200, 5000])

@@ -9,8 +9,8 @@ import torch
 
 from mlsae.store import AnyStore, DamagedStoreError, Store, open_store
 from mlsae.store.read import scatter as module
-from mlsae.train.loader import Batch, Loader
-from mlsae.train.rows import Mixture
+from mlsae.train.data.loader import Batch, Loader
+from mlsae.train.data.rows import Mixture
 
 FORMS = [
     ("float16", "none"),

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from mlsae.sae import SAEConfig
-from mlsae.train.memory import step_memory
+from mlsae.train.run.memory import step_memory
 
 MEASURE = """
 import sys
@@ -15,11 +15,11 @@ import torch
 from accelerate import Accelerator
 from mlsae.base.machine.heap import keep_freed_memory
 from mlsae.sae import SAE, SAEConfig
-from mlsae.train.dead import DeadLatents
-from mlsae.train.loader import Batch
-from mlsae.train.objective import Objective
-from mlsae.train.schedule import Schedule
-from mlsae.train.trainer import Trainer
+from mlsae.train.step.dead import DeadLatents
+from mlsae.train.data.loader import Batch
+from mlsae.train.step.objective import Objective
+from mlsae.train.step.schedule import Schedule
+from mlsae.train.step.trainer import Trainer
 
 def run(rows, d_in, num_latents, k, micro_batch, mixed, dead_after):
     sae = SAE(SAEConfig(d_in=d_in, num_latents=num_latents, k=k), torch.Generator().manual_seed(0))

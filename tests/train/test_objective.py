@@ -12,12 +12,12 @@ from accelerate import Accelerator
 from mlsae.base.errors import InputError
 from mlsae.sae import SAE, SAEConfig
 from mlsae.store import open_store
-from mlsae.train.auxiliary import default_k_aux
-from mlsae.train.dead import DeadLatents, default_dead_after
-from mlsae.train.loader import Batch
-from mlsae.train.objective import Objective, layer_variances
-from mlsae.train.schedule import Schedule
-from mlsae.train.trainer import DivergedError, Trainer
+from mlsae.train.data.loader import Batch
+from mlsae.train.step.auxiliary import default_k_aux
+from mlsae.train.step.dead import DeadLatents, default_dead_after
+from mlsae.train.step.objective import Objective, layer_variances
+from mlsae.train.step.schedule import Schedule
+from mlsae.train.step.trainer import DivergedError, Trainer
 
 D, N, K, L = 12, 64, 4, 3
 VARIANCES = np.array([3.0, 7.0, 11.0])

@@ -15,8 +15,8 @@ from mlsae.sae import SAE, SAEConfig, load
 from mlsae.store import open_store
 from mlsae.store.read.split import validation_of
 from mlsae.train import TrainConfig, run
-from mlsae.train.paper import PaperTrainer, geometric_median
-from mlsae.train.trainer import DivergedError
+from mlsae.train.published.step import PaperTrainer, geometric_median
+from mlsae.train.step.trainer import DivergedError
 
 D, N, K, K_AUX, LAYERS, TOKENS, MICRO, DEAD_AFTER = 12, 64, 4, 8, 3, 20, 3, 3
 

@@ -13,14 +13,14 @@ from accelerate import Accelerator
 from mlsae.sae import SAE, SAEConfig
 from mlsae.sae.architectures import relu
 from mlsae.sae.kernels.sparse import FullSupport
-from mlsae.train.auxiliary import hashed
-from mlsae.train.dead import DeadLatents
-from mlsae.train.loader import Batch
-from mlsae.train.objective import Objective, Penalty
-from mlsae.train.optimizer import Optimizer
-from mlsae.train.resample import Candidates, Resampling, keys, resample
-from mlsae.train.schedule import Schedule
-from mlsae.train.trainer import Trainer
+from mlsae.train.data.loader import Batch
+from mlsae.train.step.auxiliary import hashed
+from mlsae.train.step.dead import DeadLatents
+from mlsae.train.step.objective import Objective, Penalty
+from mlsae.train.step.optimizer import Optimizer
+from mlsae.train.step.resample import Candidates, Resampling, keys, resample
+from mlsae.train.step.schedule import Schedule
+from mlsae.train.step.trainer import Trainer
 
 D, N, L, ROWS, STEPS = 12, 64, 3, 50, 50
 VARIANCES = np.array([3.0, 7.0, 11.0])

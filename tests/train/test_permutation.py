@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from mlsae.train.permutation import NUM_ROUNDS, derive_keys, mix, permute
+from mlsae.train.data.permutation import NUM_ROUNDS, derive_keys, mix, permute
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 15, 16, 17, 100, 1023, 4096, 65_537])

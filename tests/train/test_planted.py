@@ -9,13 +9,13 @@ from accelerate import Accelerator
 
 from mlsae.sae import SAE, SAEConfig
 from mlsae.sae.kernels.select import select, select_mixed
-from mlsae.train import auxiliary
-from mlsae.train.dead import DeadLatents
-from mlsae.train.loader import Batch
-from mlsae.train.objective import Objective, Penalty
-from mlsae.train.resample import Resampling
-from mlsae.train.schedule import Schedule
-from mlsae.train.trainer import Trainer
+from mlsae.train.data.loader import Batch
+from mlsae.train.step import auxiliary
+from mlsae.train.step.dead import DeadLatents
+from mlsae.train.step.objective import Objective, Penalty
+from mlsae.train.step.resample import Resampling
+from mlsae.train.step.schedule import Schedule
+from mlsae.train.step.trainer import Trainer
 
 D, N, K, ROWS = 64, 256, 8, 1024
 

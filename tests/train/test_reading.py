@@ -10,8 +10,8 @@ import pytest
 
 from mlsae.base.machine.priority import NICENESS
 from mlsae.store.read.scatter import Runs
-from mlsae.train.jobs import Job, Planned, Share
-from mlsae.train.reading import Reading
+from mlsae.train.data.jobs import Job, Planned, Share
+from mlsae.train.data.reading import Reading
 
 NOTHING = np.zeros(0, np.int64)
 BATCHES = 9

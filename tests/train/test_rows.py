@@ -8,9 +8,9 @@ import pytest
 from mlsae.base.errors import InputError
 from mlsae.store import open_store
 from mlsae.store.format.positions import kept_positions
-from mlsae.train import rows as module
-from mlsae.train.rows import Mixture, TrainingRows
-from mlsae.train.sampler import owned_slots
+from mlsae.train.data import rows as module
+from mlsae.train.data.rows import Mixture, TrainingRows
+from mlsae.train.data.sampler import owned_slots
 
 
 @pytest.mark.parametrize("skip_positions", [0, 1, 3])

@@ -19,8 +19,8 @@ from mlsae.sae import load
 from mlsae.store import open_store
 from mlsae.store.read.split import validation_of
 from mlsae.train import Sweep, TrainConfig, run, run_sweep
-from mlsae.train.checkpoint import DamagedCheckpointError
-from mlsae.train.trainer import Trainer
+from mlsae.train.run.checkpoint import DamagedCheckpointError
+from mlsae.train.step.trainer import Trainer
 
 SETTINGS: dict[str, Any] = {
     "num_latents": 64,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mlsae.base.errors import InputError
-from mlsae.train.sampler import NUM_LANES, Order, slice_rows
-from mlsae.train.walk import Walk
+from mlsae.train.data.sampler import NUM_LANES, Order, slice_rows
+from mlsae.train.data.walk import Walk
 
 CASES = {
     "one layer": {"num_rows": 3000, "num_layers": 1},

@@ -10,8 +10,8 @@ from mlsae.base.errors import InputError
 from mlsae.sae import SAE, SAEConfig
 from mlsae.train import TrainConfig
 from mlsae.train.clip import ClippedOptimizer
-from mlsae.train.optimizer import Optimizer
-from mlsae.train.schedule import Schedule
+from mlsae.train.step.optimizer import Optimizer
+from mlsae.train.step.schedule import Schedule
 
 
 def rates(**settings: Any) -> list[float]:

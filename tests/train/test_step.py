@@ -11,13 +11,13 @@ from accelerate import Accelerator
 
 from mlsae.sae import SAE, SAEConfig
 from mlsae.sae.kernels.select import select
-from mlsae.train import auxiliary
-from mlsae.train.auxiliary import sample
-from mlsae.train.dead import DeadLatents
-from mlsae.train.loader import Batch
-from mlsae.train.objective import Objective
-from mlsae.train.schedule import Schedule
-from mlsae.train.trainer import Trainer
+from mlsae.train.data.loader import Batch
+from mlsae.train.step import auxiliary
+from mlsae.train.step.auxiliary import sample
+from mlsae.train.step.dead import DeadLatents
+from mlsae.train.step.objective import Objective
+from mlsae.train.step.schedule import Schedule
+from mlsae.train.step.trainer import Trainer
 
 STEPS = 50
 VARIANCES = np.array([3.0, 7.0])

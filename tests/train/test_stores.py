@@ -20,9 +20,9 @@ from mlsae.store import Calibrator, NotAStoreError, Store, create, open_corpus, 
 from mlsae.store.read.corpus import Location
 from mlsae.store.read.split import validation_of
 from mlsae.train import TrainConfig, run
-from mlsae.train.evaluate import evaluate
-from mlsae.train.loader import Loader
-from mlsae.train.rows import Mixture
+from mlsae.train.data.loader import Loader
+from mlsae.train.data.rows import Mixture
+from mlsae.train.run.evaluate import evaluate
 
 Cache = Location | tuple[Location, ...]
 SETTINGS: dict[str, Any] = {

@@ -15,13 +15,13 @@ from mlsae.base.files import read_sealed
 from mlsae.sae import load
 from mlsae.store import open_store
 from mlsae.train import Sweep, TrainConfig, run, run_sweep
-from mlsae.train import passing as passing_module
-from mlsae.train.checkpoint import Checkpoints
-from mlsae.train.loader import Loader
-from mlsae.train.memory import estimate
+from mlsae.train.data.loader import Loader
 from mlsae.train.pipeline import DivergedSAEsError
 from mlsae.train.plan import make_plans
-from mlsae.train.trainer import DivergedError, Trainer
+from mlsae.train.run import loop as passing_module
+from mlsae.train.run.checkpoint import Checkpoints
+from mlsae.train.run.memory import estimate
+from mlsae.train.step.trainer import DivergedError, Trainer
 
 SETTINGS: dict[str, Any] = {
     "num_latents": 40,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlsae.train.sampler import Int64, Order, Parts, check_world_size, owned_slots
+from mlsae.train.data.sampler import Int64, Order, Parts, check_world_size, owned_slots
 
 _BLOCK_ROWS = 1 << 18
 """Rows of a rank's share of the steps that are walked at once, or nearly."""

@@ -13,8 +13,8 @@ import torch
 
 from mlsae.sae import SAE
 from mlsae.store import AnyStore
-from mlsae.train.auxiliary import Sum
-from mlsae.train.decode import Decoder, Parts, origin_of, torch_rows
+from mlsae.train.data.decode import Decoder, Parts, origin_of, torch_rows
+from mlsae.train.step.auxiliary import Sum
 
 POSITION_0_IN, POSITION_0_OUT = "position_0_in", "position_0_out"
 _BLOCK_ROWS = 4096

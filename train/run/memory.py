@@ -11,8 +11,8 @@ from mlsae.base.resources import require_memory
 from mlsae.base.units import format_bytes
 from mlsae.sae import SAEConfig
 from mlsae.sae.kernels.select import BLOCK_BYTES
-from mlsae.train.auxiliary import SAMPLE_ROWS, SAMPLE_SHARE, default_k_aux
 from mlsae.train.plan import Plan
+from mlsae.train.step.auxiliary import SAMPLE_ROWS, SAMPLE_SHARE, default_k_aux
 
 _FLOAT = 4
 

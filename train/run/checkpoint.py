@@ -24,7 +24,7 @@ from mlsae.base.files import (
     sha256_file,
     write_durably,
 )
-from mlsae.train.trainer import Trainer
+from mlsae.train.step.trainer import Trainer
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 

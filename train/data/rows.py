@@ -10,7 +10,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from mlsae.base.errors import InputError
 from mlsae.base.units import format_bytes
 from mlsae.store import AnyStore
-from mlsae.train.sampler import Order, slice_rows
+from mlsae.train.data.sampler import Order, slice_rows
 
 SLICE_BYTES = 64 << 10
 """Bytes of a slice unless a window is asked for: less is slow to read, more is memory."""

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 
 from mlsae.sae import SAE
-from mlsae.train.auxiliary import Sum, hashed
-from mlsae.train.optimizer import Optimizer
+from mlsae.train.step.auxiliary import Sum, hashed
+from mlsae.train.step.optimizer import Optimizer
 
 PUBLISHED_TIMES = 8
 """In the published run: at each eighth of the steps, up to the half."""

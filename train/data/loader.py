@@ -6,11 +6,11 @@ from typing import NamedTuple
 import torch
 
 from mlsae.store import AnyStore
-from mlsae.train.decode import Parts
-from mlsae.train.jobs import plan
-from mlsae.train.reading import Reading
-from mlsae.train.rows import Mixture
-from mlsae.train.window import Window
+from mlsae.train.data.decode import Parts
+from mlsae.train.data.jobs import plan
+from mlsae.train.data.reading import Reading
+from mlsae.train.data.rows import Mixture
+from mlsae.train.data.window import Window
 
 _THREADS, _THREADS_REMOTE = 2, 8
 _JOB_RUNS, _JOB_RUNS_REMOTE = 256, 16

@@ -29,8 +29,8 @@ from mlsae.sae.kernels.functions import bag, preactivations
 from mlsae.sae.kernels.select import select
 from mlsae.sae.kernels.sparse import Support
 from mlsae.sae.normalize import restore
-from mlsae.train.optimizer import ADAM_BETAS, ADAM_EPS
-from mlsae.train.trainer import DivergedError
+from mlsae.train.step.optimizer import ADAM_BETAS, ADAM_EPS
+from mlsae.train.step.trainer import DivergedError
 
 LR = 1e-4
 K_AUX = 256

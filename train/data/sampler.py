@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.errors import InputError
-from mlsae.train.permutation import NUM_ROUNDS, derive_keys, mix, permute
+from mlsae.train.data.permutation import NUM_ROUNDS, derive_keys, mix, permute
 
 Int64 = npt.NDArray[np.int64]
 

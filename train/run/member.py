@@ -6,18 +6,18 @@ from accelerate import Accelerator
 
 from mlsae.base.files import read_sealed, seal, write_durably
 from mlsae.sae.directory import CONFIG
-from mlsae.train.checkpoint import Checkpoints
 from mlsae.train.clip import ClippedOptimizer
-from mlsae.train.dead import DeadLatents
-from mlsae.train.decode import Decoder
+from mlsae.train.data.decode import Decoder
+from mlsae.train.data.loader import Batch
 from mlsae.train.initial import initial_sae, make_objective
-from mlsae.train.loader import Batch
-from mlsae.train.log import Averages, Log
-from mlsae.train.output import CHECKPOINTS, DIVERGED, LOG
 from mlsae.train.plan import Plan
-from mlsae.train.ranks import Alone
-from mlsae.train.tracking import Tracker, open_tracker
-from mlsae.train.trainer import DivergedError, Trainer
+from mlsae.train.run.checkpoint import Checkpoints
+from mlsae.train.run.log import Averages, Log
+from mlsae.train.run.output import CHECKPOINTS, DIVERGED, LOG
+from mlsae.train.run.ranks import Alone
+from mlsae.train.run.tracking import Tracker, open_tracker
+from mlsae.train.step.dead import DeadLatents
+from mlsae.train.step.trainer import DivergedError, Trainer
 
 
 class Member:

@@ -14,13 +14,13 @@ from tqdm import tqdm
 from mlsae.base.errors import InputError
 from mlsae.sae import SAE
 from mlsae.store import AnyStore, open_corpus
-from mlsae.train.devices import make_accelerator
-from mlsae.train.evaluate import evaluate
-from mlsae.train.log import LINES, Log, draw_curves, read_log
-from mlsae.train.output import CURVES, LOG, check_output, claim
-from mlsae.train.paper import DEAD_AFTER, LR, PaperTrainer
 from mlsae.train.plan import Plan, make_plans
-from mlsae.train.record import format_summary, training_record
+from mlsae.train.published.step import DEAD_AFTER, LR, PaperTrainer
+from mlsae.train.run.devices import make_accelerator
+from mlsae.train.run.evaluate import evaluate
+from mlsae.train.run.log import LINES, Log, draw_curves, read_log
+from mlsae.train.run.output import CURVES, LOG, check_output, claim
+from mlsae.train.run.record import format_summary, training_record
 from mlsae.train.sweep import Sweep
 
 _PUBLISHED_LENGTH = 2048

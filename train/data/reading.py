@@ -7,7 +7,7 @@ from functools import partial
 
 from mlsae.base.machine.priority import yield_to_others
 from mlsae.store.read.scatter import Runs
-from mlsae.train.jobs import Job, Planned, Share
+from mlsae.train.data.jobs import Job, Planned, Share
 
 Task = Callable[[], None]
 

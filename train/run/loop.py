@@ -9,13 +9,13 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from mlsae.base.interruption import Interruption
-from mlsae.train.decode import Decoder
-from mlsae.train.loader import Batch, Loader
-from mlsae.train.log import LINES
-from mlsae.train.member import Member
-from mlsae.train.rows import Mixture
-from mlsae.train.team import Team
-from mlsae.train.trainer import DivergedError
+from mlsae.train.data.decode import Decoder
+from mlsae.train.data.loader import Batch, Loader
+from mlsae.train.data.rows import Mixture
+from mlsae.train.run.log import LINES
+from mlsae.train.run.member import Member
+from mlsae.train.run.team import Team
+from mlsae.train.step.trainer import DivergedError
 
 STOPPING = "stopping after this step, once its checkpoint is written; again to stop at once"
 

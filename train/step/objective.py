@@ -4,7 +4,7 @@
 rows of layer l, and weights w_l that are 1 unless asked for. The penalty is the architecture's,
 with λ_l = λ · (multiplier of the layer), rising from 0 over the first steps. All terms are sums
 over rows once B and the totals in them are those of the whole batch, so that pieces of a batch, on
-one rank or several, add up to it exactly. AuxK, of topk alone: see `train/auxiliary.py`.
+one rank or several, add up to it exactly. AuxK, of topk alone: see `train/step/auxiliary.py`.
 
 Shape suffixes: B rows, D channels, N latents, L layers, S sampled rows.
 """
@@ -22,9 +22,9 @@ from mlsae.sae import SAE
 from mlsae.sae.kernels.sparse import Support
 from mlsae.sae.normalize import EPS
 from mlsae.store import Moments
-from mlsae.train import auxiliary, resample
-from mlsae.train.auxiliary import Residual, Sum
-from mlsae.train.resample import Candidates, Resampling
+from mlsae.train.step import auxiliary, resample
+from mlsae.train.step.auxiliary import Residual, Sum
+from mlsae.train.step.resample import Candidates, Resampling
 
 LOSS_SPACES = ("standardized", "raw")
 

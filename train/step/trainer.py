@@ -12,13 +12,13 @@ from accelerate import Accelerator
 
 from mlsae.base.errors import MlsaeError
 from mlsae.sae import SAE
-from mlsae.train.dead import DeadLatents
-from mlsae.train.decode import Decoder
-from mlsae.train.loader import Batch
-from mlsae.train.objective import Losses, Objective
-from mlsae.train.optimizer import Optimizer
-from mlsae.train.resample import resample
-from mlsae.train.schedule import Schedule
+from mlsae.train.data.decode import Decoder
+from mlsae.train.data.loader import Batch
+from mlsae.train.step.dead import DeadLatents
+from mlsae.train.step.objective import Losses, Objective
+from mlsae.train.step.optimizer import Optimizer
+from mlsae.train.step.resample import resample
+from mlsae.train.step.schedule import Schedule
 
 
 class DivergedError(MlsaeError, ArithmeticError):

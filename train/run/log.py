@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlsae.base.files import write_durably
-from mlsae.train.trainer import StepResult
+from mlsae.train.step.trainer import StepResult
 
 LINES = 1000
 """A run logs about so many lines, however long it is."""

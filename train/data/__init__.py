@@ -1,0 +1,1 @@
+"""Rows of a store in the order of training, read into batches."""

@@ -1,0 +1,1 @@
+"""The published method, reproduced step by step for comparison."""

@@ -1,0 +1,1 @@
+"""A run of training: ranks, checkpoints, logs, evaluation, output."""
