@@ -36,8 +36,8 @@ from mlsae.base.interruption import interruptible
 from mlsae.base.machine.heap import keep_freed_memory
 from mlsae.base.ranks import Ranks
 from mlsae.base.units import parse_bytes
-from mlsae.harvest.batches import Batches
-from mlsae.harvest.calibrate import calibrate
+from mlsae.harvest.compute.batches import Batches
+from mlsae.harvest.compute.calibrate import calibrate
 from mlsae.harvest.pipeline import keeps_cached
 from mlsae.harvest.shards import harvest_shards
 from mlsae.models import Transformer, load

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlsae.base.errors import InputError
-from mlsae.harvest.packing import BOS, PACKINGS
-from mlsae.harvest.text import TextConfig
+from mlsae.harvest.text.packing import BOS, PACKINGS
+from mlsae.harvest.text.sources import TextConfig
 from mlsae.models.initialization import INITS
 from mlsae.models.loading import DTYPES
 from mlsae.models.sites import SITES

@@ -16,12 +16,11 @@ from mlsae.base.interruption import (
 from mlsae.base.machine.heap import keep_freed_memory
 from mlsae.base.ranks import Ranks, wait_until
 from mlsae.base.resources import require_writable
-from mlsae.harvest.batch_size import choose_batch_size
-from mlsae.harvest.batches import Batches
-from mlsae.harvest.calibrate import calibrate
+from mlsae.harvest.compute.batch_size import choose_batch_size
+from mlsae.harvest.compute.batches import Batches
+from mlsae.harvest.compute.calibrate import calibrate
+from mlsae.harvest.compute.forward import choose_encoding, preflight
 from mlsae.harvest.config import HarvestConfig
-from mlsae.harvest.forward import choose_encoding, preflight
-from mlsae.harvest.packing import PackedText, pack
 from mlsae.harvest.plan import (
     Request,
     check_vocabulary,
@@ -34,8 +33,9 @@ from mlsae.harvest.plan import (
 )
 from mlsae.harvest.report import dry_run_lines, encoding_lines, last_line, layer_tables
 from mlsae.harvest.shards import harvest_shards
-from mlsae.harvest.text import open_sources
-from mlsae.harvest.text_report import text_lines
+from mlsae.harvest.text.packing import PackedText, pack
+from mlsae.harvest.text.report import text_lines
+from mlsae.harvest.text.sources import open_sources
 from mlsae.models import Transformer, load, outline
 from mlsae.models.sites import check_sites
 from mlsae.store import Calibration, PlanMismatchError, Writer, create, open_store, resume

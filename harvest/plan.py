@@ -14,9 +14,9 @@ from mlsae.base.errors import InputError, ResourceError
 from mlsae.base.ranks import Ranks
 from mlsae.base.resources import require_disk
 from mlsae.base.units import format_bytes
-from mlsae.harvest.batch_size import useful_batch_size
+from mlsae.harvest.compute.batch_size import useful_batch_size
 from mlsae.harvest.config import DEFAULT_CONTEXT_LENGTH, HarvestConfig
-from mlsae.harvest.packing import PackedText
+from mlsae.harvest.text.packing import PackedText
 from mlsae.models import Transformer
 from mlsae.models.attention import blocks_pay
 from mlsae.models.sites import check_sites

@@ -9,7 +9,7 @@ from mlsae.base.resources import free_disk
 from mlsae.base.units import format_bytes, format_count
 from mlsae.harvest.config import HarvestConfig
 from mlsae.harvest.outliers import outlier_lines
-from mlsae.harvest.packing import PackedText
+from mlsae.harvest.text.packing import PackedText
 from mlsae.store import Store
 from mlsae.store.format.layout import Layout
 from mlsae.store.format.presets import PRESETS

@@ -10,9 +10,9 @@ from tqdm.auto import tqdm
 from mlsae.base.interruption import Interruption
 from mlsae.base.ranks import Ranks
 from mlsae.base.units import format_bytes
-from mlsae.harvest.batches import Batches
-from mlsae.harvest.codecs import Key, codecs_for
-from mlsae.harvest.forward import Computed, Forward
+from mlsae.harvest.compute.batches import Batches
+from mlsae.harvest.compute.codecs import Key, codecs_for
+from mlsae.harvest.compute.forward import Computed, Forward
 from mlsae.models import Transformer
 from mlsae.store import Store, Writer, open_store
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from mlsae.base.errors import InputError
-from mlsae.harvest import calibrate as module
-from mlsae.harvest.batches import Batches
-from mlsae.harvest.calibrate import calibrate
+from mlsae.harvest.compute import calibrate as module
+from mlsae.harvest.compute.batches import Batches
+from mlsae.harvest.compute.calibrate import calibrate
 from mlsae.models import Transformer, load
 from mlsae.models.capture import capture
 from mlsae.models.inputs import Inputs

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mlsae.harvest import codecs as module
-from mlsae.harvest.codecs import UNSOUND, FloatCodec, Int8Codec, Scratch
+from mlsae.harvest.compute import codecs as module
+from mlsae.harvest.compute.codecs import UNSOUND, FloatCodec, Int8Codec, Scratch
 from mlsae.store import Calibration, Calibrator
 from mlsae.store.format.encoding import SiteCodec, encode_int8, num_blocks
 

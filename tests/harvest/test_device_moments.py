@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from mlsae.harvest import host_moments
-from mlsae.harvest.codecs import Codecs, codecs_for
-from mlsae.harvest.device_moments import DeviceMoments
-from mlsae.harvest.host_moments import HostMoments
+from mlsae.harvest.compute import host_moments
+from mlsae.harvest.compute.codecs import Codecs, codecs_for
+from mlsae.harvest.compute.device_moments import DeviceMoments
+from mlsae.harvest.compute.host_moments import HostMoments
 from mlsae.store.format.moments import GROUPS
 
 LAYERS = (1, 4, 5)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from mlsae.harvest import codecs as module
-from mlsae.harvest.codecs import Codecs, codecs_for
-from mlsae.harvest.encoding_cost import EncodingCost
+from mlsae.harvest.compute import codecs as module
+from mlsae.harvest.compute.added_fvu import EncodingCost
+from mlsae.harvest.compute.codecs import Codecs, codecs_for
 from mlsae.store import Calibrator
 from mlsae.store.format.added_fvu import AddedFVU
 

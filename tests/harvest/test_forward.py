@@ -9,9 +9,15 @@ import pytest
 import torch
 
 from mlsae.base.errors import InputError, ResourceError
-from mlsae.harvest.batches import Batch, Batches
-from mlsae.harvest.codecs import codecs_for
-from mlsae.harvest.forward import Computed, Forward, choose_encoding, memory_explained, preflight
+from mlsae.harvest.compute.batches import Batch, Batches
+from mlsae.harvest.compute.codecs import codecs_for
+from mlsae.harvest.compute.forward import (
+    Computed,
+    Forward,
+    choose_encoding,
+    memory_explained,
+    preflight,
+)
 from mlsae.models import Transformer, load
 from mlsae.models.capture import capture
 from mlsae.store import PADDING, SPECIAL, ActivationError, Calibrator

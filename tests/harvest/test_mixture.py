@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from mlsae.base.errors import InputError
-from mlsae.harvest.mixture import parse_mixture
-from mlsae.harvest.packing import pack
-from mlsae.harvest.text import Source, TextConfig, open_sources
-from mlsae.harvest.text_report import text_lines
+from mlsae.harvest.text.mixture import parse_mixture
+from mlsae.harvest.text.packing import pack
+from mlsae.harvest.text.report import text_lines
+from mlsae.harvest.text.sources import Source, TextConfig, open_sources
 
 
 def test_weights_are_shares() -> None:

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlsae.base.errors import InputError, ResourceError
-from mlsae.harvest.joints import BOS, PACKINGS, Joints
-from mlsae.harvest.packing import PackedText, pack
-from mlsae.harvest.text import Document, Source, TextConfig, open_sources
+from mlsae.harvest.text.joints import BOS, PACKINGS, Joints
+from mlsae.harvest.text.packing import PackedText, pack
+from mlsae.harvest.text.sources import Document, Source, TextConfig, open_sources
 from mlsae.models import load_tokenizer
 from mlsae.models.tokenizer import tokenizer_sha256
 from mlsae.store import MASKED, PADDING, SPECIAL

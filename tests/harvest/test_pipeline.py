@@ -11,9 +11,9 @@ import torch
 
 from mlsae.base.errors import InputError, ResourceError
 from mlsae.harvest import HarvestConfig, run
-from mlsae.harvest.packing import pack
 from mlsae.harvest.plan import producer_of
-from mlsae.harvest.text import Source
+from mlsae.harvest.text.packing import pack
+from mlsae.harvest.text.sources import Source
 from mlsae.models import attention, load, load_for
 from mlsae.store import ActivationError, NotAStoreError, PlanMismatchError, open_store
 

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlsae.base.errors import MlsaeError
-from mlsae.harvest.hub import is_hub_layout
-from mlsae.harvest.text import TextConfig, open_sources
+from mlsae.harvest.text.hub import is_hub_layout
+from mlsae.harvest.text.sources import TextConfig, open_sources
 
 TEXTS = ["one", "", "two\nlines", "três"]
 

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.errors import InputError
-from mlsae.harvest.hub import hub_rows, is_hub_layout
-from mlsae.harvest.mixture import parse_mixture
-from mlsae.harvest.text_files import FILE_KINDS, Row, file_rows, files_in, kind_of
+from mlsae.harvest.text.files import FILE_KINDS, Row, file_rows, files_in, kind_of
+from mlsae.harvest.text.hub import hub_rows, is_hub_layout
+from mlsae.harvest.text.mixture import parse_mixture
 
 Document = str | npt.NDArray[np.uint32]
 """A text, or the token ids of one: (n,)."""

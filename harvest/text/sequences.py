@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mlsae.harvest.joints import Joints
-from mlsae.harvest.spool import Spool
+from mlsae.harvest.text.joints import Joints
+from mlsae.harvest.text.spool import Spool
 from mlsae.store import MASKED, PADDING, SPECIAL
 
 Tokens = npt.NDArray[np.uint32]

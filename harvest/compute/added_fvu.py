@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mlsae.harvest.codecs import Codec, Codecs, Key, Parts, piece_rows
+from mlsae.harvest.compute.codecs import Codec, Codecs, Key, Parts, piece_rows
 from mlsae.store.format.added_fvu import NUM_DECILES, AddedFVU
 from mlsae.store.format.moments import eligible_groups
 

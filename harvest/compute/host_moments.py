@@ -1,6 +1,6 @@
 """Moments of a shard's rows on the CPU, between two forward passes.
 
-What `mlsae.harvest.device_moments` sums on a GPU, arranged for caches: all layers of a few rows of
+What `mlsae.harvest.compute.device_moments` sums on a GPU, arranged for caches: all layers of a few rows of
 one group at a time, by threads that each take every n-th of such pieces and compute alone. A team
 of threads that share every operation waits after each for its slowest member, and operations on a
 piece are as short as that wait. Sums are of rows about a centre near their mean, kept for a whole
@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mlsae.harvest.codecs import Codecs, Key, Parts
+from mlsae.harvest.compute.codecs import Codecs, Key, Parts
 from mlsae.store.format.moments import STANDARDIZE_EPS, GroupMoments
 
 PIECE_VALUES = 3 << 17

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from mlsae.base.resources import available_memory
+from mlsae.harvest.compute.forward import PINNED, memory_explained
 from mlsae.harvest.config import HarvestConfig
-from mlsae.harvest.forward import PINNED, memory_explained
 from mlsae.models import Transformer
 from mlsae.models.capture import capture
 from mlsae.models.inputs import Inputs

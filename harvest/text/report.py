@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from mlsae.base.units import format_count
-from mlsae.harvest.packing import PackedText
+from mlsae.harvest.text.packing import PackedText
 
 
 def text_lines(packed: PackedText) -> Iterator[str]:

@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mlsae.harvest.batches import Batch, Batches
-from mlsae.harvest.forward import memory_explained, stored_rows
+from mlsae.harvest.compute.batches import Batch, Batches
+from mlsae.harvest.compute.forward import memory_explained, stored_rows
 from mlsae.models import Transformer
 from mlsae.models.capture import capture
 from mlsae.store import Calibration, Calibrator

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlsae.base.errors import InputError
-from mlsae.harvest.text_files import SHUFFLE_BUFFER, Row
+from mlsae.harvest.text.files import SHUFFLE_BUFFER, Row
 
 SPLIT_NAME = re.compile(
     r"(train|training|validation|valid|val|dev|test|testing|eval|evaluation)([-._ 0-9]|$)"

@@ -14,11 +14,11 @@ import numpy.typing as npt
 import torch
 
 from mlsae.base.errors import InputError, ResourceError
-from mlsae.harvest.batches import Batch
-from mlsae.harvest.codecs import Codecs, Encoded, Key, Parts
-from mlsae.harvest.device_moments import DeviceMoments
-from mlsae.harvest.encoding_cost import EncodingCost
-from mlsae.harvest.host_moments import HostMoments, each_alone
+from mlsae.harvest.compute.added_fvu import EncodingCost
+from mlsae.harvest.compute.batches import Batch
+from mlsae.harvest.compute.codecs import Codecs, Encoded, Key, Parts
+from mlsae.harvest.compute.device_moments import DeviceMoments
+from mlsae.harvest.compute.host_moments import HostMoments, each_alone
 from mlsae.models import Transformer
 from mlsae.models.capture import capture
 from mlsae.store import ActivationError

@@ -13,8 +13,8 @@ import numpy as np
 
 from mlsae.base.errors import InputError
 from mlsae.base.resources import require_memory
-from mlsae.harvest.sequences import Tokens
-from mlsae.harvest.text import Document
+from mlsae.harvest.text.sequences import Tokens
+from mlsae.harvest.text.sources import Document
 
 FEWEST_CHARACTERS, MOST_CHARACTERS = 1 << 16, 1 << 21
 """Size of the first batch, so that little text is read for little, and of those that follow."""

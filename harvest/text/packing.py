@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.errors import InputError
-from mlsae.harvest.joints import BOS, PACKINGS, Joints
-from mlsae.harvest.mixture import lags_most
-from mlsae.harvest.sequences import Sequences
-from mlsae.harvest.text import Source
-from mlsae.harvest.tokenizing import tokenized
+from mlsae.harvest.text.joints import BOS, PACKINGS, Joints
+from mlsae.harvest.text.mixture import lags_most
+from mlsae.harvest.text.sequences import Sequences
+from mlsae.harvest.text.sources import Source
+from mlsae.harvest.text.tokenizing import tokenized
 
 __all__ = ["BOS", "PACKINGS", "Joints", "PackedText", "Taken", "pack"]
 

@@ -1,0 +1,1 @@
+"""Batches through the transformer, and sums over the activations that come out."""

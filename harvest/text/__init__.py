@@ -1,0 +1,1 @@
+"""Text from files, the hub or memory, tokenized and packed into sequences."""
