@@ -333,7 +333,7 @@ def activations(**settings: Any) -> None:
 )
 def latents(columns: str | None, **settings: Any) -> None:
     """Print the latents of ANALYSIS, those that a condition on their columns chooses."""
-    from mlsae.analyze.listing import list_latents
+    from mlsae.analyze.results.listing import list_latents
 
     names = None if columns is None else [name.strip() for name in columns.split(",")]
     click.echo(list_latents(columns=names, **settings))
@@ -346,7 +346,7 @@ def latents(columns: str | None, **settings: Any) -> None:
 @click.option("--limit", type=COUNT, help="Most of each list; all that there are if not given.")
 def examples_(**settings: Any) -> None:
     """Print the examples of LATENT in ANALYSIS, each with its tokens and its values by layer."""
-    from mlsae.analyze.example_listing import list_examples
+    from mlsae.analyze.results.examples import list_examples
 
     click.echo(list_examples(**settings))
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from mlsae.analyze.activations_config import ActivationsConfig
 from mlsae.analyze.config import AnalyzeConfig
-from mlsae.analyze.event_reading import Activations, latent_events, load_activations
-from mlsae.analyze.results import Analysis, load
+from mlsae.analyze.results.analysis import Analysis, load
+from mlsae.analyze.results.events import Activations, latent_events, load_activations
 
 if TYPE_CHECKING:
-    from mlsae.analyze.delphi import DelphiCache
+    from mlsae.analyze.interop.delphi import DelphiCache
 
 __all__ = [
     "Activations",
@@ -50,13 +50,13 @@ def to_delphi(
 ) -> "DelphiCache":
     """Write the events of an analysis, or of its directory, as a latent cache of Delphi.
 
-    See `mlsae.analyze.delphi.to_delphi`.
+    See `mlsae.analyze.interop.delphi.to_delphi`.
 
     Raises:
         InputError: `out` holds other things, or the store keeps only some positions.
         ResourceError: too little disk, or `out` cannot be written.
     """
-    from mlsae.analyze.delphi import to_delphi as write
+    from mlsae.analyze.interop.delphi import to_delphi as write
 
     return write(analysis, out, model=model)
 
@@ -73,6 +73,6 @@ def run_activations(config: ActivationsConfig) -> Activations:
         ResourceError: too little disk, the directory cannot be written, or no such device.
         InterruptedWorkError: SIGINT or SIGTERM came; the parts that are written stay.
     """
-    from mlsae.analyze.activations import run as write
+    from mlsae.analyze.events.run import run as write
 
     return write(config)

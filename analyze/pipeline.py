@@ -12,15 +12,27 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from mlsae import __version__
-from mlsae.analyze import figures
 from mlsae.analyze.activations_config import PART_EVENTS
-from mlsae.analyze.columns import TABLES_VERSION
 from mlsae.analyze.config import AnalyzeConfig
-from mlsae.analyze.cross_entropy import CrossEntropy, measure
-from mlsae.analyze.decoder import Decoder, describe_decoder
-from mlsae.analyze.delphi import check_target, to_delphi
-from mlsae.analyze.directions import check_memory
-from mlsae.analyze.directory import (
+from mlsae.analyze.events.part import totals_of
+from mlsae.analyze.events.plan import EventsPlan, estimate_bytes, plan_events
+from mlsae.analyze.examples.collect import Examples
+from mlsae.analyze.examples.run import find_examples, plan_examples, write_table
+from mlsae.analyze.interop.delphi import check_target, to_delphi
+from mlsae.analyze.measure.cross_entropy import CrossEntropy, measure
+from mlsae.analyze.measure.decoder import Decoder, describe_decoder
+from mlsae.analyze.measure.directions import check_memory
+from mlsae.analyze.measure.histograms import histograms_table, layer_cosine_table
+from mlsae.analyze.measure.joint import Joint, sweep_tokens
+from mlsae.analyze.measure.prompts import prepare, prompts_table, read_texts
+from mlsae.analyze.measure.sweep import LayerSums, sweep_layer
+from mlsae.analyze.measure.tables import latents_tables, layer_means, layers_tables
+from mlsae.analyze.origin import origin
+from mlsae.analyze.pairing import Pairing, fingerprint, pair, provenance_of
+from mlsae.analyze.pieces import find_pieces
+from mlsae.analyze.results.analysis import Analysis, load
+from mlsae.analyze.results.columns import TABLES_VERSION
+from mlsae.analyze.results.directory import (
     ACTIVATIONS,
     FIGURES,
     KIND,
@@ -29,22 +41,10 @@ from mlsae.analyze.directory import (
     check_replaceable,
     staged,
 )
-from mlsae.analyze.event_part import totals_of
-from mlsae.analyze.event_plan import EventsPlan, estimate_bytes, plan_events
-from mlsae.analyze.example_pass import find_examples, plan_examples, write_table
-from mlsae.analyze.examples import Examples
-from mlsae.analyze.histograms import histograms_table, layer_cosine_table
-from mlsae.analyze.joint import Joint, sweep_tokens
-from mlsae.analyze.origin import origin
-from mlsae.analyze.page import write_page
-from mlsae.analyze.pairing import Pairing, fingerprint, pair, provenance_of
-from mlsae.analyze.pieces import find_pieces
-from mlsae.analyze.prompts import prepare, prompts_table, read_texts
-from mlsae.analyze.results import Analysis, load
+from mlsae.analyze.results.figures import registry as figures
+from mlsae.analyze.results.page.render import write_page
+from mlsae.analyze.results.summary import overall, render
 from mlsae.analyze.selection import Int, choose_sequences, first_tokens
-from mlsae.analyze.summary import overall, render
-from mlsae.analyze.sweep import LayerSums, sweep_layer
-from mlsae.analyze.tables import latents_tables, layer_means, layers_tables
 from mlsae.analyze.transformer import find_transformer
 from mlsae.base.devices import resolve_device
 from mlsae.base.errors import InputError

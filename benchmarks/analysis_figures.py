@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from mlsae.analyze.style import BLUE, GREY, ORANGE, STYLE
+from mlsae.analyze.results.figures.style import BLUE, GREY, ORANGE, STYLE
 
 GREEN, PINK, YELLOW = "#009E73", "#CC79A7", "#E69F00"
 LOOKS: dict[str, dict[str, Any]] = {

@@ -32,11 +32,11 @@ import torch
 from benchmarks.made import commit, machine
 from benchmarks.rounds import Contender, alternate
 from mlsae.analyze import AnalyzeConfig, run
-from mlsae.analyze.columns import schema
-from mlsae.analyze.example_table import write_examples
-from mlsae.analyze.examples import Examples, ExamplesPlan
-from mlsae.analyze.joint import blocks, encode_rows
+from mlsae.analyze.examples.collect import Examples, ExamplesPlan
+from mlsae.analyze.examples.table import write_examples
+from mlsae.analyze.measure.joint import blocks, encode_rows
 from mlsae.analyze.pairing import Pairing, pair
+from mlsae.analyze.results.columns import schema
 from mlsae.analyze.selection import Int, read_rows
 from mlsae.demo import model_path
 from mlsae.sae import SAE, SAEConfig

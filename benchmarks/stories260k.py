@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from benchmarks.made import commit, machine
 from mlsae.analyze import Analysis, AnalyzeConfig
 from mlsae.analyze import run as analyze
-from mlsae.analyze.style import STYLE
+from mlsae.analyze.results.figures.style import STYLE
 from mlsae.harvest import HarvestConfig
 from mlsae.harvest import run as harvest
 from mlsae.store import open_store

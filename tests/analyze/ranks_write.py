@@ -2,8 +2,8 @@
 
 import sys
 
-from mlsae.analyze.activations_directory import ActivationsDirectory
-from mlsae.analyze.event_part import PartRecord
+from mlsae.analyze.events.part import PartRecord
+from mlsae.analyze.results.activations_directory import ActivationsDirectory
 from mlsae.base.ranks import Ranks
 from mlsae.cli import main
 

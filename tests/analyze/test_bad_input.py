@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from mlsae.analyze import load
-from mlsae.analyze.directions import BLOCK, block_size
+from mlsae.analyze.measure.directions import BLOCK, block_size
 from mlsae.base.errors import ResourceError
 from mlsae.base.files import read_sealed, seal
 from mlsae.cli import main
@@ -215,7 +215,7 @@ def test_blocks_of_cosines_shrink_until_they_fit() -> None:
 LIMITED = """
 import resource, sys
 import numpy as np, psutil, torch
-from mlsae.analyze.directions import BLOCK, block_size, check_memory, decoder_pairs, nearest_rows
+from mlsae.analyze.measure.directions import BLOCK, block_size, check_memory, decoder_pairs, nearest_rows
 from mlsae.base.errors import ResourceError
 from mlsae.base.resources import available_memory
 torch.set_num_threads(1)

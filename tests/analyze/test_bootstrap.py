@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlsae.analyze.bootstrap import (
+from mlsae.analyze.measure.bootstrap import (
     MAX_GROUPS,
     NUM_RESAMPLES,
     Estimate,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mlsae.analyze import AnalyzeConfig, run
-from mlsae.analyze.companions import dists, examples
+from mlsae.analyze.interop.companions import dists, examples
 from mlsae.sae import load as load_sae
 
 LAYERS, LENGTH = (0, 1, 3), 24

@@ -23,8 +23,8 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file
 
 from mlsae.analyze import Analysis, AnalyzeConfig, run
-from mlsae.analyze.delphi import LayerEvents, check_target, module_name, to_delphi
-from mlsae.analyze.delphi_files import Totals, choose_num_splits, count, split, write_module
+from mlsae.analyze.interop.delphi import LayerEvents, check_target, module_name, to_delphi
+from mlsae.analyze.interop.delphi_files import Totals, choose_num_splits, count, split, write_module
 from mlsae.base.errors import InputError, ResourceError
 from mlsae.cli import main
 from mlsae.store import PADDING, create, open_store

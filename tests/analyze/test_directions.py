@@ -9,9 +9,10 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from mlsae.analyze import AnalyzeConfig, directions, run
-from mlsae.analyze.directions import COSINE_BINS, DecoderPairs, decoder_pairs, nearest_rows
-from mlsae.analyze.histograms import histograms_table, layer_cosine_table
+from mlsae.analyze import AnalyzeConfig, run
+from mlsae.analyze.measure import directions
+from mlsae.analyze.measure.directions import COSINE_BINS, DecoderPairs, decoder_pairs, nearest_rows
+from mlsae.analyze.measure.histograms import histograms_table, layer_cosine_table
 from mlsae.models import load as load_model
 from mlsae.sae import load as load_sae
 

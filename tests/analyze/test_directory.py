@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mlsae.analyze.directory import KIND, SUMMARY, check_replaceable, read_summary, staged
+from mlsae.analyze.results.directory import KIND, SUMMARY, check_replaceable, read_summary, staged
 from mlsae.base.errors import InputError
 from mlsae.base.files import seal
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mlsae.analyze.distribution import layer_distribution
+from mlsae.analyze.results.distribution import layer_distribution
 
 
 def test_a_latent_at_one_layer_has_that_mean_and_no_variance() -> None:

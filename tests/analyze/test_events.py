@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from mlsae.analyze import event_part
-from mlsae.analyze.columns import schema
-from mlsae.analyze.event_part import PartWriter
+from mlsae.analyze.events import part as event_part
+from mlsae.analyze.events.part import PartWriter
+from mlsae.analyze.results.columns import schema
 from mlsae.base.files import sha256_file
 
 SCHEMA = schema("activations", {"store_id": "ab"})
@@ -124,8 +124,8 @@ FULL_DISK = """
 import shutil, sys
 from pathlib import Path
 import numpy as np
-from mlsae.analyze.columns import schema
-from mlsae.analyze.event_part import PartWriter
+from mlsae.analyze.results.columns import schema
+from mlsae.analyze.events.part import PartWriter
 from mlsae.base.errors import ResourceError
 
 disk = Path(sys.argv[1])

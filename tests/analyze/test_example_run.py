@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-import mlsae.analyze.example_table as example_table
+import mlsae.analyze.examples.table as example_table
 from mlsae.analyze import Analysis, AnalyzeConfig, load, run
 from mlsae.base.errors import InputError, ResourceError
 from mlsae.cli import main

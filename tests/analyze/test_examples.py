@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import mlsae.analyze.examples as collecting
-import mlsae.analyze.joint as joint
-from mlsae.analyze.columns import schema
-from mlsae.analyze.example_table import write_examples
-from mlsae.analyze.examples import Examples, ExamplesPlan, random_scores
+import mlsae.analyze.examples.collect as collecting
+import mlsae.analyze.measure.joint as joint
+from mlsae.analyze.examples.collect import Examples, ExamplesPlan, random_scores
+from mlsae.analyze.examples.table import write_examples
 from mlsae.analyze.pairing import Pairing, pair
+from mlsae.analyze.results.columns import schema
 from mlsae.sae import SAE, SAEConfig
 from mlsae.store import MASKED, PADDING, SPECIAL, create, open_store
 

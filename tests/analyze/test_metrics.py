@@ -9,9 +9,9 @@ import numpy.typing as npt
 import pytest
 
 from mlsae.analyze import Analysis, AnalyzeConfig, run
-from mlsae.analyze.bootstrap import resample
-from mlsae.analyze.metric_columns import LAYERS as COLUMNS
-from mlsae.analyze.summary import render
+from mlsae.analyze.measure.bootstrap import resample
+from mlsae.analyze.results.metric_columns import LAYERS as COLUMNS
+from mlsae.analyze.results.summary import render
 from mlsae.sae import load as load_sae
 
 Float = npt.NDArray[np.float64]

@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlsae.analyze import Analysis, AnalyzeConfig, load, run
-from mlsae.analyze.columns import LATENT_LAYERS, LATENTS
-from mlsae.analyze.page import MAX_BYTES, render, write_page
-from mlsae.analyze.page_examples import AFTER, BEFORE, examples_data
-from mlsae.analyze.page_latents import MAX_CELLS, MAX_LATENTS, choose, latents_data
+from mlsae.analyze.results.columns import LATENT_LAYERS, LATENTS
+from mlsae.analyze.results.page.examples import AFTER, BEFORE, examples_data
+from mlsae.analyze.results.page.latents import MAX_CELLS, MAX_LATENTS, choose, latents_data
+from mlsae.analyze.results.page.render import MAX_BYTES, render, write_page
 from mlsae.base.files import read_sealed, seal
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\"'\u2028"

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mlsae.analyze import AnalyzeConfig, load, run
-from mlsae.analyze.figures import FIGURES
+from mlsae.analyze.results.figures.registry import FIGURES
 from mlsae.base.errors import InputError, ResourceError
 from mlsae.sae import SAE, SAEConfig
 from mlsae.store import IncompleteStoreError, create, open_store

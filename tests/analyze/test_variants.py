@@ -14,10 +14,10 @@ import torch
 import transformers
 
 from mlsae.analyze import AnalyzeConfig, run
-from mlsae.analyze.cross_entropy import CrossEntropy, measure
+from mlsae.analyze.measure.cross_entropy import CrossEntropy, measure
+from mlsae.analyze.measure.sequences import read_sequences
 from mlsae.analyze.pairing import pair
 from mlsae.analyze.selection import choose_sequences
-from mlsae.analyze.sequences import read_sequences
 from mlsae.analyze.transformer import find_transformer
 from mlsae.base.errors import InputError
 from mlsae.models import load

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from mlsae.analyze import Analysis, AnalyzeConfig, load, run
-from mlsae.analyze.page import write_page
-from mlsae.analyze.page_tables import number
+from mlsae.analyze.results.page.render import write_page
+from mlsae.analyze.results.page.tables import number
 from mlsae.sae import SAE, SAEConfig
 from mlsae.store import open_store
 

@@ -13,8 +13,8 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from mlsae.analyze import figures
-from mlsae.analyze.style import save
+from mlsae.analyze.results.figures import registry as figures
+from mlsae.analyze.results.figures.style import save
 from mlsae.base.errors import InputError
 
 Make = Callable[..., dict[str, Any]]

@@ -1,0 +1,155 @@
+"""Which rows the table `activations` covers, and how they are cut into parts."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from mlsae.analyze.events.part import BYTES_PER_EVENT, PartWriter
+from mlsae.analyze.pairing import Pairing
+from mlsae.analyze.results.columns import schema
+from mlsae.analyze.selection import Int, Single, read_rows
+
+MOST_A_ROW = 512
+"""A ReLU SAE of which nobody knows how many latents a row uses is taken for one with so many."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part:
+    """A run of sequences at one layer, written as one file."""
+
+    layer: int
+    """A layer id."""
+
+    sequences: Int
+    """Sorted indices of whole sequences."""
+
+    path: str
+    """Within the folder of the data set."""
+
+    num_rows: int
+    """Rows of the sequences, flagged ones included."""
+
+    end_row: int
+    """Its rows are below this one."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EventsPlan:
+    """The parts of a data set, the same whoever writes them and wherever."""
+
+    pairing: Pairing
+    """Store and SAE."""
+
+    runs: tuple[Int, ...]
+    """Sorted indices of the sequences of each part, the same at every layer; at least one run."""
+
+    part_events: int
+    """Events that are sorted and written together."""
+
+    schema: pa.Schema
+    """Schema of the table, with its provenance."""
+
+    @property
+    def parts(self) -> list[Part]:
+        """Run by run, and layer by layer within a run."""
+        return [self.part(layer, run) for run in self.runs for layer in self.pairing.layers]
+
+    def part(self, layer: int, run: Int) -> Part:
+        """What is written of a run at a layer."""
+        length = self.pairing.store.rows_per_sequence
+        first, end = (int(run[0]), int(run[-1]) + 1) if len(run) else (0, 0)
+        return Part(
+            layer=layer,
+            sequences=run,
+            path=f"layer={layer}/part-{first * length:012d}.parquet",
+            num_rows=len(run) * length,
+            end_row=end * length,
+        )
+
+    @property
+    def end_row(self) -> int:
+        """The rows covered are below this one."""
+        return self.part(self.pairing.layers[-1], self.runs[-1]).end_row
+
+    def writer(self, directory: Path, part: Part, scratch: Path) -> PartWriter:
+        """What a part is written with; its folder is made."""
+        (directory / part.path).parent.mkdir(parents=True, exist_ok=True)
+        return PartWriter(
+            directory,
+            part.path,
+            scratch=scratch,
+            schema=self.schema,
+            layer=part.layer,
+            num_latents=self.pairing.sae.config.num_latents,
+            part_events=self.part_events,
+        )
+
+    def read(
+        self, layer: int, sequences: Int, batch_rows: int
+    ) -> Iterator[tuple[Int, Int, Single]]:
+        """As `read_rows`, but no batch holds rows of two parts.
+
+        The shape of a batch decides the last bits of what is encoded: so a part has the same bytes
+        whether it is written alone or with others.
+
+        Args:
+            layer: a layer id.
+            sequences: sorted indices, of which those of `runs` are the first.
+            batch_rows: most rows of a batch.
+        """
+        store, site = self.pairing.store, self.pairing.site
+        rest = sequences[sum(map(len, self.runs)) :]
+        for run in (*self.runs, rest):
+            if len(run):
+                yield from read_rows(store, site, layer, run, batch_rows)
+
+
+def plan_events(
+    pairing: Pairing, sequences: Int, part_events: int, provenance: Mapping[str, str]
+) -> EventsPlan:
+    """Cut `sequences` into runs of equal length, of about `part_events` events at a layer.
+
+    Args:
+        pairing: store and SAE.
+        sequences: sorted indices, perhaps none.
+        part_events: events of a part.
+        provenance: what the schema says the events are of.
+    """
+    a_row = min(pairing.sae.expected_active, MOST_A_ROW)
+    most = max(1, part_events // (a_row * pairing.store.rows_per_sequence))
+    return EventsPlan(
+        pairing=pairing,
+        runs=tuple(np.array_split(sequences, max(1, -(-len(sequences) // most)))),
+        part_events=part_events,
+        schema=schema("activations", provenance),
+    )
+
+
+@torch.no_grad()
+def estimate_bytes(plan: EventsPlan, batch_rows: int) -> dict[str, int]:
+    """Bytes that each part will take at most, about.
+
+    A TopK SAE has at most k events a row. How many another has is counted on a batch of each layer.
+    """
+    found: dict[str, int] = {}
+    for layer in plan.pairing.layers:
+        a_row = _active_a_row(plan, layer, batch_rows)
+        parts = (plan.part(layer, run) for run in plan.runs)
+        found |= {part.path: round(part.num_rows * a_row * BYTES_PER_EVENT) for part in parts}
+    return found
+
+
+def _active_a_row(plan: EventsPlan, layer: int, batch_rows: int) -> float:
+    sae = plan.pairing.sae
+    if sae.config.k is not None:
+        return sae.config.k
+    store, site = plan.pairing.store, plan.pairing.site
+    batch = next(read_rows(store, site, layer, plan.runs[0], batch_rows), None)
+    if batch is None:
+        return 0
+    encoded = sae.encode(torch.from_numpy(batch[2]).to(plan.pairing.device), layer)
+    return float((encoded.values > 0).sum()) / len(batch[2])

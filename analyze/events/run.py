@@ -1,0 +1,208 @@
+"""`mlsae activations`: every active latent of every row, by one process or several."""
+
+import time
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from mlsae.analyze.activations_config import ActivationsConfig
+from mlsae.analyze.events.part import describe
+from mlsae.analyze.events.plan import EventsPlan, Part, estimate_bytes, plan_events
+from mlsae.analyze.pairing import pair, provenance_of
+from mlsae.analyze.results.activations_directory import KIND, ActivationsDirectory
+from mlsae.analyze.results.columns import TABLES_VERSION
+from mlsae.analyze.results.events import Activations, load_activations
+from mlsae.analyze.selection import Int, choose_sequences, read_rows
+from mlsae.base.devices import resolve_device
+from mlsae.base.interruption import InterruptedWorkError, Interruption, StopNow, interruptible
+from mlsae.base.ranks import Ranks, wait_until
+from mlsae.base.resources import require_disk, require_writable
+from mlsae.base.units import format_count
+
+STOPPING = "finishing the part in hand, then stopping; press Ctrl-C again to stop at once"
+
+
+def run(config: ActivationsConfig) -> Activations:
+    """See `mlsae.analyze.run_activations`."""
+    with interruptible() as interruption:
+        try:
+            return _run(config, interruption)
+        except StopNow:
+            raise _stopped(config, interruption) from None
+
+
+def _run(config: ActivationsConfig, interruption: Interruption) -> Activations:
+    ranks = Ranks.from_environment()
+    directory = ActivationsDirectory(config.out)
+    if ranks.is_first:
+        directory.check_usable()
+    require_writable(config.out, "--out")
+    pairing = pair(
+        config.cache,
+        config.sae,
+        resolve_device(config.device),
+        cache_dir=config.cache_dir,
+        cache_bytes=config.cache_size,
+    )
+    sequences = choose_sequences(pairing.store, config.rows, pairing.validation, config.max_tokens)
+    plan = plan_events(pairing, sequences, config.part_events, provenance_of(pairing))
+    content = _content(config, plan, sequences)
+    paths = [part.path for part in plan.parts]
+    if ranks.is_first:
+        if directory.is_begun:
+            directory.check_plan(content)
+        _require_room(config, plan, directory)
+        directory.begin(content)
+    else:
+        wait_until(lambda: directory.is_begun)
+        directory.check_plan(content)
+    directory.check_foreign(paths)
+    pending = set(directory.pending(paths))
+    was_complete = directory.is_complete and not pending
+    _check(directory, [path for path in _own(paths, ranks) if path not in pending], ranks)
+    if not was_complete:
+        if len(pending) < len(paths):
+            ranks.say(f"going on: {len(paths) - len(pending)} of {len(paths)} parts are there")
+        own = set(_own(paths, ranks)) & pending
+        parts = [part for part in plan.parts if part.path in own]
+        _write(plan, parts, directory, config, ranks, interruption)
+        if interruption.requested:
+            raise _stopped(config, interruption)
+        _await_others(directory, paths, ranks)
+    found = load_activations(config.out)
+    if was_complete:
+        ranks.say(f"{config.out} is finished and every byte of it sound: nothing to do")
+    ranks.say(f"activations {found.path}: {describe(found.summary['activations'])}")
+    return found
+
+
+def _content(config: ActivationsConfig, plan: EventsPlan, sequences: Int) -> dict[str, Any]:
+    """What the directory is of: whatever decides its bytes, and where the inputs lay."""
+    pairing = plan.pairing
+    return {
+        "kind": KIND,
+        "tables_version": TABLES_VERSION,
+        **provenance_of(pairing),
+        "cache": [member.place for member in pairing.store.stores],
+        "sae": str(config.sae),
+        "stores": [
+            {"store_id": member.store_id, "num_sequences": member.num_sequences}
+            for member in pairing.store.stores
+        ],
+        "site": pairing.site,
+        "layers": list(pairing.layers),
+        "num_latents": pairing.sae.config.num_latents,
+        "skip_positions": pairing.skip_positions,
+        "context_length": pairing.store.context_length,
+        "rows_per_sequence": pairing.store.rows_per_sequence,
+        "rows": config.rows,
+        "max_tokens": config.max_tokens,
+        "batch_size": config.batch_size,
+        "part_events": config.part_events,
+        "device": pairing.device.type,
+        "num_sequences": len(sequences),
+        "num_parts": len(plan.parts),
+        "notes": list(pairing.notes),
+    }
+
+
+def _own(paths: list[str], ranks: Ranks) -> list[str]:
+    return [paths[index] for index in ranks.own(list(range(len(paths))))]
+
+
+def _require_room(
+    config: ActivationsConfig, plan: EventsPlan, directory: ActivationsDirectory
+) -> None:
+    """Refuse what the disk cannot hold beside the parts that are there."""
+    sizes = estimate_bytes(plan, config.batch_size)
+    require_disk(
+        config.out,
+        sum(sizes[path] for path in directory.pending(sizes)),
+        "the events",
+        "lower --max-tokens or choose another --out",
+    )
+
+
+def _check(directory: ActivationsDirectory, paths: list[str], ranks: Ranks) -> None:
+    """Read every byte of parts that are there."""
+    hidden = None if ranks.is_first else True
+    for path in tqdm(paths, desc="check", unit="part", disable=hidden if paths else True):
+        directory.check_whole(path)
+
+
+@torch.no_grad()
+def _write(
+    plan: EventsPlan,
+    parts: list[Part],
+    directory: ActivationsDirectory,
+    config: ActivationsConfig,
+    ranks: Ranks,
+    interruption: Interruption,
+) -> None:
+    """Write this rank's parts, in order, until all are there or a signal asks to stop."""
+    pairing, began, num_events = plan.pairing, time.monotonic(), 0
+    with (
+        tqdm(
+            desc="activations",
+            total=sum(part.num_rows for part in parts),
+            unit="row",
+            unit_scale=True,
+            disable=None if ranks.is_first else True,
+        ) as bar,
+        interruption.deferred(STOPPING),
+    ):
+        for part in parts:
+            seen = 0
+            with plan.writer(directory.data, part, directory.path) as writer:
+                batches = read_rows(
+                    pairing.store, pairing.site, part.layer, part.sequences, config.batch_size
+                )
+                for rows, tokens, stored in batches:
+                    encoded = pairing.sae.encode(
+                        torch.from_numpy(stored).to(pairing.device), part.layer
+                    )
+                    is_eligible = tokens % pairing.store.context_length >= pairing.skip_positions
+                    eligible = torch.from_numpy(is_eligible).to(pairing.device)
+                    writer.append(
+                        rows[is_eligible],
+                        tokens[is_eligible],
+                        encoded.values[eligible].cpu().numpy(),
+                        encoded.indices[eligible].cpu().numpy(),
+                    )
+                    bar.update(len(rows))
+                    seen += len(rows)
+            assert writer.record is not None
+            directory.keep(writer.record)
+            # Flagged rows are not read.
+            bar.update(part.num_rows - seen)
+            num_events += writer.record.num_events
+            rate = num_events / (time.monotonic() - began)
+            bar.set_postfix_str(f"{format_count(rate)} events/s")
+            if interruption.requested:
+                break
+
+
+def _await_others(directory: ActivationsDirectory, paths: list[str], ranks: Ranks) -> None:
+    """Until every part is there; whoever sees it says so in the directory."""
+    if others := directory.pending(paths):
+        ranks.say(
+            f"waiting for {len(others)} parts of other ranks; if one of them has died, stop this "
+            f"and run the same command again"
+        )
+        wait_until(lambda: not directory.pending(paths))
+    directory.complete(paths)
+
+
+def _stopped(config: ActivationsConfig, interruption: Interruption) -> InterruptedWorkError:
+    """What is kept and how to go on, in one line."""
+    assert interruption.signal_number is not None
+    directory = ActivationsDirectory(config.out)
+    line = "stopped before anything was written; run the same command to begin again"
+    if directory.is_begun:
+        there, total = directory.progress()
+        line = (
+            f"stopped: {there} of {total} parts are safe in {config.out}; run the same command to "
+            f"go on"
+        )
+    return InterruptedWorkError(line, interruption.signal_number)

@@ -1,0 +1,1 @@
+"""The strongest and some random examples of each latent, found and written."""

@@ -1,0 +1,109 @@
+"""The part of an analysis that is its examples: planned, collected, written and told."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mlsae.analyze.config import AnalyzeConfig
+from mlsae.analyze.examples.collect import RANGES, Examples, ExamplesPlan
+from mlsae.analyze.examples.table import write_examples
+from mlsae.analyze.measure.sweep import LayerSums
+from mlsae.analyze.pairing import Pairing
+from mlsae.analyze.pieces import Pieces
+from mlsae.analyze.results.columns import schema
+from mlsae.analyze.results.directory import EXAMPLES
+from mlsae.base.errors import ResourceError
+from mlsae.base.resources import require_disk, require_memory
+from mlsae.base.units import format_bytes
+
+_REMEDY = "lower --examples, --samples or --context-tokens"
+
+
+def plan_examples(
+    pairing: Pairing, num_rows: int, config: AnalyzeConfig, directory: Path
+) -> ExamplesPlan | None:
+    """What is kept, once it is known that there is room for it; None for no examples.
+
+    Args:
+        pairing: store and SAE.
+        num_rows: rows of each layer.
+        config: the settings.
+        directory: where the table will be.
+
+    Raises:
+        ResourceError: there is too little memory or disk.
+    """
+    if config.examples == 0:
+        return None
+    before, after = config.context_tokens
+    plan = ExamplesPlan(
+        top=config.examples,
+        samples=config.samples,
+        before=before,
+        after=after,
+        seed=config.examples_seed,
+    )
+    num_latents, num_layers = pairing.sae.config.num_latents, len(pairing.layers)
+    what = f"the examples of {num_latents} latents at {num_layers} layers"
+    num_bytes = plan.num_bytes(num_latents, num_layers)
+    if pairing.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(pairing.device)
+        if num_bytes > free:
+            raise ResourceError(
+                f"not enough memory of {pairing.device} for {what}: needs "
+                f"{format_bytes(num_bytes)}, {format_bytes(free)} available; {_REMEDY}"
+            )
+    else:
+        require_memory(num_bytes, what, _REMEDY)
+    most = plan.most_examples(num_latents, num_layers)
+    num_events = num_rows * num_layers * pairing.sae.expected_active
+    # An event is one of the strongest of all, of its layer, and a sample, at most.
+    num_examples = min(most, 3 * num_events)
+    require_disk(directory, num_examples * plan.disk_bytes(num_layers), what, _REMEDY)
+    return plan
+
+
+def find_examples(
+    pairing: Pairing, plan: ExamplesPlan | None, sums: Mapping[int, LayerSums]
+) -> Examples | None:
+    """What collects them, once the largest value of each latent is known."""
+    if plan is None:
+        return None
+    largest = torch.stack([of.latents.largest for of in sums.values()]).amax(dim=0)
+    return Examples(pairing, plan, largest)
+
+
+def write_table(
+    directory: Path,
+    examples: Examples | None,
+    text: tuple[Pieces | None, str | None],
+    provenance: Mapping[str, str],
+) -> dict[str, Any] | None:
+    """Write the table and say what is in it; None for no examples.
+
+    Args:
+        directory: where.
+        examples: all of them.
+        text: what gives tokens their text, or the reason why nothing does.
+        provenance: of the table.
+    """
+    if examples is None:
+        return None
+    pieces, reason = text
+    with tqdm(total=examples.num_latents, desc="examples", unit="latent", unit_scale=True) as bar:
+        num_examples = write_examples(
+            directory / EXAMPLES, schema("examples", provenance), examples, pieces, bar.update
+        )
+    plan = examples.plan
+    return {
+        "top": plan.top,
+        "ranges": RANGES,
+        "samples": plan.samples,
+        "context_tokens": [plan.before, plan.after],
+        "seed": plan.seed,
+        "num_examples": num_examples,
+        "no_text_because": reason,
+    }

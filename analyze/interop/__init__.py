@@ -1,0 +1,1 @@
+"""An analysis in the forms of other tools."""

@@ -1,0 +1,284 @@
+"""What reconstructions cost the transformer: cross-entropy, KL and agreement with layers spliced.
+
+Shapes: B sequences, T = context length, V = vocabulary, D = d_model, N counted tokens, L layers,
+G groups of sequences. Figures are means over counted tokens; sums are float64 over the whole set,
+divided once.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlsae.analyze.measure.bootstrap import count_groups, group_of, resample
+from mlsae.analyze.measure.sequences import Sequences, read_sequences
+from mlsae.analyze.measure.sums import Float, Ratio
+from mlsae.analyze.pairing import Pairing
+from mlsae.analyze.selection import Int
+from mlsae.models import Transformer
+from mlsae.models.splice import run, spliced, spliced_layers
+from mlsae.sae import SAE
+
+LOGITS_BYTES = 2**27
+"""Float32 logits of one forward: bounds memory, whatever the vocabulary."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CrossEntropy:
+    """Sums over counted tokens by group of sequences, float64.
+
+    Arrays (L + 1, G) hold each layer spliced alone, then all of them at once.
+    """
+
+    counted: Float
+    """Counted targets, (G,)."""
+
+    untouched: Float
+    """−log p(target) of the untouched transformer, (G,)."""
+
+    stored: Float | None
+    """−log p(target) with the layer's stored, decoded activations in place of the live ones, one
+    layer at a time, (L, G); None where the store keeps only some positions, so that not every
+    eligible token has stored ones."""
+
+    added: Float
+    """What −log p(target) gains by the SAE's reconstruction in place of the live activations."""
+
+    divergence: Float
+    """KL(untouched ‖ SAE spliced) of the next-token distributions."""
+
+    agreed: Float
+    """Tokens whose likeliest next one is the same untouched and with the SAE spliced."""
+
+    zero: Float
+    """−log p(target) with zeros in place of the live activations."""
+
+    mean: Float
+    """The same with the mean over the store's eligible rows of the layer."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Counted targets."""
+        return int(self.counted.sum())
+
+    @property
+    def ce(self) -> float:
+        """Of the untouched transformer, nats per counted token."""
+        return float(self.untouched.sum() / self.num_tokens)
+
+    @property
+    def ce_store(self) -> Float | None:
+        """(L,), with stored activations."""
+        return None if self.stored is None else self.stored.sum(axis=1) / self.num_tokens
+
+    @property
+    def delta_ce(self) -> Float:
+        """(L,), what reconstructions of one layer add."""
+        return np.asarray(self.added[:-1].sum(axis=1) / self.num_tokens)
+
+    @property
+    def ce_sae(self) -> Float:
+        """(L,), with reconstructions of one layer."""
+        return self.ce + self.delta_ce
+
+    @property
+    def kl(self) -> Float:
+        """(L,), of one layer spliced from the untouched."""
+        return np.asarray(self.divergence[:-1].sum(axis=1) / self.num_tokens)
+
+    def ratios(self) -> list[dict[str, Ratio]]:
+        """Every figure by column of the table `layers`, for each layer and then for all at once."""
+        weights_RG = resample(len(self.counted))
+
+        def total(sums_G: Float) -> Float:
+            return weights_RG @ sums_G
+
+        num_tokens, found = total(self.counted), []
+        for i, added in enumerate(self.added):
+            sums = {
+                "ce": self.untouched,
+                "ce_sae": self.untouched + added,
+                "delta_ce": added,
+                "ce_zero": self.zero[i],
+                "ce_mean": self.mean[i],
+                "kl": self.divergence[i],
+                "top1_agreement": self.agreed[i],
+            }
+            if self.stored is not None and i < len(self.stored):
+                sums["ce_store"] = self.stored[i]
+            ratios = {name: (total(of), num_tokens) for name, of in sums.items()}
+            for name, ablated in (("zero", self.zero[i]), ("mean", self.mean[i])):
+                lost = ablated - self.untouched
+                ratios[f"loss_recovered_{name}"] = total(lost - added), total(lost)
+            found.append(ratios)
+        return found
+
+
+def next_log_probs(logits_BTV: Tensor, counted_BT: Tensor) -> Tensor:
+    """Float32 log-probabilities at the counted positions, (N, V); `counted_BT` is (B, T − 1)."""
+    return logits_BTV[:, :-1][counted_BT].float().log_softmax(-1)
+
+
+def divergences(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+    """KL(p ‖ q) of each row, (N,)."""
+    return (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1)
+
+
+def losses(log_p_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """−log p(target) of each row, (N,) float64."""
+    return -log_p_NV.gather(-1, targets_N[:, None])[:, 0].double()
+
+
+def reconstruct_where(sae: SAE, eligible_BT: Tensor, layer: int) -> Callable[[Tensor], Tensor]:
+    """A replacement that puts the SAE's reconstruction at eligible rows and keeps the others."""
+
+    def replace(x_BTD: Tensor) -> Tensor:
+        out = x_BTD.clone()
+        out[eligible_BT] = sae(x_BTD[eligible_BT].float(), layer).to(x_BTD.dtype)
+        return out
+
+    return replace
+
+
+def put_where(new: Tensor, eligible_BT: Tensor) -> Callable[[Tensor], Tensor]:
+    """A replacement that puts `new`, (B, T, D) or (D,), at eligible rows and keeps the others."""
+
+    def replace(x_BTD: Tensor) -> Tensor:
+        return torch.where(eligible_BT[..., None], new.to(x_BTD), x_BTD)
+
+    return replace
+
+
+@torch.no_grad()
+def measure(
+    transformer: Transformer,
+    pairing: Pairing,
+    sequences: Int,
+    *,
+    batch_rows: int,
+    progress: Callable[[int], object],
+) -> CrossEntropy | None:
+    """Score `sequences` with each layer spliced alone, then all; None without a counted target.
+
+    The SAE's site is spliced at every eligible token, stored or not. Tokens that are flagged or at
+    positions below the SAE's `skip_positions` are never replaced. With all layers spliced at once,
+    each layer encodes what flows through it then.
+
+    Args:
+        transformer: the model whose activations the store holds, on the pairing's device.
+        pairing: store and SAE.
+        sequences: sorted indices.
+        batch_rows: the most tokens of a forward; fewer where the vocabulary is large.
+        progress: told the number of tokens of each finished batch.
+    """
+    store, layers = pairing.store, pairing.layers
+    token_bytes = 4 * transformer.vocab_size
+    fit = min(batch_rows, LOGITS_BYTES // token_bytes) // store.context_length
+    tally = _Tally(len(layers), sequences, transformer.device)
+    means = _means(pairing, transformer.device)
+    keeps_all = store.rows_per_sequence == store.context_length
+    batches = read_sequences(
+        store, sequences, pairing.skip_positions, max(1, fit), transformer.device
+    )
+    for batch in batches:
+        inputs, eligible = batch.inputs, batch.eligible
+        tally.start(batch, run(transformer, inputs))
+        for i, layer in enumerate(layers):
+            zero = torch.zeros_like(means[layer])
+            new = [("zero", put_where(zero, eligible)), ("mean", put_where(means[layer], eligible))]
+            if keeps_all:
+                stored = _stored(pairing, layer, batch.numbers).to(transformer.device)
+                new.append(("stored", put_where(stored, eligible)))
+            for name, replace in new:
+                tally.loss(name, i, spliced(transformer, inputs, layer, replace, pairing.site))
+            rebuild = reconstruct_where(pairing.sae, eligible, layer)
+            tally.rebuilt(i, spliced(transformer, inputs, layer, rebuild, pairing.site))
+        _measure_together(transformer, pairing, batch, means, tally)
+        progress(inputs.tokens.numel())
+    return tally.result(keeps_all)
+
+
+def _measure_together(
+    transformer: Transformer,
+    pairing: Pairing,
+    batch: Sequences,
+    means: dict[int, Tensor],
+    tally: "_Tally",
+) -> None:
+    """Splice all layers at once."""
+
+    def logits(replace: Callable[[int, Tensor], Tensor]) -> Tensor:
+        return spliced_layers(
+            transformer, batch.inputs, pairing.layers, batch.eligible, replace, pairing.site
+        )
+
+    last = len(pairing.layers)
+    tally.loss("zero", last, logits(lambda _layer, x_ND: torch.zeros_like(x_ND)))
+    tally.loss("mean", last, logits(lambda layer, x_ND: means[layer].to(x_ND).expand_as(x_ND)))
+    tally.rebuilt(last, logits(lambda layer, x_ND: pairing.sae(x_ND.float(), layer)))
+
+
+class _Tally:
+    """Sums of one batch after another, by what is spliced and group of sequences."""
+
+    def __init__(self, num_layers: int, sequences: Int, device: torch.device) -> None:
+        self._sequences = sequences
+        self._sums = {
+            name: torch.zeros(
+                num_layers + 1, count_groups(len(sequences)), dtype=torch.float64, device=device
+            )
+            for name in ("once", "stored", "added", "divergence", "agreed", "zero", "mean")
+        }
+
+    def start(self, batch: Sequences, logits_BTV: Tensor) -> None:
+        """Take up a batch by what the untouched transformer says of it."""
+        self._counted = batch.counted
+        places = np.searchsorted(self._sequences, batch.numbers)
+        groups = torch.from_numpy(group_of(places, len(self._sequences))).to(batch.counted.device)
+        self._groups = groups[:, None].expand_as(batch.counted)[batch.counted]
+        self._targets = batch.inputs.tokens[:, 1:][batch.counted]
+        self._log_p = next_log_probs(logits_BTV, batch.counted)
+        self._losses = losses(self._log_p, self._targets)
+        self._likeliest = self._log_p.argmax(-1)
+        self._add("once", 0, torch.ones_like(self._losses))
+        self._add("once", 1, self._losses)
+
+    def loss(self, name: str, i: int, logits_BTV: Tensor) -> None:
+        """Add up −log p(target)."""
+        self._add(name, i, losses(next_log_probs(logits_BTV, self._counted), self._targets))
+
+    def rebuilt(self, i: int, logits_BTV: Tensor) -> None:
+        """Add up what is said of reconstructions."""
+        log_q = next_log_probs(logits_BTV, self._counted)
+        self._add("added", i, losses(log_q, self._targets) - self._losses)
+        self._add("divergence", i, divergences(self._log_p, log_q))
+        self._add("agreed", i, log_q.argmax(-1) == self._likeliest)
+
+    def result(self, keeps_all: bool) -> CrossEntropy | None:
+        """All sums, or None without a counted target."""
+        sums = {name: of.cpu().numpy() for name, of in self._sums.items()}
+        once, stored = sums.pop("once"), sums.pop("stored")
+        if once[0].sum() == 0:
+            return None
+        return CrossEntropy(
+            counted=once[0], untouched=once[1], stored=stored[:-1] if keeps_all else None, **sums
+        )
+
+    def _add(self, name: str, i: int, of_N: Tensor) -> None:
+        self._sums[name][i].index_add_(0, self._groups, of_N.double())
+
+
+def _means(pairing: Pairing, device: torch.device) -> dict[int, Tensor]:
+    """Mean of each layer's eligible rows of the whole store, (D,) float32."""
+    moments = pairing.store.moments(pairing.site, pairing.skip_positions)
+    means = torch.from_numpy(moments.mean).float().to(device)
+    return {layer: means[moments.layers.index(layer)] for layer in pairing.layers}
+
+
+def _stored(pairing: Pairing, layer: int, sequences: Int) -> Tensor:
+    """What a store of every position holds of the sequences, decoded: (B, T, D)."""
+    store, length = pairing.store, pairing.store.context_length
+    spans = [(start, start + length) for start in (sequences * length).tolist()]
+    return torch.from_numpy(np.stack([store.read(pairing.site, layer, *span) for span in spans]))

@@ -1,0 +1,1 @@
+"""An analysis read back: its tables, figures and page; nothing here measures."""

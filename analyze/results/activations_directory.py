@@ -1,0 +1,231 @@
+"""The directory of `mlsae activations`: what it is of, which parts are there, whether all are.
+
+    activations.json             what it is of; fixed before the first part, sealed
+    activations/layer=<l>/part-<first row>.parquet
+    parts/layer=<l>/part-<first row>.json   a part's record, written when the part is durable
+    complete.json                all records and their sums
+
+Nothing in it depends on who wrote it, on how many processes, or on when.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mlsae.analyze.events.part import PartRecord, check_part, totals_of
+from mlsae.analyze.results.directory import ACTIVATIONS
+from mlsae.base.errors import InputError
+from mlsae.base.files import (
+    DamagedFileError,
+    read_sealed,
+    remove_stale_partials,
+    seal,
+    sha256_file,
+    write_durably,
+    write_new_durably,
+)
+
+KIND = "mlsae activations"
+PLAN = "activations.json"
+COMPLETE = "complete.json"
+RECORDS = "parts"
+_PLACES = ("cache", "sae")
+"""Keys of the plan that say where its inputs lay, which may change."""
+
+
+class ActivationsDirectory:
+    """The directory at `path`, which need not be there yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.data = path / ACTIVATIONS
+        """Folder of the data set."""
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether it says what it is of."""
+        return (self.path / PLAN).exists()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every part was there once."""
+        return (self.path / COMPLETE).exists()
+
+    def begin(self, plan: Mapping[str, Any]) -> None:
+        """Make the directory, or see that it is of the same plan.
+
+        Raises:
+            InputError: it holds something else, or activations of another plan.
+        """
+        self.check_usable()
+        if not self.is_begun:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_new_durably(self.path / PLAN, seal(plan))
+        remove_stale_partials(self.path)
+        self.check_plan(plan)
+
+    def check_usable(self) -> None:
+        """See that it is absent, empty, or holds activations.
+
+        Raises:
+            InputError: it holds something else.
+        """
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise InputError(f"--out {self.path} is a file; give a directory")
+        # A process that is killed at its beginning leaves nothing else.
+        names = sorted(
+            entry.name for entry in self.path.iterdir() if not entry.name.endswith(".partial")
+        )
+        if names and not self.is_begun:
+            raise InputError(
+                f"--out {self.path} holds other things than activations ({names[0]}); give a "
+                f"directory that is empty or absent"
+            )
+
+    def plan(self) -> dict[str, Any]:
+        """What it is of.
+
+        Raises:
+            InputError: it does not say, or its record is damaged.
+        """
+        if not self.is_begun:
+            raise InputError(
+                f"{self.path} holds no activations: it has no {PLAN}; make them with mlsae "
+                f"activations"
+            )
+        plan = _read(self.path / PLAN)
+        if plan.get("kind") != KIND:
+            raise InputError(
+                f"{self.path} holds no activations: the kind in its {PLAN} is "
+                f"{plan.get('kind')!r}, expected {KIND!r}"
+            )
+        return plan
+
+    def check_plan(self, plan: Mapping[str, Any]) -> None:
+        """See that it is of this plan, wherever its inputs lie.
+
+        Raises:
+            InputError: naming every setting that differs.
+        """
+        there = self.plan()
+        # What follows from the others comes last.
+        keys = sorted(
+            (there.keys() | plan.keys()) - set(_PLACES), key=lambda key: ("num_" in key, key)
+        )
+        if differences := [
+            f"{key} is {_brief(there.get(key))} there, {_brief(plan.get(key))} here"
+            for key in keys
+            if there.get(key) != plan.get(key)
+        ]:
+            raise InputError(
+                f"--out {self.path} was begun with other settings: {'; '.join(differences)}; give "
+                f"those again, or another directory"
+            )
+
+    def record(self, path: str) -> PartRecord | None:
+        """What is recorded of a part, or None if it has not been written.
+
+        Raises:
+            InputError: the record is damaged, or of a part of other activations.
+        """
+        place = self._place(path)
+        if not place.exists():
+            return None
+        content = _read(place)
+        if content["plan"] != self._digest() or content["part"]["path"] != path:
+            raise InputError(
+                f"{place} is the record of a part of other activations; remove it and run the same "
+                f"command again"
+            )
+        return PartRecord(**content["part"])
+
+    def keep(self, record: PartRecord) -> None:
+        """Record a part that is durable."""
+        place = self._place(record.path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(place, seal({"plan": self._digest(), "part": asdict(record)}))
+
+    def pending(self, paths: Iterable[str]) -> list[str]:
+        """Those of the parts at `paths` of which the file or its record is missing."""
+        return [
+            path
+            for path in paths
+            if not (self._place(path).exists() and (self.data / path).exists())
+        ]
+
+    def progress(self) -> tuple[int, int]:
+        """Parts that are recorded, and all parts."""
+        there = sum(1 for _ in (self.path / RECORDS).rglob("*.json"))
+        return there, int(self.plan()["num_parts"])
+
+    def check_foreign(self, paths: Iterable[str]) -> None:
+        """See that the data set holds no file but the parts at `paths`.
+
+        Raises:
+            InputError: naming a file that is no part.
+        """
+        known = {self.data / path for path in paths}
+        for file in sorted(self.data.rglob("*")):
+            if file.is_file() and file not in known:
+                raise InputError(
+                    f"{file} is no part of the activations in {self.path}: move it away and run "
+                    f"the same command again"
+                )
+
+    def check_whole(self, path: str) -> None:
+        """See that every byte of a part is as recorded.
+
+        Raises:
+            InputError: it is not, or its record is of something else.
+        """
+        if (record := self.record(path)) is not None:
+            check_part(self.data, record, every_byte=True)
+
+    def complete(self, paths: Iterable[str]) -> None:
+        """Write down that all parts are there, and their sums."""
+        records = [record for path in paths if (record := self.record(path)) is not None]
+        write_durably(
+            self.path / COMPLETE,
+            seal({"plan": self._digest(), "activations": totals_of(records)}),
+        )
+
+    def totals(self) -> dict[str, Any]:
+        """Sums over the parts, and the parts, once all are there.
+
+        Raises:
+            InputError: they are not, or the record is damaged or of other activations.
+        """
+        if not self.is_complete:
+            there, total = self.progress()
+            raise InputError(
+                f"{self.path} is unfinished: {there} of {total} parts are there; run the same "
+                f"mlsae activations again to go on"
+            )
+        content = _read(self.path / COMPLETE)
+        if content["plan"] != self._digest():
+            raise InputError(
+                f"{self.path / COMPLETE} is of other activations; remove it and run the same "
+                f"command again"
+            )
+        return dict(content["activations"])
+
+    def _place(self, path: str) -> Path:
+        return (self.path / RECORDS / path).with_suffix(".json")
+
+    def _digest(self) -> str:
+        return sha256_file(self.path / PLAN)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_sealed(path)
+    except DamagedFileError as error:
+        raise InputError(f"{error} with mlsae activations") from None
+
+
+def _brief(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"

@@ -1,0 +1,137 @@
+"""Reading an analysis back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.dataset as pd
+import pyarrow.parquet as pq
+
+from mlsae.analyze.results.columns import TABLES_VERSION
+from mlsae.analyze.results.directory import EXAMPLES, PAGE, read_summary
+from mlsae.analyze.results.events import open_events
+from mlsae.base.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_WHOLE = (
+    "layers",
+    "overall",
+    "latents",
+    "latent_layers",
+    "histograms",
+    "layer_cosine",
+    "prompts",
+)
+"""Tables that are in memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """An analysis as it lies on disk; the columns are defined in docs/tables.md."""
+
+    path: Path
+    """Its directory."""
+
+    summary: Mapping[str, Any]
+    """What was analyzed, over which rows, and the overall numbers."""
+
+    layers: pa.Table
+    """One row a layer."""
+
+    overall: pa.Table
+    """The mean over layers, and all layers together."""
+
+    latents: pa.Table
+    """One row a latent, in the order of their indices."""
+
+    latent_layers: pa.Table
+    """One row a latent and layer, by latent, then layer."""
+
+    histograms: pa.Table
+    """One row a bin of the histograms of mean layers and decoder cosines."""
+
+    layer_cosine: pa.Table
+    """Pairs of latents, one row a bin of the distance of mean layers and the decoder cosine."""
+
+    prompts: pa.Table
+    """One row an active latent of a prompt's token and layer; empty without prompts."""
+
+    examples: pd.Dataset | None
+    """Strongest and random events of each latent, by latent; not in memory until it is scanned.
+    None of an analysis without."""
+
+    activations: pd.Dataset
+    """One row an active latent of a row and layer; not in memory until it is scanned."""
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Names of the figures that can be drawn of it; docs/figures.md shows them."""
+        # Here, so that whoever only reads tables does not wait for matplotlib.
+        from mlsae.analyze.results.figures.registry import names
+
+        return names(vars(self))
+
+    def figure(self, name: str) -> "Figure":
+        """Draw a figure, a matplotlib `Figure` to restyle or save.
+
+        Raises:
+            InputError: it is none of `figures`.
+        """
+        from mlsae.analyze.results.figures.registry import draw
+
+        return draw(name, vars(self))
+
+    @property
+    def page(self) -> Path:
+        """The page that shows it; `mlsae.analyze.results.page.render.write_page` makes it again."""
+        return self.path / PAGE
+
+    def examples_of(self, latent: int) -> pa.Table:
+        """The examples of one latent; those of the others are not read.
+
+        Raises:
+            InputError: the analysis has no examples, or the SAE no such latent.
+        """
+        if self.examples is None:
+            raise InputError(
+                f"the analysis {self.path} was made without examples: analyze again with "
+                f"--examples above 0"
+            )
+        if not 0 <= latent < len(self.latents):
+            raise InputError(
+                f"there is no latent {latent}: the SAE has {len(self.latents)}, from 0 to "
+                f"{len(self.latents) - 1}"
+            )
+        return self.examples.to_table(filter=pd.field("latent") == latent)
+
+
+def load(directory: str | Path) -> Analysis:
+    """Open an analysis directory.
+
+    Raises:
+        InputError: it is no analysis, of another version, or a part of it is missing or damaged.
+    """
+    directory = Path(directory)
+    summary = read_summary(directory)
+    if summary["tables_version"] != TABLES_VERSION:
+        raise InputError(
+            f"{directory} holds tables of version {summary['tables_version']}, this mlsae reads "
+            f"{TABLES_VERSION}: analyze again"
+        )
+    try:
+        tables = {name: pq.read_table(directory / f"{name}.parquet") for name in _WHOLE}
+        activations = open_events(directory, summary["activations"])
+        has_examples = summary["examples"] is not None
+        examples = pd.dataset(directory / EXAMPLES, format="parquet") if has_examples else None
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"the analysis {directory} is damaged ({reason}): make it again with mlsae analyze"
+        ) from None
+    return Analysis(
+        path=directory, summary=summary, examples=examples, activations=activations, **tables
+    )

@@ -1,0 +1,200 @@
+"""The columns of every table: name, type, unit, definition. docs/tables.md is held to them."""
+
+from collections.abc import Mapping
+
+import pyarrow as pa
+
+from mlsae.analyze.column import Column
+from mlsae.analyze.results.metric_columns import LAYERS, OVERALL
+
+TABLES_VERSION = "0.4"
+"""Version of these columns, in every file's schema metadata; a minor one only adds."""
+
+_F, _S, _I, _L = pa.float64(), pa.float32(), pa.int64(), pa.int32()
+_BY_COUNT = "of counts instead of totals; null if dead"
+_EMBEDDING = "null where no transformer of that width was at hand"
+_JOINT = "of the joint tokens, null if active for none"
+
+LATENTS = (
+    Column("latent", _L, "latent", "index of the latent"),
+    Column("count", _I, "(row, layer)", "eligible rows at which it is active, over all layers"),
+    Column("total", _F, "latent value", "sum of its values"),
+    Column("mean", _F, "latent value", "total / count; null if dead"),
+    Column("layer_mean", _F, "layer", "Σ_l l · P(l | latent), in layer ids; null if dead"),
+    Column("layer_var", _F, "layer²", "Σ_l (l − layer_mean)² · P(l | latent); null if dead"),
+    Column("layer_std", _F, "layer", "√layer_var; null if dead"),
+    Column("layer_entropy", _F, "nat", "−Σ_l P(l | latent) · ln P(l | latent); null if dead"),
+    Column("layer_mean_by_count", _F, "layer", f"as layer_mean, {_BY_COUNT}"),
+    Column("layer_var_by_count", _F, "layer²", f"as layer_var, {_BY_COUNT}"),
+    Column("layer_std_by_count", _F, "layer", f"as layer_std, {_BY_COUNT}"),
+    Column("layer_entropy_by_count", _F, "nat", f"as layer_entropy, {_BY_COUNT}"),
+    Column(
+        "layer_bimodality",
+        _F,
+        "1",
+        "(skewness² + 1) / kurtosis of P(l | latent): 1 where two layers share it, 5/9 where many "
+        "share it equally; null if dead or of one layer",
+    ),
+    Column("layer_bimodality_by_count", _F, "1", "as layer_bimodality, of counts"),
+    Column("num_layers", _L, "layer", "layers at which it is active for any row"),
+    Column(
+        "layer_var_token",
+        _F,
+        "layer²",
+        "mean over tokens, each weighing its total over layers, of the variance of the layer at "
+        f"that token; {_JOINT}",
+    ),
+    Column(
+        "token_entropy",
+        _F,
+        "nat",
+        f"−Σ p · ln p over token ids, p the share of an id in the latent's total; {_JOINT}",
+    ),
+    Column("num_token_ids", _I, "token id", "token ids it was active for, of the joint tokens"),
+    Column("density", _F, "1", "count / (rows evaluated, over all layers)"),
+    Column("dead", pa.bool_(), "", "count = 0 over the rows evaluated"),
+    Column(
+        "decoder_cosine",
+        _F,
+        "1",
+        "largest cosine of its decoder direction with that of another latent; null if there is no "
+        "other",
+    ),
+    Column("decoder_latent", _L, "latent", "the other latent of decoder_cosine"),
+    Column(
+        "embedding_cosine",
+        _F,
+        "1",
+        f"largest cosine of its decoder direction with a row of the token embedding; {_EMBEDDING}",
+    ),
+    Column("embedding_token", _L, "token id", "the token id of embedding_cosine"),
+    Column(
+        "unembedding_cosine",
+        _F,
+        "1",
+        f"largest cosine of its decoder direction with a row of the unembedding; {_EMBEDDING}",
+    ),
+    Column("unembedding_token", _L, "token id", "the token id of unembedding_cosine"),
+)
+
+LATENT_LAYERS = (
+    Column("latent", _L, "latent", "index of the latent"),
+    Column("layer", _L, "layer", "0-based block index"),
+    Column("count", _I, "row", "eligible rows of the layer at which it is active"),
+    Column("total", _F, "latent value", "sum of its values at the layer"),
+    Column("mean", _F, "latent value", "total / count; null if never active at the layer"),
+    Column("prob", _F, "1", "P(layer | latent) = total / its total over layers; null if dead"),
+    Column("prob_by_count", _F, "1", "count / its count over layers; null if dead"),
+)
+
+HISTOGRAMS = (
+    Column("histogram", pa.string(), "", "which: layer_mean, layer_mean_to_whole, decoder_cosine"),
+    Column("low", _F, "of the histogram", "lower end of the bin"),
+    Column(
+        "high", _F, "of the histogram", "upper end; it belongs to the next bin, if there is one"
+    ),
+    Column("count", _I, "latent or pair", "living latents, or pairs of any latents, in the bin"),
+)
+
+LAYER_COSINE = (
+    Column("distance_low", _F, "layer", "lower end of |difference of layer_mean|"),
+    Column("distance_high", _F, "layer", "upper end; only in the last bin does it belong to it"),
+    Column("cosine_low", _F, "1", "lower end of the cosine of the decoder directions"),
+    Column("cosine_high", _F, "1", "upper end, likewise"),
+    Column("count", _I, "pair", "pairs of two living latents, each pair once; above 0"),
+)
+
+EXAMPLES = (
+    Column("latent", _L, "latent", "index of the latent"),
+    Column("layer", _L, "layer", "0-based block index of the peak"),
+    Column(
+        "kind",
+        pa.string(),
+        "",
+        "top: among the largest values of the latent over all layers; top_layer: among the largest "
+        "at its layer; sample: drawn at random from one range of its values",
+    ),
+    Column("rank", _L, "example", "0 is the largest of its kind, layer or range"),
+    Column(
+        "quantile", _L, "range", "of a sample, 0 to 3: a quarter of the latent's values by size"
+    ),
+    Column("low", _S, "latent value", "lower end of that range, which does not belong to it"),
+    Column("high", _S, "latent value", "its upper end, which does"),
+    Column("row", _I, "row", "row of the store's activations that the peak is"),
+    Column("token", _I, "token", "the row's token, as in activations"),
+    Column("token_ids", pa.list_(_L), "token id", "the window: the tokens around the peak"),
+    Column("peak", _L, "token", "place of the peak in the window, from 0"),
+    Column(
+        "pieces",
+        pa.list_(pa.string()),
+        "",
+        "text of each token of the window; null where the tokenizer was not at hand",
+    ),
+    Column(
+        "values",
+        pa.list_(_S),
+        "latent value",
+        "the latent's value at each token of the window at the layer; null at tokens that are no "
+        "eligible rows",
+    ),
+    Column(
+        "layer_values",
+        pa.list_(_S),
+        "latent value",
+        "its value at the peak at each layer of the SAE, ascending",
+    ),
+    Column("value", _S, "latent value", "its value at the peak, above 0"),
+)
+
+ACTIVATIONS = (
+    Column("row", _I, "row", "row of the store's activations"),
+    Column(
+        "token",
+        _I,
+        "token",
+        "the row's token; sequence = token // context length, position = token % context length",
+    ),
+    Column("layer", _L, "layer", "0-based block index"),
+    Column("latent", _L, "latent", "index of an active latent"),
+    Column("value", pa.float32(), "latent value", "its value, above 0"),
+)
+
+PROMPTS = (
+    Column("prompt", _L, "prompt", "number of the prompt, from 0, in the order they were given"),
+    Column("position", _L, "token", "place of the token in the prompt, a BOS before it included"),
+    Column("token_id", _L, "token id", "the token"),
+    Column("piece", pa.string(), "", "its text; `�` for a part of a character"),
+    Column(
+        "eligible",
+        pa.bool_(),
+        "",
+        "no special token, and a position of at least the SAE's skip_positions",
+    ),
+    Column("layer", _L, "layer", "0-based block index"),
+    Column("latent", _L, "latent", "index of an active latent"),
+    Column("value", pa.float32(), "latent value", "its value, above 0"),
+)
+
+TABLES: Mapping[str, tuple[Column, ...]] = {
+    "layers": LAYERS,
+    "overall": OVERALL,
+    "latents": LATENTS,
+    "latent_layers": LATENT_LAYERS,
+    "histograms": HISTOGRAMS,
+    "layer_cosine": LAYER_COSINE,
+    "examples": EXAMPLES,
+    "activations": ACTIVATIONS,
+    "prompts": PROMPTS,
+}
+"""Every table of an analysis."""
+
+
+def schema(table: str, provenance: Mapping[str, str]) -> pa.Schema:
+    """Arrow schema of a table: units and definitions by field, `provenance` for the whole."""
+    fields = [
+        pa.field(c.name, c.type, metadata={"unit": c.unit, "description": c.text})
+        for c in TABLES[table]
+    ]
+    whole = {"mlsae.table": table, "mlsae.tables_version": TABLES_VERSION}
+    whole |= {f"mlsae.{key}": value for key, value in provenance.items()}
+    return pa.schema(fields, metadata=whole)

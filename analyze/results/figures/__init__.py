@@ -1,0 +1,1 @@
+"""Figures of an analysis, one function each."""

@@ -1,0 +1,160 @@
+"""Heat maps of P(layer | latent): over the data set, and of a prompt."""
+
+import unicodedata
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
+
+from mlsae.analyze.results.distribution import layer_distribution as distribution
+from mlsae.analyze.results.figures.style import (
+    COLOURS,
+    PAGE,
+    STYLE,
+    THOUSANDS,
+    Float,
+    canvas,
+    layer_ticks,
+    nothing,
+)
+
+_MAX_COLUMNS = 1200
+_NAMED = 24
+"""So many latents at most are named on the axis."""
+
+_LEAST = 1e-3
+"""Latents of a prompt whose largest value is below are left out, as in the published figures."""
+
+_SHOWN_TEXT = 60
+"""Letters of a prompt that its title has room for; wide ones, as Chinese, count twice."""
+
+
+@mpl.rc_context(STYLE)
+def layer_distribution(latents: pa.Table, latent_layers: pa.Table) -> Figure:
+    """Heat map of P(layer | latent) by totals, living latents from left to right by mean layer.
+
+    Over 1,200 latents, neighbours are averaged into one column. Colours follow the square root, so
+    that latents spread over many layers do not drown.
+    """
+    return _of_all(latents, latent_layers, "", "by total of values")
+
+
+@mpl.rc_context(STYLE)
+def layer_distribution_by_count(latents: pa.Table, latent_layers: pa.Table) -> Figure:
+    """The same by how often a latent is active instead of how strongly."""
+    return _of_all(latents, latent_layers, "_by_count", "by count of activations")
+
+
+@mpl.rc_context(STYLE)
+def prompt(
+    prompts: pa.Table, layers: pa.Table, summary: Mapping[str, Any], *, number: int
+) -> Figure:
+    """Heat map of P(layer | latent) over one prompt's eligible tokens, latents by mean layer.
+
+    P is by totals. Latents whose largest value in the prompt is below 0.001 are left out.
+
+    Args:
+        prompts: the table.
+        layers: the table, for the layers' ids.
+        summary: holds the prompts' texts.
+        number: of the prompt.
+    """
+    ids = layers["layer"].to_numpy()
+    mine = prompts.filter((pc.field("prompt") == number) & pc.field("eligible"))
+    latents, slots = np.unique(mine["latent"].to_numpy(), return_inverse=True)
+    totals, largest = np.zeros((len(ids), len(latents))), np.zeros(len(latents))
+    found = mine["value"].to_numpy()
+    np.add.at(totals, (np.searchsorted(ids, mine["layer"].to_numpy()), slots), found)
+    np.maximum.at(largest, slots, found)
+    kept = largest >= _LEAST
+    of = distribution(totals[:, kept], tuple(ids.tolist()))
+    figure = _heat_map(of.probs, of.mean, ids, latents[kept], "no latent is active")
+    figure.axes[0].set_title(
+        f"{int(kept.sum()):,} latents of “{_shortened(summary['prompts'][number])}”",
+        parse_math=False,
+    )
+    return figure
+
+
+def _of_all(latents: pa.Table, latent_layers: pa.Table, by: str, what: str) -> Figure:
+    ids = pc.unique(latent_layers["layer"]).to_numpy()
+    probs = latent_layers[f"prob{by}"].to_numpy().reshape(-1, len(ids)).T
+    mean = latents[f"layer_mean{by}"].to_numpy()
+    alive = np.isfinite(mean)
+    figure = _heat_map(
+        probs[:, alive],
+        mean[alive],
+        ids,
+        latents["latent"].to_numpy()[alive],
+        "every latent is dead",
+    )
+    dead = len(mean) - int(alive.sum())
+    figure.axes[0].set_title(
+        f"Layers of {int(alive.sum()):,} latents, {what}"
+        + (f" ({dead:,} dead left out)" if dead else "")
+    )
+    return figure
+
+
+def _heat_map(
+    probs_LM: Float,
+    mean_M: Float,
+    ids: npt.NDArray[Any],
+    names_M: npt.NDArray[Any],
+    if_none: str,
+) -> Figure:
+    order = np.argsort(mean_M, kind="stable")
+    figure, axes = canvas(PAGE, 2.4)
+    axes.grid(visible=False)
+    axes.set_ylabel("layer")
+    if len(order) == 0:
+        axes.set_xlabel("latent, by mean layer")
+        axes.set_yticks([])
+        axes.set_xticks([])
+        nothing(axes, if_none)
+        return figure
+    # Columns of equal width, so as near to equally many latents each as can be.
+    num_columns = min(len(order), _MAX_COLUMNS)
+    starts = np.arange(num_columns + 1) * len(order) // num_columns
+    image = np.add.reduceat(probs_LM[:, order], starts[:-1], axis=1) / np.diff(starts)
+    shown = axes.imshow(
+        image,
+        aspect="auto",
+        origin="lower",
+        interpolation="nearest",
+        cmap=COLOURS,
+        norm=PowerNorm(0.5, vmin=0, vmax=1),
+        extent=(0, len(order), -0.5, len(ids) - 0.5),
+        rasterized=True,
+    )
+    height = np.interp(mean_M[order], ids, np.arange(len(ids)))
+    middles = (starts[:-1] + starts[1:]) / 2
+    lines = np.add.reduceat(height, starts[:-1]) / np.diff(starts)
+    (line,) = axes.plot(middles, lines, color="white", linewidth=1, label="mean")
+    line.set_path_effects([withStroke(linewidth=2, foreground="black")])
+    if len(order) <= _NAMED:
+        axes.set_xticks(np.arange(len(order)) + 0.5, [str(name) for name in names_M[order]])
+        axes.set_xlabel("index of the latent, latents by mean layer (line)")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_formatter(THOUSANDS)
+        axes.set_xlabel("latent, by mean layer (line)")
+    layer_ticks(axes.yaxis, ids)
+    bar = figure.colorbar(shown, ax=axes, label="P(layer | latent)", pad=0.015, aspect=15)
+    bar.set_ticks([0, 0.05, 0.25, 0.5, 0.75, 1], labels=["0", "0.05", "0.25", "0.5", "0.75", "1"])
+    return figure
+
+
+def _shortened(text: str) -> str:
+    plain = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    ends = np.cumsum([1 + (unicodedata.east_asian_width(c) in "WF") for c in plain])
+    fit = int(np.searchsorted(ends, _SHOWN_TEXT, "right"))
+    return plain if fit == len(plain) else f"{plain[:fit]}…"

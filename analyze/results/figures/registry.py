@@ -1,0 +1,118 @@
+"""Every figure of an analysis by name, each a function of its tables, in one style.
+
+A function's arguments are parts of an `Analysis`, by name: tables, or its summary.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from mlsae.analyze.results.figures.directions import decoder_cosine, embedding_cosine, layer_cosine
+from mlsae.analyze.results.figures.distributions import (
+    layer_distribution,
+    layer_distribution_by_count,
+    prompt,
+)
+from mlsae.analyze.results.figures.latents import (
+    bimodality,
+    density,
+    layer_entropy,
+    layer_std,
+    mean_layer,
+    num_layers,
+    token_entropy,
+)
+from mlsae.analyze.results.figures.layers import (
+    cross_entropy,
+    norm_cosine,
+    reconstruction,
+    sparsity,
+)
+from mlsae.analyze.results.figures.style import save
+from mlsae.analyze.results.figures.variance import layer_variance
+from mlsae.base.errors import InputError
+
+Parts = Mapping[str, Any]
+"""Tables by name, and the summary as `summary`."""
+
+
+def _has_variance(parts: Parts) -> bool:
+    return parts["summary"]["layer_variance"] is not None
+
+
+def _always(_parts: Parts) -> bool:
+    return True
+
+
+def _has(table: str, *columns: str) -> Callable[[Parts], bool]:
+    """Whether one of the columns has a number."""
+    return lambda parts: any(
+        parts[table][column].null_count < len(parts[table]) for column in columns
+    )
+
+
+FIGURES: Mapping[str, tuple[Callable[..., Figure], Callable[[Parts], bool]]] = {
+    "reconstruction": (reconstruction, _always),
+    "sparsity": (sparsity, _always),
+    "cross_entropy": (cross_entropy, _has("layers", "delta_ce")),
+    "norm_cosine": (norm_cosine, _always),
+    "layer_distribution": (layer_distribution, _always),
+    "layer_distribution_by_count": (layer_distribution_by_count, _always),
+    "mean_layer": (mean_layer, _always),
+    "layer_std": (layer_std, _always),
+    "layer_entropy": (layer_entropy, _always),
+    "bimodality": (bimodality, _always),
+    "num_layers": (num_layers, _always),
+    "layer_variance": (layer_variance, _has_variance),
+    "density": (density, _always),
+    "token_entropy": (token_entropy, _always),
+    "decoder_cosine": (decoder_cosine, _always),
+    "layer_cosine": (layer_cosine, _always),
+    "embedding_cosine": (
+        embedding_cosine,
+        _has("latents", "embedding_cosine", "unembedding_cosine"),
+    ),
+}
+"""Name → the function that draws a figure, and whether some parts hold what it shows. Prompts have
+one more each, `prompt_0` and so on."""
+
+
+def names(parts: Parts) -> tuple[str, ...]:
+    """The figures that can be drawn of some parts, in the order of docs/figures.md."""
+    fixed = (name for name, (_, can) in FIGURES.items() if can(parts))
+    return (*fixed, *(f"prompt_{n}" for n in range(len(parts["summary"]["prompts"]))))
+
+
+def draw(name: str, parts: Parts) -> Figure:
+    """One figure, as a matplotlib `Figure` that nothing else holds.
+
+    Raises:
+        InputError: there is no such figure of these parts.
+    """
+    if name not in (known := names(parts)):
+        raise InputError(f"there is no figure {name!r}: the figures are {', '.join(known)}")
+    if name in FIGURES:
+        function = FIGURES[name][0]
+    else:
+        function = partial(prompt, number=int(name.removeprefix("prompt_")))
+    needed = inspect.signature(function).parameters
+    return function(**{part: parts[part] for part in needed if part in parts})
+
+
+def draw_all(directory: Path, parts: Parts, progress: Callable[[int], object]) -> list[str]:
+    """Draw every figure into `directory`, as PNG and as SVG; their file names.
+
+    Args:
+        directory: an empty one.
+        parts: of the analysis.
+        progress: told 1 for each figure.
+    """
+    files = []
+    for name in names(parts):
+        files += save(draw(name, parts), directory, name)
+        progress(1)
+    return files

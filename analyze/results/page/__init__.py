@@ -1,0 +1,1 @@
+"""One page of an analysis that needs no network."""

@@ -1,0 +1,97 @@
+"""Where an analysis comes from, as the page says it; all as plain text."""
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+
+from mlsae.analyze.results.page.tables import Row, number
+from mlsae.base.units import format_ranges
+
+_STAGES = ("harvest", "train", "analyze")
+
+
+def provenance(summary: Row) -> list[tuple[str, str]]:
+    """Names and values of what the analysis is of, in the order in which they are shown."""
+    model, sae = summary["model"], summary["sae_config"]
+    stores = [
+        f"{of['store_id']} ({number(of['num_sequences'])} sequences)" for of in summary["stores"]
+    ]
+    rows: list[tuple[str, object]] = [
+        ("transformer", model.get("name") or "not recorded"),
+        ("its revision", model.get("revision")),
+        ("its initialisation", _init(model)),
+        ("its weights (fingerprint)", summary["model_fingerprint"]),
+        ("site", summary["site"]),
+        ("layers", format_ranges(summary["layers"])),
+        ("text", _listed(of.get("name") for of in summary["text"])),
+        ("store", _listed(summary["cache"])),
+        ("store_id", summary["store_id"]),
+        ("stores read as one", _listed(stores) if len(stores) > 1 else None),
+        ("plan_id", summary["plan_id"]),
+        ("encoding", summary["encoding"]),
+        ("SAE", summary["sae"]),
+        ("its weights (SHA-256)", summary["sae_sha256"]),
+        ("its kind", _listed(f"{key} {_setting(sae[key])}" for key in _in_order(sae))),
+        (
+            "rows evaluated",
+            f"{number(summary['num_rows'])} over all layers ({summary['rows']}: "
+            f"{number(summary['num_sequences'])} sequences of {summary['context_length']} tokens, "
+            f"positions from {summary['skip_positions']})",
+        ),
+        ("device", summary["device"]),
+        ("versions", _listed(f"{key} {value}" for key, value in summary["versions"].items())),
+    ]
+    return [(name, str(value)) for name, value in rows if value is not None and value != ""]
+
+
+def _in_order(sae: Row) -> list[str]:
+    first = [key for key in ("architecture", "num_latents", "k", "d_in") if key in sae]
+    return [*first, *(key for key in sae if key not in first)]
+
+
+def _init(model: Row) -> str | None:
+    init, seed = model.get("init"), model.get("init_seed")
+    return None if init is None else f"{init}{'' if seed is None else f', seed {seed}'}"
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(str(value) for value in values if value is not None)
+
+
+def settings(summary: Row, names: Sequence[str]) -> list[tuple[str, str]]:
+    """Settings of the analysis, then of the training."""
+    # What is made of a setting may have its name, as the figures.
+    rows = [
+        (f"analyze: {name}", summary[name])
+        for name in names
+        if name in summary and not isinstance(summary[name], list | dict)
+    ]
+    trained = summary["training"]["settings"] or {}
+    rows += [(f"train: {name}", value) for name, value in trained.items()]
+    return [(name, _setting(value)) for name, value in rows]
+
+
+def _setting(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return _listed(value)
+    return "–" if value is None else str(value)
+
+
+def commands(found: Mapping[str, Sequence[str] | str]) -> list[tuple[str, list[str], str]]:
+    """Stage, its commands, and why there are none; in the order in which they are run."""
+    rows: list[tuple[str, list[str], str]] = []
+    for stage in sorted(found, key=_STAGES.index):
+        lines = found[stage]
+        if isinstance(lines, str):
+            rows.append((stage, [], lines))
+        else:
+            rows.append((stage, [_broken(line) for line in lines], ""))
+    return rows
+
+
+def _broken(command: str) -> str:
+    """A command with each option on a line of its own, which a shell reads as one."""
+    words = shlex.split(command)
+    starts = [n for n, word in enumerate(words) if word.startswith("-")]
+    ends = [0, *starts, len(words)]
+    return " \\\n    ".join(shlex.join(words[a:b]) for a, b in pairwise(ends))

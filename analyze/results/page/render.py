@@ -1,0 +1,143 @@
+"""`index.html`: one page that holds an analysis, and asks for nothing else."""
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from mlsae.analyze.config import AnalyzeConfig
+from mlsae.analyze.results.analysis import Analysis
+from mlsae.analyze.results.page.examples import examples_data
+from mlsae.analyze.results.page.figures import embed_figures
+from mlsae.analyze.results.page.json import as_json
+from mlsae.analyze.results.page.latents import COLUMNS, choose, latents_data
+from mlsae.analyze.results.page.provenance import commands, provenance, settings
+from mlsae.analyze.results.page.tables import (
+    headline,
+    layer_table,
+    missing,
+    number,
+    variance_table,
+)
+from mlsae.base.files import write_durably
+
+MAX_BYTES = 6_000_000
+"""A page has at most so many bytes, whatever the analysis."""
+
+FIGURE_BYTES = 2_000_000
+"""Of them, those for figures."""
+
+EXAMPLE_BYTES = 2_500_000
+"""Of them, those for examples, or what the others leave."""
+
+_FRAME_BYTES = 600_000
+"""Of them, those for tables, provenance, style and script."""
+
+_TEMPLATES = Path(__file__).with_name("templates")
+
+
+def write_page(analysis: Analysis, path: Path) -> None:
+    """Write the page of an analysis; equal tables and figures give equal bytes.
+
+    Args:
+        analysis: what is shown; its figures are read from its directory.
+        path: the file, which is replaced.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    # A path on disk may hold bytes that are no UTF-8, and be named in a summary.
+    write_durably(path, render(analysis).encode("utf-8", "replace"))
+
+
+def render(analysis: Analysis) -> str:
+    """The page as text."""
+    summary = analysis.summary
+    figures, left_out, num_bytes = embed_figures(analysis, FIGURE_BYTES)
+    num_layers = len(analysis.latent_layers) // len(analysis.latents)
+    chosen, rule = choose(analysis.latents, num_layers)
+    data = latents_data(analysis.latents, analysis.latent_layers, chosen)
+    examples = analysis.examples
+    notes = [f"Figures left out to keep this page small: {', '.join(left_out)}"] if left_out else []
+    if examples is None:
+        notes.append("Examples of what latents are active for: this analysis has no table of them.")
+    else:
+        told = summary.get("examples")
+        if isinstance(told, Mapping) and told.get("no_text_because"):
+            notes.append(f"Examples are token ids without text: {told['no_text_because']}")
+        room = MAX_BYTES - _FRAME_BYTES - num_bytes - len(as_json(data).encode())
+        data |= examples_data(examples, chosen, min(EXAMPLE_BYTES, room))
+    described = {name: about for name, about in _definitions(analysis) if name in data["columns"]}
+    data |= {
+        "names": dict(COLUMNS),
+        "about": described,
+        "context_length": summary["context_length"],
+        "num_rows": summary["num_rows"],
+    }
+    script, style = (
+        (_TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.js", "page.css")
+    )
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("page.html").render(
+        title=_title(summary),
+        summary=summary,
+        rows=number(summary["num_rows"]),
+        headline=headline(analysis),
+        missing=missing(analysis, notes),
+        notes=summary["notes"],
+        figures=[figure for figure in figures if not figure["is_prompt"]],
+        prompts=[figure for figure in figures if figure["is_prompt"]],
+        table=layer_table(analysis),
+        variance=variance_table(summary),
+        decoder=[(name, number(value)) for name, value in summary["decoder"].items()],
+        rule=rule,
+        examples_left_out=not data.get("complete", True),
+        num_shown=len(chosen),
+        provenance=provenance(summary),
+        settings=settings(summary, [field.name for field in fields(AnalyzeConfig)]),
+        commands=commands(summary["commands"]),
+        data=Markup(as_json(data)),
+        script=Markup(script),
+        style=Markup(style),
+        script_hash=_csp_hash(script),
+        style_hash=_csp_hash(style),
+    )
+
+
+def _csp_hash(text: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest())
+    return f"sha256-{digest.decode()}"
+
+
+def _title(summary: Mapping[str, Any]) -> str:
+    model = PurePosixPath(str(summary["model"].get("name") or "an unnamed transformer"))
+    # The last two parts of a path say more than `model`; a hub id has no more.
+    name = "/".join(model.parts[-2:])
+    layers = len(summary["layers"])
+    return (
+        f"{number(summary['overall']['num_latents'])} latents on {layers} "
+        f"layer{'' if layers == 1 else 's'} of {name}"
+    )
+
+
+def _definitions(analysis: Analysis) -> list[tuple[str, str]]:
+    """Name and definition of each column of `latents`, as its file says."""
+    found = []
+    for field in analysis.latents.schema:
+        about = {k.decode(): v.decode() for k, v in (field.metadata or {}).items()}
+        unit = about.get("unit", "")
+        text = about.get("description", "")
+        found.append((field.name, f"{text} ({unit})" if unit not in {"", "1"} else text))
+    return found

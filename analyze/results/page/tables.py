@@ -1,0 +1,209 @@
+"""What the page says in numbers: the headline, the tables, the provenance; all as plain text."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from mlsae.analyze.results.analysis import Analysis
+from mlsae.analyze.results.columns import TABLES
+from mlsae.base.units import format_count
+
+Row = Mapping[str, Any]
+
+_GROUPS: Mapping[str, tuple[str, ...]] = {
+    "Reconstruction": (
+        "fvu",
+        "fvu_published",
+        "fvu_position_0_in",
+        "fvu_published_position_0_in",
+        "fvu_position_0_out",
+        "fvu_published_position_0_out",
+        "explained_variance",
+        "mse",
+        "cosine",
+        "relative_reconstruction_bias",
+    ),
+    "Latents": (
+        "l0",
+        "l1",
+        "density",
+        "dead_fraction",
+        "frequent_fraction",
+        "always_on_fraction",
+    ),
+    "Next-token prediction": (
+        "ce",
+        "ce_store",
+        "ce_sae",
+        "delta_ce",
+        "ce_zero",
+        "ce_mean",
+        "loss_recovered_zero",
+        "loss_recovered_mean",
+        "kl",
+        "top1_agreement",
+    ),
+    "The store's activations": ("norm", "adjacent_cosine"),
+}
+_NOT = "not measured"
+_REST = "Counts and others"
+_TERMS = ("single", "tokens", "latents", "aggregate", "total")
+_RATIOS = ("single_over_aggregate", "aggregate_over_total")
+_DECOMPOSITIONS = {"mass": "mass", "pair_uniform": "pair-uniform", "as_coded": "as coded"}
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """So many significant digits, whole numbers in full, and a dash for None."""
+    if value is None:
+        return "–"
+    if isinstance(value, int):
+        return format_count(value)
+    return f"{value:.{digits}g}".replace("-", "−")
+
+
+def interval(row: Row, name: str, digits: int = 4) -> str:
+    """The 95% interval of a column, or nothing."""
+    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
+    return "" if low is None or high is None else f"{number(low, digits)} to {number(high, digits)}"
+
+
+def headline(analysis: Analysis) -> list[dict[str, str]]:
+    """The numbers to look at first: `name`, `value`, `interval`, and `text`, what each means."""
+    summary = analysis.summary
+    mean, together = analysis.overall.to_pylist()
+    total, variance = summary["overall"], summary["layer_variance"]
+    spread = "" if variance is None else variance["mass"]["single_over_aggregate"]
+    at_one = (
+        f" Of the variance behind it, {spread:.0%} is there at a single token."
+        if isinstance(spread, float)
+        else ""
+    )
+    measured = summary["cross_entropy"] is not None
+    recovered = mean["loss_recovered_mean"]
+    free = measured and recovered is None
+    splice = (
+        ""
+        if together["delta_ce"] is None
+        else f" With all layers spliced at once it is {number(together['delta_ce'])}."
+    )
+    return [
+        {
+            "name": "Variance unexplained (FVU)",
+            "value": number(mean["fvu"]),
+            "interval": interval(mean, "fvu"),
+            "text": "The share of the activations’ variance that their reconstructions miss; "
+            "0 is perfect. Mean over layers.",
+        },
+        {
+            "name": "Cross-entropy added (delta CE)",
+            "value": number(mean["delta_ce"]) if measured else _NOT,
+            "interval": interval(mean, "delta_ce"),
+            "text": "Nats a token by which the transformer predicts worse when one layer is "
+            f"replaced by its reconstruction. Mean over layers.{splice}",
+        },
+        {
+            "name": "Loss recovered",
+            "value": "undefined" if free else number(recovered) if measured else _NOT,
+            "interval": interval(mean, "loss_recovered_mean"),
+            "text": "How much of what is lost by putting the mean activation in a layer’s place "
+            "the reconstruction wins back; 1 is all. Mean over layers."
+            + (" At a layer here, nothing is lost by that." if free else ""),
+        },
+        {
+            "name": "Active latents (L0)",
+            "value": number(mean["l0"]),
+            "interval": interval(mean, "l0"),
+            "text": f"Latents that are active for a row, of {number(total['num_latents'])}. "
+            "Mean over layers.",
+        },
+        {
+            "name": "Dead latents",
+            "value": f"{total['dead_fraction']:.2%}",
+            "interval": "",
+            "text": f"{number(total['num_dead'])} of {number(total['num_latents'])} latents are "
+            f"active at none of the {number(summary['num_rows'])} rows evaluated; counted, so "
+            "there is no interval.",
+        },
+        {
+            "name": "Layer spread",
+            "value": number(total["mean_layer_std"]),
+            "interval": "",
+            "text": "Standard deviation of the layer at which a latent is active, in layers; mean "
+            f"over living latents, without an interval.{at_one}",
+        },
+    ]
+
+
+def layer_table(analysis: Analysis) -> dict[str, Any]:
+    """Every figure of the tables `layers` and `overall`, a row a figure, a column a layer.
+
+    Returns:
+        `layers`, their ids; `groups`, each a name and rows of name, unit, definition and cells
+        (value, interval): mean over layers, all layers together, then layer by layer. Figures that
+        were measured nowhere are left out.
+    """
+    layers, (mean, together) = analysis.layers.to_pylist(), analysis.overall.to_pylist()
+    about = {column.name: column for column in (*TABLES["overall"], *TABLES["layers"])}
+    plain = [
+        name
+        for name in analysis.layers.column_names
+        if name != "layer" and not name.endswith(("_low", "_high"))
+    ]
+    named = {name for names in _GROUPS.values() for name in names}
+    groups = {**_GROUPS, _REST: tuple(name for name in plain if name not in named)}
+    found = []
+    for group, names in groups.items():
+        rows = []
+        for name in names:
+            cells = [_cell(row, name) for row in (mean, together, *layers)]
+            if all(value == "–" for value, _ in cells):
+                continue
+            of = about.get(name)
+            rows.append(
+                {
+                    "name": name,
+                    "unit": "" if of is None or of.unit == "1" else of.unit,
+                    "text": "" if of is None else of.text,
+                    "cells": cells,
+                }
+            )
+        if rows:
+            found.append({"name": group, "rows": rows})
+    return {"layers": [row["layer"] for row in layers], "groups": found}
+
+
+def _cell(row: Row, name: str) -> tuple[str, str]:
+    return number(row.get(name)), interval(row, name, 3)
+
+
+def variance_table(summary: Row) -> list[tuple[str, list[str]]]:
+    """Rows of the decomposition of the layer's variance, or none where no latent is active."""
+    found = summary["layer_variance"]
+    if found is None:
+        return []
+    return [
+        (label, [number(found[key].get(name)) for name in (*_TERMS, *_RATIOS)])
+        for key, label in _DECOMPOSITIONS.items()
+    ]
+
+
+def missing(analysis: Analysis, others: Iterable[str]) -> list[str]:
+    """What a reader may look for in vain, and why it is not there; one line each."""
+    summary = analysis.summary
+    lines = []
+    if summary["cross_entropy"] is None:
+        lines.append(
+            "Cross-entropy, delta CE, loss recovered, KL and top-1 agreement were not measured: "
+            + str(summary["no_cross_entropy_because"])
+        )
+    if _is_null(analysis.latents, "embedding_cosine"):
+        lines.append(
+            "Cosines with the token embedding and the unembedding are not there: they take the "
+            "transformer, of the width of the SAE."
+        )
+    return [*lines, *others]
+
+
+def _is_null(table: pa.Table, name: str) -> bool:
+    return bool(table[name].null_count == len(table))
