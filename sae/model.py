@@ -1,7 +1,7 @@
 """The sparse autoencoder: one dictionary for the rows of every layer.
 
 z = act(W_enc (u − b) + b_enc),  û = W_dec z + b,  x̂ = û · s + m, where u = (x − m) / s is the
-normalised row (sae/normalize.py) and act is that of the architecture (sae/architectures/topk.py, sae/architectures/relu.py).
+normalised row (sae/normalize.py) and act is that of the architecture (sae/architectures/).
 Source of one dictionary for all layers: Lawson et al. (2024), arXiv 2409.04185.
 
 Shape suffixes: B rows, D channels, N latents, K selected latents; L layers; `...` any

@@ -1,6 +1,7 @@
 """What the encoding of a shard costs, measured where the transformer computed its rows.
 
-The figure is that of `mlsae.store.format.added_fvu`: of the eligible rows, in total and by decile of norm.
+The figure is that of `mlsae.store.format.added_fvu`: of the eligible rows, in total and by decile
+of norm.
 Rows are summed in float32, each about the mean of the shard's first ones, so that nothing cancels,
 and pieces of rows in float64: a figure is right to a relative 1e-5. Rows that differ by no more
 than float32 rounds have no variance here.

@@ -1,7 +1,8 @@
 """Moments of a shard's rows, summed where the transformer computed them.
 
 The sums that `mlsae.store` would make of the same rows on its own threads: here they run on the
-GPU, so that nothing but stored bytes reaches the host (on a CPU: `mlsae.harvest.compute.host_moments`).
+GPU, so that nothing but stored bytes reaches the host (on a CPU, see
+`mlsae.harvest.compute.host_moments`).
 Sums are of rows about a centre near their mean, kept for a whole shard, so that nothing cancels
 (Chan, Golub and LeVeque 1983, equation 1.7); float32 within a piece, float64 between pieces.
 

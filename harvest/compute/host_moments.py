@@ -1,11 +1,11 @@
 """Moments of a shard's rows on the CPU, between two forward passes.
 
-What `mlsae.harvest.compute.device_moments` sums on a GPU, arranged for caches: all layers of a few rows of
-one group at a time, by threads that each take every n-th of such pieces and compute alone. A team
-of threads that share every operation waits after each for its slowest member, and operations on a
-piece are as short as that wait. Sums are of rows about a centre near their mean, kept for a whole
-shard, so that nothing cancels (Chan, Golub and LeVeque 1983, equation 1.7); float32 within a piece,
-float64 between pieces.
+What `mlsae.harvest.compute.device_moments` sums on a GPU, arranged for caches: all layers of a few
+rows of one group at a time, by threads that each take every n-th of such pieces and compute alone.
+A team of threads that share every operation waits after each for its slowest member, and operations
+on a piece are as short as that wait. Sums are of rows about a centre near their mean, kept for a
+whole shard, so that nothing cancels (Chan, Golub and LeVeque 1983, equation 1.7); float32 within a
+piece, float64 between pieces.
 
 Shape suffixes: L layers, N rows of a piece, D channels.
 """

@@ -215,7 +215,8 @@ def test_blocks_of_cosines_shrink_until_they_fit() -> None:
 LIMITED = """
 import resource, sys
 import numpy as np, psutil, torch
-from mlsae.analyze.measure.directions import BLOCK, block_size, check_memory, decoder_pairs, nearest_rows
+from mlsae.analyze.measure.directions import BLOCK, block_size, check_memory
+from mlsae.analyze.measure.directions import decoder_pairs, nearest_rows
 from mlsae.base.errors import ResourceError
 from mlsae.base.resources import available_memory
 torch.set_num_threads(1)

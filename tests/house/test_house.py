@@ -31,6 +31,49 @@ ALLOWED = {
 }
 """Room → rooms it may import: cli → demo → stages → models, sae, store → base."""
 
+BELOW = {
+    "store": {
+        "places": {"schema", "errors"},
+        "format": {"schema", "errors"},
+        "read": {"plan", "plancheck", "format", "places", "schema", "errors"},
+        "write": {"read", "plan", "plancheck", "format", "places", "schema", "errors"},
+        "copying": {"write", "read", "plan", "plancheck", "format", "places", "schema", "errors"},
+        "tools": {"write", "read", "plan", "plancheck", "format", "places", "schema", "errors"},
+    },
+    "train": {
+        "data": set(),
+        "step": {"data"},
+        "run": {"config", "sweep", "options", "plan", "initial", "step", "data"},
+        "published": {"run", "config", "sweep", "options", "plan", "initial", "step", "data"},
+    },
+    "sae": {
+        "kernels": set(),
+        "architectures": {"kernels", "errors"},
+        "formats": {
+            "model",
+            "architectures",
+            "kernels",
+            "config",
+            "directory",
+            "location",
+            "errors",
+        },
+    },
+    "harvest": {"text": set(), "compute": set()},
+    "analyze": {
+        "results": set(),
+        "events": {"results", "config", "pairing", "selection"},
+        "examples": {"results", "config", "pairing", "selection", "transformer"},
+        "interop": {"results", "selection", "transformer"},
+        "measure": {"results", "events", "examples", "config", "pairing", "selection"},
+    },
+    "base": {"machine": set()},
+}
+"""Room → its inner room → what of the same room that may import: data goes one way inside too."""
+
+DOOR = 12
+"""From every door at most a dozen things are seen."""
+
 PIP_WHEEL = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
 
 FOREIGN = {
@@ -195,6 +238,36 @@ def test_imports_go_one_way(room: str):
             assert top not in FOREIGN.get(room, set()), f"{path}: imports {name}"
             assert top not in ROOMS, f"{path}: imports {name} without its package"
     assert seen > 0
+
+
+@pytest.mark.parametrize(
+    ("room", "inner"), [(room, inner) for room, inners in BELOW.items() for inner in inners]
+)
+def test_imports_go_one_way_inside_a_room(room: str, inner: str):
+    """An inner room knows those below it, and no door of its own room."""
+    allowed = BELOW[room][inner] | {inner}
+    above = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in (ROOT / room / inner).rglob("*.py")
+        for name in imports_of(path)
+        if name == f"mlsae.{room}"
+        or (name.startswith(f"mlsae.{room}.") and name.split(".")[2] not in allowed)
+    }
+    assert above == set()
+
+
+def test_every_inner_room_has_a_rule():
+    """A new one is given its place."""
+    inner = {tuple(name.split(".")[:2]) for name in packages() if "." in name}
+    assert inner == {(room, name) for room, inners in BELOW.items() for name in inners}
+
+
+@pytest.mark.parametrize("package", packages())
+def test_a_dozen_things_are_seen_from_a_door(package: str):
+    """Files and folders of each, but for its own `__init__`."""
+    folder = ROOT / package.replace(".", "/")
+    seen = {path.name for path in folder.iterdir()} - {"__init__.py", "__pycache__"}
+    assert len(seen) <= DOOR, sorted(seen)
 
 
 def test_a_store_is_read_and_written_without_torch(tmp_path: Path):
