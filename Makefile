@@ -32,21 +32,21 @@ demo-model: .venv/installed
 results: .venv/installed
 	$(BIN)/python -m benchmarks.results
 
-# From docs/results/training.json, which `python -m benchmarks.training` writes.
+# From docs/evidence/training.json, which `python -m benchmarks.training` writes.
 results-training: .venv/installed
 	$(BIN)/python -m benchmarks.training_page
 
-# From docs/results/analysis.json, which `python -m benchmarks.analysis` writes; figures too.
+# From docs/evidence/analysis.json, which `python -m benchmarks.analysis` writes; figures too.
 results-analysis: .venv/installed
 	$(BIN)/python -m benchmarks.analysis_page
 
 scale: .venv/installed
 	$(BIN)/python benchmarks/scale.py
 
-# All of test-faults, and docs/reliability.md from what it counted.
+# All of test-faults, and docs/evidence/reliability.md from what it counted.
 reliability: .venv/installed
 	$(BIN)/python -m pytest tests/faults -m faults -o faulthandler_timeout=1200 \
-		--counts docs/results/reliability.json
+		--counts docs/evidence/reliability.json
 	$(BIN)/python -m benchmarks.reliability
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt

@@ -1,12 +1,12 @@
 """What analyses say of multi-layer SAEs on a trained transformer and on its random variants.
 
     python -m benchmarks.analysis --model DIR --dataset FILE --out DIR \\
-        --json docs/results/analysis.json
+        --json docs/evidence/analysis.json
 
 MODEL is stories260k, a Llama of 260 thousand parameters, in Hugging Face format; the text is 1,000
 TinyStories, one {"text": …} a line; the demo transformer comes with the package. Every study is
 `mlsae` commands, run in OUT: what was finished before is kept, and `--study` runs one alone. Writes
-the JSON that `make results-analysis` makes docs/results/analysis.md and its figures from.
+the JSON that `make results-analysis` makes docs/evidence/analysis.md and its figures from.
 """
 
 import argparse

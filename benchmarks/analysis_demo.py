@@ -1,4 +1,4 @@
-"""The section of docs/results/analysis.md on the demo model."""
+"""The section of docs/evidence/analysis.md on the demo model."""
 
 from collections.abc import Sequence
 from statistics import mean

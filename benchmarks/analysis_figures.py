@@ -1,4 +1,4 @@
-"""The figures of docs/results/analysis.md from its JSON."""
+"""The figures of docs/evidence/analysis.md from its JSON."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The section of docs/results/analysis.md on how alike layers are."""
+"""The section of docs/evidence/analysis.md on how alike layers are."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The sections of docs/results/analysis.md on metrics, and on the claims of Heap et al."""
+"""The sections of docs/evidence/analysis.md on metrics, and on the claims of Heap et al."""
 
 from collections.abc import Sequence
 from statistics import mean

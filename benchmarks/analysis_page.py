@@ -1,4 +1,4 @@
-"""docs/results/analysis.md and its figures from the JSON of `benchmarks.analysis`.
+"""docs/evidence/analysis.md and its figures from the JSON of `benchmarks.analysis`.
 
 python -m benchmarks.analysis_page
 """
@@ -15,7 +15,7 @@ from benchmarks.analysis_short import short_section
 from benchmarks.analysis_variance import sizes_section, variance_section
 from benchmarks.analysis_where import kinds_section, latents_section, layers_section
 from benchmarks.harvest_page import INIT_TEXT
-from benchmarks.markdown import RESULTS, made, paragraph
+from benchmarks.markdown import EVIDENCE, made, paragraph
 
 
 def analysis_page(content: dict[str, Any]) -> str:
@@ -64,7 +64,7 @@ def analysis_page(content: dict[str, Any]) -> str:
 <!-- not run: needs the stories260k model and the TinyStories text, and half an hour -->
 ```sh
 python -m benchmarks.analysis --model MODEL --dataset TEXT --out runs/analysis \\
-    --json docs/results/analysis.json
+    --json docs/evidence/analysis.json
 make results-analysis
 ```
 
@@ -108,9 +108,9 @@ def _cost(content: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    content = json.loads((RESULTS / "analysis.json").read_text())
-    draw_all(content, RESULTS / "analysis")
-    (RESULTS / "analysis.md").write_text(analysis_page(content))
+    content = json.loads((EVIDENCE / "analysis.json").read_text())
+    draw_all(content, EVIDENCE / "analysis")
+    (EVIDENCE / "analysis.md").write_text(analysis_page(content))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The first section of docs/results/analysis.md: the answers, with their numbers."""
+"""The first section of docs/evidence/analysis.md: the answers, with their numbers."""
 
 from statistics import mean
 from typing import Any

@@ -1,4 +1,4 @@
-"""The sections of docs/results/analysis.md on the variance of the layer."""
+"""The sections of docs/evidence/analysis.md on the variance of the layer."""
 
 from collections.abc import Sequence
 from statistics import mean

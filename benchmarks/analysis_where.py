@@ -1,4 +1,4 @@
-"""The sections of docs/results/analysis.md on where latents are active, and on single ones."""
+"""The sections of docs/evidence/analysis.md on where latents are active, and on single ones."""
 
 from collections.abc import Sequence
 from statistics import mean

@@ -1,4 +1,4 @@
-"""docs/results/harvest.md from the JSON of `benchmarks.harvest_variants`."""
+"""docs/evidence/harvest.md from the JSON of `benchmarks.harvest_variants`."""
 
 from collections.abc import Sequence
 from typing import Any

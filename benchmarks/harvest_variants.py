@@ -1,6 +1,6 @@
 """One small trained transformer and its four random variants on two texts, harvested.
 
-Writes docs/results/harvest.json and the figure of docs/results/harvest.md: the mean norm of the
+Writes docs/evidence/harvest.json and the figure of docs/evidence/harvest.md: the mean norm of the
 residual stream and the cosine of adjacent layers, by layer, from the stores' moments.
 
     python -m benchmarks.harvest_variants --model STORIES260K --tinystories FILE --wikitext2 FILE
@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib as mpl
 
 from benchmarks.made import commit, machine
-from benchmarks.markdown import RESULTS
+from benchmarks.markdown import EVIDENCE
 from mlsae.harvest import HarvestConfig, run
 from mlsae.models.initialization import INITS
 from mlsae.store import open_store
@@ -98,7 +98,7 @@ def main() -> None:
                 harvested(arguments.model, text, init, Path(directory) / name / init)
                 for init in INITS
             ]
-    draw(found, RESULTS / FIGURE)
+    draw(found, EVIDENCE / FIGURE)
     content = {
         "command": "python -m benchmarks.harvest_variants --model STORIES260K "
         "--tinystories tinystories_1000.jsonl --wikitext2 wikitext2_valid.txt",
@@ -108,7 +108,7 @@ def main() -> None:
         "context_length": CONTEXT_LENGTH,
         "texts": found,
     }
-    (RESULTS / "harvest.json").write_text(json.dumps(content, indent=1) + "\n")
+    (EVIDENCE / "harvest.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

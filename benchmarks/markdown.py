@@ -1,11 +1,11 @@
-"""Markdown of the pages in docs/results."""
+"""Markdown of the pages in docs/evidence."""
 
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+EVIDENCE = Path(__file__).resolve().parents[1] / "docs" / "evidence"
 
 
 def paragraph(text: str) -> str:

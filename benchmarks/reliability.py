@@ -1,4 +1,4 @@
-"""docs/reliability.md from the counts of the fault campaigns: the end of `make reliability`.
+"""docs/evidence/reliability.md from the counts of the fault campaigns: the end of `make reliability`.
 
 python -m benchmarks.reliability
 """
@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from benchmarks.markdown import RESULTS, paragraph
+from benchmarks.markdown import EVIDENCE, paragraph
 
-PAGE = RESULTS.parent / "reliability.md"
+PAGE = EVIDENCE / "reliability.md"
 Row = tuple[str, str, str]
 
 NOT_TESTED = (
@@ -55,11 +55,11 @@ def reliability(record: dict[str, Any]) -> str:
     )
     same = paragraph(
         "*The same store*: the same `store_id`, that is the same bytes in every array, no rule of "
-        "[storage_schema.md](../storage_schema.md) broken, no temporary file left over."
+        "[storage_schema.md](../../storage_schema.md) broken, no temporary file left over."
     )
     return f"""# Reliability
 
-<!-- Made by `make reliability` from results/reliability.json; edit benchmarks/reliability.py. -->
+<!-- Made by `make reliability` from reliability.json; edit benchmarks/reliability.py. -->
 
 {about}
 
@@ -325,7 +325,7 @@ def _machine(machine: dict[str, Any]) -> str:
 
 def _absent(record: dict[str, Any]) -> str:
     """The files that this record has nothing of."""
-    files = sorted(path.stem for path in (RESULTS.parents[1] / "tests/faults").glob("test_*.py"))
+    files = sorted(path.stem for path in (EVIDENCE.parents[1] / "tests/faults").glob("test_*.py"))
     absent = ", ".join(f"`{file}.py`" for file in files if file not in record)
     return paragraph(f"Not in this record: the campaigns of {absent}.") if absent else ""
 
@@ -341,7 +341,7 @@ def _flips_by_kind(kinds: dict[str, int]) -> str:
 
 
 def main() -> None:
-    content = json.loads((RESULTS / "reliability.json").read_text())
+    content = json.loads((EVIDENCE / "reliability.json").read_text())
     PAGE.write_text(reliability(content))
 
 

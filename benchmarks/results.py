@@ -1,4 +1,4 @@
-"""`make results`: the pages of docs/results from the JSON beside them, figures' captions included.
+"""`make results`: the pages of docs/evidence from the JSON beside them, figures' captions included.
 
 python -m benchmarks.results
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.harvest_page import harvest_page
-from benchmarks.markdown import RESULTS, made, paragraph, table
+from benchmarks.markdown import EVIDENCE, made, paragraph, table
 
 
 def stories260k(content: dict[str, Any]) -> str:
@@ -218,8 +218,8 @@ PAGES = {"stories260k": stories260k, "harvest": harvest_page}
 
 def main() -> None:
     for name, page in PAGES.items():
-        content = json.loads((RESULTS / f"{name}.json").read_text())
-        (RESULTS / f"{name}.md").write_text(page(content))
+        content = json.loads((EVIDENCE / f"{name}.json").read_text())
+        (EVIDENCE / f"{name}.md").write_text(page(content))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ H200_PEAK = 989e12
 FORWARD_SHARE = 0.4
 """Of that peak, what a plain forward pass of transformers is taken to reach."""
 WRITER_SHARE = 0.6
-"""Of the disk's own rate, what the writer is held to; see docs/benchmarks.md."""
+"""Of the disk's own rate, what the writer is held to; see docs/evidence/benchmarks.md."""
 HASH_RATE = MOST_WRITER_THREADS * 1.1e9
 """Bytes a second that one process with cores enough hashes (SHA-256) and writes. A thread reached
 1.1 GB/s on an Intel Xeon and 2.1 GB/s on an AMD EPYC."""

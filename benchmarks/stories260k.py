@@ -1,7 +1,7 @@
 """The whole path on a real model, in both loss spaces and with three seeds each.
 
     python -m benchmarks.stories260k --model DIR --dataset FILE --out DIR \\
-        --json docs/results/stories260k.json
+        --json docs/evidence/stories260k.json
 
 MODEL is karpathy's 260K-parameter Llama trained on TinyStories, in Hugging Face format; the text is
 1,000 of those stories, one {"text": …} a line. Writes the JSON that `benchmarks.results` makes the

@@ -1,12 +1,12 @@
 """What training choices do to the SAEs of a real model: four studies.
 
     python -m benchmarks.training --model DIR --dataset FILE --out DIR \\
-        --json docs/results/training.json
+        --json docs/evidence/training.json
 
 MODEL is stories260k, a Llama of 260 thousand parameters, in Hugging Face format; the text is 1,000
 TinyStories, one {"text": …} a line. Every study is `mlsae` commands, run in OUT: what was finished
 before is kept, and `--study` runs one alone. Writes the JSON that `make results-training` makes
-docs/results/training.md from, and the figures beside it.
+docs/evidence/training.md from, and the figures beside it.
 """
 
 import argparse

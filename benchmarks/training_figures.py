@@ -1,4 +1,4 @@
-"""The figures of docs/results/training.md from its JSON."""
+"""The figures of docs/evidence/training.md from its JSON."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""docs/results/training.md from the JSON of `benchmarks.training`.
+"""docs/evidence/training.md from the JSON of `benchmarks.training`.
 
 python -m benchmarks.training_page
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.markdown import RESULTS, made, paragraph, table
+from benchmarks.markdown import EVIDENCE, made, paragraph, table
 from benchmarks.training_figures import by_kind, loss, of_scale
 
 SCALES = ("none", "log", "sqrt", "linear")
@@ -43,7 +43,7 @@ def training_page(content: dict[str, Any]) -> str:
 <!-- not run: needs the stories260k model and the TinyStories text, and half an hour -->
 ```sh
 python -m benchmarks.training --model MODEL --dataset TEXT --out runs/training \\
-    --json docs/results/training.json
+    --json docs/evidence/training.json
 make results-training
 ```
 
@@ -379,8 +379,8 @@ SECTIONS = {"sweep": _sweep, "layers": _layers, "tokens": _tokens, "mlp": _mlp}
 
 
 def main() -> None:
-    content = json.loads((RESULTS / "training.json").read_text())
-    (RESULTS / "training.md").write_text(training_page(content))
+    content = json.loads((EVIDENCE / "training.json").read_text())
+    (EVIDENCE / "training.md").write_text(training_page(content))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""docs/results/analysis.md: made from its JSON, whose numbers it shows."""
+"""docs/evidence/analysis.md: made from its JSON, whose numbers it shows."""
 
 import json
 import re
@@ -15,20 +15,20 @@ import pytest
 from mlsae.models.initialization import INITS
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "docs" / "results"
+EVIDENCE = ROOT / "docs" / "evidence"
 STUDIES = ("variants", "sizes", "demo")
 FIGURES = ("metrics", "layers", "heat", "decomposition", "similarity", "confound", "sizes")
 
 
 @pytest.fixture
 def content() -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((RESULTS / "analysis.json").read_text())
+    loaded: dict[str, Any] = json.loads((EVIDENCE / "analysis.json").read_text())
     return loaded
 
 
 @pytest.fixture
 def page() -> str:
-    return (RESULTS / "analysis.md").read_text()
+    return (EVIDENCE / "analysis.md").read_text()
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_json_is_as_the_script_writes_it(content: dict[str, Any]):
     """A list of numbers a line, so that a change of one is a change of one line."""
     from benchmarks.analysis import as_text
 
-    assert as_text(content) == (RESULTS / "analysis.json").read_text()
+    assert as_text(content) == (EVIDENCE / "analysis.json").read_text()
 
 
 def test_every_sae_is_on_the_page(
@@ -192,7 +192,7 @@ def test_figures_are_there_and_a_number_follows_each(page: str):
     figures = re.findall(r"^!\[[^\]]+\]\(([^)]+)\)\n\n(.+?)\n\n", page, re.M | re.S)
     assert [name for name, _ in figures] == [f"analysis/{name}.png" for name in FIGURES]
     for name, sentence in figures:
-        assert 10_000 < (RESULTS / name).stat().st_size < 150_000
+        assert 10_000 < (EVIDENCE / name).stat().st_size < 150_000
         assert re.search(r"\d", sentence)
 
 

@@ -1,4 +1,4 @@
-"""docs/reliability.md: made from its record, which is of whole campaigns."""
+"""docs/evidence/reliability.md: made from its record, which is of whole campaigns."""
 
 import json
 import re
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 TRAINING_STATES = ("nothing", "claimed", "checkpoint", "finished")
 """What kills of training met, which the page does not tell."""
-RECORD = ROOT / "docs/results/reliability.json"
+RECORD = ROOT / "docs/evidence/reliability.json"
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def page() -> Any:
 
 def test_page_is_made_from_its_record(page: Any, record: dict[str, Any]):
     """`make reliability` would change nothing if it counted the same."""
-    assert page(record) == (ROOT / "docs/reliability.md").read_text()
+    assert page(record) == (ROOT / "docs/evidence/reliability.md").read_text()
 
 
 def test_every_count_is_shown(page: Any, record: dict[str, Any]):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "docs" / "results"
+EVIDENCE = ROOT / "docs" / "evidence"
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +24,13 @@ def results() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def content() -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((RESULTS / "stories260k.json").read_text())
+    loaded: dict[str, Any] = json.loads((EVIDENCE / "stories260k.json").read_text())
     return loaded
 
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return (RESULTS / "stories260k.md").read_text()
+    return (EVIDENCE / "stories260k.md").read_text()
 
 
 def test_page_is_made_from_its_json(results: ModuleType, content: dict[str, Any], page: str):
@@ -83,27 +83,27 @@ def test_every_figure_is_there_and_a_number_follows_it(page: str):
     figures = re.findall(r"^!\[[^\]]+\]\(([^)]+)\)\n\n(.+?)\n\n", page, re.M | re.S)
     assert len(figures) == page.count("![") == 5
     for name, sentence in figures:
-        assert (RESULTS / name).is_file()
+        assert (EVIDENCE / name).is_file()
         assert re.search(r"\d", sentence)
 
 
 def test_harvest_page_is_made_from_its_json(results: ModuleType):
     """`make results` would change nothing, and another norm would show."""
-    content = json.loads((RESULTS / "harvest.json").read_text())
-    assert results.harvest_page(content) == (RESULTS / "harvest.md").read_text()
+    content = json.loads((EVIDENCE / "harvest.json").read_text())
+    assert results.harvest_page(content) == (EVIDENCE / "harvest.md").read_text()
     content["texts"]["WikiText-2"][3]["mean_norm"][2] += 0.5
-    assert results.harvest_page(content) != (RESULTS / "harvest.md").read_text()
+    assert results.harvest_page(content) != (EVIDENCE / "harvest.md").read_text()
 
 
 def test_harvest_page_shows_every_variant_on_both_texts():
     """Five initialisations a text, norms that differ by text but for the control's noise."""
-    texts = json.loads((RESULTS / "harvest.json").read_text())["texts"]
+    texts = json.loads((EVIDENCE / "harvest.json").read_text())["texts"]
     assert sorted(texts) == ["TinyStories", "WikiText-2"]
     for variants in texts.values():
         assert [variant["init"] for variant in variants] == [
             "trained", "rerandomized", "rerandomized-keep-embeddings", "random", "control",
         ]  # fmt: skip
-        assert (RESULTS / "harvest" / "norm_cosine.png").stat().st_size > 10_000
+        assert (EVIDENCE / "harvest" / "norm_cosine.png").stat().st_size > 10_000
 
 
 def test_tables_of_the_scale_page_are_computed():

@@ -1,4 +1,4 @@
-"""docs/results/training.md: made from its JSON, whose numbers it shows."""
+"""docs/evidence/training.md: made from its JSON, whose numbers it shows."""
 
 import json
 import re
@@ -15,19 +15,19 @@ from mlsae.store import open_store
 from mlsae.store.copying.copy import CopyConfig, copy
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "docs" / "results"
+EVIDENCE = ROOT / "docs" / "evidence"
 STUDIES = ("sweep", "layers", "tokens", "mlp")
 
 
 @pytest.fixture
 def content() -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((RESULTS / "training.json").read_text())
+    loaded: dict[str, Any] = json.loads((EVIDENCE / "training.json").read_text())
     return loaded
 
 
 @pytest.fixture
 def page() -> str:
-    return (RESULTS / "training.md").read_text()
+    return (EVIDENCE / "training.md").read_text()
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_figures_are_there_and_a_number_follows_each(page: str):
     figures = re.findall(r"^!\[[^\]]+\]\(([^)]+)\)\n\n(.+?)\n\n", page, re.M | re.S)
     assert len(figures) == page.count("![") == len(STUDIES)
     for name, sentence in figures:
-        assert (RESULTS / name).stat().st_size > 10_000
+        assert (EVIDENCE / name).stat().st_size > 10_000
         assert re.search(r"\d", sentence)
 
 

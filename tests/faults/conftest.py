@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 class Counts:
-    """What each campaign met and survived, for docs/reliability.md."""
+    """What each campaign met and survived, for docs/evidence/reliability.md."""
 
     def __init__(self) -> None:
         self.campaigns: dict[str, Counter[str]] = {}
