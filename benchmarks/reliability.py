@@ -1,4 +1,4 @@
-"""docs/evidence/reliability.md from the counts of the fault campaigns: the end of `make reliability`.
+"""docs/evidence/reliability.md from the counts of the fault campaigns, as `make reliability` does.
 
 python -m benchmarks.reliability
 """

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from benchmarks.benchmarks_page import benchmarks_page
 from benchmarks.harvest_page import harvest_page
 from benchmarks.markdown import EVIDENCE, made, paragraph, table
 
@@ -213,7 +214,11 @@ def _figures(readings: dict[str, float]) -> str:
     )
 
 
-PAGES = {"stories260k": stories260k, "harvest": harvest_page}
+PAGES: dict[str, Callable[[Any], str]] = {
+    "stories260k": stories260k,
+    "harvest": harvest_page,
+    "benchmarks": benchmarks_page,
+}
 
 
 def main() -> None:

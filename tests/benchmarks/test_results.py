@@ -106,6 +106,16 @@ def test_harvest_page_shows_every_variant_on_both_texts():
         assert (EVIDENCE / "harvest" / "norm_cosine.png").stat().st_size > 10_000
 
 
+def test_the_page_of_benchmarks_is_made_from_its_json(results: ModuleType):
+    """Every benchmark with its script, its command and the tables that it shows."""
+    content = json.loads((EVIDENCE / "benchmarks.json").read_text())
+    assert results.benchmarks_page(content) == (EVIDENCE / "benchmarks.md").read_text()
+    for benchmark in content:
+        assert (ROOT / benchmark["script"]).is_file()
+    content[0]["tables"][0]["rows"][0][1] += "0"
+    assert results.benchmarks_page(content) != (EVIDENCE / "benchmarks.md").read_text()
+
+
 def test_tables_of_the_scale_page_are_computed():
     """docs/scale.md shows what the layout and the stated rates give."""
     from benchmarks.scale_paper import CASES, hours, tables
