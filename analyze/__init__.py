@@ -10,8 +10,7 @@ analysis.figure("layer_distribution").savefig("layers.pdf")  # analysis.figures 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlsae.analyze.activations_config import ActivationsConfig
-from mlsae.analyze.config import AnalyzeConfig
+from mlsae.analyze.config import ActivationsConfig, AnalyzeConfig
 from mlsae.analyze.results.analysis import Analysis, load
 from mlsae.analyze.results.events import Activations, latent_events, load_activations
 

@@ -12,8 +12,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from mlsae import __version__
-from mlsae.analyze.activations_config import PART_EVENTS
-from mlsae.analyze.config import AnalyzeConfig
+from mlsae.analyze.config import PART_EVENTS, AnalyzeConfig
 from mlsae.analyze.events.part import totals_of
 from mlsae.analyze.events.plan import EventsPlan, estimate_bytes, plan_events
 from mlsae.analyze.examples.collect import Examples

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from mlsae.analyze.activations_config import ActivationsConfig
+from mlsae.analyze.config import ActivationsConfig
 from mlsae.analyze.events.part import describe
 from mlsae.analyze.events.plan import EventsPlan, Part, estimate_bytes, plan_events
 from mlsae.analyze.pairing import pair, provenance_of
