@@ -175,7 +175,12 @@ def _begin(request: Request, model: Transformer, packed: PackedText, ranks: Rank
     batch_sequences = request.batch_sequences
     if request.batch_is_free:
         batch_sequences = choose_batch_size(
-            model, config, context_length=length, layers=request.layers, sites=sites
+            model,
+            most=batch_sequences,
+            row_bytes=request.row_bytes,
+            context_length=length,
+            layers=request.layers,
+            sites=sites,
         )
         ranks.say(f"sequences a forward pass: {batch_sequences}")
     batches = Batches(

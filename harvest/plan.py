@@ -23,6 +23,7 @@ from mlsae.models.sites import check_sites
 from mlsae.models.tokenizer import tokenizer_sha256
 from mlsae.store import PlanMismatchError
 from mlsae.store.format.compression import plan_compression
+from mlsae.store.format.encoding import parts_of
 from mlsae.store.format.layout import Layout, plan_layout
 from mlsae.store.format.presets import PRESETS, resolve_preset
 from mlsae.store.plan import find_plan
@@ -43,7 +44,9 @@ class Request:
     batch_sequences: int
     """Sequences of a forward pass; the most that is useful, as long as `batch_is_free`."""
     batch_is_free: bool
-    """Whether memory still has to decide it: neither the user nor a plan at `out` does."""
+    """Neither the user nor a plan at `out` fixes `batch_sequences`, so memory decides it."""
+    row_bytes: int
+    """Bytes of a stored row of one site and layer."""
 
 
 def resolve(config: HarvestConfig, model: Transformer, device_kind: str) -> Request:
@@ -75,6 +78,9 @@ def resolve(config: HarvestConfig, model: Transformer, device_kind: str) -> Requ
         asked["encoding"] = resolve_preset(config.encoding).encoding
     if config.batch_size is not None:
         asked["batch_sequences"] = config.batch_size
+    parts = parts_of(resolve_preset(config.sized_as).encoding, model.d_model)
+    kept = context_length if config.keep_positions is None else config.keep_positions
+    shard_sequences = config.shard_bytes // (kept * parts[0].row_bytes)
     present = find_plan(config.out)
     if present is not None:
         _refuse_difference(config.out, asked, {key: present.get(key) for key in asked})
@@ -85,8 +91,9 @@ def resolve(config: HarvestConfig, model: Transformer, device_kind: str) -> Requ
         sites=sites,
         batch_sequences=config.batch_size
         or (present["batch_sequences"] if present else None)
-        or useful_batch_size(device_kind, context_length, model.d_model, config),
+        or useful_batch_size(device_kind, context_length, shard_sequences),
         batch_is_free=config.batch_size is None and present is None,
+        row_bytes=sum(part.row_bytes for part in parts),
     )
 
 

@@ -1,4 +1,4 @@
-"""How many sequences a forward pass takes, found once by memory and then fixed in the plan."""
+"""Sequences of a forward pass: found once by memory, then fixed in the plan."""
 
 from collections.abc import Sequence
 
@@ -6,45 +6,51 @@ import torch
 
 from mlsae.base.resources import available_memory
 from mlsae.harvest.compute.forward import PINNED, memory_explained
-from mlsae.harvest.config import HarvestConfig
 from mlsae.models import Transformer
 from mlsae.models.capture import capture
 from mlsae.models.inputs import Inputs
-from mlsae.store.format.encoding import Part, parts_of
-from mlsae.store.format.presets import resolve_preset
 
 TOKENS_AT_ONCE = {"cpu": 2**13, "cuda": 2**16}
 """Beyond these a larger pass gains no more speed."""
 MEMORY_SHARE = 0.5
-"""Of what is free, left over for the allocator's fragments and for other programs."""
+"""Share of the free memory; the rest is left to the allocator's fragments and other programs."""
 
 
-def useful_batch_size(
-    device_kind: str, context_length: int, d_model: int, config: HarvestConfig
-) -> int:
-    """The largest power of two that speed and the size of a shard have a use for."""
-    kept = context_length if config.keep_positions is None else config.keep_positions
-    most = min(
-        TOKENS_AT_ONCE.get(device_kind, TOKENS_AT_ONCE["cpu"]) // context_length,
-        # Larger batches would only make larger shards, for shards hold whole ones.
-        config.shard_bytes // (kept * _parts(config, d_model)[0].row_bytes),
-    )
-    return _power_of_two(most)
+def useful_batch_size(device_kind: str, context_length: int, shard_sequences: int) -> int:
+    """Largest power of two that speed and the size of a shard have a use for.
+
+    Args:
+        device_kind: type of the device that computes.
+        context_length: tokens of a sequence.
+        shard_sequences: sequences that a shard has room for: larger batches would only make larger
+            shards, for shards hold whole batches.
+    """
+    tokens = TOKENS_AT_ONCE.get(device_kind, TOKENS_AT_ONCE["cpu"])
+    return _power_of_two(min(tokens // context_length, shard_sequences))
 
 
 def choose_batch_size(
     transformer: Transformer,
-    config: HarvestConfig,
     *,
+    most: int,
+    row_bytes: int,
     context_length: int,
     layers: Sequence[int],
     sites: Sequence[str],
 ) -> int:
-    """The largest useful power of two that memory has room for.
+    """Largest power of two up to `most` that memory has room for.
 
     On CUDA the bytes of a sequence are measured on passes of one and of two sequences; on the CPU,
-    where torch does not count them, they are added up from what is captured and buffered and twice
-    the widest layer of the model.
+    where torch does not count them, captured and buffered rows are added to twice the widest layer
+    of the model.
+
+    Args:
+        transformer: the loaded model.
+        most: power of two, the most sequences that are useful.
+        row_bytes: bytes of a stored row of one site and layer.
+        context_length: tokens of a sequence.
+        layers: blocks to capture.
+        sites: sites to capture.
 
     Raises:
         ResourceError: not even two sequences fit on the GPU.
@@ -52,7 +58,7 @@ def choose_batch_size(
     kind, width = transformer.device.type, transformer.d_model
     rows = len(layers) * len(sites) * context_length
     captured = rows * width
-    buffered = rows * sum(part.row_bytes for part in _parts(config, width)) * PINNED
+    buffered = rows * row_bytes * PINNED
     if kind == "cuda":
         one, two = (_peak_bytes(transformer, num, context_length, layers, sites) for num in (1, 2))
         free, _ = torch.cuda.mem_get_info(transformer.device)
@@ -65,12 +71,8 @@ def choose_batch_size(
         if transformer.attention_implementation == "eager":
             values += 2 * heads * context_length**2
         fitting = [(available_memory(), buffered + values * transformer.dtype.itemsize)]
-    most = min(int(free * MEMORY_SHARE) // max(needed, 1) for free, needed in fitting)
-    return min(_power_of_two(most), useful_batch_size(kind, context_length, width, config))
-
-
-def _parts(config: HarvestConfig, d_model: int) -> tuple[Part, ...]:
-    return parts_of(resolve_preset(config.sized_as).encoding, d_model)
+    room = min(int(free * MEMORY_SHARE) // max(needed, 1) for free, needed in fitting)
+    return min(_power_of_two(room), most)
 
 
 def _power_of_two(most: int) -> int:
