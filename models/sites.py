@@ -10,16 +10,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mlsae.base.errors import InputError
+from mlsae.base.words import SITES
 from mlsae.models.anatomy import Anatomy, Tap, dissect
 from mlsae.models.blocks import hidden_of, with_hidden
 from mlsae.models.calls import noted
 from mlsae.models.forward import forward
 from mlsae.models.inputs import Inputs
 from mlsae.models.transformer import Transformer
-
-SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-"""Of a block: the stream before it, between attention and MLP, and after it; and what attention
-and MLP add to it."""
 
 _anatomies: WeakKeyDictionary[Transformer, list[Anatomy]] = WeakKeyDictionary()
 

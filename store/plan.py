@@ -8,6 +8,7 @@ from typing import Any
 
 from mlsae.base.errors import InputError
 from mlsae.base.files import canonical_json
+from mlsae.base.words import SITES
 from mlsae.store.errors import DamagedStoreError, NotAStoreError
 from mlsae.store.format.calibration import Calibration, check_calibration
 from mlsae.store.format.compression import plan_compression
@@ -22,7 +23,6 @@ from mlsae.store.schema import (
     PARTIAL,
     PLAN,
     SCHEMA_VERSION,
-    SITES,
     TOKEN_ARRAYS,
 )
 from mlsae.store.write.tokens import TokenArrays

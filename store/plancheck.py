@@ -8,13 +8,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from mlsae.base.words import SITES
 from mlsae.store.errors import InvalidStoreError, SchemaVersionError
 from mlsae.store.format.compression import COMPRESSIONS
 from mlsae.store.format.encoding import STORED_DTYPE, parts_of
 from mlsae.store.format.layout import MAX_OBJECT_BYTES, MAX_SHARDS, object_bytes
 from mlsae.store.format.moments import moments_bytes
 from mlsae.store.format.positions import MAX_KEPT_CONTEXT, num_rows_of, rows_per_sequence_of
-from mlsae.store.schema import PLAN, PLAN_KEYS, SCHEMA_VERSION, SITES
+from mlsae.store.schema import PLAN, PLAN_KEYS, SCHEMA_VERSION
 
 MAX_COUNT = 2**62
 MAX_WIDTH = 2**24

@@ -15,8 +15,6 @@ MASKED = 4
 
 ALL_FLAGS = SPECIAL | PADDING | MASKED
 
-SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-
 PLAN = "plan.json"
 COMPLETE = "complete.json"
 COMMITS = "commits"

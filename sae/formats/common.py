@@ -15,10 +15,10 @@ import safetensors
 import torch
 
 from mlsae.base.errors import InputError
+from mlsae.base.words import SITES
 from mlsae.sae.config import SAEConfig
 from mlsae.sae.model import SAE
 
-SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 OURS = "mlsae"
 """Key under which an exported configuration says which site and layers the SAE was trained on."""
 _EXACT = (torch.float32, torch.float16, torch.bfloat16)

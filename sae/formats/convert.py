@@ -8,10 +8,10 @@ from typing import Any
 
 from mlsae.base.errors import InputError
 from mlsae.base.files import canonical_json, fsync_directory, sha256_file, write_durably
+from mlsae.base.words import SITES
 from mlsae.sae.directory import CONFIG, WEIGHTS, write
 from mlsae.sae.formats import dictionary_learning, published, saelens, sparsify
 from mlsae.sae.formats.common import (
-    SITES,
     ConversionError,
     Foreign,
     Format,

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
+from mlsae.base.words import SITES
 from mlsae.sae.formats.common import (
     OURS,
-    SITES,
     ConversionError,
     Foreign,
     Format,

@@ -15,9 +15,9 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from mlsae.base.words import SITES
 from mlsae.sae.formats.common import (
     OURS,
-    SITES,
     ConversionError,
     Foreign,
     Format,

@@ -11,6 +11,7 @@ from typing import Any
 from mlsae.base.errors import InputError
 from mlsae.base.files import DamagedFileError, fsync_directory, read_sealed
 from mlsae.base.units import format_bytes, format_count, format_ranges
+from mlsae.base.words import SITES
 from mlsae.store.errors import NotAStoreError
 from mlsae.store.places.remote import is_remote, open_objects
 from mlsae.store.schema import (
@@ -28,7 +29,6 @@ from mlsae.store.schema import (
     PROVENANCE,
     ROW_TOKEN,
     SHARD_MOMENTS,
-    SITES,
     TOKEN_ARRAYS,
 )
 

@@ -12,10 +12,10 @@ import transformers
 from mlsae.analyze.measure.cross_entropy import measure
 from mlsae.analyze.pairing import pair
 from mlsae.analyze.transformer import find_transformer
+from mlsae.base.words import SITES
 from mlsae.models import load
 from mlsae.models.capture import capture
 from mlsae.models.inputs import Inputs
-from mlsae.models.sites import SITES
 from mlsae.store import create
 
 LENGTH, LAYERS = 16, (0, 1)

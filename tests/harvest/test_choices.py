@@ -10,11 +10,11 @@ import torch
 import transformers
 
 from mlsae.base.errors import InputError
+from mlsae.base.words import SITES
 from mlsae.harvest import HarvestConfig, run
 from mlsae.harvest.shards import batches_of
 from mlsae.models import load_for
 from mlsae.models.capture import capture
-from mlsae.models.sites import SITES
 from mlsae.store import PADDING, PlanMismatchError, Store, open_store
 from mlsae.store.format.positions import kept_positions
 from mlsae.store.tools.verify import verify

@@ -4,8 +4,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from mlsae.base.words import SITES
 from mlsae.models import Transformer
-from mlsae.models.sites import SITES, anatomies
+from mlsae.models.sites import anatomies
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 

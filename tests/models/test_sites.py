@@ -10,10 +10,11 @@ import transformers
 from torch import nn
 
 from mlsae.base.errors import InputError
+from mlsae.base.words import SITES
 from mlsae.models import Transformer, load, outline
 from mlsae.models.capture import capture
 from mlsae.models.inputs import Inputs
-from mlsae.models.sites import SITES, anatomies, check_sites
+from mlsae.models.sites import anatomies, check_sites
 
 # By family, as one reads it in the model's code: how blocks are composed, the modules whose output
 # is added to the stream, and the norms after attention and MLP (post-norm) or the one that reads

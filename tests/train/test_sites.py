@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from mlsae.base.errors import InputError
+from mlsae.base.words import SITES
 from mlsae.sae import load
 from mlsae.store import create
-from mlsae.store.schema import SITES
 from mlsae.train import TrainConfig, run
 
 Values = dict[str, list[np.ndarray]]
