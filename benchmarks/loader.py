@@ -42,7 +42,7 @@ from mlsae.base.units import parse_bytes
 from mlsae.store import Store, open_store
 from mlsae.store.read.split import validation_of
 from mlsae.train.data.loader import Loader
-from mlsae.train.data.rows import Mixture
+from mlsae.train.data.mixture import Mixture
 
 NUM_LAYERS, D_MODEL, NUM_ROWS = 6, 512, 262_144
 BATCHES = (4096, 16384)

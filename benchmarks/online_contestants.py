@@ -65,7 +65,7 @@ def ours(settings: dict[str, Any]) -> None:
     from mlsae.train.data.decode import Decoder
     from mlsae.train.data.loader import Batch, Loader
     from mlsae.train.plan import make_plan
-    from mlsae.train.run.member import Member
+    from mlsae.train.running.member import Member
 
     keep_freed_memory()
     path = Path(settings["store"])

@@ -12,7 +12,7 @@ import torch
 import mlsae.sae
 from mlsae.store import Store, open_store
 from mlsae.store.read.split import validation_of
-from mlsae.train.run.evaluate import POSITION_0_OUT, evaluate
+from mlsae.train.running.evaluate import POSITION_0_OUT, evaluate
 
 HELD_OUT_SHARE = 0.05
 TRAINED_SHARE = 0.94

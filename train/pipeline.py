@@ -28,18 +28,17 @@ from mlsae.train.data.sampler import check_world_size
 from mlsae.train.options import write_run_file
 from mlsae.train.plan import Plan, make_plans
 from mlsae.train.published.run import run_paper
-from mlsae.train.run.checkpoint import Checkpoints, common_step
-from mlsae.train.run.devices import make_accelerator
-from mlsae.train.run.evaluate import evaluate
-from mlsae.train.run.log import draw_curves, read_log
-from mlsae.train.run.loop import Pass
-from mlsae.train.run.member import Member, divergence, is_finished
-from mlsae.train.run.memory import require_training_memory
-from mlsae.train.run.output import CHECKPOINTS, CURVES, LOG, check_output, claim
-from mlsae.train.run.ranks import Alone
-from mlsae.train.run.record import format_summary, format_sweep, sweep_entry, training_record
-from mlsae.train.run.team import Shape, Team, team_shape
-from mlsae.train.run.tracking import check_tracker
+from mlsae.train.running.checkpoint import Checkpoints, common_step
+from mlsae.train.running.devices import Alone, make_accelerator
+from mlsae.train.running.evaluate import evaluate
+from mlsae.train.running.log import draw_curves, read_log
+from mlsae.train.running.loop import Pass
+from mlsae.train.running.member import Member, divergence, is_finished
+from mlsae.train.running.memory import require_training_memory
+from mlsae.train.running.output import CHECKPOINTS, CURVES, LOG, check_output, claim
+from mlsae.train.running.record import format_summary, format_sweep, sweep_entry, training_record
+from mlsae.train.running.team import Shape, Team, team_shape
+from mlsae.train.running.tracking import check_tracker
 from mlsae.train.sweep import SUMMARY, SWEEP, Sweep
 
 

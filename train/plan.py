@@ -11,7 +11,7 @@ from mlsae.sae import SAEConfig
 from mlsae.store import AnyStore
 from mlsae.store.read.split import validation_of
 from mlsae.train.config import TrainConfig
-from mlsae.train.data.rows import Mixture
+from mlsae.train.data.mixture import Mixture
 from mlsae.train.initial import layer_factors, objective_settings, resample_every, sae_config
 from mlsae.train.step.auxiliary import default_k_aux
 from mlsae.train.step.dead import default_dead_after

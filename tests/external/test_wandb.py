@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlsae.demo import model_path, text_path
-from mlsae.train.run.tracking import scalars
+from mlsae.train.running.tracking import scalars
 
 pytestmark = [pytest.mark.external, pytest.mark.timeout(900)]
 

@@ -18,7 +18,7 @@ from mlsae.analyze.selection import read_rows
 from mlsae.store import StoreError, open_store
 from mlsae.store.tools.verify import verify
 from mlsae.train.data.loader import Loader
-from mlsae.train.data.rows import Mixture
+from mlsae.train.data.mixture import Mixture
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 

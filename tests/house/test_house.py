@@ -43,8 +43,8 @@ BELOW = {
     "train": {
         "data": set(),
         "step": {"data"},
-        "run": {"config", "sweep", "options", "plan", "initial", "step", "data"},
-        "published": {"run", "config", "sweep", "options", "plan", "initial", "step", "data"},
+        "running": {"config", "sweep", "options", "plan", "initial", "step", "data"},
+        "published": {"running", "config", "sweep", "options", "plan", "initial", "step", "data"},
     },
     "sae": {
         "kernels": set(),

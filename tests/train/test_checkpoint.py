@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mlsae.train.run.checkpoint import Checkpoints, common_step
+from mlsae.train.running.checkpoint import Checkpoints, common_step
 
 
 def make(directory: Path, *steps: int, keep: int = 2) -> Checkpoints:

@@ -9,7 +9,7 @@ import torch
 from mlsae.store import open_corpus, open_store
 from mlsae.train.data.decode import Decoder, torch_rows
 from mlsae.train.data.loader import Loader
-from mlsae.train.data.rows import Mixture
+from mlsae.train.data.mixture import Mixture
 
 FORMS = ["float16", "bfloat16", "float32", "int8"]
 CPU = torch.device("cpu")

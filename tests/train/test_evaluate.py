@@ -9,8 +9,8 @@ import torch
 from mlsae.sae import SAE, SAEConfig
 from mlsae.store import open_store
 from mlsae.store.format.positions import kept_positions
-from mlsae.train.run import evaluate as module
-from mlsae.train.run.evaluate import evaluate
+from mlsae.train.running import evaluate as module
+from mlsae.train.running.evaluate import evaluate
 
 SEQUENCES = np.array([0, 3, 4, 20, 36])
 

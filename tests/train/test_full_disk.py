@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from mlsae.base.errors import ResourceError
 from mlsae.sae import SAE, SAEConfig
-from mlsae.train.run.checkpoint import Checkpoints
+from mlsae.train.running.checkpoint import Checkpoints
 from mlsae.train.step.dead import DeadLatents
 
 class Trainer:

@@ -7,7 +7,7 @@ import pytest
 
 from mlsae.store import open_store
 from mlsae.train.data.jobs import plan
-from mlsae.train.data.rows import Mixture
+from mlsae.train.data.mixture import Mixture
 from mlsae.train.data.window import Window
 
 

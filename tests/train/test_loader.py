@@ -10,7 +10,7 @@ import torch
 from mlsae.store import AnyStore, DamagedStoreError, Store, open_store
 from mlsae.store.read import scatter as module
 from mlsae.train.data.loader import Batch, Loader
-from mlsae.train.data.rows import Mixture
+from mlsae.train.data.mixture import Mixture
 
 FORMS = [
     ("float16", "none"),

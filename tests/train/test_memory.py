@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from mlsae.sae import SAEConfig
-from mlsae.train.run.memory import step_memory
+from mlsae.train.running.memory import step_memory
 
 MEASURE = """
 import sys

@@ -9,7 +9,8 @@ from mlsae.base.errors import InputError
 from mlsae.store import open_store
 from mlsae.store.format.positions import kept_positions
 from mlsae.train.data import rows as module
-from mlsae.train.data.rows import Mixture, TrainingRows
+from mlsae.train.data.mixture import Mixture
+from mlsae.train.data.rows import TrainingRows
 from mlsae.train.data.sampler import owned_slots
 
 

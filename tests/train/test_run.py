@@ -19,7 +19,7 @@ from mlsae.sae import load
 from mlsae.store import open_store
 from mlsae.store.read.split import validation_of
 from mlsae.train import Sweep, TrainConfig, run, run_sweep
-from mlsae.train.run.checkpoint import DamagedCheckpointError
+from mlsae.train.running.checkpoint import DamagedCheckpointError
 from mlsae.train.step.trainer import Trainer
 
 SETTINGS: dict[str, Any] = {

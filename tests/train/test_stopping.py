@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from mlsae.base.interruption import InterruptedWorkError
 from mlsae.cli import main
 from mlsae.train import TrainConfig, pipeline, run
-from mlsae.train.run import loop as passing
+from mlsae.train.running import loop as passing
 from mlsae.train.step.trainer import Trainer
 
 FLAGS = "--num-latents 64 -k 4 --batch-size 60 --lr 3e-3 --validation-fraction 0.1 --device cpu"

@@ -21,8 +21,8 @@ from mlsae.store.read.corpus import Location
 from mlsae.store.read.split import validation_of
 from mlsae.train import TrainConfig, run
 from mlsae.train.data.loader import Loader
-from mlsae.train.data.rows import Mixture
-from mlsae.train.run.evaluate import evaluate
+from mlsae.train.data.mixture import Mixture
+from mlsae.train.running.evaluate import evaluate
 
 Cache = Location | tuple[Location, ...]
 SETTINGS: dict[str, Any] = {

@@ -18,9 +18,9 @@ from mlsae.train import Sweep, TrainConfig, run, run_sweep
 from mlsae.train.data.loader import Loader
 from mlsae.train.pipeline import DivergedSAEsError
 from mlsae.train.plan import make_plans
-from mlsae.train.run import loop as passing_module
-from mlsae.train.run.checkpoint import Checkpoints
-from mlsae.train.run.memory import estimate
+from mlsae.train.running import loop as passing_module
+from mlsae.train.running.checkpoint import Checkpoints
+from mlsae.train.running.memory import estimate
 from mlsae.train.step.trainer import DivergedError, Trainer
 
 SETTINGS: dict[str, Any] = {

@@ -11,8 +11,8 @@ import pytest
 
 from mlsae.base.errors import InputError
 from mlsae.train import Sweep, TrainConfig, run_sweep
-from mlsae.train.run import tracking as module
-from mlsae.train.run.tracking import check_tracker, scalars
+from mlsae.train.running import tracking as module
+from mlsae.train.running.tracking import check_tracker, scalars
 
 
 def sweep(sample: Any, out: Path, **settings: Any) -> Sweep:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.store.read.scatter import Runs
-from mlsae.train.data.rows import Mixture
+from mlsae.train.data.mixture import Mixture
 from mlsae.train.data.walk import Block, Walk
 
 Int64 = npt.NDArray[np.int64]

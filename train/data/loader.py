@@ -8,8 +8,8 @@ import torch
 from mlsae.store import AnyStore
 from mlsae.train.data.decode import Parts
 from mlsae.train.data.jobs import plan
+from mlsae.train.data.mixture import Mixture
 from mlsae.train.data.reading import Reading
-from mlsae.train.data.rows import Mixture
 from mlsae.train.data.window import Window
 
 _THREADS, _THREADS_REMOTE = 2, 8

@@ -9,7 +9,7 @@ import torch
 from mlsae.store.read.scatter import Runs, ScatteredRows
 from mlsae.train.data.decode import Parts, origin_of, torch_rows
 from mlsae.train.data.jobs import Share
-from mlsae.train.data.rows import Mixture
+from mlsae.train.data.mixture import Mixture
 
 
 class Window:

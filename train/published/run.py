@@ -16,11 +16,11 @@ from mlsae.sae import SAE
 from mlsae.store import AnyStore, open_corpus
 from mlsae.train.plan import Plan, make_plans
 from mlsae.train.published.step import DEAD_AFTER, LR, PaperTrainer
-from mlsae.train.run.devices import make_accelerator
-from mlsae.train.run.evaluate import evaluate
-from mlsae.train.run.log import LINES, Log, draw_curves, read_log
-from mlsae.train.run.output import CURVES, LOG, check_output, claim
-from mlsae.train.run.record import format_summary, training_record
+from mlsae.train.running.devices import make_accelerator
+from mlsae.train.running.evaluate import evaluate
+from mlsae.train.running.log import LINES, Log, draw_curves, read_log
+from mlsae.train.running.output import CURVES, LOG, check_output, claim
+from mlsae.train.running.record import format_summary, training_record
 from mlsae.train.sweep import Sweep
 
 _PUBLISHED_LENGTH = 2048

@@ -11,10 +11,10 @@ from tqdm import tqdm
 from mlsae.base.interruption import Interruption
 from mlsae.train.data.decode import Decoder
 from mlsae.train.data.loader import Batch, Loader
-from mlsae.train.data.rows import Mixture
-from mlsae.train.run.log import LINES
-from mlsae.train.run.member import Member
-from mlsae.train.run.team import Team
+from mlsae.train.data.mixture import Mixture
+from mlsae.train.running.log import LINES
+from mlsae.train.running.member import Member
+from mlsae.train.running.team import Team
 from mlsae.train.step.trainer import DivergedError
 
 STOPPING = "stopping after this step, once its checkpoint is written; again to stop at once"

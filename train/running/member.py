@@ -11,11 +11,11 @@ from mlsae.train.data.decode import Decoder
 from mlsae.train.data.loader import Batch
 from mlsae.train.initial import initial_sae, make_objective
 from mlsae.train.plan import Plan
-from mlsae.train.run.checkpoint import Checkpoints
-from mlsae.train.run.log import Averages, Log
-from mlsae.train.run.output import CHECKPOINTS, DIVERGED, LOG
-from mlsae.train.run.ranks import Alone
-from mlsae.train.run.tracking import Tracker, open_tracker
+from mlsae.train.running.checkpoint import Checkpoints
+from mlsae.train.running.devices import Alone
+from mlsae.train.running.log import Averages, Log
+from mlsae.train.running.output import CHECKPOINTS, DIVERGED, LOG
+from mlsae.train.running.tracking import Tracker, open_tracker
 from mlsae.train.step.dead import DeadLatents
 from mlsae.train.step.trainer import DivergedError, Trainer
 

@@ -25,3 +25,21 @@ def make_accelerator(name: str) -> Accelerator:
             )
         torch.cuda.set_device(device)
     return Accelerator(cpu=device.type == "cpu")
+
+
+class Alone:
+    """Stands in an Accelerator's place where a rank trains SAEs of its own.
+
+    Args:
+        device: of the rank.
+    """
+
+    num_processes = 1
+    process_index = 0
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def reduce(self, tensor: torch.Tensor, _how: str) -> torch.Tensor:
+        """The sum over one rank."""
+        return tensor

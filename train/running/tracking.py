@@ -11,7 +11,6 @@ from typing import Any, Protocol
 from mlsae.base.errors import InputError
 from mlsae.base.files import write_durably
 
-TRACKERS = ("tensorboard", "wandb")
 PROJECT = "mlsae"
 _RUN_ID = "wandb-id"
 
@@ -46,7 +45,7 @@ def open_tracker(
     """Begin to track an SAE, or go on after a step.
 
     Args:
-        kind: one of `TRACKERS`.
+        kind: `tensorboard` or `wandb`.
         out: the SAE's directory.
         name: of the run.
         settings: what decides the result.

@@ -10,7 +10,7 @@ from mlsae import __version__
 from mlsae.base.units import format_count
 from mlsae.sae import SAE
 from mlsae.train.plan import Plan
-from mlsae.train.run.evaluate import POSITION_0_IN, POSITION_0_OUT
+from mlsae.train.running.evaluate import POSITION_0_IN, POSITION_0_OUT
 
 
 def training_record(
