@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check test-faults test-slow test-external demo-model results results-training results-analysis scale reliability
+.PHONY: demo test check docs test-faults test-slow test-external demo-model results results-training results-analysis scale reliability
 
 demo: .venv/installed
 	$(BIN)/mlsae demo --out demo-run
@@ -25,6 +25,10 @@ test-slow: .venv/installed
 
 test-external: .venv/installed
 	$(BIN)/python -m pytest -m external
+
+# The pages of docs/reference, from docstrings, columns and settings.
+docs: .venv/installed
+	$(BIN)/python docs/make.py
 
 demo-model: .venv/installed
 	GOMP_SPINCOUNT=5000 $(BIN)/python -m mlsae.demo.make_model

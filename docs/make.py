@@ -1,0 +1,166 @@
+"""The pages of docs/reference, made from the code: `make docs`, or python docs/make.py."""
+
+import ast
+import importlib
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+REFERENCE = Path(__file__).resolve().parent / "reference"
+ROOMS = ("store", "sae", "harvest", "train", "analyze", "models")
+"""Rooms whose `__all__` is public, in the order of the page."""
+NOTICE = "<!-- Made by `make docs` from the docstrings; edit those. -->"
+SECTION = re.compile(r"^(Args|Returns|Yields|Raises):$", re.M)
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def api() -> str:
+    """Signatures, docstrings, fields and methods of everything that rooms export."""
+    parts = ["# Python", NOTICE, *(part for room in ROOMS for part in _room(room))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _room(room: str) -> Iterator[str]:
+    module = importlib.import_module(f"mlsae.{room}")
+    yield f"## `mlsae.{room}`"
+    yield _markdown(inspect.getdoc(module) or "")
+    for name in sorted(module.__all__, key=lambda name: (name.isupper(), name.lower())):
+        yield from _member(module, name)
+
+
+def _member(module: ModuleType, name: str) -> Iterator[str]:
+    node = _definition(_home(module, name), name)
+    yield f"### `{name}`"
+    if isinstance(node, ast.ClassDef):
+        yield _markdown(ast.get_docstring(node) or "")
+        yield from _class(node)
+    elif isinstance(node, Function):
+        yield _signature(node, name)
+        yield _markdown(ast.get_docstring(node) or "")
+    else:
+        yield f"```python\n{_source(node)}\n```"
+        if text := _text_after(ast.parse(inspect.getsource(_home(module, name))).body, node):
+            yield _markdown(text)
+
+
+def _home(module: ModuleType, name: str) -> ModuleType:
+    """The module that a room imports a name from."""
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(node, ast.ImportFrom) and name in {alias.name for alias in node.names}:
+            return importlib.import_module(node.module or "")
+    return module
+
+
+def _definition(module: ModuleType, name: str) -> ast.stmt:
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.ClassDef | Function) and node.name == name:
+            return node
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(of, ast.Name) and of.id == name for of in targets):
+                return node
+    message = f"{module.__name__} does not define {name}"
+    raise LookupError(message)
+
+
+def _class(node: ast.ClassDef) -> Iterator[str]:
+    """Fields as a list, then public methods and properties."""
+    fields = [of for of in node.body if isinstance(of, ast.AnnAssign) and _is_public(of.target)]
+    if fields:
+        yield "\n".join(
+            f"- `{_source(of)}`" + (f": {' '.join(text.split())}" if text else "")
+            for of in fields
+            for text in [_text_after(node.body, of)]
+        )
+    for of in node.body:
+        if isinstance(of, Function) and not of.name.startswith("_"):
+            yield _signature(of, f"{node.name}.{of.name}")
+            yield _markdown(ast.get_docstring(of) or "")
+
+
+def _source(node: ast.AST) -> str:
+    """Code with double quotes, as the package has them."""
+    text = ast.unparse(node)
+    return text if '"' in text else text.replace("'", '"')
+
+
+def _is_public(target: ast.expr) -> bool:
+    return isinstance(target, ast.Name) and not target.id.startswith("_")
+
+
+def _text_after(body: list[ast.stmt], node: ast.stmt) -> str | None:
+    """The string under an assignment, which documents it."""
+    where = [_source(of) for of in body].index(_source(node))
+    for of in body[where + 1 : where + 2]:
+        if isinstance(of, ast.Expr) and isinstance(of.value, ast.Constant):
+            return str(of.value.value)
+    return None
+
+
+def _signature(node: Function, name: str) -> str:
+    """As a code block; a property without parentheses."""
+    decorators = {_source(of).split(".")[-1] for of in node.decorator_list}
+    result = f" -> {_source(node.returns)}" if node.returns else ""
+    if decorators & {"property", "cached_property"}:
+        return f"```python\n{name}{result}\n```"
+    arguments = _source(node.args)
+    if not decorators & {"staticmethod"}:
+        arguments = re.sub(r"^(self|cls)(, )?", "", arguments)
+    line = f"{name}({arguments}){result}"
+    if len(line) > 96:
+        given = ast.parse(f"def f({arguments}): ...").body[0]
+        assert isinstance(given, Function)
+        line = f"{name}(\n" + "".join(f"    {of},\n" for of in _arguments(given)) + f"){result}"
+    return f"```python\n{line}\n```"
+
+
+def _arguments(node: Function) -> list[str]:
+    """One text an argument, `*` and `/` included."""
+    of = node.args
+    positional = [*of.posonlyargs, *of.args]
+    defaults = [None] * (len(positional) - len(of.defaults)) + of.defaults
+    texts = [_argument(*pair) for pair in zip(positional, defaults, strict=True)]
+    if of.vararg or of.kwonlyargs:
+        texts.append(f"*{_source(of.vararg)}" if of.vararg else "*")
+    texts += [_argument(*pair) for pair in zip(of.kwonlyargs, of.kw_defaults, strict=True)]
+    return [*texts, *([f"**{_source(of.kwarg)}"] if of.kwarg else [])]
+
+
+def _argument(of: ast.arg, default: ast.expr | None) -> str:
+    equals = " = " if of.annotation else "="
+    return _source(of) + (f"{equals}{_source(default)}" if default else "")
+
+
+def _markdown(docstring: str) -> str:
+    """Sections of arguments and errors as lists, the rest as it is."""
+    text, *sections = SECTION.split(docstring)
+    parts = [text.strip()]
+    for title, body in zip(sections[::2], sections[1::2], strict=True):
+        lines = body.strip("\n").splitlines()
+        end = next((i for i, of in enumerate(lines) if of and not of[0].isspace()), len(lines))
+        parts += [f"{title}:", _entries("\n".join(lines[:end])), "\n".join(lines[end:]).strip()]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _entries(body: str) -> str:
+    """Entries `name: text` as a list; a text without names as a paragraph."""
+    texts = [" ".join(of.split()) for of in re.split(r"\n(?=\S)", textwrap.dedent(body).strip())]
+    if all(re.match(r"[\w*.]+(?: \(.*\))?: ", of) for of in texts):
+        return "\n".join(re.sub(r"^([\w*.]+)", r"- `\1`", of) for of in texts)
+    return " ".join(texts)
+
+
+PAGES: dict[str, Callable[[], str]] = {"api.md": api}
+
+
+def main() -> None:
+    """Write all pages."""
+    for name, make in PAGES.items():
+        (REFERENCE / name).write_text(make())
+
+
+if __name__ == "__main__":
+    main()
