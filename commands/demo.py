@@ -1,0 +1,16 @@
+"""The command `mlsae demo`."""
+
+from pathlib import Path
+
+import click
+
+from mlsae.commands.options import DIRECTORY
+
+
+@click.command()
+@click.option("--out", default="demo-run", type=DIRECTORY, help="Directory of everything it makes.")
+def demo(out: Path) -> None:
+    """Harvest, train and analyze the transformer that comes with the package."""
+    from mlsae.demo import run
+
+    run(out)

@@ -1,0 +1,19 @@
+"""The command `mlsae examples`."""
+
+from typing import Any
+
+import click
+
+from mlsae.commands.options import COUNT, DIRECTORY
+
+
+@click.command()
+@click.argument("analysis", type=DIRECTORY)
+@click.argument("latent", type=int)
+@click.option("--layer", type=int, help="Of this layer alone.")
+@click.option("--limit", type=COUNT, help="Most of each list; all that there are if not given.")
+def examples(**settings: Any) -> None:
+    """Print the examples of LATENT in ANALYSIS, each with its tokens and its values by layer."""
+    from mlsae.analyze.results.examples import list_examples
+
+    click.echo(list_examples(**settings))

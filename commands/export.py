@@ -1,0 +1,22 @@
+"""The command `mlsae export`."""
+
+from pathlib import Path
+
+import click
+
+from mlsae.commands.options import DIRECTORY
+
+
+@click.command()
+@click.argument("run", metavar="RUN")
+@click.argument("out", type=DIRECTORY)
+@click.option(
+    "--to", required=True, help="Format: saelens, sparsify, dictionary-learning or mlsae."
+)
+@click.option("--model", help="Name of the transformer, for the formats that record it.")
+def export(run: str, to: str, out: Path, model: str | None) -> None:
+    """Write the SAE of RUN, a directory or hub id, in the format of another tool."""
+    from mlsae.sae.formats.convert import export_sae
+
+    for directory in export_sae(run, to, out, model=model):
+        click.echo(f"SAE for {to}: {directory}")

@@ -1,0 +1,18 @@
+"""The command `mlsae store info`."""
+
+import json
+
+import click
+
+from mlsae.commands.options import LOCATION
+
+
+@click.command()
+@click.argument("location", type=LOCATION)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def info(location: str, as_json: bool) -> None:
+    """Say what a store holds."""
+    from mlsae.store.tools.info import format_info, store_info
+
+    found = store_info(location)
+    click.echo(json.dumps(found, indent=2) if as_json else format_info(found))

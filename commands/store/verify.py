@@ -1,0 +1,24 @@
+"""The command `mlsae store verify`."""
+
+import click
+
+from mlsae.commands.options import LOCATION
+
+
+@click.command()
+@click.argument("location", type=LOCATION)
+def verify(location: str) -> None:
+    """Check every hash, checksum, moment and rule of a store."""
+    from mlsae.store import open_store
+    from mlsae.store.tools.verify import verify as find_problems
+
+    # What is kept on this machine says nothing of what the place holds now.
+    report = find_problems(location, progress=True, cache_bytes=0)
+    for line in (*report.problems, *report.notes):
+        click.echo(line)
+    if problems := len(report.problems):
+        raise click.ClickException(
+            f"{location} breaks {problems} rule{'s' if problems > 1 else ''} of storage_schema.md"
+        )
+    store_id = open_store(location, cache_bytes=0).store_id
+    click.echo(f"{location} is sound: store_id {store_id}")
