@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlsae.base.errors import InputError
-from mlsae.store.read.corpus import Location
+from mlsae.base.files import Location
 
 ROWS = ("validation", "train", "all")
 

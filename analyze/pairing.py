@@ -8,12 +8,11 @@ from typing import Any
 import torch
 
 from mlsae.base.errors import InputError
-from mlsae.base.files import sha256_file
+from mlsae.base.files import Location, sha256_file
 from mlsae.sae import SAE
 from mlsae.sae import load as load_sae
 from mlsae.sae.directory import WEIGHTS
 from mlsae.store import AnyStore, open_corpus
-from mlsae.store.read.corpus import Location
 
 _NEEDED = frozenset(
     {"store_id", "model_fingerprint", "site", "layers", "skip_positions", "validation"}

@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from mlsae import __version__
 from mlsae.analyze.config import PART_EVENTS, AnalyzeConfig
-from mlsae.analyze.events.part import totals_of
 from mlsae.analyze.events.plan import EventsPlan, estimate_bytes, plan_events
 from mlsae.analyze.examples.collect import Examples
 from mlsae.analyze.examples.run import find_examples, plan_examples, write_table
@@ -30,7 +29,6 @@ from mlsae.analyze.origin import origin
 from mlsae.analyze.pairing import Pairing, fingerprint, pair, provenance_of
 from mlsae.analyze.pieces import find_pieces
 from mlsae.analyze.results.analysis import Analysis, load
-from mlsae.analyze.results.columns import TABLES_VERSION
 from mlsae.analyze.results.directory import (
     ACTIVATIONS,
     FIGURES,
@@ -42,7 +40,9 @@ from mlsae.analyze.results.directory import (
 )
 from mlsae.analyze.results.figures import registry as figures
 from mlsae.analyze.results.page.render import write_page
-from mlsae.analyze.results.summary import overall, render
+from mlsae.analyze.results.parts import totals_of
+from mlsae.analyze.results.tables import TABLES_VERSION
+from mlsae.analyze.results.text.summary import overall, render
 from mlsae.analyze.selection import Int, choose_sequences, first_tokens
 from mlsae.analyze.transformer import find_transformer
 from mlsae.base.devices import resolve_device

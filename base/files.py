@@ -15,6 +15,9 @@ from typing import Any
 from mlsae.base.errors import InputError, ResourceError
 
 SEAL = "sha256"
+Location = str | os.PathLike[str]
+"""A directory, or a URL: file://, https://, s3:// or hf://datasets/…"""
+
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
 
 

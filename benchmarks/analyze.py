@@ -36,7 +36,7 @@ from mlsae.analyze.examples.collect import Examples, ExamplesPlan
 from mlsae.analyze.examples.table import write_examples
 from mlsae.analyze.measure.joint import blocks, encode_rows
 from mlsae.analyze.pairing import Pairing, pair
-from mlsae.analyze.results.columns import schema
+from mlsae.analyze.results.tables import schema
 from mlsae.analyze.selection import Int, read_rows
 from mlsae.demo import model_path
 from mlsae.sae import SAE, SAEConfig

@@ -14,6 +14,6 @@ from mlsae.commands.options import COUNT, DIRECTORY
 @click.option("--limit", type=COUNT, help="Most of each list; all that there are if not given.")
 def examples(**settings: Any) -> None:
     """Print the examples of LATENT in ANALYSIS, each with its tokens and its values by layer."""
-    from mlsae.analyze.results.examples import list_examples
+    from mlsae.analyze.results.text.examples import list_examples
 
     click.echo(list_examples(**settings))

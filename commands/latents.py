@@ -19,7 +19,7 @@ from mlsae.commands.options import COUNT, DIRECTORY
 )
 def latents(columns: str | None, **settings: Any) -> None:
     """Print the latents of ANALYSIS, those that a condition on their columns chooses."""
-    from mlsae.analyze.results.listing import list_latents
+    from mlsae.analyze.results.text.listing import list_latents
 
     names = None if columns is None else [name.strip() for name in columns.split(",")]
     click.echo(list_latents(columns=names, **settings))

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlsae.base.errors import InputError
+from mlsae.base.files import Location
 from mlsae.sae.config import ARCHITECTURES, LAYER_SCALES, NORMALIZE
-from mlsae.store.read.corpus import Location
 from mlsae.train.step.objective import LOSS_SPACES
 from mlsae.train.step.schedule import SCHEDULES
 

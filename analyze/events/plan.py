@@ -10,7 +10,7 @@ import torch
 
 from mlsae.analyze.events.part import BYTES_PER_EVENT, PartWriter
 from mlsae.analyze.pairing import Pairing
-from mlsae.analyze.results.columns import schema
+from mlsae.analyze.results.tables import schema
 from mlsae.analyze.selection import Int, Single, read_rows
 
 MOST_A_ROW = 512

@@ -7,12 +7,12 @@ import torch
 from tqdm.auto import tqdm
 
 from mlsae.analyze.config import ActivationsConfig
-from mlsae.analyze.events.part import describe
 from mlsae.analyze.events.plan import EventsPlan, Part, estimate_bytes, plan_events
 from mlsae.analyze.pairing import pair, provenance_of
-from mlsae.analyze.results.activations_directory import KIND, ActivationsDirectory
-from mlsae.analyze.results.columns import TABLES_VERSION
 from mlsae.analyze.results.events import Activations, load_activations
+from mlsae.analyze.results.events_directory import KIND, ActivationsDirectory
+from mlsae.analyze.results.parts import describe
+from mlsae.analyze.results.tables import TABLES_VERSION
 from mlsae.analyze.selection import Int, choose_sequences, read_rows
 from mlsae.base.devices import resolve_device
 from mlsae.base.interruption import InterruptedWorkError, Interruption, StopNow, interruptible

@@ -11,8 +11,9 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from mlsae.analyze.events.part import PartRecord, PartWriter
+from mlsae.analyze.events.part import PartWriter
 from mlsae.analyze.events.plan import EventsPlan
+from mlsae.analyze.results.parts import PartRecord
 
 
 class EventsWriter:

@@ -13,8 +13,8 @@ from mlsae.analyze.examples.table import write_examples
 from mlsae.analyze.measure.sweep import LayerSums
 from mlsae.analyze.pairing import Pairing
 from mlsae.analyze.pieces import Pieces
-from mlsae.analyze.results.columns import schema
 from mlsae.analyze.results.directory import EXAMPLES
+from mlsae.analyze.results.tables import schema
 from mlsae.base.errors import ResourceError
 from mlsae.base.resources import require_disk, require_memory
 from mlsae.base.units import format_bytes

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mlsae.analyze.example_kinds import KINDS, SAMPLE
 from mlsae.analyze.examples.collect import RANGES, Examples
 from mlsae.analyze.examples.windows import OUTSIDE
+from mlsae.analyze.results.columns import KINDS, SAMPLE
 
 ROW_GROUP = 2**14
 """Examples of a row group, about: whole latents, and what is read of one."""

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from mlsae.analyze.measure.directions import COSINE_BINS, DISTANCE_BINS, Float, Int
-from mlsae.analyze.results.columns import schema
+from mlsae.analyze.results.tables import schema
 
 MEAN_BINS = 16
 """Bins of each layer for mean layers, as published; whole numbers lie in the middle of one."""

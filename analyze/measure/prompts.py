@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 
 from mlsae.analyze.pairing import Pairing
-from mlsae.analyze.results.columns import schema
+from mlsae.analyze.results.tables import schema
 from mlsae.base.errors import InputError
 from mlsae.models import Inputs, Transformer
 from mlsae.models.capture import capture

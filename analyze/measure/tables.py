@@ -15,8 +15,9 @@ from mlsae.analyze.measure.decoder import Decoder
 from mlsae.analyze.measure.joint import Joint
 from mlsae.analyze.measure.metrics import describe
 from mlsae.analyze.measure.sweep import LayerSums
-from mlsae.analyze.results.columns import LATENTS, schema
+from mlsae.analyze.results.columns import LATENTS
 from mlsae.analyze.results.distribution import Float, LayerDistribution, layer_distribution
+from mlsae.analyze.results.tables import schema
 
 
 def layers_tables(

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.dataset as pd
 import pyarrow.parquet as pq
 
-from mlsae.analyze.results.columns import TABLES_VERSION
 from mlsae.analyze.results.directory import EXAMPLES, PAGE, read_summary
 from mlsae.analyze.results.events import open_events
+from mlsae.analyze.results.tables import TABLES_VERSION
 from mlsae.base.errors import InputError
 
 if TYPE_CHECKING:

@@ -1,14 +1,29 @@
-"""The columns of every table: name, type, unit, definition. docs/tables.md is held to them."""
+"""The columns of the tables of latents, events and examples: name, type, unit, definition."""
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 
 import pyarrow as pa
 
-from mlsae.analyze.column import Column
-from mlsae.analyze.results.metric_columns import LAYERS, OVERALL
 
-TABLES_VERSION = "0.4"
-"""Version of these columns, in every file's schema metadata; a minor one only adds."""
+@dataclass(frozen=True)
+class Column:
+    """One column of a table."""
+
+    name: str
+    """Its name."""
+
+    type: pa.DataType
+    """Its Arrow type."""
+
+    unit: str
+    """Its unit, or `1` for pure numbers."""
+
+    text: str
+    """Its definition, and when it is null."""
+
+
+TOP, TOP_LAYER, SAMPLE = KINDS = ("top", "top_layer", "sample")
+"""Values of the column `kind` of the table `examples`."""
 
 _F, _S, _I, _L = pa.float64(), pa.float32(), pa.int64(), pa.int32()
 _BY_COUNT = "of counts instead of totals; null if dead"
@@ -174,27 +189,3 @@ PROMPTS = (
     Column("latent", _L, "latent", "index of an active latent"),
     Column("value", pa.float32(), "latent value", "its value, above 0"),
 )
-
-TABLES: Mapping[str, tuple[Column, ...]] = {
-    "layers": LAYERS,
-    "overall": OVERALL,
-    "latents": LATENTS,
-    "latent_layers": LATENT_LAYERS,
-    "histograms": HISTOGRAMS,
-    "layer_cosine": LAYER_COSINE,
-    "examples": EXAMPLES,
-    "activations": ACTIVATIONS,
-    "prompts": PROMPTS,
-}
-"""Every table of an analysis."""
-
-
-def schema(table: str, provenance: Mapping[str, str]) -> pa.Schema:
-    """Arrow schema of a table: units and definitions by field, `provenance` for the whole."""
-    fields = [
-        pa.field(c.name, c.type, metadata={"unit": c.unit, "description": c.text})
-        for c in TABLES[table]
-    ]
-    whole = {"mlsae.table": table, "mlsae.tables_version": TABLES_VERSION}
-    whole |= {f"mlsae.{key}": value for key, value in provenance.items()}
-    return pa.schema(fields, metadata=whole)

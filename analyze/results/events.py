@@ -10,10 +10,10 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pd
 import pyarrow.parquet as pq
 
-from mlsae.analyze.events.part import PartRecord, check_part
-from mlsae.analyze.results.activations_directory import ActivationsDirectory
-from mlsae.analyze.results.columns import TABLES_VERSION
 from mlsae.analyze.results.directory import ACTIVATIONS
+from mlsae.analyze.results.events_directory import ActivationsDirectory
+from mlsae.analyze.results.parts import PartRecord, check_part
+from mlsae.analyze.results.tables import TABLES_VERSION
 from mlsae.base.errors import InputError
 
 _PARTITIONING = pd.partitioning(pa.schema([("layer", pa.int32())]), flavor="hive")

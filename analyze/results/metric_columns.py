@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-from mlsae.analyze.column import Column
+from mlsae.analyze.results.columns import Column
 
 _F, _I, _L = pa.float64(), pa.int64(), pa.int32()
 _FVU = "Σ‖x − x̂‖² / Σ‖x − μ‖², μ the mean of each channel over the same rows"

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.errors import InputError
-from mlsae.base.files import canonical_json
+from mlsae.base.files import Location, canonical_json
 from mlsae.store.borders import Borders
 from mlsae.store.format.calibration import Calibration
 from mlsae.store.format.encoding import Parts
@@ -23,8 +23,6 @@ from mlsae.store.read.store import RowReader, Store, open_store
 from mlsae.store.together import check_together
 
 Array = npt.NDArray[Any]
-Location = str | os.PathLike[str]
-"""A directory, or a URL: file://, https://, s3:// or hf://datasets/…"""
 
 
 def open_corpus(

@@ -2,8 +2,8 @@
 
 import sys
 
-from mlsae.analyze.events.part import PartRecord
-from mlsae.analyze.results.activations_directory import ActivationsDirectory
+from mlsae.analyze.results.events_directory import ActivationsDirectory
+from mlsae.analyze.results.parts import PartRecord
 from mlsae.base.ranks import Ranks
 from mlsae.cli import main
 

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlsae.analyze import AnalyzeConfig, run
-from mlsae.analyze.results.columns import TABLES
 from mlsae.analyze.results.figures.registry import FIGURES
+from mlsae.analyze.results.tables import TABLES
 
 PAGE = Path(__file__).parents[2] / "docs" / "tables.md"
 

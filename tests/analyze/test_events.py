@@ -13,7 +13,7 @@ import pytest
 
 from mlsae.analyze.events import part as event_part
 from mlsae.analyze.events.part import PartWriter
-from mlsae.analyze.results.columns import schema
+from mlsae.analyze.results.tables import schema
 from mlsae.base.files import sha256_file
 
 SCHEMA = schema("activations", {"store_id": "ab"})
@@ -124,7 +124,7 @@ FULL_DISK = """
 import shutil, sys
 from pathlib import Path
 import numpy as np
-from mlsae.analyze.results.columns import schema
+from mlsae.analyze.results.tables import schema
 from mlsae.analyze.events.part import PartWriter
 from mlsae.base.errors import ResourceError
 

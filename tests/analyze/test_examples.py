@@ -21,7 +21,7 @@ import mlsae.analyze.measure.joint as joint
 from mlsae.analyze.examples.collect import Examples, ExamplesPlan, random_scores
 from mlsae.analyze.examples.table import write_examples
 from mlsae.analyze.pairing import Pairing, pair
-from mlsae.analyze.results.columns import schema
+from mlsae.analyze.results.tables import schema
 from mlsae.sae import SAE, SAEConfig
 from mlsae.store import MASKED, PADDING, SPECIAL, create, open_store
 

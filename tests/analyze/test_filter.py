@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlsae.analyze.results.filter import where
+from mlsae.analyze.results.text.filter import where
 from mlsae.base.errors import InputError
 
 ROWS: list[dict[str, Any]] = [

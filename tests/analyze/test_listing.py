@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlsae.analyze import Analysis, AnalyzeConfig, run
-from mlsae.analyze.results.listing import SHOWN, choose
+from mlsae.analyze.results.text.listing import SHOWN, choose
 from mlsae.cli import main
 
 LATENTS = pa.table(

@@ -11,7 +11,7 @@ import pytest
 from mlsae.analyze import Analysis, AnalyzeConfig, run
 from mlsae.analyze.measure.bootstrap import resample
 from mlsae.analyze.results.metric_columns import LAYERS as COLUMNS
-from mlsae.analyze.results.summary import render
+from mlsae.analyze.results.text.summary import render
 from mlsae.sae import load as load_sae
 
 Float = npt.NDArray[np.float64]

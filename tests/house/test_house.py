@@ -258,6 +258,29 @@ def test_imports_go_one_way_inside_a_room(room: str, inner: str):
     assert above == set()
 
 
+def test_results_are_read_without_what_made_them(tmp_path: Path):
+    """Whoever looks at an analysis needs neither its store nor its SAE, nor their libraries."""
+    known = ("mlsae.analyze.results", "mlsae.base")
+    above = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in (ROOT / "analyze" / "results").rglob("*.py")
+        for name in imports_of(path)
+        if name.split(".")[0] == "mlsae" and not name.startswith(known)
+    }
+    assert above == set()
+    script = (
+        "import sys\n"
+        "from mlsae.analyze import load\n"
+        "import mlsae.analyze.results.text.listing, mlsae.analyze.results.page.render\n"
+        "import mlsae.analyze.results.figures.registry\n"
+        "sys.exit(', '.join({'torch', 'zarr', 'transformers'} & set(sys.modules)) or None)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_every_inner_room_has_a_rule():
     """A new one is given its place."""
     inner = {tuple(name.split(".")[:2]) for name in packages() if "." in name}

@@ -15,9 +15,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from mlsae.base.errors import InputError
+from mlsae.base.files import Location
 from mlsae.sae import load
 from mlsae.store import Calibrator, NotAStoreError, Store, create, open_corpus, open_store
-from mlsae.store.read.corpus import Location
 from mlsae.store.read.split import validation_of
 from mlsae.train import TrainConfig, run
 from mlsae.train.data.loader import Loader

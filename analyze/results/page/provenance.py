@@ -8,6 +8,17 @@ from mlsae.analyze.results.page.tables import Row, number
 from mlsae.base.units import format_ranges
 
 _STAGES = ("harvest", "train", "analyze")
+_SETTINGS = (
+    "sae",
+    "rows",
+    "max_tokens",
+    "device",
+    "ce_max_tokens",
+    "events_max_tokens",
+    "decomposition_max_tokens",
+    "examples",
+)
+"""Keys of a summary that are settings of the analysis."""
 
 
 def provenance(summary: Row) -> list[tuple[str, str]]:
@@ -58,13 +69,13 @@ def _listed(values: Iterable[object]) -> str:
     return ", ".join(str(value) for value in values if value is not None)
 
 
-def settings(summary: Row, names: Sequence[str]) -> list[tuple[str, str]]:
+def settings(summary: Row) -> list[tuple[str, str]]:
     """Settings of the analysis, then of the training."""
-    # What is made of a setting may have its name, as the figures.
+    # An analysis with examples has their numbers under the name of the setting.
     rows = [
         (f"analyze: {name}", summary[name])
-        for name in names
-        if name in summary and not isinstance(summary[name], list | dict)
+        for name in _SETTINGS
+        if name in summary and not isinstance(summary[name], dict)
     ]
     trained = summary["training"]["settings"] or {}
     rows += [(f"train: {name}", value) for name, value in trained.items()]

@@ -3,14 +3,12 @@
 import base64
 import hashlib
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from mlsae.analyze.config import AnalyzeConfig
 from mlsae.analyze.results.analysis import Analysis
 from mlsae.analyze.results.page.examples import examples_data
 from mlsae.analyze.results.page.figures import embed_figures
@@ -106,7 +104,7 @@ def render(analysis: Analysis) -> str:
         examples_left_out=not data.get("complete", True),
         num_shown=len(chosen),
         provenance=provenance(summary),
-        settings=settings(summary, [field.name for field in fields(AnalyzeConfig)]),
+        settings=settings(summary),
         commands=commands(summary["commands"]),
         data=Markup(as_json(data)),
         script=Markup(script),

@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 from mlsae.analyze.results.analysis import Analysis
-from mlsae.analyze.results.columns import TABLES
+from mlsae.analyze.results.tables import TABLES
 from mlsae.base.units import format_count
 
 Row = Mapping[str, Any]

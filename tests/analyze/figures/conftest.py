@@ -12,10 +12,10 @@ import torch
 
 from mlsae.analyze.measure.directions import decoder_pairs
 from mlsae.analyze.measure.histograms import histograms_table, layer_cosine_table
-from mlsae.analyze.results.columns import schema
 from mlsae.analyze.results.distribution import layer_distribution
 from mlsae.analyze.results.figures import registry as figures
 from mlsae.analyze.results.figures.style import save
+from mlsae.analyze.results.tables import schema
 
 Float = npt.NDArray[np.float64]
 CE = ("ce", "ce_store", "delta_ce", "kl", "loss_recovered_zero", "loss_recovered_mean")

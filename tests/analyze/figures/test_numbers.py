@@ -9,8 +9,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pytest
 
-from mlsae.analyze.results.columns import schema
 from mlsae.analyze.results.figures import registry as figures
+from mlsae.analyze.results.tables import schema
 
 Float = npt.NDArray[np.float64]
 Make = Callable[..., dict[str, Any]]

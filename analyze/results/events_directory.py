@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mlsae.analyze.events.part import PartRecord, check_part, totals_of
 from mlsae.analyze.results.directory import ACTIVATIONS
+from mlsae.analyze.results.parts import PartRecord, check_part, totals_of
 from mlsae.base.errors import InputError
 from mlsae.base.files import (
     DamagedFileError,

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mlsae.analyze.results.analysis import load
-from mlsae.analyze.results.filter import check_columns, check_named_latents, where
+from mlsae.analyze.results.text.filter import check_columns, check_named_latents, where
 from mlsae.base.errors import InputError
 from mlsae.base.files import write_durably
 from mlsae.base.units import format_count
@@ -42,7 +42,7 @@ def choose(
 
     Args:
         latents: the table.
-        condition: as for `mlsae.analyze.results.filter.where`; None for all.
+        condition: as for `mlsae.analyze.results.text.filter.where`; None for all.
         sort: the column to sort by, smallest first, or with - before it, largest first. Nulls come
             last, and what is equal in the order of latents. None keeps the order.
         limit: at most so many rows.

@@ -6,9 +6,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mlsae.analyze.events.part import describe
 from mlsae.analyze.results.analysis import Analysis
 from mlsae.analyze.results.directory import ACTIVATIONS, EXAMPLES, FIGURES
+from mlsae.analyze.results.parts import describe
 from mlsae.base.units import format_count
 
 _SHOWN = {

@@ -7,8 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mlsae.analyze.example_kinds import SAMPLE, TOP, TOP_LAYER
 from mlsae.analyze.results.analysis import Analysis, load
+from mlsae.analyze.results.columns import SAMPLE, TOP, TOP_LAYER
 from mlsae.base.errors import InputError
 from mlsae.base.units import format_count
 

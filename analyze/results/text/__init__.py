@@ -1,0 +1,1 @@
+"""An analysis as text for a terminal: its numbers, and its latents and examples on request."""
