@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from mlsae.analyze.transformer import find_places
 from mlsae.base.errors import InputError
-from mlsae.models.tokenizer import load_tokenizer, texts_of_tokens, tokenizer_sha256
+from mlsae.models.source.tokenizer import load_tokenizer, texts_of_tokens, tokenizer_sha256
 from mlsae.store import AnyStore
 
 Pieces = Callable[[npt.NDArray[Any]], list[str]]

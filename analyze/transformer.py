@@ -7,7 +7,7 @@ import torch
 
 from mlsae.base.errors import InputError
 from mlsae.models import Transformer, load_for
-from mlsae.models.kinds import ENCODER
+from mlsae.models.families.kinds import ENCODER
 from mlsae.models.sites import check_sites
 from mlsae.store import AnyStore, RemoteError, Store
 

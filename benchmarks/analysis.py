@@ -27,7 +27,7 @@ from benchmarks.analysis_latents import described_latents, heat_map, kinds_of_la
 from benchmarks.analysis_measure import cosines_of_layers, described, similarity
 from benchmarks.made import commit, machine
 from mlsae.demo import model_path, text_path
-from mlsae.models.initialization import INITS
+from mlsae.models.weights.initialization import INITS
 from mlsae.store import open_store
 
 SEEDS = "0,1,2"

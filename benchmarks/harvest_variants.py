@@ -18,7 +18,7 @@ import matplotlib as mpl
 from benchmarks.made import commit, machine
 from benchmarks.markdown import EVIDENCE
 from mlsae.harvest import HarvestConfig, run
-from mlsae.models.initialization import INITS
+from mlsae.models.weights.initialization import INITS
 from mlsae.store import open_store
 
 mpl.use("agg")

@@ -7,8 +7,8 @@ from mlsae.base.errors import InputError
 from mlsae.base.words import SITES
 from mlsae.harvest.text.packing import BOS, PACKINGS
 from mlsae.harvest.text.sources import TextConfig
-from mlsae.models.initialization import INITS
 from mlsae.models.loading import DTYPES
+from mlsae.models.weights.initialization import INITS
 from mlsae.store.format.added_fvu import MAX_ADDED_FVU
 from mlsae.store.format.layout import SHARD_BYTES
 from mlsae.store.format.presets import PRESETS

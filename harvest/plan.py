@@ -18,9 +18,9 @@ from mlsae.harvest.compute.batch_size import useful_batch_size
 from mlsae.harvest.config import DEFAULT_CONTEXT_LENGTH, HarvestConfig
 from mlsae.harvest.text.packing import PackedText
 from mlsae.models import Transformer
-from mlsae.models.attention import blocks_pay
+from mlsae.models.families.attention import blocks_pay
 from mlsae.models.sites import check_sites
-from mlsae.models.tokenizer import tokenizer_sha256
+from mlsae.models.source.tokenizer import tokenizer_sha256
 from mlsae.store import PlanMismatchError
 from mlsae.store.format.compression import plan_compression
 from mlsae.store.format.encoding import parts_of

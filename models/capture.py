@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mlsae.models.anatomy import Tap
-from mlsae.models.forward import forward
 from mlsae.models.inputs import Inputs
-from mlsae.models.isolation import check_isolation
-from mlsae.models.passes import passes, together
+from mlsae.models.passes.documents import passes, together
+from mlsae.models.passes.forward import forward
+from mlsae.models.passes.isolation import check_isolation
 from mlsae.models.sites import anatomies, attach, check_sites
+from mlsae.models.structure.anatomy import Tap
 from mlsae.models.transformer import Transformer
 
 Key = tuple[str, int]

@@ -10,14 +10,14 @@ import transformers
 from transformers.utils import logging as transformers_logging
 
 from mlsae.base.errors import InputError
-from mlsae.models import placement
-from mlsae.models.blocks import find_blocks
-from mlsae.models.explanation import config_explained, explained
-from mlsae.models.initialization import check_init, needs_redraw, redraw
-from mlsae.models.kinds import auto_class, construction, kind_of
-from mlsae.models.place import Place
-from mlsae.models.sketch import sketch
+from mlsae.models.families.kinds import auto_class, construction, kind_of
+from mlsae.models.families.sketch import sketch
+from mlsae.models.source.explanation import config_explained, explained
+from mlsae.models.source.place import Place
+from mlsae.models.structure.blocks import find_blocks
 from mlsae.models.transformer import Transformer
+from mlsae.models.weights import placement
+from mlsae.models.weights.initialization import check_init, needs_redraw, redraw
 
 # The logger is not typed.
 _logging: Any = transformers_logging
@@ -47,7 +47,7 @@ def load(
         dtype: `float32`, `float16`, `bfloat16`, or `auto` for the checkpoint's own.
         device: where to put the weights.
         attention_implementation: `eager`, `sdpa`, …; None for the library's choice.
-        init: one of `initialization.INITS`; `random` needs the config only, no weights.
+        init: one of `weights.initialization.INITS`; `random` needs the config only, no weights.
         init_seed: of the random draws of all but `trained`.
         blocks: dotted path of the list of blocks in the backbone, where it cannot be found.
         device_map: None, or `auto` to spread the weights over all GPUs, then the CPU's memory,

@@ -11,11 +11,11 @@ from torch.utils.hooks import RemovableHandle
 
 from mlsae.base.errors import InputError
 from mlsae.base.words import SITES
-from mlsae.models.anatomy import Anatomy, Tap, dissect
-from mlsae.models.blocks import hidden_of, with_hidden
-from mlsae.models.calls import noted
-from mlsae.models.forward import forward
 from mlsae.models.inputs import Inputs
+from mlsae.models.passes.forward import forward
+from mlsae.models.structure.anatomy import Anatomy, Tap, dissect
+from mlsae.models.structure.blocks import hidden_of, with_hidden
+from mlsae.models.structure.calls import noted
 from mlsae.models.transformer import Transformer
 
 _anatomies: WeakKeyDictionary[Transformer, list[Anatomy]] = WeakKeyDictionary()

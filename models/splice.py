@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mlsae.base.errors import InputError
-from mlsae.models.anatomy import Anatomy
 from mlsae.models.capture import capture
-from mlsae.models.forward import forward
+from mlsae.models.families.kinds import DECODER
 from mlsae.models.inputs import Inputs
-from mlsae.models.isolation import check_isolation
-from mlsae.models.kinds import DECODER
-from mlsae.models.passes import Pass, passes, together
+from mlsae.models.passes.documents import Pass, passes, together
+from mlsae.models.passes.forward import forward
+from mlsae.models.passes.isolation import check_isolation
 from mlsae.models.sites import anatomies, attach, check_sites
+from mlsae.models.structure.anatomy import Anatomy
 from mlsae.models.transformer import Transformer
 
 Replace = Callable[[Tensor], Tensor]

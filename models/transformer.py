@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from mlsae.base.errors import InputError
-from mlsae.models.fingerprint import config_sha256, weights_sha256
-from mlsae.models.kinds import DECODER, max_context_length
-from mlsae.models.placement import input_device
-from mlsae.models.tokenizer import load_tokenizer
+from mlsae.models.families.kinds import DECODER, max_context_length
+from mlsae.models.source.tokenizer import load_tokenizer
+from mlsae.models.weights.fingerprint import config_sha256, weights_sha256
+from mlsae.models.weights.placement import input_device
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,7 +32,7 @@ class Transformer:
     kind: str = DECODER
     """`decoder` or `encoder`; an encoder has no head and no logits."""
     init: str = "trained"
-    """One of `initialization.INITS`: where the weights come from."""
+    """One of `weights.initialization.INITS`: where the weights come from."""
     init_seed: int = 0
     """Seed of the initialisation; without meaning for `trained`."""
 
@@ -73,7 +73,7 @@ class Transformer:
 
     @property
     def config_hash(self) -> str:
-        """Hex SHA-256 of the config; see `fingerprint.config_sha256`."""
+        """Hex SHA-256 of the config; see `weights.fingerprint.config_sha256`."""
         return config_sha256(self.model.config)
 
     @property
@@ -95,7 +95,7 @@ class Transformer:
         return weights_sha256(self.model)
 
     def fingerprint(self) -> str:
-        """Hex SHA-256 of the loaded weights; see `fingerprint.weights_sha256`."""
+        """Hex SHA-256 of the loaded weights; see `weights.fingerprint.weights_sha256`."""
         return self._fingerprint
 
     def describe(self) -> dict[str, str | int | None]:

@@ -18,7 +18,7 @@ from mlsae.analyze.results.tables import schema
 from mlsae.base.errors import InputError
 from mlsae.models import Inputs, Transformer
 from mlsae.models.capture import capture
-from mlsae.models.tokenizer import texts_of_tokens, tokenizer_sha256
+from mlsae.models.source.tokenizer import texts_of_tokens, tokenizer_sha256
 from mlsae.store import AnyStore
 
 Array = npt.NDArray[Any]

@@ -18,7 +18,7 @@ from mlsae.analyze import Analysis, AnalyzeConfig, load, run
 from mlsae.base.errors import InputError, ResourceError
 from mlsae.cli import main
 from mlsae.models import load_tokenizer
-from mlsae.models.tokenizer import texts_of_tokens
+from mlsae.models.source.tokenizer import texts_of_tokens
 from mlsae.sae import load as load_sae
 from mlsae.store import open_store
 

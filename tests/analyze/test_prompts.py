@@ -19,8 +19,8 @@ from mlsae.analyze.measure.prompts import read_texts
 from mlsae.base.errors import InputError
 from mlsae.cli import main
 from mlsae.models import load
-from mlsae.models.control import control_rows
-from mlsae.models.tokenizer import texts_of_tokens
+from mlsae.models.passes.control import control_rows
+from mlsae.models.source.tokenizer import texts_of_tokens
 from mlsae.sae import load as load_sae
 from mlsae.store import open_store
 

@@ -22,8 +22,8 @@ from mlsae.analyze.transformer import find_transformer
 from mlsae.base.errors import InputError
 from mlsae.models import load
 from mlsae.models.capture import capture
-from mlsae.models.initialization import INITS
 from mlsae.models.inputs import Inputs
+from mlsae.models.weights.initialization import INITS
 from mlsae.store import PADDING, create, open_store
 
 LENGTH = 24

@@ -16,7 +16,7 @@ from mlsae.harvest.text.joints import BOS, PACKINGS, Joints
 from mlsae.harvest.text.packing import PackedText, pack
 from mlsae.harvest.text.sources import Document, Source, TextConfig, open_sources
 from mlsae.models import load_tokenizer
-from mlsae.models.tokenizer import tokenizer_sha256
+from mlsae.models.source.tokenizer import tokenizer_sha256
 from mlsae.store import MASKED, PADDING, SPECIAL
 
 HERE = Path(__file__).parent

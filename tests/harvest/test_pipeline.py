@@ -14,7 +14,8 @@ from mlsae.harvest import HarvestConfig, run
 from mlsae.harvest.plan import producer_of
 from mlsae.harvest.text.packing import pack
 from mlsae.harvest.text.sources import Source
-from mlsae.models import attention, load, load_for
+from mlsae.models import load, load_for
+from mlsae.models.families import attention
 from mlsae.store import ActivationError, NotAStoreError, PlanMismatchError, open_store
 
 MakeConfig = Callable[..., HarvestConfig]

@@ -69,6 +69,13 @@ BELOW = {
         "measure": {"results", "events", "examples", "config", "pairing", "selection"},
     },
     "commands": {"store": {"options"}},
+    "models": {
+        "source": set(),
+        "families": set(),
+        "structure": set(),
+        "weights": set(),
+        "passes": {"transformer", "inputs", "families", "structure", "weights"},
+    },
     "base": {"machine": set()},
 }
 """Room → its inner room → what of the same room that may import: data goes one way inside too."""

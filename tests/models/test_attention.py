@@ -9,10 +9,10 @@ import transformers
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mlsae.models import attention as module
 from mlsae.models import load
-from mlsae.models.attention import BlockedAttention
 from mlsae.models.capture import capture
+from mlsae.models.families import attention as module
+from mlsae.models.families.attention import BlockedAttention
 from mlsae.models.inputs import Inputs
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mlsae.base.errors import InputError
-from mlsae.models.blocks import find_blocks, hidden_of, with_hidden
+from mlsae.models.structure.blocks import find_blocks, hidden_of, with_hidden
 
 
 class _Experts(nn.Module):

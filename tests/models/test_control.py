@@ -11,7 +11,7 @@ import transformers
 
 from mlsae.base.errors import InputError
 from mlsae.models import INITS, Inputs, Transformer, load
-from mlsae.models.control import control_embeddings, control_rows
+from mlsae.models.passes.control import control_embeddings, control_rows
 
 
 def rows(start: int, stop: int, seed: int = 0, width: int = 24) -> np.ndarray:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mlsae.models import load
-from mlsae.models.fingerprint import config_sha256, weights_sha256
+from mlsae.models.weights.fingerprint import config_sha256, weights_sha256
 
 
 def test_equals_the_hash_written_out_for_one_small_module() -> None:

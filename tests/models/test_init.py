@@ -11,7 +11,7 @@ from torch import nn
 
 from mlsae.base.errors import InputError
 from mlsae.models import INITS, Transformer, load, load_for
-from mlsae.models.initialization import redraw
+from mlsae.models.weights.initialization import redraw
 
 REDRAWN = ["rerandomized", "rerandomized-keep-embeddings"]
 # Statistics of seeded draws: with a bound of 5 standard errors, a right program fails for one seed

@@ -12,7 +12,7 @@ from mlsae.base.errors import InputError
 from mlsae.models import Transformer, load
 from mlsae.models.capture import capture
 from mlsae.models.inputs import Inputs
-from mlsae.models.passes import passes
+from mlsae.models.passes.documents import passes
 from mlsae.models.splice import run
 
 LENGTHS = ((7, 1, 12), (20,), (3, 9, 8))

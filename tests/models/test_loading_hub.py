@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mlsae.models import load
-from mlsae.models.place import is_reachable
+from mlsae.models.source.place import is_reachable
 
 ASK = """
 import json, sys, time

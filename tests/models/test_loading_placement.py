@@ -13,7 +13,7 @@ from accelerate import cpu_offload, disk_offload
 from mlsae.base.errors import InputError, ResourceError
 from mlsae.models import INITS, Inputs, Transformer, load, load_for
 from mlsae.models.capture import capture
-from mlsae.models.placement import full_memory_explained
+from mlsae.models.weights.placement import full_memory_explained
 
 INPUTS = Inputs(tokens=torch.randint(0, 61, (2, 12), generator=torch.Generator().manual_seed(2)))
 

@@ -5,9 +5,9 @@ from weakref import WeakKeyDictionary
 import torch
 
 from mlsae.base.errors import InputError
-from mlsae.models.blocks import hidden_of
-from mlsae.models.forward import forward
 from mlsae.models.inputs import Inputs
+from mlsae.models.passes.forward import forward
+from mlsae.models.structure.blocks import hidden_of
 from mlsae.models.transformer import Transformer
 
 _unseen: WeakKeyDictionary[Transformer, bool] = WeakKeyDictionary()

@@ -18,7 +18,7 @@ from mlsae.base.files import canonical_json
 INITS = ("trained", "rerandomized", "rerandomized-keep-embeddings", "random", "control")
 """Trained weights; every tensor redrawn; the same but for the token embeddings and the
 unembedding; the initialisation of the model's own config; trained weights whose token embeddings
-are replaced by noise at run time (see `control.py`)."""
+are replaced by noise at run time (see `passes.control`)."""
 
 _REDRAWN = ("rerandomized", "rerandomized-keep-embeddings")
 # Elements handled at a time, so that float64 copies stay small beside the model.

@@ -12,9 +12,9 @@ import numpy.typing as npt
 import torch
 
 from mlsae.base.errors import InputError
-from mlsae.models.initialization import philox
 from mlsae.models.inputs import Inputs
 from mlsae.models.transformer import Transformer
+from mlsae.models.weights.initialization import philox
 
 # Tokens that share a stream; to start one costs as much as to draw a hundred of its numbers.
 _GROUP = 64

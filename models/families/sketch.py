@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from mlsae.base.errors import InputError
-from mlsae.models.kinds import auto_class, construction
+from mlsae.models.families.kinds import auto_class, construction
 
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 

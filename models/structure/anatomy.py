@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlsae.models.calls import Call, Side
+from mlsae.models.structure.calls import Call, Side
 
 
 @dataclass(frozen=True, kw_only=True)

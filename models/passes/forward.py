@@ -5,17 +5,17 @@ from typing import Any
 
 import torch
 
-from mlsae.models.attention import BlockedAttention, blocks_pay
-from mlsae.models.control import control_embeddings
+from mlsae.models.families.attention import BlockedAttention, blocks_pay
+from mlsae.models.families.kinds import DECODER
 from mlsae.models.inputs import Inputs
-from mlsae.models.kinds import DECODER
+from mlsae.models.passes.control import control_embeddings
 from mlsae.models.transformer import Transformer
 
 
 def forward(transformer: Transformer, module: Any, inputs: Inputs) -> Any:
     """Call `module`, the transformer's `model` or `backbone`, without a key-value cache.
 
-    `inputs.documents` is not looked at: see `passes.passes`.
+    `inputs.documents` is not looked at: see `documents.passes`.
     """
     arguments: dict[str, Any] = {"input_ids": inputs.tokens.to(transformer.device, torch.long)}
     if transformer.kind == DECODER:

@@ -7,7 +7,7 @@ from huggingface_hub import constants as hub
 from huggingface_hub import errors as hub_errors
 
 from mlsae.base.errors import InputError, MlsaeError
-from mlsae.models.place import Place
+from mlsae.models.source.place import Place
 
 _UNUSABLE = (OSError, ValueError, KeyError, ImportError, hub_errors.HfHubHTTPError)
 

@@ -9,8 +9,8 @@ import transformers
 
 from mlsae.base.errors import InputError
 from mlsae.base.files import canonical_json
-from mlsae.models.explanation import explained
-from mlsae.models.place import Place
+from mlsae.models.source.explanation import explained
+from mlsae.models.source.place import Place
 
 
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> Any:

@@ -1,0 +1,1 @@
+"""Differences between families of transformers: kind, outline from a config, attention."""

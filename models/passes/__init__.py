@@ -1,0 +1,1 @@
+"""Forward passes on tokens: documents kept apart, padding unseen, noise in place of embeddings."""

@@ -1,0 +1,1 @@
+"""Where a model and its tokenizer come from: a directory of this machine or the hub."""

@@ -1,0 +1,1 @@
+"""The structure of a transformer: its blocks, the calls in a block, the sums a block computes."""

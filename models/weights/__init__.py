@@ -1,0 +1,1 @@
+"""The weights of a transformer: their place in memory, random draws, fingerprint."""
