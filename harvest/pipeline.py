@@ -40,10 +40,11 @@ from mlsae.models import Transformer, load, outline
 from mlsae.models.sites import check_sites
 from mlsae.store import Calibration, PlanMismatchError, Writer, create, open_store, resume
 from mlsae.store.places.objects import LocalObjects
-from mlsae.store.plan import find_plan, read_plan
+from mlsae.store.read.commits import num_shards_of, pending_shards
+from mlsae.store.read.records import read_plan
 from mlsae.store.schema import COMPLETE, SETUP
-from mlsae.store.write.commit import num_shards_of, pending_shards
 from mlsae.store.write.completion import complete
+from mlsae.store.write.plan import find_plan
 
 
 @dataclass(frozen=True, kw_only=True)

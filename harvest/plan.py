@@ -26,8 +26,8 @@ from mlsae.store.format.compression import plan_compression
 from mlsae.store.format.encoding import parts_of
 from mlsae.store.format.layout import Layout, plan_layout
 from mlsae.store.format.presets import PRESETS, resolve_preset
-from mlsae.store.plan import find_plan
 from mlsae.store.schema import describe_difference
+from mlsae.store.write.plan import find_plan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from mlsae.harvest.text.packing import PackedText
 from mlsae.store import Store
 from mlsae.store.format.layout import Layout
 from mlsae.store.format.presets import PRESETS
-from mlsae.store.read.encoding_cost import largest_added_fvu
+from mlsae.store.read.commits import largest_added_fvu
 
 DECODED_TOKENS = 40
 

@@ -32,6 +32,8 @@ CARD = "README.md"
 TOKEN_ARRAYS = {"tokens": "<u4", "documents": "<u4", "token_flags": "<u1"}
 ROW_TOKEN = "row_token"
 ROW_TOKEN_DTYPE = "<u8"
+CRC_BYTES = 4
+"""Bytes of a CRC-32C, which follows each chunk."""
 IGNORED = frozenset({CARD, ".gitattributes", ".gitignore"})
 """Files beside the store's own that a reader takes no notice of: hubs put them there."""
 

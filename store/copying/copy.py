@@ -22,10 +22,10 @@ from mlsae.store.format.added_fvu import MAX_ADDED_FVU
 from mlsae.store.format.presets import preset_of
 from mlsae.store.places.objects import LocalObjects, Objects
 from mlsae.store.places.remote import is_remote, open_objects, open_writable
-from mlsae.store.plan import read_plan
+from mlsae.store.read.commits import num_shards_of, pending_shards
+from mlsae.store.read.records import read_plan
 from mlsae.store.read.store import Store, open_store
 from mlsae.store.schema import SETUP
-from mlsae.store.write.commit import num_shards_of, pending_shards
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from mlsae.base.files import seal
 from mlsae.store.errors import DamagedStoreError, InvalidStoreError, RemoteError, StoreError
+from mlsae.store.read.commits import num_shards_of, store_id_of
 from mlsae.store.read.records import read_commit, read_complete, read_setup
 from mlsae.store.read.store import Store
 from mlsae.store.schema import (
@@ -19,7 +20,6 @@ from mlsae.store.schema import (
     commit_record,
     shard_moments,
 )
-from mlsae.store.write.commit import num_shards_of, store_id_of
 
 _REQUESTS = 16
 """Records asked for at once."""

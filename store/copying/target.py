@@ -23,8 +23,9 @@ from mlsae.store.errors import DamagedStoreError, NotAStoreError
 from mlsae.store.format.layout import MAX_OBJECT_BYTES
 from mlsae.store.places.objects import LocalObjects, Objects
 from mlsae.store.places.remote import WritableObjects
-from mlsae.store.plan import find_plan, read_plan
+from mlsae.store.read.records import read_plan
 from mlsae.store.schema import PLAN
+from mlsae.store.write.plan import find_plan
 
 _PIECE_BYTES = 2**23
 Progress = Callable[[int], None]

@@ -13,6 +13,7 @@ from mlsae.base.units import format_bytes
 from mlsae.store.format.encoding import Encoding, parts_of
 from mlsae.store.format.moments import moments_bytes
 from mlsae.store.format.positions import check_num_positions
+from mlsae.store.schema import CRC_BYTES
 
 CHUNK_BYTES = 2**20
 COMPRESSED_CHUNK_BYTES = 2**18
@@ -21,7 +22,6 @@ SHARD_BYTES = 2**27
 MAX_OBJECT_BYTES = 5 * 10**9
 MAX_SHARDS = 999
 """With its metadata or its setup record a folder holds at most 1,000 objects."""
-CRC_BYTES = 4
 Number = TypeVar("Number", int, npt.NDArray[np.int64])
 INDEX_ENTRY_BYTES = 16
 TOKEN_CHUNK = 2**18

@@ -23,9 +23,8 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from mlsae.store.format.layout import CRC_BYTES
 from mlsae.store.places.objects import Objects
-from mlsae.store.schema import COMPLETE
+from mlsae.store.schema import COMPLETE, CRC_BYTES
 
 log = logging.getLogger("mlsae")
 

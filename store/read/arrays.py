@@ -16,10 +16,10 @@ import numpy.typing as npt
 from mlsae.base.errors import InputError
 from mlsae.store.errors import DamagedStoreError
 from mlsae.store.format.compression import Compressor
-from mlsae.store.format.layout import CRC_BYTES, MAX_OBJECT_BYTES, chunk_offset, object_bytes
+from mlsae.store.format.layout import MAX_OBJECT_BYTES, chunk_offset, object_bytes
+from mlsae.store.format.shard import ABSENT, crc32c_bytes, index_bytes
 from mlsae.store.places.objects import Descriptor, LocalObjects, Objects
-from mlsae.store.schema import chunk_key
-from mlsae.store.write.shardfile import ABSENT, crc32c_bytes, index_bytes
+from mlsae.store.schema import CRC_BYTES, chunk_key
 
 Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]

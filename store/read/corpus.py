@@ -5,8 +5,10 @@ Rows, tokens and sequences are counted through: those of the first store, then t
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,11 @@ import numpy.typing as npt
 
 from mlsae.base.errors import InputError
 from mlsae.base.files import Location, canonical_json
-from mlsae.store.borders import Borders
 from mlsae.store.format.calibration import Calibration
 from mlsae.store.format.encoding import Parts
 from mlsae.store.format.moments import GroupMoments, Moments, eligible_groups
 from mlsae.store.read.store import RowReader, Store, open_store
-from mlsae.store.together import check_together
+from mlsae.store.read.together import check_together
 
 Array = npt.NDArray[Any]
 
@@ -53,6 +54,49 @@ def open_corpus(
     if not stores:
         raise InputError("give at least one store")
     return stores[0] if len(stores) == 1 else Corpus(stores)
+
+
+class Borders:
+    """Where one store ends and the next begins, in a count that goes through all.
+
+    Args:
+        what: is counted; for messages.
+        sizes: how many each store has.
+    """
+
+    def __init__(self, what: str, sizes: Iterable[int]) -> None:
+        self._what = what
+        self.starts = [0, *accumulate(sizes)]
+        """First item of each store, then the number of all items."""
+
+    @property
+    def total(self) -> int:
+        """Number of all items."""
+        return self.starts[-1]
+
+    def spans(self, start: int, stop: int | None) -> Iterator[tuple[int, int, int]]:
+        """(store, first, end) in the store's own count of the items start … stop − 1.
+
+        At least one, so that no items have a type too.
+
+        Raises:
+            InputError: there are no such items.
+        """
+        stop = self.total if stop is None else stop
+        if not 0 <= start <= stop <= self.total:
+            raise InputError(f"{self._what} {start} to {stop} are not in 0 to {self.total}")
+        at = min(bisect_right(self.starts, start), len(self.starts) - 1) - 1
+        while True:
+            first = self.starts[at]
+            yield at, start - first, min(stop, self.starts[at + 1]) - first
+            at += 1
+            start = self.starts[at]
+            if stop <= start:
+                return
+
+    def origin(self, items: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """(n,) index of the store that each of (n,) items is from."""
+        return np.searchsorted(self.starts[1:-1], items, side="right").astype(np.int64)
 
 
 class CorpusReader:

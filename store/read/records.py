@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mlsae.base.files import DamagedFileError, parse_sealed
-from mlsae.store.errors import DamagedStoreError, InvalidStoreError
+from mlsae.store.errors import DamagedStoreError, InvalidStoreError, NotAStoreError
 from mlsae.store.places.objects import Objects
-from mlsae.store.plancheck import check_keys, is_sha256
-from mlsae.store.schema import COMPLETE, SETUP, commit_record
+from mlsae.store.plancheck import check_keys, check_plan, is_sha256
+from mlsae.store.schema import COMPLETE, PLAN, SETUP, commit_record
 
 MAX_RECORD_BYTES = 2**26
 """Most bytes of a record: no store within the other limits needs more."""
@@ -30,6 +31,33 @@ def read_sealed_object(objects: Objects, name: str) -> dict[str, Any]:
         return parse_sealed(data, f"{objects.place}/{name}")
     except DamagedFileError as error:
         raise DamagedStoreError(str(error), rule="R-SEAL-1") from None
+
+
+def read_plan(objects: Objects) -> dict[str, Any]:
+    """The plan of a store, held against the specification.
+
+    Raises:
+        NotAStoreError: there is no plan there.
+        DamagedStoreError: the plan's bytes are not those that were written.
+        SchemaVersionError: the plan is of a version that this package cannot read.
+        InvalidStoreError: the plan breaks a rule.
+    """
+    place = objects.place
+    try:
+        plan = read_sealed_object(objects, PLAN)
+    except (FileNotFoundError, NotADirectoryError):
+        if objects.is_local and not Path(place).exists():
+            raise NotAStoreError(f"{place} does not exist; expected an activation store") from None
+        if objects.exists(COMPLETE):
+            raise DamagedStoreError(
+                f"{place}: {PLAN} is missing; restore it from a copy", rule="R-PLAN-2"
+            ) from None
+        raise NotAStoreError(
+            f"{place} is not an activation store: it has no {PLAN}; "
+            f"give a directory that `mlsae harvest` or `mlsae.store.create` made"
+        ) from None
+    check_plan(plan, place)
+    return plan
 
 
 def read_setup(objects: Objects, plan_id: str) -> dict[str, Any]:

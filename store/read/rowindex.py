@@ -11,8 +11,8 @@ from mlsae.store.format.moments import group_of_rows
 from mlsae.store.format.positions import num_rows_of, rows_per_sequence_of
 from mlsae.store.places.objects import Objects
 from mlsae.store.read.arrays import ArrayReader
+from mlsae.store.read.setup import setup_readers
 from mlsae.store.schema import ROW_TOKEN
-from mlsae.store.write.setup import setup_readers
 
 _BLOCK_TOKENS = 1 << 20
 

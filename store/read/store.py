@@ -25,10 +25,12 @@ from mlsae.store.format.moments import (
 )
 from mlsae.store.places.objects import Descriptor, Objects
 from mlsae.store.places.remote import open_objects
-from mlsae.store.plan import plan_id_of, read_plan
+from mlsae.store.plan import plan_id_of
 from mlsae.store.read.arrays import ArrayReader
-from mlsae.store.read.records import read_complete, read_sealed_object, read_setup
+from mlsae.store.read.commits import num_shards_of, pending_shards
+from mlsae.store.read.records import read_complete, read_plan, read_sealed_object, read_setup
 from mlsae.store.read.rowindex import RowIndex
+from mlsae.store.read.setup import read_calibration, setup_keys, site_codecs
 from mlsae.store.schema import (
     ARRAY_METADATA,
     COMPLETE,
@@ -37,8 +39,6 @@ from mlsae.store.schema import (
     ROW_TOKEN,
     SETUP,
 )
-from mlsae.store.write.commit import num_shards_of, pending_shards
-from mlsae.store.write.setup import read_calibration, setup_keys, site_codecs
 
 Array = npt.NDArray[Any]
 _HEADER_BYTES = 2**20

@@ -7,10 +7,14 @@ from typing import Any
 from mlsae.base.units import format_bytes, format_count, format_ranges
 from mlsae.store.errors import RemoteError
 from mlsae.store.format.presets import preset_of
-from mlsae.store.read.encoding_cost import largest_added_fvu
-from mlsae.store.read.producers import Producers, describe
+from mlsae.store.read.commits import (
+    Producers,
+    describe_producer,
+    largest_added_fvu,
+    num_shards_of,
+    pending_shards,
+)
 from mlsae.store.read.store import Store, open_store
-from mlsae.store.write.commit import num_shards_of, pending_shards
 
 
 def store_info(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -89,7 +93,8 @@ def format_info(info: dict[str, Any]) -> str:
         f"  shards      {info['num_committed']} of {info['num_shards']} committed, "
         f"{format_count(plan['shard_rows'])} rows each",
         *(
-            f"  made by     {describe(made['producer'])}: {format_count(made['num_shards'])} shards"
+            f"  made by     {describe_producer(made['producer'])}: "
+            f"{format_count(made['num_shards'])} shards"
             for made in info["producers"]
         ),
         f"  on disk     {_size(info['num_bytes'])}",

@@ -20,7 +20,9 @@ from mlsae.store.format.metadata import zarr_metadata
 from mlsae.store.format.moments import GroupMoments, from_bytes, moments_bytes
 from mlsae.store.format.positions import planned_row_tokens
 from mlsae.store.read.arrays import ArrayReader
+from mlsae.store.read.commits import num_shards_of, store_id_of
 from mlsae.store.read.records import read_commit, read_complete, read_sealed_object, read_setup
+from mlsae.store.read.setup import setup_readers
 from mlsae.store.read.store import Store, open_store
 from mlsae.store.schema import (
     ACTIVATIONS,
@@ -44,8 +46,6 @@ from mlsae.store.schema import (
     shard_moments,
 )
 from mlsae.store.write.card import MAX_CARD_BYTES, card_problem
-from mlsae.store.write.commit import num_shards_of, store_id_of
-from mlsae.store.write.setup import setup_readers
 
 MOMENTS_TOLERANCE = 1e-5
 Moments = Mapping[str, GroupMoments]

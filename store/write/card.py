@@ -13,7 +13,7 @@ from typing import Any
 
 from mlsae.base.units import format_bytes, format_count, format_ranges
 from mlsae.store.format.positions import num_rows_of
-from mlsae.store.read.encoding_cost import EncodingCost
+from mlsae.store.read.commits import EncodingCost
 from mlsae.store.schema import activation_array
 
 MARK = b"mlsae-card"

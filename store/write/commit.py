@@ -5,22 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlsae.base.files import canonical_json, seal, write_durably
+from mlsae.base.files import seal, write_durably
 from mlsae.store.format.moments import GroupMoments, to_bytes
-from mlsae.store.format.positions import num_rows_of
-from mlsae.store.places.objects import Objects
 from mlsae.store.plan import plan_id_of
 from mlsae.store.schema import commit_record, shard_moments
-
-
-def num_shards_of(plan: Mapping[str, Any]) -> int:
-    """Shards of every activation array."""
-    return -(-num_rows_of(plan) // int(plan["shard_rows"]))
-
-
-def pending_shards(objects: Objects, plan: Mapping[str, Any]) -> list[int]:
-    """Shards without a commit record by now."""
-    return [s for s in range(num_shards_of(plan)) if not objects.exists(commit_record(s))]
 
 
 def commit_shard(
@@ -44,8 +32,3 @@ def commit_shard(
         "added_fvu": None if added_fvu is None else dict(added_fvu),
     }
     write_durably(path / commit_record(shard), seal(record))
-
-
-def store_id_of(plan_id: str, objects: Mapping[str, str]) -> str:
-    """SHA-256 of the canonical JSON of [plan_id, [[path, SHA-256] … sorted]], hex."""
-    return hashlib.sha256(canonical_json([plan_id, sorted(objects.items())])).hexdigest()

@@ -11,7 +11,7 @@ from mlsae.store.errors import DamagedStoreError
 from mlsae.store.format.moments import GroupMoments, from_bytes, to_bytes
 from mlsae.store.places.objects import LocalObjects, Objects
 from mlsae.store.plan import plan_id_of
-from mlsae.store.read.encoding_cost import largest_added_fvu
+from mlsae.store.read.commits import largest_added_fvu, num_shards_of, store_id_of
 from mlsae.store.read.records import read_commit, read_setup
 from mlsae.store.schema import (
     CARD,
@@ -23,7 +23,6 @@ from mlsae.store.schema import (
     shard_moments,
 )
 from mlsae.store.write.card import MARK, MAX_CARD_BYTES, card_of
-from mlsae.store.write.commit import num_shards_of, store_id_of
 
 
 def complete(path: Path, plan: Mapping[str, Any]) -> None:

@@ -17,9 +17,9 @@ from mlsae.store.format.added_fvu import MAX_ADDED_FVU
 from mlsae.store.format.calibration import Calibration
 from mlsae.store.format.encoding import check_encoding
 from mlsae.store.format.layout import SHARD_BYTES, plan_layout
-from mlsae.store.plan import find_plan, make_plan
-from mlsae.store.read.producers import Producer
+from mlsae.store.read.commits import Producer
 from mlsae.store.schema import PLAN, PROVENANCE, SETUP, describe_difference
+from mlsae.store.write.plan import find_plan, make_plan
 from mlsae.store.write.setup import write_setup
 from mlsae.store.write.tokens import TokenArrays
 from mlsae.store.write.writer import Writer

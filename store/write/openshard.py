@@ -18,7 +18,7 @@ from mlsae.store.format.accumulate import Accumulator, Blocks, blocks_of
 from mlsae.store.format.compression import compressor_of
 from mlsae.store.format.encoding import Part, Parts, SiteCodec, parts_of
 from mlsae.store.format.moments import GroupMoments
-from mlsae.store.read.producers import Producer
+from mlsae.store.read.commits import Producer
 from mlsae.store.schema import chunk_key
 from mlsae.store.write.commit import commit_shard
 from mlsae.store.write.shardfile import ShardFile

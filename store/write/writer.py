@@ -24,17 +24,17 @@ from mlsae.store.format.added_fvu import MAX_ADDED_FVU, AddedFVU, check_added_fv
 from mlsae.store.format.encoding import Parts
 from mlsae.store.format.moments import GROUPS, GroupMoments, eligible_groups
 from mlsae.store.places.objects import LocalObjects
-from mlsae.store.plan import plan_id_of, read_plan
-from mlsae.store.read.producers import Producer, Producers
+from mlsae.store.plan import plan_id_of
+from mlsae.store.read.commits import Producer, Producers, num_shards_of, pending_shards
+from mlsae.store.read.records import read_plan
 from mlsae.store.read.rowindex import RowIndex
+from mlsae.store.read.setup import read_calibration, site_codecs
 from mlsae.store.schema import (
     COMPLETE,
     SETUP,
 )
-from mlsae.store.write.commit import num_shards_of, pending_shards
 from mlsae.store.write.completion import complete
 from mlsae.store.write.openshard import Key, OpenShard
-from mlsae.store.write.setup import read_calibration, site_codecs
 
 _LEAST_WRITER_THREADS, MOST_WRITER_THREADS = 2, 8
 """As many as there are cores, from the first to the second, hash and write. More would keep a fast

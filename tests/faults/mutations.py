@@ -20,7 +20,7 @@ from mlsae.store.errors import StoreError
 from mlsae.store.format.metadata import zarr_metadata
 from mlsae.store.plan import plan_id_of
 from mlsae.store.plancheck import check_plan
-from mlsae.store.write.setup import setup_keys
+from mlsae.store.read.setup import setup_keys
 
 PLAN, SETUP, COMPLETE = "plan.json", "commits/setup.json", "complete.json"
 KINDS = ("nothing", "directory", "pipe", "zeros", "loop", "nowhere")

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from mlsae.store import Calibrator, create, open_store
-from mlsae.store.read.encoding_cost import EncodingCost
+from mlsae.store.read.commits import EncodingCost
 from mlsae.store.tools.verify import verify
 from mlsae.store.write.card import card_of
 from mlsae.store.write.completion import complete

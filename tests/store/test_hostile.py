@@ -15,10 +15,10 @@ from mlsae.store import DamagedStoreError, InvalidStoreError, open_store
 from mlsae.store.format.layout import plan_layout
 from mlsae.store.format.moments import GroupMoments, to_bytes
 from mlsae.store.format.positions import check_num_positions
-from mlsae.store.plan import make_plan
 from mlsae.store.plancheck import check_plan
 from mlsae.store.tools.info import format_info, store_info
 from mlsae.store.tools.verify import verify
+from mlsae.store.write.plan import make_plan
 from mlsae.store.write.tokens import TokenArrays
 
 
