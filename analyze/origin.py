@@ -1,17 +1,35 @@
 """What the store, the SAE and this machine say of themselves, for the summary."""
 
 import platform
-from dataclasses import asdict
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import mlsae
-from mlsae.analyze.commands import commands
 from mlsae.analyze.config import AnalyzeConfig
 from mlsae.analyze.pairing import Pairing
-from mlsae.store import RemoteError
+from mlsae.store import RemoteError, Store
 from mlsae.store.format.presets import preset_of
 
+RUN_FILE = "run.yaml"
+"""What `mlsae train` leaves beside an SAE: the run with every default resolved."""
+
+WITHOUT_OPTION = frozenset({"ce_max_tokens", "events_max_tokens"})
+"""Settings of an analysis that the command line does not have."""
+
+_OUT = "analysis"
+_HARVEST_DEFAULTS = {
+    "split": "train",
+    "text_column": "text",
+    "bos": "auto",
+    "subset": None,
+    "shuffle_seed": None,
+    "tokens_column": None,
+    "max_tokens": None,
+}
 _LIBRARIES = ("torch", "transformers", "numpy", "pyarrow", "zarr", "matplotlib")
 
 
@@ -52,3 +70,102 @@ def _last_run(pairing: Pairing) -> dict[str, Any]:
     except RemoteError:
         return {}
     return next((run for run in reversed(records) if "model" in run), {})
+
+
+def commands(pairing: Pairing, config: AnalyzeConfig) -> dict[str, list[str] | str]:
+    """By stage, the command lines to run again, or why they are not known.
+
+    A harvest that is run again has come out the same where its plan_id is.
+
+    Args:
+        pairing: the store, whose plan and provenance name its model and text, and the SAE.
+        config: of the analysis.
+    """
+    return {
+        "harvest": _harvests(pairing.store.stores),
+        "train": _train(config.sae, pairing),
+        "analyze": [_analyze(config)],
+    }
+
+
+def _harvests(stores: Sequence[Store]) -> list[str] | str:
+    lines = []
+    for store in stores:
+        try:
+            records = [run for run in store.provenance() if run.get("kind") == "harvest"]
+        except RemoteError as error:
+            return f"how {store.place} was made is not known ({error})"
+        if store.plan.get("derived_from"):
+            return f"{store.place} was copied from another store, not harvested"
+        if not records:
+            return f"{store.place} was not made by mlsae harvest"
+        try:
+            lines.append(_harvest(store, records[-1]))
+        except (KeyError, TypeError):
+            return f"{store.place} does not say all of how it was harvested"
+    return lines
+
+
+def _harvest(store: Store, record: Mapping[str, Any]) -> str:
+    plan = store.plan
+    model, packing = plan["source"]["model"], plan["source"]["packing"]
+    mixed = len(record["datasets"]) > 1
+    words: list[object] = ["mlsae", "harvest", "--model", record["model"]["name"]]
+    if record["model"]["revision"]:
+        words += ["--revision", record["model"]["revision"]]
+    for text in record["datasets"]:
+        words += ["--dataset", f"{text['name']}:{text['share']}" if mixed else text["name"]]
+    for name, default in _HARVEST_DEFAULTS.items():
+        if record[name] != default:
+            words += [_option(name), record[name]]
+    words += ["--context-length", plan["context_length"]]
+    if packing["packing"] != "concatenate":
+        words += ["--packing", packing["packing"]]
+    if packing["isolate_documents"]:
+        words.append("--isolate-documents")
+    words += ["--layers", _listed(plan["layers"]), "--sites", _listed(plan["sites"])]
+    if model["init"] != "trained":
+        words += ["--init", model["init"], "--init-seed", model["init_seed"]]
+    if plan["keep_positions"] is not None:
+        kept = plan["keep_positions"]
+        words += ["--keep-positions", kept["num"], "--keep-seed", kept["seed"]]
+    words += ["--encoding", preset_of(plan), "--model-dtype", model["dtype"]]
+    words += ["--attn-implementation", model["attention_implementation"]]
+    words += ["--batch-size", plan["batch_sequences"], "--out", store.place]
+    return _joined(words)
+
+
+def _train(directory: Path, pairing: Pairing) -> list[str] | str:
+    if "settings" not in pairing.sae.training_record:
+        return f"{directory} was not made by mlsae train"
+    for run in (directory, directory.parent):
+        if (run / RUN_FILE).is_file():
+            return [_joined(["mlsae", "train", "--config", run / RUN_FILE])]
+    return f"{directory} has lost the {RUN_FILE} of its training"
+
+
+def _analyze(config: AnalyzeConfig) -> str:
+    places = config.cache if isinstance(config.cache, tuple) else (config.cache,)
+    words: list[object] = ["mlsae", "analyze"]
+    for place in places:
+        words += ["--cache", place]
+    words += ["--sae", config.sae, "--out", _OUT]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name in {"cache", "sae", "out", *WITHOUT_OPTION} or value == field.default:
+            continue
+        for one in value if isinstance(value, tuple) else (value,):
+            words += [_option(field.name), one]
+    return _joined(words)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ",".join(map(str, values))
+
+
+def _joined(words: Sequence[object]) -> str:
+    return shlex.join(map(str, words))

@@ -9,25 +9,25 @@ import click
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from tqdm import tqdm
 
 from mlsae import __version__
 from mlsae.analyze.config import PART_EVENTS, AnalyzeConfig
 from mlsae.analyze.events.plan import EventsPlan, estimate_bytes, plan_events
 from mlsae.analyze.examples.collect import Examples
-from mlsae.analyze.examples.run import find_examples, plan_examples, write_table
+from mlsae.analyze.examples.run import plan_examples, write_table
 from mlsae.analyze.interop.delphi import check_target, to_delphi
-from mlsae.analyze.measure.cross_entropy import CrossEntropy, measure
 from mlsae.analyze.measure.decoder import Decoder, describe_decoder
 from mlsae.analyze.measure.directions import check_memory
 from mlsae.analyze.measure.histograms import histograms_table, layer_cosine_table
-from mlsae.analyze.measure.joint import Joint, sweep_tokens
-from mlsae.analyze.measure.prompts import prepare, prompts_table, read_texts
-from mlsae.analyze.measure.sweep import LayerSums, sweep_layer
+from mlsae.analyze.measure.model.cross_entropy import CrossEntropy, measure
+from mlsae.analyze.measure.model.prompts import prepare, prompts_table, read_texts
+from mlsae.analyze.measure.rows.joint import Joint, sweep_tokens
+from mlsae.analyze.measure.rows.sweep import LayerSums, sweep_layer
 from mlsae.analyze.measure.tables import latents_tables, layer_means, layers_tables
 from mlsae.analyze.origin import origin
 from mlsae.analyze.pairing import Pairing, fingerprint, pair, provenance_of
-from mlsae.analyze.pieces import find_pieces
 from mlsae.analyze.results.analysis import Analysis, load
 from mlsae.analyze.results.directory import (
     ACTIVATIONS,
@@ -44,7 +44,7 @@ from mlsae.analyze.results.parts import totals_of
 from mlsae.analyze.results.tables import TABLES_VERSION
 from mlsae.analyze.results.text.summary import overall, render
 from mlsae.analyze.selection import Int, choose_sequences, first_tokens
-from mlsae.analyze.transformer import find_transformer
+from mlsae.analyze.transformer import find_pieces, find_transformer
 from mlsae.base.devices import resolve_device
 from mlsae.base.errors import InputError
 from mlsae.base.files import seal, write_durably
@@ -92,7 +92,10 @@ def run(config: AnalyzeConfig) -> Analysis:
                 )
                 for layer in pairing.layers
             }
-        examples = find_examples(pairing, examples_plan, sums)
+        examples = None
+        if examples_plan is not None:
+            largest = torch.stack([of.latents.largest for of in sums.values()]).amax(dim=0)
+            examples = Examples(pairing, examples_plan, largest)
         joint = _joint(pairing, sequences, config, examples)
         entropy = None
         if transformer is not None:

@@ -1,18 +1,24 @@
 """The transformer behind a store, rebuilt as it was, or why there is none."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from mlsae.base.errors import InputError
 from mlsae.models import Transformer, load_for
 from mlsae.models.families.kinds import ENCODER
 from mlsae.models.sites import check_sites
+from mlsae.models.source.tokenizer import load_tokenizer, texts_of_tokens, tokenizer_sha256
 from mlsae.store import AnyStore, RemoteError, Store
 
 Place = tuple[str | Path, str | None]
 """Name or directory, and revision."""
+Pieces = Callable[[npt.NDArray[Any]], list[str]]
+"""Token ids → the text of each."""
 _NEEDED = frozenset(
     {
         "fingerprint",
@@ -65,6 +71,28 @@ def place_of_transformer(store: AnyStore) -> str | None:
     return str(places[0][0]) if places else None
 
 
+def find_pieces(store: AnyStore, given: Path | None) -> tuple[Pieces | None, str | None]:
+    """What gives tokens their text, or None and the reason.
+
+    Args:
+        store: the store.
+        given: directory of the transformer; None for where a store's last harvest found it.
+    """
+    places, reason = ([(given, None)], "") if given is not None else find_places(store)
+    recorded = store.source.get("tokenizer_sha256")
+    for name, revision in places:
+        try:
+            tokenizer = load_tokenizer(name, revision=revision)
+        except InputError as error:
+            reason = str(error)
+            continue
+        if recorded is not None and tokenizer_sha256(tokenizer) != recorded:
+            reason = f"the tokenizer of {name} is not the one that made the store's tokens"
+            continue
+        return _Cached(tokenizer), None
+    return None, reason
+
+
 def _load(store: AnyStore, site: str, place: Place, device: torch.device) -> Transformer:
     name, revision = place
     transformer = load_for(store.source["model"], name, revision=revision, device=device)
@@ -99,3 +127,19 @@ def _place(store: Store) -> Place | None:
     """Name and revision under which the last harvest of this store found its transformer."""
     places = [record["model"] for record in store.provenance() if "model" in record]
     return (places[-1]["name"], places[-1]["revision"]) if places else None
+
+
+class _Cached:
+    """Decodes each token id once."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[int, str] = {}
+
+    def __call__(self, ids: npt.NDArray[Any]) -> list[str]:
+        wanted: list[int] = ids.tolist()
+        new = np.array([token for token in wanted if token not in self._known], dtype=np.int64)
+        if len(new):
+            texts = texts_of_tokens(self._tokenizer, new.tolist())
+            self._known.update(zip(new.tolist(), texts, strict=True))
+        return [self._known[token] for token in wanted]

@@ -34,7 +34,7 @@ from benchmarks.rounds import Contender, alternate
 from mlsae.analyze import AnalyzeConfig, run
 from mlsae.analyze.examples.collect import Examples, ExamplesPlan
 from mlsae.analyze.examples.table import write_examples
-from mlsae.analyze.measure.joint import blocks, encode_rows
+from mlsae.analyze.measure.rows.joint import blocks, encode_rows
 from mlsae.analyze.pairing import Pairing, pair
 from mlsae.analyze.results.tables import schema
 from mlsae.analyze.selection import Int, read_rows

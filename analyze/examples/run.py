@@ -10,11 +10,10 @@ from tqdm import tqdm
 from mlsae.analyze.config import AnalyzeConfig
 from mlsae.analyze.examples.collect import RANGES, Examples, ExamplesPlan
 from mlsae.analyze.examples.table import write_examples
-from mlsae.analyze.measure.sweep import LayerSums
 from mlsae.analyze.pairing import Pairing
-from mlsae.analyze.pieces import Pieces
 from mlsae.analyze.results.directory import EXAMPLES
 from mlsae.analyze.results.tables import schema
+from mlsae.analyze.transformer import Pieces
 from mlsae.base.errors import ResourceError
 from mlsae.base.resources import require_disk, require_memory
 from mlsae.base.units import format_bytes
@@ -64,16 +63,6 @@ def plan_examples(
     num_examples = min(most, 3 * num_events)
     require_disk(directory, num_examples * plan.disk_bytes(num_layers), what, _REMEDY)
     return plan
-
-
-def find_examples(
-    pairing: Pairing, plan: ExamplesPlan | None, sums: Mapping[int, LayerSums]
-) -> Examples | None:
-    """What collects them, once the largest value of each latent is known."""
-    if plan is None:
-        return None
-    largest = torch.stack([of.latents.largest for of in sums.values()]).amax(dim=0)
-    return Examples(pairing, plan, largest)
 
 
 def write_table(

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 
 from mlsae.analyze import AnalyzeConfig, load
-from mlsae.analyze.commands import WITHOUT_OPTION, commands
+from mlsae.analyze.origin import WITHOUT_OPTION, commands
 from mlsae.analyze.pairing import pair
 from mlsae.base.files import read_sealed, seal
 from mlsae.cli import main

@@ -12,8 +12,13 @@ import torch
 import transformers
 
 from mlsae.analyze import AnalyzeConfig, run
-from mlsae.analyze.measure.cross_entropy import divergences, measure, put_where, reconstruct_where
-from mlsae.analyze.measure.sequences import counted_targets
+from mlsae.analyze.measure.model.cross_entropy import (
+    divergences,
+    measure,
+    put_where,
+    reconstruct_where,
+)
+from mlsae.analyze.measure.model.sequences import counted_targets
 from mlsae.analyze.pairing import Pairing, pair
 from mlsae.models import load
 from mlsae.sae import load as load_sae

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mlsae.analyze import Analysis, AnalyzeConfig, run
-from mlsae.analyze.measure import joint as joint_sweep
-from mlsae.analyze.measure.decomposition import Decomposition, pairs_of
+from mlsae.analyze.measure.rows import joint as joint_sweep
+from mlsae.analyze.measure.rows.decomposition import Decomposition, pairs_of
 from mlsae.analyze.pairing import pair
 from mlsae.sae import SAE, SAEConfig
 from mlsae.sae import load as load_sae

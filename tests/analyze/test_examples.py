@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import mlsae.analyze.examples.collect as collecting
-import mlsae.analyze.measure.joint as joint
+import mlsae.analyze.measure.rows.joint as joint
 from mlsae.analyze.examples.collect import Examples, ExamplesPlan, random_scores
 from mlsae.analyze.examples.table import write_examples
 from mlsae.analyze.pairing import Pairing, pair

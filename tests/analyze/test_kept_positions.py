@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mlsae.analyze import Analysis, AnalyzeConfig, run
-from mlsae.analyze.measure.cross_entropy import measure
+from mlsae.analyze.measure.model.cross_entropy import measure
 from mlsae.analyze.pairing import pair
 from mlsae.analyze.selection import read_rows
 from mlsae.base.errors import InputError

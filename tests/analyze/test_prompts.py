@@ -15,7 +15,7 @@ import transformers
 from click.testing import CliRunner
 
 from mlsae.analyze import Analysis, AnalyzeConfig, run
-from mlsae.analyze.measure.prompts import read_texts
+from mlsae.analyze.measure.model.prompts import read_texts
 from mlsae.base.errors import InputError
 from mlsae.cli import main
 from mlsae.models import load

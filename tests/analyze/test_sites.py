@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from mlsae.analyze.measure.cross_entropy import measure
+from mlsae.analyze.measure.model.cross_entropy import measure
 from mlsae.analyze.pairing import pair
 from mlsae.analyze.transformer import find_transformer
 from mlsae.base.words import SITES

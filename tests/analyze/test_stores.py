@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 
 from mlsae.analyze import Analysis, AnalyzeConfig, load, run
-from mlsae.analyze.measure.cross_entropy import CrossEntropy, measure
+from mlsae.analyze.measure.model.cross_entropy import CrossEntropy, measure
 from mlsae.analyze.pairing import pair
 from mlsae.analyze.selection import choose_sequences
 from mlsae.analyze.transformer import find_transformer

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mlsae.analyze.measure.bootstrap import ratio
-from mlsae.analyze.measure.sums import GroupedRows, LatentSums, RowSums
+from mlsae.analyze.measure.rows.sums import GroupedRows, LatentSums, RowSums
 
 CPU = torch.device("cpu")
 Float = npt.NDArray[np.float64]

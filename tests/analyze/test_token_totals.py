@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mlsae.analyze.measure import token_totals
-from mlsae.analyze.measure.token_totals import TokenTotals
+from mlsae.analyze.measure.rows import token_totals
+from mlsae.analyze.measure.rows.token_totals import TokenTotals
 
 
 @pytest.mark.parametrize("held", [1, 50, 2**20])

@@ -14,8 +14,8 @@ import torch
 import transformers
 
 from mlsae.analyze import AnalyzeConfig, run
-from mlsae.analyze.measure.cross_entropy import CrossEntropy, measure
-from mlsae.analyze.measure.sequences import read_sequences
+from mlsae.analyze.measure.model.cross_entropy import CrossEntropy, measure
+from mlsae.analyze.measure.model.sequences import read_sequences
 from mlsae.analyze.pairing import pair
 from mlsae.analyze.selection import choose_sequences
 from mlsae.analyze.transformer import find_transformer

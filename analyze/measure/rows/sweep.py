@@ -10,7 +10,7 @@ import torch
 from mlsae.analyze.events.plan import EventsPlan
 from mlsae.analyze.events.writer import EventsWriter
 from mlsae.analyze.measure.bootstrap import count_groups, group_of
-from mlsae.analyze.measure.sums import GroupedRows, LatentSums, RowSums
+from mlsae.analyze.measure.rows.sums import GroupedRows, LatentSums, RowSums
 from mlsae.analyze.pairing import Pairing
 from mlsae.analyze.results.parts import PartRecord
 from mlsae.analyze.selection import Int

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from mlsae.analyze.measure.bootstrap import count_groups, group_of, resample
-from mlsae.analyze.measure.sequences import Sequences, read_sequences
-from mlsae.analyze.measure.sums import Float, Ratio
+from mlsae.analyze.measure.model.sequences import Sequences, read_sequences
+from mlsae.analyze.measure.rows.sums import Float, Ratio
 from mlsae.analyze.pairing import Pairing
 from mlsae.analyze.selection import Int
 from mlsae.models import Transformer

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from mlsae.analyze.examples.collect import Examples
-from mlsae.analyze.measure.decomposition import Decomposition, pairs_of
-from mlsae.analyze.measure.token_totals import TokenTotals
+from mlsae.analyze.measure.rows.decomposition import Decomposition, pairs_of
+from mlsae.analyze.measure.rows.token_totals import TokenTotals
 from mlsae.analyze.pairing import Pairing
 from mlsae.analyze.selection import Int, Single, read_rows
 from mlsae.sae import SAE

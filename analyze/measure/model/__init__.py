@@ -1,0 +1,1 @@
+"""Measurements that run the transformer."""

@@ -1,0 +1,1 @@
+"""Sums over the rows of a store, encoded and reconstructed by an SAE."""
