@@ -108,12 +108,22 @@ class Producer:
             d_model=self.shape.d_model,
             batch_sequences=BATCH_SEQUENCES,
         ) as writer:
-            while writer.position is not None:
-                i = writer.position // self.batch_rows % RING
-                given = {SITE: self.moments[i]} if moments_given else None
-                writer.append(self.ring[i], given)
+            of_shard = self._no_moments()
+            while (row := writer.position) is not None:
+                i = row // self.batch_rows % RING
+                if moments_given:
+                    writer.write(self.ring[i], moments_follow=True)
+                    of_shard.merge(self.moments[i])
+                    if writer.position == writer.shard_range(row // writer.shard_rows).stop:
+                        writer.end_shard({SITE: of_shard})
+                        of_shard = self._no_moments()
+                else:
+                    writer.append(self.ring[i])
                 most = max(most, anonymous_memory())
         return most
+
+    def _no_moments(self) -> GroupMoments:
+        return GroupMoments(tuple(range(self.shape.num_layers)), self.shape.d_model)
 
 
 def anonymous_memory() -> int:

@@ -1,23 +1,18 @@
 """Shard after shard through the transformer, each committed when it is full."""
 
 import time
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from tqdm.auto import tqdm
 
 from mlsae.base.interruption import Interruption
 from mlsae.base.ranks import Ranks
 from mlsae.base.units import format_bytes
 from mlsae.harvest.compute.batches import Batches
-from mlsae.harvest.compute.codecs import Key, codecs_for
+from mlsae.harvest.compute.codecs import codecs_for
 from mlsae.harvest.compute.forward import Computed, Forward
 from mlsae.models import Transformer
 from mlsae.store import Store, Writer, open_store
 
-Stored = dict[Key, tuple[npt.NDArray[Any], ...]]
-"""(site, layer) → an array for each part of a row, (rows, width)."""
 STOPPING = "finishing the shard in hand, then stopping; press Ctrl-C again to stop at once"
 
 
@@ -111,42 +106,26 @@ class _Work:
         before, self._underway = self._underway, None
         computed = self._forward(batch)
         if self._forward.is_on_host:
-            self._write_while_measuring(computed, groups, is_last=is_last)
-            return
-        self._forward.measure(computed, groups)
-        if before is not None:
-            before.check()
-            self._append(before.stored())
-        if is_last:
+            # The writer's threads write while this one measures: two that measure would only wait
+            # for each other.
+            self._write(computed)
+            self._forward.measure(computed, groups)
             computed.check()
-            self._end_shard(computed.stored())
         else:
-            self._underway = computed
-
-    def _write_while_measuring(
-        self, computed: Computed, groups: npt.NDArray[np.int8], *, is_last: bool
-    ) -> None:
-        """The writer's threads write while this one measures: two that measure would only wait for
-        each other. The shard's last row comes after, with the moments of all."""
-        stored = computed.stored()
-        self._append(_some(stored, slice(-1)) if is_last else stored)
-        self._forward.measure(computed, groups)
-        computed.check()
+            self._forward.measure(computed, groups)
+            if before is not None:
+                before.check()
+                self._write(before)
+            if is_last:
+                computed.check()
+                self._write(computed)
+            else:
+                self._underway = computed
         if is_last:
-            self._end_shard(_some(stored, slice(-1, None)))
-        # A core that writes beside a forward pass holds up the others: they all wait for it.
-        self._writer.drain()
+            self._writer.end_shard(self._forward.moments.take(), self._forward.cost.take())
+        if self._forward.is_on_host:
+            # A core that writes beside a forward pass holds up the others: they all wait for it.
+            self._writer.drain()
 
-    def _append(self, stored: Stored) -> None:
-        """Rows whose moments come with the shard's last."""
-        self._writer.append(stored, moments={})
-
-    def _end_shard(self, stored: Stored) -> None:
-        """The last rows, with the moments of all of the shard's."""
-        self._writer.append(
-            stored, moments=self._forward.moments.take(), added_fvu=self._forward.cost.take()
-        )
-
-
-def _some(stored: Stored, rows: slice) -> Stored:
-    return {key: tuple(part[rows] for part in parts) for key, parts in stored.items()}
+    def _write(self, computed: Computed) -> None:
+        self._writer.write(computed.stored(), moments_follow=True)

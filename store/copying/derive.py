@@ -84,10 +84,10 @@ def derive(
                         break
                     writer.seek(shard)
                     rows = writer.shard_range(shard)
-                    added_fvu = chosen.known_cost(rows)
                     for start, stop in chosen.spans(rows):
-                        writer.append(chosen.read(start, stop), added_fvu=added_fvu)
+                        writer.write(chosen.read(start, stop))
                         bar.update((stop - start) * row_bytes)
+                    writer.end_shard(added_fvu=chosen.known_cost(rows))
                 left = writer.pending()
             except (DamagedStoreError, InvalidStoreError):
                 _require_unchanged(source, path)

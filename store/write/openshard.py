@@ -72,22 +72,16 @@ class OpenShard:
             raise
 
     def jobs(
-        self,
-        stored: Mapping[Key, Parts],
-        groups: npt.NDArray[np.int8],
-        moments: Mapping[str, GroupMoments] | None,
+        self, stored: Mapping[Key, Parts], groups: npt.NDArray[np.int8] | None
     ) -> list[Callable[[], None]]:
-        """What there is to do for some rows; in any order, but before the next rows' jobs.
+        """Work to be done for some rows; in any order, but before the next rows' jobs.
 
         Args:
             stored: (site, layer) → n stored rows.
-            groups: (n,) group of each row.
-            moments: site → moments of these rows; None to compute them.
+            groups: (n,) group of each row; None where `commit` is given the moments of these rows.
         """
         jobs: list[Callable[[], None]] = []
-        if moments is not None:
-            jobs += [partial(self._moments[site].merge, moments[site]) for site in moments]
-        else:
+        if groups is not None:
             # One thread a site, and first: two would spend on each other what they save, because
             # each step is so short.
             blocks = blocks_of(groups, self._plan["d_model"])
@@ -100,9 +94,19 @@ class OpenShard:
         return jobs
 
     def commit(
-        self, pool: Executor, producer: Producer | None, added_fvu: Mapping[str, Any] | None
+        self,
+        pool: Executor,
+        producer: Producer | None,
+        moments: Mapping[str, GroupMoments],
+        added_fvu: Mapping[str, Any] | None,
     ) -> int:
         """Make the files durable, several at a time, then the record of the shard.
+
+        Args:
+            pool: its threads wait for the disk.
+            producer: what computed the rows, for the record.
+            moments: site → moments of the rows that were not summed here.
+            added_fvu: cost of the encoding, for the record.
 
         Returns:
             Bytes of the files.
@@ -113,6 +117,8 @@ class OpenShard:
             f"{part.array(*key)}/{chunk_key(self.shard, 2)}": future.result()
             for (key, part), future in flushed.items()
         }
+        for site, given in moments.items():
+            self._moments[site].merge(given)
         commit_shard(
             self._path, self._plan, self.shard, objects, self._moments, producer, added_fvu
         )

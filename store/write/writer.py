@@ -8,7 +8,7 @@ record that vouches for it.
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -50,8 +50,8 @@ class Writer:
     """Adds activations to a store, shard by shard; each full shard is committed durably.
 
     Rows are written by threads while the caller computes the next, and a full shard is made durable
-    while the next one fills. In memory lie the arrays of the last two calls of `append` and, for
-    each of at most two shards, its moments.
+    while the next one fills. In memory lie the arrays of the last two calls of `append` or `write`
+    and, for each of at most two shards, its moments.
 
     Use as a context manager: leaving it completes the store if every shard is committed, and an
     exception drops the unfinished shard only.
@@ -100,7 +100,7 @@ class Writer:
         self._flushers = ThreadPoolExecutor(_FLUSHING_THREADS, thread_name_prefix="store-flush")
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="store-commit")
         self._batch: _Batch | None = None
-        # Rows of the open shard, by group, whose moments are still to be given.
+        # Rows of the open shard, by group, whose moments `end_shard` is to be given.
         self._owed_G = np.zeros(len(GROUPS), np.int64)
         self._open: OpenShard | None = None
         self._committing: tuple[int, Future[None]] | None = None
@@ -111,7 +111,7 @@ class Writer:
 
     @property
     def position(self) -> int | None:
-        """The row that the next `append` begins with; None when nothing is pending."""
+        """Row that the next call of `append` begins with; None when nothing is pending."""
         return None if self._shard is None else self._row
 
     def row_tokens(self, start: int, stop: int) -> npt.NDArray[np.int64]:
@@ -149,13 +149,8 @@ class Writer:
         self._drop()
         self._shard, self._row = shard, self.shard_range(shard).start
 
-    def append(
-        self,
-        activations: Mapping[Key, Rows],
-        moments: Mapping[str, GroupMoments] | None = None,
-        added_fvu: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Add rows of every (site, layer) at `position`.
+    def append(self, activations: Mapping[Key, Rows]) -> None:
+        """Add rows of every (site, layer) at `position`; a shard that becomes full is ended.
 
         Threads check and write the arrays while the caller computes the next batch: they belong to
         the writer until the next call has returned (or the writer is closed), so a caller with two
@@ -164,21 +159,13 @@ class Writer:
         Args:
             activations: (site, layer) → (num_rows, d_model) floats, or values of the stored data
                 type; for int8 a pair of (num_rows, d_model) and (num_rows, blocks) int8. Any number
-                of rows; a shard that becomes full is committed.
-            moments: site → moments of the decoded stored values of exactly these rows, where the
-                caller has them; computed here otherwise. An empty mapping says that they come with
-                a later call, for these rows too, by the end of the shard at the latest.
-            added_fvu: site → layer (decimal) → what `AddedFVU.result` gives, of the shard that
-                these rows end, where the caller measured what the encoding costs; otherwise it is
-                measured here, of floats that the encoding changes (of int8 all, else the shard's
-                first call).
+                of rows.
 
         Raises:
             ActivationError: values that are not finite or too large for the encoding (they may be
                 those of the call before), a wrong shape, a missing or unknown (site, layer), or an
                 encoding that adds too much FVU.
-            InputError: more rows than the store has; moments of other rows, or of rows that do not
-                lie in one shard.
+            InputError: more rows than the store has.
             MixedProducersError: another producer has committed a shard meanwhile.
             ResourceError: the disk is full.
         """
@@ -189,17 +176,61 @@ class Writer:
                 raise InputError(
                     f"{self.path}: all {self.num_rows} rows are there, {num_rows - start} too many"
                 )
-            take = min(num_rows - start, self.shard_range(self._shard).stop - self._row)
-            if moments is not None and take < num_rows:
-                raise InputError(
-                    f"{self.path}: moments were given for {num_rows} rows from {self._row} on, but "
-                    f"shard {self._shard} ends after {take}; append the rows of one shard at a time"
-                )
-            rows = slice(start, start + take)
-            stored = {key: self._encode(key, activations[key], rows) for key in self._keys}
-            batch = _Batch(stored, self._row, moments)
-            self._append_within_shard(batch, self._shard, take, added_fvu)
-            start += take
+            room = self.shard_range(self._shard).stop - self._row
+            stop = min(num_rows, start + room)
+            self._write(activations, slice(start, stop), self._shard, moments_follow=False)
+            if stop - start == room:
+                self.end_shard()
+            start = stop
+
+    def write(self, activations: Mapping[Key, Rows], *, moments_follow: bool = False) -> None:
+        """Add rows as `append` does, but of the shard in hand alone, and leave it open.
+
+        Args:
+            activations: as for `append`; no more rows than the shard has room for.
+            moments_follow: `end_shard` will be given the moments of these rows; they are computed
+                here otherwise.
+
+        Raises:
+            InputError: the shard has less room.
+            ActivationError, MixedProducersError, ResourceError: as for `append`.
+        """
+        num_rows = self._check_shapes(activations)
+        room = 0 if self._shard is None else self.shard_range(self._shard).stop - self._row
+        if self._shard is None or num_rows > room:
+            raise InputError(
+                f"{self.path}: got {num_rows} rows, but shard {self._shard} ends after {room}; "
+                "write the rows of one shard at a time, and end it"
+            )
+        self._write(activations, slice(0, num_rows), self._shard, moments_follow=moments_follow)
+
+    def end_shard(
+        self,
+        moments: Mapping[str, GroupMoments] | None = None,
+        added_fvu: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Commit the shard in hand, whose rows are all written, and go to the next pending one.
+
+        Args:
+            moments: site → moments of the decoded stored values of the rows that were written with
+                `moments_follow`; None where there are none.
+            added_fvu: site → layer (decimal) → the mapping that `AddedFVU.result` gives, of the
+                whole shard; None for what was measured here, of floats that the encoding changes
+                (of int8 all, else the shard's first call).
+
+        Raises:
+            InputError: rows are missing, or the moments are those of other rows.
+            ActivationError: the moments are not finite; else as for `append`, of the rows before.
+            ResourceError: the disk is full.
+        """
+        if self._open is None or self._row < self.shard_range(self._open.shard).stop:
+            raise InputError(f"{self.path}: shard {self._shard} is not full")
+        self._check_moments(moments or {}, self._open.shard)
+        written = [] if self._batch is None else self._batch.futures
+        self._hand_over(self._open, written, moments or {}, added_fvu or self._measured())
+        self._open = None
+        self._owed_G[:] = 0
+        self._go_to_next_pending()
 
     def drain(self) -> None:
         """Wait until the rows of the last `append` are written, though not yet durable.
@@ -290,53 +321,40 @@ class Writer:
                     self._added[key].add(values[chosen], decoded[chosen])
         return stored
 
-    def _append_within_shard(
-        self, batch: "_Batch", shard: int, num_rows: int, added_fvu: Mapping[str, Any] | None
+    def _write(
+        self, activations: Mapping[Key, Rows], some: slice, shard: int, *, moments_follow: bool
     ) -> None:
-        groups = self._index.groups(self._row, self._row + num_rows)
-        if batch.moments is not None:
-            self._check_moments(batch, batch.moments, groups, shard)
+        stored = {key: self._encode(key, activations[key], some) for key in self._keys}
+        stop = self._row + some.stop - some.start
+        groups = self._index.groups(self._row, stop)
         # Waiting here, and not after submitting, overlaps writing with the caller's next batch.
         self._finish_batch()
         if self._open is None:
             self._open = OpenShard(
                 self.path, self.plan, shard, self._keys, self._codecs, cached=self._cached
             )
-        jobs = self._open.jobs(batch.stored, groups, batch.moments)
-        batch.futures = [self._pool.submit(job) for job in jobs]
-        self._batch = batch
-        self._row += num_rows
-        if self._row == self.shard_range(shard).stop:
-            self._hand_over(self._open, batch.futures, added_fvu or self._measured())
-            self._open = None
-            self._go_to_next_pending()
+        if moments_follow:
+            self._owed_G += np.bincount(groups, minlength=len(GROUPS))
+        jobs = self._open.jobs(stored, None if moments_follow else groups)
+        futures = [self._pool.submit(job) for job in jobs]
+        self._batch = _Batch(stored, self._row, futures)
+        self._row = stop
 
-    def _check_moments(
-        self,
-        batch: "_Batch",
-        moments: Mapping[str, GroupMoments],
-        groups: npt.NDArray[np.int8],
-        shard: int,
-    ) -> None:
-        owed_G = self._owed_G + np.bincount(groups, minlength=len(GROUPS))
-        if not moments and self._row + len(groups) < self.shard_range(shard).stop:
-            self._owed_G = owed_G
-            return
-        if moments.keys() != set(self.plan["sites"]):
+    def _check_moments(self, moments: Mapping[str, GroupMoments], shard: int) -> None:
+        sites = set(self.plan["sites"]) if self._owed_G.any() else set()
+        if moments.keys() != sites:
             raise InputError(
-                f"{self.path}: expected moments of {self.plan['sites']}, got {sorted(moments)}"
+                f"{self.path}: expected moments of {sorted(sites)}, got {sorted(moments)}"
             )
-        first_row = self._row + len(groups) - int(owed_G.sum())
         for site, of_site in moments.items():
-            if not np.array_equal(of_site.count_G, owed_G):
+            if not np.array_equal(of_site.count_G, self._owed_G):
                 raise InputError(
                     f"{self.path}: the moments of {site} count {int(of_site.count_G.sum())} rows, "
-                    f"but not those from {first_row} on, group by group; give the moments "
-                    f"of the rows that are appended"
+                    f"but not those of shard {shard}, group by group; give the moments of the rows "
+                    "that were written without"
                 )
             if not of_site.is_finite():
-                self._explain_not_finite(batch)
-        self._owed_G = np.zeros(len(GROUPS), np.int64)
+                self._explain_not_finite(self._batch, shard)
 
     def _measured(self) -> dict[str, dict[str, Any]] | None:
         """What the encoding costs the shard, where floats were appended."""
@@ -348,15 +366,14 @@ class Writer:
         self._added = {}
         return added
 
-    def _explain_not_finite(self, batch: "_Batch") -> NoReturn:
-        for key in self._keys:
-            index = self.plan["layers"].index(key[1])
-            values = self._codecs[key[0]].decode(batch.stored[key], index)
-            if not np.isfinite(values).all():
-                raise self._not_finite(key, values, batch.first_row)
+    def _explain_not_finite(self, batch: "_Batch | None", shard: int) -> NoReturn:
+        for (site, layer), parts in () if batch is None else batch.stored.items():
+            values = self._codecs[site].decode(parts, self.plan["layers"].index(layer))
+            if batch is not None and not np.isfinite(values).all():
+                raise self._not_finite((site, layer), values, batch.first_row)
         raise ActivationError(
-            f"{self.path}: the moments of the rows from {batch.first_row} on are not finite, but "
-            f"their values are; they overflowed where they were computed"
+            f"{self.path}: the moments of shard {shard} are not finite: they overflowed where they "
+            "were computed, or an earlier row is not"
         )
 
     def _not_finite(self, key: Key, values: Array, first_row: int) -> ActivationError:
@@ -387,12 +404,13 @@ class Writer:
             for future in batch.futures:
                 future.result()
         except NotFiniteError:
-            self._explain_not_finite(batch)
+            self._explain_not_finite(batch, batch.first_row // self.shard_rows)
 
     def _hand_over(
         self,
         full: OpenShard,
-        futures: list[Future[None]],
+        written: list[Future[None]],
+        moments: Mapping[str, GroupMoments],
         added_fvu: Mapping[str, Any] | None,
     ) -> None:
         """Commit a full shard in another thread, one shard at a time."""
@@ -400,12 +418,12 @@ class Writer:
 
         def commit() -> None:
             try:
-                for future in futures:
+                for future in written:
                     future.result()
                 self._require_one_producer()
                 if added_fvu is not None:
                     check_added_fvu(added_fvu, full.shard, self._encoding, self._max_added_fvu)
-                num_bytes = full.commit(self._flushers, self._producer, added_fvu)
+                num_bytes = full.commit(self._flushers, self._producer, moments, added_fvu)
             finally:
                 full.abandon()
             self.bytes_written += num_bytes
@@ -445,14 +463,14 @@ class Writer:
             wait([] if batch is None else [f for f in batch.futures if not f.cancel()])
             self._open.abandon()
             self._open = None
+        self._owed_G[:] = 0
         self._added = {}
 
 
 @dataclass
 class _Batch:
-    """The rows of one call within one shard, and the work that is under way for them."""
+    """Rows of one call within one shard, and the work that is under way for them."""
 
     stored: dict[Key, Parts]
     first_row: int
-    moments: Mapping[str, GroupMoments] | None
-    futures: list[Future[None]] = field(default_factory=list)
+    futures: list[Future[None]]

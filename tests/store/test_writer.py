@@ -225,66 +225,70 @@ def test_moments_may_be_given(tmp_path: Path):
         {("resid_post", layer): generator.normal(size=(8, 4)).astype("f4") for layer in (0, 1)}
         for _ in range(8)
     ]
-    for name in ("given", "here"):
-        with create(tmp_path / name, tokens=TOKENS, **SHAPE, shard_bytes=200) as writer:
-            for batch in batches:
-                groups = writer.row_groups(writer.position, writer.position + 8)
-                given = {"resid_post": moments_of(batch, groups)} if name == "given" else None
-                writer.append(batch, given)
+    with create(tmp_path / "here", tokens=TOKENS, **SHAPE, shard_bytes=200) as writer:
+        for batch in batches:
+            writer.append(batch)
+    with create(tmp_path / "given", tokens=TOKENS, **SHAPE, shard_bytes=200) as writer:
+        moments = GroupMoments((0, 1), 4)
+        for number, batch in enumerate(batches):
+            start = 8 * number
+            # Some are summed here: the two are merged.
+            if is_own := number % 3 != 1:
+                moments.merge(moments_of(batch, writer.row_groups(start, start + 8)))
+            writer.write(batch, moments_follow=is_own)
+            if writer.position == writer.shard_range(start // writer.shard_rows).stop:
+                writer.end_shard({"resid_post": moments})
+                moments = GroupMoments((0, 1), 4)
     given, here = open_store(tmp_path / "given"), open_store(tmp_path / "here")
     assert given.store_id == here.store_id
     np.testing.assert_allclose(given.moments().m2, here.moments().m2, rtol=1e-6)
     assert verify(tmp_path / "given").problems == []
 
 
-def test_moments_may_come_with_a_later_call(tmp_path: Path):
-    """Of all rows since the last, once a shard at least; rows without them are refused."""
-    generator = np.random.default_rng(0)
-    batches = [
-        {("resid_post", layer): generator.normal(size=(8, 4)).astype("f4") for layer in (0, 1)}
-        for _ in range(8)
-    ]
-    with create(tmp_path / "later", tokens=TOKENS, **SHAPE, shard_bytes=200) as writer:
-        underway = Accumulator((0, 1), 4, SiteCodec("float16", 4))
-        for batch in batches:
-            start = writer.position
-            stored = [(batch["resid_post", layer].astype(np.float16),) for layer in (0, 1)]
-            assert underway.add(blocks_of(writer.row_groups(start, start + 8), 4), stored)
-            shard = writer.shard_range(start // writer.shard_rows)
-            if start + 8 < shard.stop:
-                writer.append(batch, {})
-                continue
-            arrays = {name: values.copy() for name, values in underway.tensors().items()}
-            writer.append(batch, {"resid_post": GroupMoments.from_arrays((0, 1), 4, arrays)})
-            underway = Accumulator((0, 1), 4, SiteCodec("float16", 4))
-    assert verify(tmp_path / "later").problems == []
-    writer = create(tmp_path / "never", tokens=TOKENS, **SHAPE, shard_bytes=200)
-    writer.append(batches[0], {})
-    alone = moments_of(batches[1], writer.row_groups(8, 16))
-    with pytest.raises(InputError, match="count 8 rows, but not those from 0 on, group by group"):
-        writer.append(batches[1], {"resid_post": alone})
-    writer.append(batches[1], {})
-    with pytest.raises(InputError, match=r"expected moments of \['resid_post'\], got \[\]"):
-        writer.append(batches[2], {})
+def test_a_shard_that_is_written_is_open_until_it_is_ended(tmp_path: Path):
+    """Neither before its rows are there, nor by itself, nor with rows of the next."""
+    writer = create(tmp_path / "a", tokens=TOKENS, **SHAPE, shard_bytes=200)
+    assert writer.shard_rows == 24
+    with pytest.raises(InputError, match="shard 0 is not full"):
+        writer.end_shard()
+    with pytest.raises(InputError, match="got 64 rows, but shard 0 ends after 24; write the rows"):
+        writer.write(rows(64))
+    for _ in range(3):
+        with pytest.raises(InputError, match="shard 0 is not full"):
+            writer.end_shard()
+        writer.write(rows(8))
+    assert 0 in writer.pending()
+    with pytest.raises(InputError, match="got 8 rows, but shard 0 ends after 0"):
+        writer.write(rows(8))
+    writer.end_shard()
+    assert writer.position == 24
+    assert writer.pending() == [1, 2]
 
 
 def test_given_moments_are_held_against_the_rows(tmp_path: Path):
-    """Their counts, their sites, the shard's end, and whether they are finite."""
+    """Their counts, their sites, and whether they are finite."""
     batch = rows(8)
-    writer = create(tmp_path / "a", tokens=TOKENS, **SHAPE, shard_bytes=200)
+    writer = create(tmp_path / "a", tokens=TOKENS, **SHAPE, shard_bytes=60)
     good = moments_of(batch, writer.row_groups(0, 8))
+    writer.write(batch, moments_follow=True)
     with pytest.raises(InputError, match=r"moments of \['resid_post'\], got \['mlp_out'\]"):
-        writer.append(batch, {"mlp_out": good})
-    with pytest.raises(InputError, match="count 7 rows, but not those from 0 on, group by group"):
-        writer.append(batch, {"resid_post": moments_of(rows(7), writer.row_groups(0, 7))})
-    with pytest.raises(InputError, match="for 64 rows from 0 on, but shard 0 ends after 24; app"):
-        writer.append(rows(64), {"resid_post": good})
+        writer.end_shard({"mlp_out": good})
+    with pytest.raises(InputError, match=r"moments of \['resid_post'\], got \[\]"):
+        writer.end_shard()
+    with pytest.raises(InputError, match="count 7 rows, but not those of shard 0, group by group"):
+        writer.end_shard({"resid_post": moments_of(rows(7), writer.row_groups(0, 7))})
     good.mean_2LGD[1, 0, 3] = np.inf
-    with pytest.raises(ActivationError, match="not finite, but their values are; they overflowed"):
-        writer.append(batch, {"resid_post": good})
+    with pytest.raises(ActivationError, match="moments of shard 0 are not finite: they overflowed"):
+        writer.end_shard({"resid_post": good})
     batch["resid_post", 1][5, 2] = np.nan
+    writer.seek(0)
+    writer.write(batch, moments_follow=True)
     with pytest.raises(ActivationError, match=r"layer 1 \(resid_post\), row 5: a value is not fin"):
-        writer.append(batch, {"resid_post": good})
+        writer.end_shard({"resid_post": good})
+    writer.seek(0)
+    writer.write(rows(8))
+    with pytest.raises(InputError, match=r"expected moments of \[\], got \['resid_post'\]"):
+        writer.end_shard({"resid_post": good})
 
 
 def test_a_ring_of_two_sets_of_buffers_is_enough(tmp_path: Path):
