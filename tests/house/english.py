@@ -1,0 +1,127 @@
+"""Texts of the package that open without a noun or verb of their own.
+
+`python tests/house/english.py [FOLDER_OR_FILE …]` lists them, without arguments in the whole package.
+"""
+
+import ast
+import io
+import re
+import sys
+import tokenize
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+OPENINGS = (
+    "Of", "Those of", "That of", "The same", "As for", "It", "Its", "Their", "So", "What",
+    "Whether", "Which", "How",
+)  # fmt: skip
+"""A reader who meets one of these first has to look elsewhere for the noun it stands for."""
+
+_OPENING = re.compile(rf"(?:{'|'.join(OPENINGS)})\b(?![-.(])", re.IGNORECASE)
+_DIRECTIVE = re.compile(r"noqa\b|type:|fmt:|pragma:|!|%")
+_HELP = {"help", "short_help", "epilog"}
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text for people in a Python file."""
+
+    path: Path
+    line: int
+    kind: str
+    """`docstring`, `argument`, `comment`, `help` or `error`."""
+    text: str
+
+    @property
+    def is_refused(self) -> bool:
+        """True for a text that begins with one of `OPENINGS`."""
+        return _OPENING.match(self.text) is not None
+
+    def __str__(self) -> str:
+        first = self.text.strip().partition("\n")[0]
+        return f"{self.path.relative_to(ROOT)}:{self.line}: {self.kind}: {first}"
+
+
+def texts(path: Path) -> Iterator[Text]:
+    """Every docstring, described argument, comment, help text and error message of a file."""
+    source = path.read_text()
+    for node in ast.walk(ast.parse(source)):
+        for line, kind, text in (*_docstrings(node), *_helps(node), *_errors(node)):
+            yield Text(path, line, kind, text.lstrip())
+    for line, text in _comments(source):
+        yield Text(path, line, "comment", text)
+
+
+def refused(*places: Path) -> list[Text]:
+    """Texts with a forbidden opening in files and folders."""
+    files = [file for place in places for file in ([place] if place.is_file() else _files(place))]
+    return [text for file in files for text in texts(file) if text.is_refused]
+
+
+def rooms() -> list[Path]:
+    """Folders of the package, and the modules beside them."""
+    return sorted([*(path.parent for path in ROOT.glob("*/__init__.py")), *ROOT.glob("*.py")])
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.py"))
+
+
+def _docstrings(node: ast.AST) -> Iterator[tuple[int, str, str]]:
+    """A string that stands as a statement: a docstring of a module, class, function, attribute."""
+    if isinstance(node, ast.Expr) and (text := _literal(node.value)) is not None:
+        yield node.lineno, "docstring", text
+        for entry in re.finditer(r"(?m)^ +\*{0,2}\w+: ", text):
+            line = node.lineno + text.count("\n", 0, entry.start())
+            yield line, "argument", text[entry.end() :]
+
+
+def _helps(node: ast.AST) -> Iterator[tuple[int, str, str]]:
+    if isinstance(node, ast.keyword) and node.arg in _HELP:
+        named: list[tuple[ast.expr | None, ast.expr]] = [(None, node.value)]
+    elif isinstance(node, ast.Dict):
+        named = [pair for pair in zip(node.keys, node.values, strict=True) if _is_help(pair[0])]
+    else:
+        return
+    for _, value in named:
+        if (text := _literal(value)) is not None:
+            yield value.lineno, "help", text
+
+
+def _is_help(key: ast.expr | None) -> bool:
+    return isinstance(key, ast.Constant) and key.value in _HELP
+
+
+def _errors(node: ast.AST) -> Iterator[tuple[int, str, str]]:
+    if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+        text = _literal(node.exc.args[0])
+        if text is not None:
+            yield node.lineno, "error", text
+
+
+def _literal(value: ast.expr) -> str | None:
+    """A string, or the literal part that opens an f-string; None where there is none."""
+    if isinstance(value, ast.JoinedStr) and value.values:
+        value = value.values[0]
+    return value.value if isinstance(value, ast.Constant) and isinstance(value.value, str) else None
+
+
+def _comments(source: str) -> Iterator[tuple[int, str]]:
+    """Comments, those on lines of their own that follow each other as one."""
+    last = -1
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type != tokenize.COMMENT:
+            continue
+        line, text = token.start[0], token.string.lstrip("# ")
+        is_alone = not token.line[: token.start[1]].strip()
+        if not (is_alone and last == line - 1) and not _DIRECTIVE.match(text):
+            yield line, text
+        last = line if is_alone else -1
+
+
+if __name__ == "__main__":
+    found = refused(*(Path(place).resolve() for place in sys.argv[1:]) if sys.argv[1:] else rooms())
+    print(*found, f"{len(found)} texts", sep="\n")
