@@ -1,6 +1,6 @@
 """Texts of the package that open without a noun or verb of their own.
 
-`python tests/house/english.py [FOLDER_OR_FILE …]` lists them, without arguments in the whole package.
+`python tests/house/english.py [FOLDER_OR_FILE …]` lists them, in the whole package by default.
 """
 
 import ast
