@@ -61,7 +61,12 @@ from mlsae.commands.options import BYTES, COUNT, COUNT_OR_AUTO, DIRECTORY, LAYER
     "--max-encoding-fvu", type=float, default=1e-3, help="Most FVU that the encoding may add."
 )
 @click.option("--model-dtype", default="auto", help="Precision the transformer runs in.")
-@click.option("--attn-implementation", "attention_implementation", help="eager, sdpa, …")
+@click.option(
+    "--attn-implementation",
+    "attention_implementation",
+    default="auto",
+    help="Attention of the transformer: eager, sdpa, sdpa_by_blocks, …, or auto for the fastest.",
+)
 @click.option(
     "--batch-size", type=COUNT_OR_AUTO, default="auto", help="Sequences a forward pass, or auto."
 )

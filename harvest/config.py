@@ -76,8 +76,9 @@ class HarvestConfig:
     """Most FVU that the encoding may add to a shard, in total and in each decile of row norm."""
     model_dtype: str = "auto"
     """Precision the model runs in: float32, float16, bfloat16, or auto for its checkpoint's."""
-    attention_implementation: str | None = None
-    """eager, sdpa, flash_attention_2, …; None for the library's choice."""
+    attention_implementation: str = "auto"
+    """eager, sdpa, sdpa_by_blocks, flash_attention_2, …; auto for sdpa_by_blocks where it is
+    faster on this machine, else the library's choice."""
     batch_size: int | None = None
     """Sequences of a forward pass; None to choose by memory. It decides bits, so it belongs to the
     store's plan."""

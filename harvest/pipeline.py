@@ -255,8 +255,15 @@ def _join(config: HarvestConfig, model: Transformer, ranks: Ranks) -> Writer:
         max_added_fvu=config.max_encoding_fvu,
         cached=keeps_cached(model),
     )
-    planned = writer.plan["source"].get("model")
-    if planned != model.describe():
+    planned, found = writer.plan["source"].get("model"), model.describe()
+    if planned != found:
+        attention = None if planned is None else planned["attention_implementation"]
+        if planned == {**found, "attention_implementation": attention}:
+            raise PlanMismatchError(
+                f"rank {ranks.rank} computes attention by {found['attention_implementation']}, the "
+                f"plan at {config.out} by {attention}; start every rank with "
+                f"--attn-implementation {attention}"
+            )
         raise PlanMismatchError(
             f"rank {ranks.rank} runs another model than the plan at {config.out} names; start "
             "every rank with the same command"

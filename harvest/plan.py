@@ -18,7 +18,6 @@ from mlsae.harvest.compute.batch_size import useful_batch_size
 from mlsae.harvest.config import DEFAULT_CONTEXT_LENGTH, HarvestConfig
 from mlsae.harvest.text.packing import PackedText
 from mlsae.models import Transformer
-from mlsae.models.families.attention import blocks_pay
 from mlsae.models.sites import check_sites
 from mlsae.models.source.tokenizer import tokenizer_sha256
 from mlsae.store import PlanMismatchError
@@ -187,14 +186,11 @@ def source_of(model: Transformer, packed: PackedText) -> dict[str, Any]:
 
 
 def producer_of(model: Transformer) -> dict[str, str]:
-    """What decides bits beside the plan: the kind of device, the version of torch, and whether
-    attention is ours."""
+    """Influences on bits beside the plan: the kind of device and the version of torch."""
     if model.device.type == "cuda":
         device = torch.cuda.get_device_name(model.device)
     else:
         device = f"cpu {torch.backends.cpu.get_cpu_capability()}"
-        if model.attention_implementation == "sdpa" and blocks_pay(model.device, model.dtype):
-            device += " with attention by blocks"
     return {"device": device, "torch": torch.__version__}
 
 

@@ -10,7 +10,8 @@ import transformers
 from transformers.utils import logging as transformers_logging
 
 from mlsae.base.errors import InputError
-from mlsae.models.families.kinds import auto_class, construction, kind_of
+from mlsae.models.families.attention import BY_BLOCKS, blocks_pay
+from mlsae.models.families.kinds import DECODER, auto_class, construction, kind_of
 from mlsae.models.families.sketch import sketch
 from mlsae.models.source.explanation import config_explained, explained
 from mlsae.models.source.place import Place
@@ -31,7 +32,7 @@ def load(
     revision: str | None = None,
     dtype: str = "auto",
     device: str | torch.device = "cpu",
-    attention_implementation: str | None = None,
+    attention_implementation: str = "auto",
     init: str = "trained",
     init_seed: int = 0,
     blocks: str | None = None,
@@ -46,7 +47,8 @@ def load(
         revision: branch, tag or commit of a hub model.
         dtype: `float32`, `float16`, `bfloat16`, or `auto` for the checkpoint's own.
         device: where to put the weights.
-        attention_implementation: `eager`, `sdpa`, …; None for the library's choice.
+        attention_implementation: `eager`, `sdpa`, `sdpa_by_blocks`, …; `auto` for
+            `sdpa_by_blocks` where it is faster on this machine, else for the library's choice.
         init: one of `weights.initialization.INITS`; `random` needs the config only, no weights.
         init_seed: of the random draws of all but `trained`.
         blocks: dotted path of the list of blocks in the backbone, where it cannot be found.
@@ -64,26 +66,29 @@ def load(
     check_init(init, init_seed)
     placement.check_device_map(device_map)
     place = Place.of(name_or_path, revision)
+    attention = None if attention_implementation == "auto" else attention_implementation
     # What is drawn at random is drawn in memory, and spread afterwards.
     spread = None if needs_redraw(init) or init == "random" else device_map
     with explained(place, "model"), _quiet():
         with config_explained(place):
             config, place = _config(place), place.pinned()
             kind = kind_of(config, place.name)
-            drawing = sketch(config, kind, attention_implementation)
+            drawing = sketch(config, kind, attention)
         weights_dtype = DTYPES.get(dtype) or getattr(config, "dtype", None)
         if spread is None:
             placement.require_memory_for(drawing, weights_dtype, place.name)
         if init == "random":
-            model = _from_config(config, kind, weights_dtype, attention_implementation, init_seed)
+            model = _from_config(config, kind, weights_dtype, attention, init_seed)
         else:
-            model = _pretrained(place, config, kind, dtype, attention_implementation, spread)
+            model = _pretrained(place, config, kind, dtype, attention, spread)
     if needs_redraw(init):
         redraw(model, init, init_seed)
     if device_map is None:
         placement.move(model, device, place.name)
     elif not hasattr(model, "hf_device_map"):
         placement.dispatch(model, place.name)
+    if attention is None and kind == DECODER and blocks_pay(model, placement.input_device(model)):
+        model.set_attn_implementation(BY_BLOCKS)
     return _transformer(place, model, config, kind, blocks, init, init_seed)
 
 

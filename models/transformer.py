@@ -78,7 +78,7 @@ class Transformer:
 
     @property
     def attention_implementation(self) -> str:
-        """`sdpa`, `eager`, `flash_attention_2`, …"""
+        """`sdpa`, `sdpa_by_blocks`, `eager`, `flash_attention_2`, …"""
         return str(self.model.config._attn_implementation)
 
     @cached_property

@@ -1,22 +1,30 @@
-"""Causal attention in bfloat16 on a CPU, by blocks of queries.
+"""Causal attention in bfloat16 on a CPU, by blocks of queries: an implementation of transformers.
 
-On processors that multiply bfloat16 without matrix units torch's kernel for it takes two to three
-times as long as products of some queries with all keys up to theirs, few enough at once that scores
-stay in the cache. Scores and probabilities are rounded to bfloat16, as in the `eager` attention of
+On processors that multiply bfloat16 without matrix units torch's kernel takes two to three times as
+long as products of some queries with all keys up to theirs, few enough at once that scores stay in
+the cache. Scores and probabilities are rounded to bfloat16, as in the `eager` attention of
 transformers.
 
 B = sequences, H = heads, T = positions, d = channels of a head.
 """
 
-from collections.abc import Sequence
+import inspect
+import sys
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mlsae.base.machine.processor import has_fast_bfloat16, has_matrix_units
+
+BY_BLOCKS = "sdpa_by_blocks"
+"""Name under which transformers knows the implementation, in configs and in plans."""
+
+# The registries are typed too loosely to be checked here.
+_attentions: Any = ALL_ATTENTION_FUNCTIONS
+_masks: Any = ALL_MASK_ATTENTION_FUNCTIONS
 
 _FEW_QUERIES, _MANY_QUERIES, _MANY_POSITIONS = 128, 256, 1024
 """Queries at once, and from how many positions on they are many: measured best of 64 to 512. Half
@@ -24,54 +32,68 @@ of a block's last scores are of no use, but small products are slow."""
 _SCORES = 2**21
 """Scores at once, 4 MiB, unless a single sequence has more."""
 _LEAST_POSITIONS = 256
-"""Of shorter sequences torch's kernel is as fast."""
+"""Below this torch's kernel is as fast."""
+_CHANGING = ("softcap", "position_bias", "cache")
+"""Keyword arguments that change what a call computes."""
 
 
-class BlockedAttention(TorchFunctionMode):
-    """While entered, causal attention that pays for it is computed in blocks.
+def blocks_pay(model: Any, device: torch.device) -> bool:
+    """True for a model that computes its attention faster by blocks on this machine.
 
-    What has a mask, another dtype or device, or dropout goes to torch as ever.
+    Args:
+        model: a loaded transformers model.
+        device: device of its token embedding.
     """
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is scaled_dot_product_attention and _pays(*args, **kwargs):
-            return _in_blocks(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def blocks_pay(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a model's attention is worth `BlockedAttention` on this machine."""
     return (
         device.type == "cpu"
-        and dtype == torch.bfloat16
+        and model.dtype == torch.bfloat16
+        and model.config._attn_implementation == "sdpa"
         and has_fast_bfloat16()
         and not has_matrix_units()
+        and takes_blocks(model)
     )
 
 
-def _pays(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    **_: Any,
-) -> bool:
-    return (
-        is_causal
-        and attn_mask is None
-        and dropout_p == 0
-        and query.dim() == 4
-        and query.shape[2] == key.shape[2] >= _LEAST_POSITIONS
-        and all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in (query, key, value))
+def takes_blocks(model: Any) -> bool:
+    """True for a model of a family that asks transformers for its attention by name.
+
+    Other families compute attention themselves, or prepare masks for `sdpa` by that very name.
+    """
+    backbone = type(model.base_model)
+    source = inspect.getsource(sys.modules[backbone.__module__])
+    asks_by_name = "ALL_ATTENTION_FUNCTIONS" in source and '"sdpa"' not in source
+    return asks_by_name and bool(backbone._supports_sdpa)
+
+
+def attention_by_blocks(
+    module: nn.Module,
+    query_BHTd: Tensor,
+    key_BHTd: Tensor,
+    value_BHTd: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **more: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention (B, T, H, d) of a module, and None for its probabilities.
+
+    Causal attention over at least 256 positions without a mask, in bfloat16 on a CPU, is computed
+    by blocks of queries; every other call goes to the `sdpa` of transformers as it is. The
+    signature is that of transformers's implementations.
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    plain = attention_mask is None and dropout == 0 and all(more.get(k) is None for k in _CHANGING)
+    tensors = (query_BHTd, key_BHTd, value_BHTd)
+    if (
+        causal
+        and plain
+        and query_BHTd.shape[2] == key_BHTd.shape[2] >= _LEAST_POSITIONS
+        and all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in tensors)
+    ):
+        return _in_blocks(*tensors, scaling), None
+    return _attentions["sdpa"](  # type: ignore[no-any-return]
+        module, *tensors, attention_mask, dropout, scaling, is_causal, **more
     )
 
 
@@ -79,13 +101,10 @@ def _in_blocks(
     query_BHTd: Tensor,
     key_BHTd: Tensor,
     value_BHTd: Tensor,
-    *_: Any,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    **__: Any,
+    scale: float | None,
 ) -> Tensor:
     num_sequences, num_heads, num_positions, width = query_BHTd.shape
-    if enable_gqa:
+    if key_BHTd.shape[1] < num_heads:
         key_BHTd, value_BHTd = (
             x.repeat_interleave(num_heads // x.shape[1], dim=1) for x in (key_BHTd, value_BHTd)
         )
@@ -114,4 +133,8 @@ def _in_blocks(
             out_BTHd[of, start:stop] = found.reshape(
                 -1, num_heads, stop - start, found.shape[2]
             ).transpose(1, 2)
-    return out_BTHd.transpose(1, 2)
+    return out_BTHd
+
+
+_attentions.register(BY_BLOCKS, attention_by_blocks)
+_masks.register(BY_BLOCKS, _masks["sdpa"])

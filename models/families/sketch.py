@@ -5,9 +5,12 @@ from typing import Any
 import torch
 
 from mlsae.base.errors import InputError
+from mlsae.models.families.attention import BY_BLOCKS, takes_blocks
 from mlsae.models.families.kinds import auto_class, construction
 
-_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+_ATTENTION = (
+    "eager", "sdpa", BY_BLOCKS, "flash_attention_2", "flash_attention_3", "flex_attention",
+)  # fmt: skip
 
 
 def sketch(config: Any, kind: str, attention_implementation: str | None = None) -> Any:
@@ -32,13 +35,18 @@ def sketch(config: Any, kind: str, attention_implementation: str | None = None) 
 
 
 def _build(config: Any, kind: str, attention_implementation: str | None) -> Any:
+    by_blocks = attention_implementation == BY_BLOCKS
     with torch.device("meta"):
-        return auto_class(kind).from_config(
+        model = auto_class(kind).from_config(
             config,
-            attn_implementation=attention_implementation,
+            # Families that do not ask for it by name may stumble over a name that is ours.
+            attn_implementation="sdpa" if by_blocks else attention_implementation,
             trust_remote_code=False,
             **construction(config, kind),
         )
+    if by_blocks and not takes_blocks(model):
+        raise ValueError(f"{config.model_type} does not ask transformers for its attention")
+    return model
 
 
 def _can_build(config: Any, kind: str, attention_implementation: str) -> bool:

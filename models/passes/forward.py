@@ -1,11 +1,9 @@
 """One forward call of a model, or of its backbone alone."""
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-from mlsae.models.families.attention import BlockedAttention, blocks_pay
 from mlsae.models.families.kinds import DECODER
 from mlsae.models.inputs import Inputs
 from mlsae.models.passes.control import control_embeddings
@@ -22,6 +20,5 @@ def forward(transformer: Transformer, module: Any, inputs: Inputs) -> Any:
         arguments["use_cache"] = False
     if inputs.padding is not None:
         arguments["attention_mask"] = (~inputs.padding).to(transformer.device, torch.long)
-    pays = blocks_pay(transformer.device, transformer.dtype)
-    with control_embeddings(transformer, inputs), BlockedAttention() if pays else nullcontext():
+    with control_embeddings(transformer, inputs):
         return module(**arguments)

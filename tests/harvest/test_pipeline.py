@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 
 from mlsae.base.errors import InputError, ResourceError
 from mlsae.harvest import HarvestConfig, run
-from mlsae.harvest.plan import producer_of
 from mlsae.harvest.text.packing import pack
 from mlsae.harvest.text.sources import Source
 from mlsae.models import load, load_for
@@ -132,23 +132,22 @@ def test_layers_are_a_choice(config: MakeConfig) -> None:
     assert store.num_tokens == 96
 
 
-def test_shards_say_whether_attention_was_ours(
+def test_the_plan_says_how_attention_is_computed(
     config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It decides bits, so what one CPU began another does not finish by itself."""
-    model = config().model
+    """It decides bits: another CPU finishes a harvest by the same attention, or not at all."""
     monkeypatch.setattr(attention, "has_fast_bfloat16", lambda: True)
     monkeypatch.setattr(attention, "has_matrix_units", lambda: False)
-
-    def device(dtype: str, implementation: str) -> str:
-        loaded = load(model, dtype=dtype, attention_implementation=implementation)
-        return producer_of(loaded)["device"]
-
-    plain = f"cpu {torch.backends.cpu.get_cpu_capability()}"
-    assert device("bfloat16", "sdpa") == f"{plain} with attention by blocks"
-    assert device("float32", "sdpa") == device("bfloat16", "eager") == plain
-    monkeypatch.setattr(attention, "has_matrix_units", lambda: True)
-    assert device("bfloat16", "sdpa") == plain
+    settings = config(max_tokens=500, model_dtype="bfloat16")
+    run(settings)
+    store = open_store(settings.out)
+    assert store.source["model"]["attention_implementation"] == "sdpa_by_blocks"
+    monkeypatch.setattr(attention, "has_fast_bfloat16", lambda: False)
+    assert "sdpa_by_blocks there, sdpa here" in refused(settings, PlanMismatchError)
+    again = replace(settings, attention_implementation="sdpa_by_blocks")
+    result = run(again)
+    assert result is not None
+    assert result.store_id == store.store_id
 
 
 def test_finished_harvest_is_left_as_it_is(

@@ -192,3 +192,16 @@ def test_rank_with_another_model_is_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(PlanMismatchError, match="rank 1 runs another model than the plan at"):
         run(config(max_tokens=100, model=str(model_maker(scale=2.0))))
+
+
+def test_rank_with_another_attention_is_refused(
+    config: Callable[..., HarvestConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its message says what to start every rank with."""
+    from mlsae.store import PlanMismatchError
+
+    run(config(max_tokens=100, attention_implementation="eager"))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PlanMismatchError, match="with --attn-implementation eager"):
+        run(config(max_tokens=100))

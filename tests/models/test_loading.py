@@ -180,7 +180,7 @@ def test_attention_that_does_not_work_names_those_that_do(model_directory: Path)
         assert text.startswith(f"--attn-implementation {name} does not work with a model of type ")
         for working in text.rpartition(" here; use ")[2].split(" or "):
             assert load(model_directory, attention_implementation=working).attention_implementation
-        assert " here; use eager or sdpa" in text
+        assert " here; use eager or sdpa or sdpa_by_blocks" in text
 
 
 def test_loading_says_nothing_of_its_own(
