@@ -40,7 +40,7 @@ from mlsae.harvest.compute.batches import Batches
 from mlsae.harvest.compute.calibrate import calibrate
 from mlsae.harvest.pipeline import keeps_cached
 from mlsae.harvest.shards import harvest_shards
-from mlsae.models import Transformer, load
+from mlsae.models import load
 from mlsae.store import Writer, create
 from mlsae.store.format.encoding import check_encoding, parts_of
 
@@ -64,8 +64,8 @@ SIZES = {
 """The first is Pythia-70m's."""
 
 
-def make_model(size: Size, dtype: str, path: Path) -> Transformer:
-    """A random model saved and loaded as any other."""
+def make_model(size: Size, dtype: str, path: Path) -> None:
+    """Save a random model."""
     config = transformers.GPTNeoXConfig(
         vocab_size=50304,
         hidden_size=size.d_model,
@@ -79,14 +79,15 @@ def make_model(size: Size, dtype: str, path: Path) -> Transformer:
         auto_class: Any = transformers.AutoModelForCausalLM
         model = auto_class.from_config(config)
     model.to(getattr(torch, dtype)).save_pretrained(path)
-    return load(path)
 
 
 class Rounds:
     """The four ways over the same tokens."""
 
     def __init__(self, size: Size, dtype: str, encoding: str, work: Path) -> None:
-        self.model = make_model(size, dtype, work / "model")
+        make_model(size, dtype, work / "model")
+        self.model = load(work / "model")
+        self.bare = load(work / "model", attention_implementation="sdpa").model
         self.size, self.encoding, self.work = size, encoding, work
         self.tokens = np.random.default_rng(0).integers(0, 50_000, size.tokens, dtype=np.uint32)
         self.turn = 0
@@ -132,12 +133,12 @@ class Rounds:
         return path
 
     def backbone(self) -> None:
-        """The forward pass alone."""
-        self._forward(self.model.backbone, use_cache=False)
+        """The forward pass alone, with the attention that transformers would choose."""
+        self._forward(self.bare.base_model, use_cache=False)
 
     def hidden_states(self) -> None:
         """The usual way to the same tensors, which stores nothing."""
-        self._forward(self.model.model, output_hidden_states=True)
+        self._forward(self.bare, output_hidden_states=True)
 
     @torch.inference_mode()
     def _forward(self, module: Any, **how: bool) -> None:

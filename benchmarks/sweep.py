@@ -24,6 +24,7 @@ import torch
 from benchmarks.loader_stores import make_store
 from benchmarks.made import commit, machine
 from benchmarks.rounds import busy_seconds
+from mlsae.base.machine.heap import keep_freed_memory
 from mlsae.train import Sweep, TrainConfig, run, run_sweep
 
 NUM_LAYERS, D_MODEL, NUM_ROWS = 6, 512, 65_536
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     seconds: dict[str, list[float]] = {"one pass": [], "runs": []}
     others: dict[str, list[float]] = {"one pass": [], "runs": []}
     with tempfile.TemporaryDirectory(dir=options.dir) as directory:

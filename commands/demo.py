@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from mlsae.base.machine.heap import keep_freed_memory
 from mlsae.commands.options import DIRECTORY
 
 
@@ -13,4 +14,6 @@ def demo(out: Path) -> None:
     """Harvest, train and analyze the transformer that comes with the package."""
     from mlsae.demo import run
 
+    # Each pass and step would otherwise ask the system for all its pages anew.
+    keep_freed_memory()
     run(out)

@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from mlsae.base.machine.heap import keep_freed_memory
 from mlsae.commands.options import BYTES, COUNT, COUNT_OR_AUTO, DIRECTORY, LAYERS, NAMES
 
 
@@ -94,6 +95,11 @@ def harvest(**settings: Any) -> None:
     float32-zstd   3.54  0     5.2   the same
     int8-zstd      0.96  4e-5  4.1   the least to send
     """
+    from mlsae.base.devices import resolve_device
     from mlsae.harvest import HarvestConfig, run
 
-    run(HarvestConfig(**settings))
+    config = HarvestConfig(**settings)
+    if resolve_device(config.device).type == "cpu":
+        # Each forward pass would otherwise ask the system for all its pages anew.
+        keep_freed_memory()
+    run(config)

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from mlsae.base.errors import InputError
+from mlsae.base.machine.heap import keep_freed_memory
 from mlsae.commands.options import BYTES, COUNT, DIRECTORY, NUMBERS, Parsed, reads_stores, swept
 
 
@@ -118,4 +119,6 @@ def train(**settings: Any) -> None:
     from mlsae.train import run_sweep
     from mlsae.train.options import make_sweep
 
+    # Each step would otherwise ask the system for all its pages anew.
+    keep_freed_memory()
     run_sweep(make_sweep(settings))

@@ -13,7 +13,6 @@ from mlsae.base.interruption import (
     StopNow,
     interruptible,
 )
-from mlsae.base.machine.heap import keep_freed_memory
 from mlsae.base.ranks import Ranks, wait_until
 from mlsae.base.resources import require_writable
 from mlsae.harvest.compute.batch_size import choose_batch_size
@@ -116,9 +115,6 @@ def _run(config: HarvestConfig, interruption: Interruption) -> HarvestResult | N
     else:
         writer = _begin(request, model, packed, ranks)
         del packed
-    if device.type == "cpu":
-        # Each forward pass would otherwise ask the system for all its pages anew.
-        keep_freed_memory()
     with writer:
         harvest_shards(model, writer, ranks, interruption)
     if interruption.requested:

@@ -19,7 +19,6 @@ from mlsae.base.interruption import (
     StopNow,
     interruptible,
 )
-from mlsae.base.machine.heap import keep_freed_memory
 from mlsae.sae.directory import TRAINING
 from mlsae.store import open_corpus
 from mlsae.train.config import TrainConfig
@@ -118,7 +117,6 @@ class _Run:
         config, accelerator = self._config, self._accelerator
         if self._shares_rows:
             check_world_size(accelerator.num_processes)
-        keep_freed_memory()
         if config.track is not None:
             check_tracker(config.track)
         if not accelerator.is_local_main_process:

@@ -314,6 +314,13 @@ def test_a_store_is_read_and_written_without_torch(tmp_path: Path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_only_the_command_line_changes_how_the_process_keeps_memory():
+    """The heap belongs to whoever started the process; a library leaves it as it is."""
+    heap = "mlsae.base.machine.heap"
+    owners = {owner for owner, path in modules() if heap in imports_of(path)}
+    assert owners == {"commands"}
+
+
 def test_files_hold_one_idea():
     """No module over 500 lines."""
     for _, path in modules():
