@@ -83,7 +83,7 @@ def _commands_section(content: dict[str, Any]) -> str:
         f"harvest has `--init` in addition, such as `--init {init}`, and the names that say "
         "`trained` say the variant; `mlsae train` makes the seeds in one pass, and each is "
         "analyzed alone. All of them, as they were run, are in `analysis.json`. Columns and tables "
-        "are defined in [tables](../tables.md), formulas in [layers](../layers.md) and "
+        "are defined in [tables](../reference/tables.md), formulas in [layers](../layers.md) and "
         "[metrics](../metrics.md)."
     )
     return f"## The commands\n\n{code(first)}\n\n{about}"

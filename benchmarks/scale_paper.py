@@ -1,4 +1,4 @@
-"""The tables of docs/scale.md: what large harvests weigh and take, from the store's own layout.
+"""The tables of docs/how-large.md: what large harvests weigh and take, from the store's own layout.
 
 Bytes, shards and objects are what `mlsae harvest` would plan. Hours are the largest of three
 bounds, times the overhead of the harvest over its bound: forward passes at 2 floating-point

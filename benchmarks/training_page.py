@@ -247,7 +247,7 @@ would see new text at each step: equally many steps on 1/16 to all of the store.
 
 ![FVU against unique tokens, held out and trained on](training/tokens.png)
 
-{paragraph(sentences)} [How many tokens](../how-many-tokens.md) says what to make of it.
+{paragraph(sentences)} [How large](../how-large.md) says what to make of it.
 
 Mean over layers and seeds, lowest to highest seed in brackets.
 

@@ -5,14 +5,27 @@ import importlib
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+
+import click
+
+from mlsae.analyze.results.tables import TABLES
+from mlsae.cli import main as main_command
 
 REFERENCE = Path(__file__).resolve().parent / "reference"
 ROOMS = ("store", "sae", "harvest", "train", "analyze", "models")
 """Rooms whose `__all__` is public, in the order of the page."""
 NOTICE = "<!-- Made by `make docs` from the docstrings; edit those. -->"
+COLUMNS = re.compile(r"(<!-- columns: (\w+) -->)\n.*?(<!-- end -->)", re.S)
+VERBATIM = "\b\n"
+"""Before a paragraph that click sets as it is."""
+SETTINGS = """\
+Counts are accepted as `10M` or `1e7`, bytes as `200GB`, layers as `0-5` or `0,2,4`. `mlsae train`
+also reads its options from YAML ([training](../training.md#settings-in-a-file)). In Python the
+fields of `HarvestConfig`, `TrainConfig` and `AnalyzeConfig` are these ([Python](api.md))."""
+WRAP = {"break_long_words": False, "break_on_hyphens": False}
 SECTION = re.compile(r"^(Args|Returns|Yields|Raises):$", re.M)
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -41,7 +54,7 @@ def _member(module: ModuleType, name: str) -> Iterator[str]:
         yield _signature(node, name)
         yield _markdown(ast.get_docstring(node) or "")
     else:
-        yield f"```python\n{_source(node)}\n```"
+        yield f"```py\n{_source(node)}\n```"
         if text := _text_after(ast.parse(inspect.getsource(_home(module, name))).body, node):
             yield _markdown(text)
 
@@ -105,7 +118,7 @@ def _signature(node: Function, name: str) -> str:
     decorators = {_source(of).split(".")[-1] for of in node.decorator_list}
     result = f" -> {_source(node.returns)}" if node.returns else ""
     if decorators & {"property", "cached_property"}:
-        return f"```python\n{name}{result}\n```"
+        return f"```py\n{name}{result}\n```"
     arguments = _source(node.args)
     if not decorators & {"staticmethod"}:
         arguments = re.sub(r"^(self|cls)(, )?", "", arguments)
@@ -114,7 +127,7 @@ def _signature(node: Function, name: str) -> str:
         given = ast.parse(f"def f({arguments}): ...").body[0]
         assert isinstance(given, Function)
         line = f"{name}(\n" + "".join(f"    {of},\n" for of in _arguments(given)) + f"){result}"
-    return f"```python\n{line}\n```"
+    return f"```py\n{line}\n```"
 
 
 def _arguments(node: Function) -> list[str]:
@@ -136,7 +149,7 @@ def _argument(of: ast.arg, default: ast.expr | None) -> str:
 
 def _markdown(docstring: str) -> str:
     """Sections of arguments and errors as lists, the rest as it is."""
-    text, *sections = SECTION.split(docstring)
+    text, *sections = SECTION.split(docstring.replace("```python", "```py"))
     parts = [text.strip()]
     for title, body in zip(sections[::2], sections[1::2], strict=True):
         lines = body.strip("\n").splitlines()
@@ -153,7 +166,86 @@ def _entries(body: str) -> str:
     return " ".join(texts)
 
 
-PAGES: dict[str, Callable[[], str]] = {"api.md": api}
+def tables() -> str:
+    """The page of tables with the columns of each renewed; text around them is by hand."""
+    page = (REFERENCE / "tables.md").read_text()
+    return COLUMNS.sub(lambda found: f"{found[1]}\n{_columns(found[2])}\n{found[3]}", page)
+
+
+def _columns(table: str) -> str:
+    """Name, type, unit and definition of each; intervals and columns of `layers` once, together."""
+    columns = {column.name: column for column in TABLES[table]}
+    bounds = [name.removesuffix("_low") for name in columns if name.endswith("_low")]
+    bounds = [name for name in bounds if name in columns and f"{name}_high" in columns]
+    hidden = {f"{name}_{end}" for name in bounds for end in ("low", "high")}
+    of_layers = {column.name for column in TABLES["layers"]}
+    absent = [name for name in of_layers if name not in columns]
+    if table == "overall":
+        hidden |= of_layers & columns.keys()
+    lines = ["| column | type | unit | definition |", "|---|---|---|---|"]
+    for name, column in columns.items():
+        if name not in hidden:
+            lines.append(f"| `{name}` | {column.type} | {column.unit} | {_cell(column.text)} |")
+    parts = ["\n".join(lines)]
+    if table == "overall":
+        parts.append(f"and all columns of `layers` but for {_listed(sorted(absent))}.")
+    elif bounds:
+        parts.append(
+            f"and, for {_listed(bounds)}, two columns `…_low` and `…_high`, in the unit of the "
+            "column: the 2.5th and 97.5th percentile over resamples "
+            "([intervals](../metrics.md#intervals))."
+        )
+    return "\n\n".join([parts[0], *(textwrap.fill(of, 100, **WRAP) for of in parts[1:])])
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", r"\|")
+
+
+def _listed(names: Sequence[str]) -> str:
+    *others, last = [f"`{name}`" for name in names]
+    return f"{', '.join(others)} and {last}"
+
+
+def settings() -> str:
+    """Every command of the command line with its options."""
+    parts = ["# Settings", NOTICE.replace("docstrings", "options of the commands"), SETTINGS]
+    for name, command in _commands(main_command, "mlsae"):
+        context = click.Context(command, info_name=name, show_default=True)
+        usage = " ".join([name, *command.collect_usage_pieces(context)])
+        parts += [f"## `{name}`", f"```\n{usage}\n```", _help(command)]
+        rows = [of.get_help_record(context) for of in command.params]
+        lines = [f"| `{of}` | {_cell(text)} |" for of, text in filter(None, rows)]
+        if lines:
+            parts.append("\n".join(["| option | |", "|---|---|", *lines]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _commands(group: click.Group, prefix: str) -> Iterator[tuple[str, click.Command]]:
+    """Full name and command, groups inside groups too."""
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if isinstance(command, click.Group):
+            yield from _commands(command, f"{prefix} {name}")
+        elif command is not None:
+            yield f"{prefix} {name}", command
+
+
+def _help(command: click.Command) -> str:
+    """A command's text; what it sets verbatim is a code block."""
+    paragraphs = inspect.cleandoc(command.help or "").split("\n\n")
+    return "\n\n".join(
+        f"```\n{of.removeprefix(VERBATIM)}\n```" if of.startswith(VERBATIM) else of
+        for of in paragraphs
+    )
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "api.md": api,
+    "settings.md": settings,
+    "tables.md": tables,
+}
 
 
 def main() -> None:

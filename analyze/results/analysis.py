@@ -31,7 +31,7 @@ _WHOLE = (
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """An analysis as it lies on disk; the columns are defined in docs/tables.md."""
+    """An analysis as it lies on disk; the columns are defined in docs/reference/tables.md."""
 
     path: Path
     """Its directory."""
@@ -69,7 +69,7 @@ class Analysis:
 
     @property
     def figures(self) -> tuple[str, ...]:
-        """Names of the figures that can be drawn of it; docs/figures.md shows them."""
+        """Names of the figures that can be drawn of it; docs/look-at-an-analysis.md shows them."""
         # Here, so that whoever only reads tables does not wait for matplotlib.
         from mlsae.analyze.results.figures.registry import names
 

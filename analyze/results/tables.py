@@ -1,4 +1,4 @@
-"""Every table of an analysis: its columns and their version. docs/tables.md is held to them."""
+"""Every table of an analysis: columns and version. docs/reference/tables.md is made from them."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""The queries of docs/tables.md: DuckDB and Polars give the same, and what numpy computes."""
+"""The queries of docs/queries.md: DuckDB and Polars give the same, and what numpy computes."""
 
 import re
 from collections import defaultdict
@@ -11,8 +11,8 @@ import pytest
 
 from mlsae.analyze import Analysis, AnalyzeConfig, load, run
 
-PAGE = Path(__file__).parents[2] / "docs" / "tables.md"
-QUESTION = re.compile(r"^#### (?P<title>.+)\n(?P<text>(?:(?!^#).*\n)+)", re.M)
+PAGE = Path(__file__).parents[2] / "docs" / "queries.md"
+QUESTION = re.compile(r"^### (?P<title>.+)\n(?P<text>(?:(?!^#).*\n)+)", re.M)
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 Rows = list[tuple[Any, ...]]
 
@@ -139,7 +139,7 @@ EXPECTED: dict[str, tuple[str, Callable[[Analysis], Rows]]] = {
 
 def _questions() -> dict[str, list[tuple[str, str]]]:
     """Title → its blocks: kind and content."""
-    section = PAGE.read_text().split("### DuckDB and Polars\n")[1]
+    section = PAGE.read_text().split("## DuckDB and Polars\n")[1]
     return {found["title"]: BLOCK.findall(found["text"]) for found in QUESTION.finditer(section)}
 
 

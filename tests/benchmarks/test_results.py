@@ -117,10 +117,10 @@ def test_the_page_of_benchmarks_is_made_from_its_json(results: ModuleType):
 
 
 def test_tables_of_the_scale_page_are_computed():
-    """docs/scale.md shows what the layout and the stated rates give."""
+    """docs/how-large.md shows what the layout and the stated rates give."""
     from benchmarks.scale_paper import CASES, hours, tables
 
-    page = (ROOT / "docs" / "scale.md").read_text()
+    page = (ROOT / "docs" / "how-large.md").read_text()
     assert tables() in page
     llama = CASES[0]
     # 2 bytes · 10⁸ tokens · 32 layers · 4,096 channels at 0.6 · 2 GB/s, a tenth more.

@@ -82,7 +82,7 @@ one more each, `prompt_0` and so on."""
 
 
 def names(parts: Parts) -> tuple[str, ...]:
-    """The figures that can be drawn of some parts, in the order of docs/figures.md."""
+    """The figures that can be drawn of some parts, in the order of docs/look-at-an-analysis.md."""
     fixed = (name for name, (_, can) in FIGURES.items() if can(parts))
     return (*fixed, *(f"prompt_{n}" for n in range(len(parts["summary"]["prompts"]))))
 
