@@ -34,7 +34,7 @@ from benchmarks.page_cache import fill_page_cache
 from mlsae.base.files import fsync_directory
 from mlsae.base.units import parse_bytes
 from mlsae.store import GroupMoments, create
-from mlsae.store.format.accumulate import Accumulator, blocks_of
+from mlsae.store.format.accumulate import Accumulator
 from mlsae.store.format.encoding import SiteCodec
 from mlsae.store.format.moments import group_of_rows
 
@@ -79,7 +79,7 @@ class Producer:
                 values = generator.standard_normal((self.batch_rows, shape.d_model), np.float32)
                 batch[SITE, layer] = values.astype(np.float16)
             total = Accumulator(layers, shape.d_model, SiteCodec("float16", shape.d_model))
-            total.add(blocks_of(groups, shape.d_model), [(rows,) for rows in batch.values()])
+            total.add(groups, [(rows,) for rows in batch.values()])
             self.ring.append(batch)
             self.moments.append(total)
 

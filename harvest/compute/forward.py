@@ -17,8 +17,7 @@ from mlsae.base.errors import InputError, ResourceError
 from mlsae.harvest.compute.added_fvu import EncodingCost
 from mlsae.harvest.compute.batches import Batch
 from mlsae.harvest.compute.codecs import Codecs, Encoded, Key, Parts
-from mlsae.harvest.compute.device_moments import DeviceMoments
-from mlsae.harvest.compute.host_moments import HostMoments, each_alone
+from mlsae.harvest.compute.moments import RunningMoments, each_alone
 from mlsae.models import Transformer
 from mlsae.models.capture import capture
 from mlsae.store import ActivationError
@@ -100,11 +99,8 @@ class Forward:
         """Whether a call returns before its values are there."""
         self.is_on_host = transformer.device.type == "cpu"
         """Whether a call and the writer's threads want the same cores."""
-        self.moments = (
-            HostMoments(codecs, sites, layers, transformer.d_model, torch.get_num_threads() // 2)
-            if self.is_on_host
-            else DeviceMoments(codecs, sites, layers, transformer.d_model)
-        )
+        num_threads = torch.get_num_threads() // 2 if self.is_on_host else None
+        self.moments = RunningMoments(codecs, sites, layers, transformer.d_model, num_threads)
         """Of all rows since they were last taken."""
         self.cost = EncodingCost(codecs, transformer.d_model)
         """Of the encoding, likewise."""

@@ -27,22 +27,17 @@ MAX_MEAN_TO_STD = 16.0
 """A row whose mean is larger, in standard deviations, has its mean taken off twice."""
 
 Array = npt.NDArray[Any]
-Blocks = list[tuple[int, npt.NDArray[np.int64]]]
+Block = tuple[int, npt.NDArray[np.int64]]
+"""A group, and indices of rows of that group."""
 
 
-def blocks_of(group_N: npt.NDArray[np.int8], d_model: int) -> Blocks:
-    """(group, indices of rows) for blocks of at most BLOCK_ELEMENTS values, group after group."""
-    size = max(8, BLOCK_ELEMENTS // d_model)
+def blocks_of(group_N: npt.NDArray[np.int8], most_rows: int) -> list[Block]:
+    """Blocks of at most `most_rows` rows, group after group."""
     blocks = []
     for group in np.unique(group_N).tolist():
         rows = np.flatnonzero(group_N == group)
-        blocks += [(group, rows[i : i + size]) for i in range(0, len(rows), size)]
+        blocks += [(group, rows[i : i + most_rows]) for i in range(0, len(rows), most_rows)]
     return blocks
-
-
-def block_rows(d_model: int) -> int:
-    """Most rows of a block."""
-    return max(8, BLOCK_ELEMENTS // d_model)
 
 
 class Accumulator(GroupMoments):
@@ -51,21 +46,24 @@ class Accumulator(GroupMoments):
     def __init__(self, layers: tuple[int, ...], d_model: int, codec: SiteCodec) -> None:
         super().__init__(layers, d_model)
         self._codec = codec
-        size = block_rows(d_model)
-        self._picked = [np.empty((size, part.width), part.dtype) for part in codec.parts]
+        self._most_rows = max(8, BLOCK_ELEMENTS // d_model)
+        self._picked = [np.empty((self._most_rows, part.width), part.dtype) for part in codec.parts]
         self._sums: dict[type, _Sums] = {}
 
-    def add(self, blocks: Blocks, stored_L: Sequence[Parts]) -> bool:
+    def add(self, group_N: npt.NDArray[np.int8], stored_L: Sequence[Parts]) -> bool:
         """Add some rows, all layers of them.
 
         Args:
-            blocks: as `blocks_of` gives them.
-            stored_L: for each layer any number of stored rows.
+            group_N: index into `mlsae.store.format.moments.GROUPS` of each row.
+            stored_L: for each layer the N stored rows.
 
         Returns:
             False as soon as a value is not finite; the moments are of no use then.
         """
-        return all(self._add_block(group, rows, stored_L, np.float32) for group, rows in blocks)
+        return all(
+            self._add_block(group, rows, stored_L, np.float32)
+            for group, rows in blocks_of(group_N, self._most_rows)
+        )
 
     def _add_block(
         self,
@@ -75,7 +73,7 @@ class Accumulator(GroupMoments):
         dtype: type[np.float32 | np.float64],
     ) -> bool:
         if dtype not in self._sums:
-            self._sums[dtype] = _Sums(len(self.layers), self.d_model, dtype)
+            self._sums[dtype] = _Sums(self._most_rows, len(self.layers), self.d_model, dtype)
         sums = self._sums[dtype]
         picked = tuple(buffer[: len(rows)] for buffer in self._picked)
         for index, stored in enumerate(stored_L):
@@ -87,15 +85,16 @@ class Accumulator(GroupMoments):
             if max_abs > SAFE_MAGNITUDE and dtype is np.float32:
                 return self._add_block(group, rows, stored_L, np.float64)
             sums.add_layer(index)
-        self.merge_group(group, len(rows), **sums.moments())
+        sums.give_to(self, group)
         return True
 
 
 class _Sums:
-    """One block: its tables, used again and again, and what is known of its layers so far."""
+    """One block: tables to be used again, and the sums of the layers so far."""
 
-    def __init__(self, num_layers: int, d_model: int, dtype: type[np.float32 | np.float64]) -> None:
-        size = block_rows(d_model)
+    def __init__(
+        self, size: int, num_layers: int, d_model: int, dtype: type[np.float32 | np.float64]
+    ) -> None:
         self._x_ND = np.empty((size, d_model), dtype)
         # Centred rows of this layer and of the one before, for their cross moment.
         self._centred_2ND = np.empty((2, size, d_model), dtype)
@@ -133,20 +132,18 @@ class _Sums:
         self._norm_sum_L[index] = self._standardize(x_ND)
         self._sum_columns(1, index, x_ND, x_ND)
 
-    def moments(self) -> dict[str, Any]:
-        """What `GroupMoments.merge_group` takes; float64."""
-        num_rows = self._num_rows
-        first_2LD = self._first_2LD.astype(np.float64)
-        offset_2LD = first_2LD / num_rows
-        first_2LD *= offset_2LD
-        products_L = np.einsum("ld,ld->l", offset_2LD[0, :-1], offset_2LD[0, 1:])
-        return {
-            "mean_2LD": self._centre_2LD + offset_2LD,
-            "m2_2LD": np.maximum(self._second_2LD - first_2LD, 0.0),
-            "norm_sum_L": self._norm_sum_L,
-            "max_abs_L": self._max_abs_L,
-            "cross_L": self._cross_L - products_L * num_rows,
-        }
+    def give_to(self, moments: GroupMoments, group: int) -> None:
+        """Merge the block, all of its layers, into a group."""
+        moments.merge_sums(
+            group,
+            self._num_rows,
+            centre_2LD=self._centre_2LD,
+            first_2LD=self._first_2LD,
+            second_2LD=self._second_2LD,
+            norm_sum_L=self._norm_sum_L,
+            max_abs_L=self._max_abs_L,
+            cross_L=self._cross_L,
+        )
 
     def _sum_columns(self, kind: int, index: int, x_ND: Array, centred_ND: Array) -> None:
         """By channel: a centre near the mean, and the sums of x − centre and of its square."""

@@ -22,6 +22,7 @@ from mlsae.base.errors import InputError
 from mlsae.store.schema import MASKED, PADDING, SPECIAL
 
 Float64 = npt.NDArray[np.float64]
+Floats = npt.NDArray[Any]
 
 NUM_POSITIONS = 16
 GROUPS = (
@@ -161,7 +162,7 @@ class GroupMoments:
         mean_2LD: Float64,
         m2_2LD: Float64,
         norm_sum_L: Float64,
-        max_abs_L: Float64,
+        max_abs_L: Floats,
         cross_L: Float64,
     ) -> None:
         """Add `count` ≥ 1 rows to a group, given their own moments (Chan et al. 1983, eq. 2.1)."""
@@ -179,6 +180,47 @@ class GroupMoments:
         self.norm_sum_LG[:, group] += norm_sum_L
         self.max_abs_LG[:, group] = np.maximum(self.max_abs_LG[:, group], max_abs_L)
         self.count_G[group] = total
+
+    def merge_sums(
+        self,
+        group: int,
+        count: int,
+        *,
+        centre_2LD: Floats,
+        first_2LD: Floats,
+        second_2LD: Floats,
+        norm_sum_L: Floats,
+        max_abs_L: Floats,
+        cross_L: Floats,
+    ) -> None:
+        """Add `count` ≥ 1 rows to a group, given their sums about a centre near their mean.
+
+        The leading axis is x, then u. With S = Σ (x − c): mean = c + S / count and
+        m2 = Σ (x − c)² − S² / count (Chan et al. 1983, equation 1.7); cross moments likewise.
+
+        Args:
+            group: index into `GROUPS`.
+            count: rows.
+            centre_2LD: c, any float type like the other sums.
+            first_2LD: S.
+            second_2LD: Σ (x − c)².
+            norm_sum_L: Σ ‖x‖₂.
+            max_abs_L: largest |x|.
+            cross_L: (L − 1,) Σ ⟨x − c, the same of the next layer⟩.
+        """
+        first_2LD = first_2LD.astype(np.float64)
+        offset_2LD = first_2LD / count
+        products_L = np.einsum("ld,ld->l", offset_2LD[0, :-1], offset_2LD[0, 1:])
+        first_2LD *= offset_2LD
+        self.merge_group(
+            group,
+            count,
+            mean_2LD=centre_2LD + offset_2LD,
+            m2_2LD=np.maximum(second_2LD - first_2LD, 0.0),
+            norm_sum_L=norm_sum_L,
+            max_abs_L=max_abs_L,
+            cross_L=cross_L - products_L * count,
+        )
 
     def is_finite(self) -> bool:
         """Whether every number is; the moments of finite rows are."""

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from mlsae.store.errors import DamagedStoreError, RemoteError, StoreError
-from mlsae.store.format.accumulate import Accumulator, blocks_of
+from mlsae.store.format.accumulate import Accumulator
 from mlsae.store.format.encoding import MAX_QUANTUM, Parts
 from mlsae.store.format.metadata import zarr_metadata
 from mlsae.store.format.moments import GroupMoments, from_bytes, moments_bytes
@@ -331,7 +331,6 @@ class _Verification:
                 groups = store.row_groups(start, end)
             except StoreError:
                 return None  # Reported with the tokens.
-            blocks = blocks_of(groups, store.d_model)
             for site in store.sites:
                 stored = []
                 for layer, reader in zip(store.layers, readers[site], strict=True):
@@ -344,7 +343,7 @@ class _Verification:
                             return None
                         parts.append(chunk)
                     stored.append(tuple(parts))
-                if not moments[site].add(blocks, stored):
+                if not moments[site].add(groups, stored):
                     self._report_not_finite(site, start, end, stored)
                     return None
         for site in store.sites:

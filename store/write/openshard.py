@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.store.errors import NotFiniteError
-from mlsae.store.format.accumulate import Accumulator, Blocks, blocks_of
+from mlsae.store.format.accumulate import Accumulator
 from mlsae.store.format.compression import compressor_of
 from mlsae.store.format.encoding import Part, Parts, SiteCodec, parts_of
 from mlsae.store.format.moments import GroupMoments
@@ -84,10 +84,9 @@ class OpenShard:
         if groups is not None:
             # One thread a site, and first: two would spend on each other what they save, because
             # each step is so short.
-            blocks = blocks_of(groups, self._plan["d_model"])
             for site, of_site in self._moments.items():
                 stored_L = [stored[site, layer] for layer in self._layers]
-                jobs.append(partial(_accumulate, of_site, blocks, stored_L))
+                jobs.append(partial(_accumulate, of_site, groups, stored_L))
         for key in self._keys:
             for part, values in zip(self._parts, stored[key], strict=True):
                 jobs.append(partial(self._files[key, part].write, np.ascontiguousarray(values)))
@@ -130,6 +129,8 @@ class OpenShard:
             file.abandon()
 
 
-def _accumulate(moments: Accumulator, blocks: Blocks, stored_L: Sequence[Parts]) -> None:
-    if not moments.add(blocks, stored_L):
+def _accumulate(
+    moments: Accumulator, groups: npt.NDArray[np.int8], stored_L: Sequence[Parts]
+) -> None:
+    if not moments.add(groups, stored_L):
         raise NotFiniteError

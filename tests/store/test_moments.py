@@ -8,7 +8,7 @@ import pytest
 
 from mlsae.base.errors import InputError
 from mlsae.store import MASKED, PADDING, SPECIAL, open_store
-from mlsae.store.format.accumulate import Accumulator, blocks_of
+from mlsae.store.format.accumulate import Accumulator
 from mlsae.store.format.encoding import SiteCodec, decode, encode
 from mlsae.store.format.moments import GROUPS, GroupMoments, from_bytes, group_of_rows, to_bytes
 
@@ -115,7 +115,7 @@ def test_every_group_equals_brute_force(shape_of, encoding, d_model):
     moments = Accumulator((0, 1, 2), d_model, SiteCodec(encoding, d_model))
     for start, stop in ((0, 1), (1, 150), (150, 700)):
         pieces = [(layer[start:stop],) for layer in stored]
-        assert moments.add(blocks_of(group[start:stop], d_model), pieces)
+        assert moments.add(group[start:stop], pieces)
     assert moments.count_G[5] == 1
     for g in (0, 5, 7, len(GROUPS) - 1):
         expected = brute_force(x[:, group == g])
@@ -150,15 +150,15 @@ def test_values_that_are_not_finite_are_noticed(bad):
     """Wherever they are: the caller is told, and nothing warns."""
     rows = np.ones((2, 300, 8), np.float16)
     rows[1, 299, 3] = bad
-    blocks = blocks_of(np.full(300, 19, np.int8), 8)
-    assert not Accumulator((0, 1), 8, SiteCodec("float16", 8)).add(blocks, [(x,) for x in rows])
+    group = np.full(300, 19, np.int8)
+    assert not Accumulator((0, 1), 8, SiteCodec("float16", 8)).add(group, [(x,) for x in rows])
 
 
 def test_moments_made_elsewhere_are_taken_as_arrays():
     """Names and shapes are checked; any real type is widened."""
     made = Accumulator((0, 2), 4, SiteCodec("float32", 4))
     rows = np.random.default_rng(0).normal(size=(2, 6, 4)).astype("f4")
-    made.add([(19, np.arange(6))], [(x,) for x in rows])
+    made.add(np.full(6, 19, np.int8), [(x,) for x in rows])
     arrays = {name: values.astype(np.float32) for name, values in made.tensors().items()}
     taken = GroupMoments.from_arrays((0, 2), 4, arrays)
     assert taken.count_G[19] == 6

@@ -23,7 +23,7 @@ from mlsae.store import (
     open_store,
     resume,
 )
-from mlsae.store.format.accumulate import Accumulator, blocks_of
+from mlsae.store.format.accumulate import Accumulator
 from mlsae.store.format.encoding import SiteCodec
 from mlsae.store.format.moments import GroupMoments
 from mlsae.store.tools.verify import verify
@@ -213,7 +213,7 @@ def moments_of(rows_of: dict[tuple[str, int], np.ndarray], groups: np.ndarray) -
     """What a device would compute of float16 rows."""
     moments = Accumulator((0, 1), 4, SiteCodec("float16", 4))
     stored = [(rows_of["resid_post", layer].astype(np.float16),) for layer in (0, 1)]
-    assert moments.add(blocks_of(groups, 4), stored)
+    assert moments.add(groups, stored)
     arrays = {name: values.copy() for name, values in moments.tensors().items()}
     return GroupMoments.from_arrays((0, 1), 4, arrays)
 

@@ -1,4 +1,4 @@
-"""Moments summed on the device, or by threads on the host, against a brute force in float64."""
+"""Moments summed on devices, or by threads on the host, against a brute force in float64."""
 
 from collections.abc import Callable
 
@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from mlsae.harvest.compute import host_moments
-from mlsae.harvest.compute.codecs import Codecs, codecs_for
-from mlsae.harvest.compute.device_moments import DeviceMoments
-from mlsae.harvest.compute.host_moments import HostMoments
+from mlsae.harvest.compute import moments as module
+from mlsae.harvest.compute.codecs import Codecs, Key, codecs_for
+from mlsae.harvest.compute.moments import RunningMoments
 from mlsae.store.format.moments import GROUPS
 
 LAYERS = (1, 4, 5)
 SITES = ("resid_post", "mlp_out")
 WIDTH = 24
-Maker = Callable[[Codecs, tuple[str, ...], tuple[int, ...]], DeviceMoments | HostMoments]
+Maker = Callable[[Codecs, tuple[str, ...], tuple[int, ...]], RunningMoments]
 
 
 def hard_rows(generator: np.random.Generator, num_rows: int, group: np.ndarray) -> np.ndarray:
@@ -49,14 +48,22 @@ def batches() -> list[tuple[np.ndarray, dict[tuple[str, int], np.ndarray]]]:
     return result
 
 
-@pytest.fixture(params=["device", "1 thread", "3 threads"])
+@pytest.fixture(params=["one run", "a run each", "1 thread", "3 threads"])
 def begin(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Maker:
-    """Either kind; on the host each thread has several pieces of a group in each batch."""
-    if request.param == "device":
-        return lambda codecs, sites, layers: DeviceMoments(codecs, sites, layers, WIDTH)
-    monkeypatch.setattr(host_moments, "PIECE_VALUES", 0)
-    num_threads = int(request.param.split()[0])
-    return lambda codecs, sites, layers: HostMoments(codecs, sites, layers, WIDTH, num_threads)
+    """In the calling thread, with all layers on a device or each on its own, or by threads.
+
+    Each has several pieces of a group in each batch.
+    """
+    monkeypatch.setitem(module.PIECE_VALUES, "cpu", 0)
+    first = request.param.split()[0]
+    if request.param == "a run each":
+
+        def alone(keys: list[Key], _: object) -> list[tuple[torch.device, list[Key]]]:
+            return [(torch.device("cpu"), [key]) for key in keys]
+
+        monkeypatch.setattr(module, "runs_of", alone)
+    num_threads = int(first) if first.isdigit() else None
+    return lambda codecs, sites, layers: RunningMoments(codecs, sites, layers, WIDTH, num_threads)
 
 
 def test_sums_equal_brute_force_in_float64(
@@ -140,7 +147,7 @@ def test_threads_of_the_forward_pass_are_as_they_were() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        moments = HostMoments(codecs, ("resid_post",), (0,), WIDTH, 3)
+        moments = RunningMoments(codecs, ("resid_post",), (0,), WIDTH, 3)
         moments.add(np.zeros(50, np.int8), {("resid_post", 0): (torch.ones(50, WIDTH),)})
         assert torch.get_num_threads() == 3
         with pytest.raises(KeyError):
