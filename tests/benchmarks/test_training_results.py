@@ -134,7 +134,7 @@ def test_study_of_scalings_is_whole_and_its_fvu_that_of_its_mse(content: dict[st
 def test_guide_to_how_many_tokens_has_the_measured_ratios(content: dict[str, Any]):
     """Its table, recomputed: held-out FVU over that with all of the text, by size and part."""
     guide = (ROOT / "docs" / "how-large.md").read_text()
-    rows = rows_of(guide, "What the curve says")
+    rows = rows_of(guide, "Tokens that training wants")
     saes = content["tokens"]["saes"]
     assert [row[0] for row in rows] == ["28,160", "56,320", "112,640", "225,280", "450,560"]
     for tokens, epochs, *ratios in rows:
@@ -157,7 +157,7 @@ def test_guide_to_how_many_tokens_has_the_bytes_of_models():
     """layers · d_model times 2, or times 65/64, and how many of these a terabyte holds."""
     guide = (ROOT / "docs" / "how-large.md").read_text()
     numbers = {"pythia-70m": 6 * 512, "pythia-410m": 24 * 1024, "Llama-3-8B": 32 * 4096}
-    rows = rows_of(guide, "What disk affords")
+    rows = rows_of(guide, "Tokens that disk affords")
     assert [row[0] for row in rows] == list(numbers)
     for model, *cells in rows:
         plain, int8 = numbers[model] * 2, numbers[model] * 65 / 64
