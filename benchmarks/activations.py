@@ -66,7 +66,7 @@ print(json.dumps({"bytes": num_bytes, "num_events": len(events), "seconds": seco
 
 
 def make_store(path: Path, num_events: int) -> None:
-    """So many tokens that about `num_events` latents are active over all layers."""
+    """Write a store of as many tokens as have about `num_events` active latents over all layers."""
     num_sequences = -(-num_events // (NUM_LAYERS * K * (CONTEXT - 1)))
     num_sequences += -num_sequences % BATCH_SEQUENCES
     rng = np.random.default_rng(0)
@@ -139,7 +139,7 @@ def write_events(work: Path) -> dict[str, Any]:
 
 
 def ask(script: str, *arguments: object) -> dict[str, Any]:
-    """What a process of its own printed."""
+    """Output of a process of its own."""
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
         check=True,

@@ -1,4 +1,4 @@
-"""What analyses say of multi-layer SAEs on a trained transformer and on its random variants.
+"""Analyses of multi-layer SAEs on a trained transformer and on its random variants.
 
     python -m benchmarks.analysis --model DIR --dataset FILE --out DIR \\
         --json docs/evidence/analysis.json
@@ -183,7 +183,7 @@ class Studies:
         return self.out / f"seconds-{command.partition(' --out ')[2].split()[0]}.json"
 
     def seconds(self, commands: Sequence[str]) -> dict[str, float]:
-        """What the commands took of the CPU in all, by their first word."""
+        """CPU seconds of the commands in all, by their first word."""
         found: dict[str, float] = {}
         for command in commands:
             word = command.split()[1]
@@ -231,11 +231,11 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, help="stores, SAEs and analyses")
     parser.add_argument("--json", required=True, type=Path, help="result")
     parser.add_argument("--study", action="append", help="variants, sizes or demo; else all")
-    parser.add_argument("--max-tokens", help="of the text; all if not given")
+    parser.add_argument("--max-tokens", help="tokens of the text; all if not given")
     parser.add_argument("--epochs", default="2", help="over the text")
     parser.add_argument("--batch-size", default="2048", help="rows a step")
     parser.add_argument("--size-rows", default="1M", help="rows of the other sizes")
-    parser.add_argument("--demo-tokens", default="256k", help="of the demo's text")
+    parser.add_argument("--demo-tokens", default="256k", help="tokens of the demo's text")
     parser.add_argument("--analyzed", default="24k", help="held-out tokens, at most")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ Float = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Events:
-    """What is active at one layer."""
+    """Active latents at one layer."""
 
     tokens: Int
     """(E,) indices in the store."""
@@ -82,7 +82,7 @@ def single_over_aggregate(events: dict[int, Events], num_latents: int) -> dict[s
 
 
 def shared(events: dict[int, Events], num_latents: int) -> list[dict[str, Any]]:
-    """Of every two layers: the share of a token's active latents that are active at both.
+    """Share of a token's active latents that are active at both of every two layers.
 
     Twice the latents active at both, over those active at the one and at the other.
     """

@@ -21,7 +21,7 @@ LOOKS: dict[str, dict[str, Any]] = {
     "random": {"color": ORANGE, "marker": "D"},
     "control": {"color": PINK, "marker": "v"},
 }
-"""Of the variants, in their order."""
+"""Colour and marker of each variant, in order."""
 SHORT = {"rerandomized-keep-embeddings": "keep-embeddings"}
 METRICS = (
     ("cosine", "Cosine of x and x̂"),
@@ -209,7 +209,7 @@ def bins(kind: dict[str, Any], edges: Sequence[float]) -> list[tuple[float, floa
 
 
 def _similarity(content: dict[str, Any]) -> Figure:
-    """What two rows share against their cosine, one token at two layers or two tokens at one."""
+    """Latents that two rows share, against their cosine: of one token, or at one layer."""
     figure = Figure(figsize=(7.6, 2.5), layout="constrained")
     panels = figure.subplots(1, len(LOOKS), sharey=True, sharex=True)
     kinds = (
@@ -236,7 +236,7 @@ def _similarity(content: dict[str, Any]) -> Figure:
 
 
 def layer_pairs(study: dict[str, Any], init: str) -> list[tuple[float, float, bool]]:
-    """Of every two layers of a variant: cosine, share of latents shared, whether adjacent."""
+    """Cosine, share of latents shared, and adjacency of every two layers of a variant."""
     saes = of_init(study, init)
     found = []
     for place, of in enumerate(study["stores"][init]["cosine"]):
@@ -253,7 +253,7 @@ def adjacent_cosine(sae: dict[str, Any]) -> float:
 
 
 def _confound(content: dict[str, Any]) -> Figure:
-    """How alike layers are, against what is shared and against the decomposition."""
+    """Likeness of layers against shared latents and against the decomposition."""
     figure = Figure(figsize=(7.6, 3.1), layout="constrained")
     first, second = figure.subplots(1, 2)
     for init, saes, look in _variants(content["variants"]):

@@ -21,7 +21,7 @@ from benchmarks.markdown import paragraph, table
 
 
 def similarity_section(content: dict[str, Any]) -> str:
-    """Whether likeness of the layers explains it."""
+    """Explanation by the likeness of the layers."""
     study = content["variants"]
     head = ["variant", "adjacent cosine", "two layers, one token", "two tokens, one layer",
             "pairs covered", "two tokens, two layers", "covered"]  # fmt: skip
@@ -87,7 +87,7 @@ def _similarity_sentence(study: dict[str, Any]) -> str:
 
 
 def _between_variants(study: dict[str, Any]) -> str:
-    """What two tokens at one layer share in the widest bin that every variant has."""
+    """Share of latents of two tokens at one layer in the widest bin that every variant has."""
     shares = [
         {round(at, 3): share for at, share, _ in bins(run["one_layer"], run["edges"])}
         for run in (of_init(study, init, "similarity")[0] for init in LOOKS)

@@ -1,4 +1,4 @@
-"""What the studies of `benchmarks.analysis` take from an analysis, a store and an SAE.
+"""Measurements of the studies of `benchmarks.analysis` on an analysis, a store and an SAE.
 
 Shapes: N tokens, D channels, M latents, L layers, E events.
 """
@@ -125,13 +125,13 @@ def _mean(values: Float) -> float:
 
 
 def _histogram(values: Float, num_layers: int) -> list[int]:
-    """How many are 1, 2, … `num_layers`."""
+    """Counts of the values 1, 2, … `num_layers`."""
     counts: list[int] = np.bincount(values.astype(np.int64), minlength=num_layers + 1)[1:].tolist()
     return counts
 
 
 def cosines_of_layers(directory: Path, store: Store) -> list[dict[str, Any]]:
-    """Of every two layers: pooled cosine of a token's activations about the layers' means.
+    """Pooled cosine of a token's activations at every two layers, about the layers' means.
 
     Σ⟨x − μ, x′ − μ′⟩ / √(Σ‖x − μ‖² · Σ‖x′ − μ′‖²) over the rows that were analyzed.
     """

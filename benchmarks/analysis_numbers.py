@@ -1,4 +1,4 @@
-"""How the page on analyses writes numbers, and what it computes of them."""
+"""Numbers of the page on analyses: how they are written, and computed from others."""
 
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -72,10 +72,10 @@ def at_all_layers(sae: Sae) -> float:
 
 
 def expected(run: dict[str, Any], kind: str) -> tuple[float, float, float]:
-    """What two layers of a token share, and what pairs of another kind as alike do.
+    """Latents shared by two layers of a token, and by pairs of another kind as alike.
 
     Args:
-        run: of `similarity`.
+        run: an entry of `similarity`.
         kind: `one_layer` or `neither`.
 
     Returns:
@@ -103,7 +103,7 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def separate(low: Sequence[float], high: Sequence[float]) -> bool:
-    """Whether every seed of the one lies below every seed of the other."""
+    """True where every seed of the one lies below every seed of the other."""
     return max(low) < min(high)
 
 
@@ -126,7 +126,7 @@ def by_mass(study: dict[str, Any]) -> list[tuple[str, float]]:
 
 
 def likeness_and_variance(content: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """Of the variants and the demo model: adjacent cosine, single over aggregate by mass."""
+    """Adjacent cosine, and single over aggregate by mass, of the variants and the demo model."""
     groups = [of_init(content["variants"], init) for init in LOOKS] + [content["demo"]["saes"]]
     return (
         [mean(map(adjacent_cosine, saes)) for saes in groups],

@@ -50,16 +50,16 @@ WANTED = {"examples / encode only": 0.5, "examples / original": 20.0}
 
 @dataclass(frozen=True)
 class Shape:
-    """What is analyzed."""
+    """Shape of the store and the SAE."""
 
     num_layers: int
     d_model: int
     num_latents: int
     k: int
     sequences: int
-    """Of a round of ours."""
+    """Tokens of a round of ours."""
     original_sequences: int
-    """Of a round of the original's."""
+    """Tokens of a round of the original's."""
 
 
 SHAPES = {
@@ -117,7 +117,7 @@ class Turns:
         self._next = 0
 
     def next(self) -> Int:
-        """Those of the next round."""
+        """Tokens of the next round."""
         first = self._next
         self._next += self._per_round
         return np.arange(first, self._next)

@@ -1,4 +1,4 @@
-"""What each `--encoding` costs on real activations: bytes, added FVU, and time to read.
+"""Costs of each `--encoding` on real activations: bytes, added FVU, and time to read.
 
 One text goes through one model once, in float32; its activations then become a store of every
 preset. Bytes are those of the activations' files, scales and checksums included, over activations.
@@ -59,7 +59,7 @@ def harvest_exact(out: Path, num_tokens: int) -> tuple[str, Store]:
 
 
 def store_as(preset: str, exact: Store, path: Path) -> Store:
-    """The same activations in a preset."""
+    """A store of equal activations in a preset."""
     keys = [(SITE, layer) for layer in exact.layers]
     rows = {key: exact.read(*key) for key in keys}
     encoding, compression = PRESETS[preset].encoding, PRESETS[preset].compression
@@ -83,14 +83,14 @@ def store_as(preset: str, exact: Store, path: Path) -> Store:
 
 
 def num_bytes(store: Store) -> int:
-    """Of the objects that hold activations."""
+    """Bytes of the objects that hold activations."""
     root = Path(store.place)
     files = [file for folder in ARRAYS for file in (root / folder).rglob("c.*")]
     return sum(file.stat().st_size for file in files)
 
 
 def added_fvu(exact: Store, store: Store) -> tuple[float, float]:
-    """Of the worst layer, and of the worst decile of any."""
+    """Added FVU of the worst layer, and of the worst decile of any."""
     eligible = exact.eligible(1)
     totals, deciles = [], []
     for layer in exact.layers:

@@ -157,7 +157,7 @@ class Rounds:
             harvest_shards(self.model, writer, Ranks(0, 1), interruption)
 
     def disk(self) -> None:
-        """The same bytes to the same disk, durably, with nothing else."""
+        """Equal bytes to that disk, durably, with nothing else."""
         path = self._directory("raw")
         for layer in range(self.size.num_layers):
             with (path / str(layer)).open("wb") as file:

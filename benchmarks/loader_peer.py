@@ -1,4 +1,4 @@
-"""How SAELens 6.54 reads cached activations, made again from what it documents, with `datasets`.
+"""SAELens 6.54's reader of cached activations, made again from its documentation, with `datasets`.
 
 Its cache is an Arrow data set on disk: one column of a hook's activations as Array2D
 (context_length, d_in), in float32 unless asked otherwise, and one of token ids. It reads

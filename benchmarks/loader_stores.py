@@ -13,7 +13,7 @@ SITE = "resid_post"
 CONTEXT_LENGTH = 256
 BATCH_SEQUENCES = 64
 SEPARATOR_SHARE = 1e-3
-"""Of tokens: one a document of a thousand."""
+"""Share of separators among tokens: one in a document of a thousand."""
 RING = 3
 
 Rows = npt.NDArray[np.float16]

@@ -1,4 +1,4 @@
-"""How a result was made: at which commit, on which machine."""
+"""Origin of a result: commit and machine."""
 
 import platform
 import subprocess

@@ -43,7 +43,7 @@ COMMON = {"num_latents": 16_384, "k": 32, "lr": 1e-4}
 ONLINE_ROWS, MEMORY_ROWS = CONTEXT_LENGTH * NUM_LAYERS, 4096
 """One sequence at all layers, the peer's own batch; and ours alone."""
 PRECISIONS = ("float32", "bfloat16")
-"""Of ours; the peer knows one on a CPU."""
+"""Precisions of ours; the peer knows one on a CPU."""
 
 
 def make_model(path: Path) -> None:
@@ -195,7 +195,7 @@ def against_online(
 
 
 def against_memory(store: Path, options: argparse.Namespace, rounds: int) -> dict[str, Any]:
-    """The same steps from the store and from memory."""
+    """Equal steps from the store and from memory."""
     contestants: dict[str, dict[str, Any]] = {}
     for precision in PRECISIONS:
         for place in ("store", "memory"):

@@ -122,7 +122,7 @@ def published(settings: dict[str, Any]) -> None:
 
     path = Path(settings["published"])
     for name in ("mlsae", "mlsae.model"):
-        # Its `__init__` pulls in what only text needs.
+        # The `__init__` of the peer pulls in libraries that only text needs.
         module = types.ModuleType(name)
         module.__path__ = [str(path.joinpath(*name.split(".")))]
         sys.modules[name] = module

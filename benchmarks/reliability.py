@@ -119,7 +119,7 @@ def _indented(text: str) -> str:
 
 
 def _rows(of: dict[str, dict[str, int]]) -> list[Row]:
-    """Of every campaign that is in the record."""
+    """Rows of every campaign that is in the record."""
     tellers: dict[str, Callable[[dict[str, int]], list[Row]]] = {
         "kills": _kills,
         "steps": _steps,

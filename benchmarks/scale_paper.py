@@ -19,14 +19,14 @@ from mlsae.store.write.writer import MOST_WRITER_THREADS
 H200_PEAK = 989e12
 """Dense bfloat16 FLOP/s, NVIDIA's data sheet."""
 FORWARD_SHARE = 0.4
-"""Of that peak, what a plain forward pass of transformers is taken to reach."""
+"""Share of that peak that a plain forward pass of transformers is taken to reach."""
 WRITER_SHARE = 0.6
-"""Of the disk's own rate, what the writer is held to; see docs/evidence/benchmarks.md."""
+"""Share of the disk's own rate that the writer is held to; see docs/evidence/benchmarks.md."""
 HASH_RATE = MOST_WRITER_THREADS * 1.1e9
 """Bytes a second that one process with cores enough hashes (SHA-256) and writes. A thread reached
 1.1 GB/s on an Intel Xeon and 2.1 GB/s on an AMD EPYC."""
 OVERHEAD = 1.1
-"""Of the larger bound, what the harvest is held to."""
+"""Multiple of the larger bound that the harvest is held to."""
 DISKS = {"shared file system, 2 GB/s": 2e9, "NVMe array, 10 GB/s": 10e9}
 CONTEXT = 1024
 
@@ -37,7 +37,7 @@ class Case:
 
     name: str
     parameters: float
-    """Of the backbone without embeddings, which cost no products."""
+    """Parameters of the backbone without embeddings, which cost no products."""
     num_layers: int
     d_model: int
     num_tokens: int

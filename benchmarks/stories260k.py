@@ -49,7 +49,7 @@ PROTOTYPE_FVU = (0.040, 0.074, 0.090, 0.115, 0.156)
 SHOWN = ("raw", 0)
 """The run whose figures are kept."""
 FIGURES = ("layer_distribution.png", "norm_cosine.png", "density.png")
-"""Those of its analysis that the page shows."""
+"""Figures of the analysis that the page shows."""
 COLUMNS = (
     "layer",
     "num_rows_position_0_in",

@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dir", type=Path, required=True, help="on the disk to read from")
     parser.add_argument("--rounds", type=int, default=5, help="one more is run and discarded")
-    parser.add_argument("--rows", type=int, default=NUM_ROWS, help="of the store, a layer")
+    parser.add_argument("--rows", type=int, default=NUM_ROWS, help="rows of the store, a layer")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

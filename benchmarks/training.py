@@ -1,4 +1,4 @@
-"""What training choices do to the SAEs of a real model: four studies.
+"""Training choices and the SAEs of a real model: four studies.
 
     python -m benchmarks.training --model DIR --dataset FILE --out DIR \\
         --json docs/evidence/training.json
@@ -33,7 +33,7 @@ from mlsae.store import open_store
 CONTEXT_LENGTH = 256
 STREAM, MLP = "resid_post", "mlp_out"
 EPOCHS = (16, 8, 4, 2, 1)
-"""Of the study of unique tokens: its parts of the store are the inverse."""
+"""Epochs of the study of unique tokens; the parts of the store are the inverse."""
 
 
 @dataclass(frozen=True)
@@ -163,9 +163,9 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, help="store and SAEs")
     parser.add_argument("--json", required=True, type=Path, help="result, with figures beside it")
     parser.add_argument("--study", action="append", help="sweep, layers, tokens or mlp; else all")
-    parser.add_argument("--max-tokens", help="of the text; all if not given")
-    parser.add_argument("--rows", default="1200k", help="of the sweep and the study of layers")
-    parser.add_argument("--mlp-rows", default="600k", help="of the study of MLP outputs")
+    parser.add_argument("--max-tokens", help="tokens of the text; all if not given")
+    parser.add_argument("--rows", default="1200k", help="rows of the sweep and the study of layers")
+    parser.add_argument("--mlp-rows", default="600k", help="rows of the study of MLP outputs")
     parser.add_argument("--batch-size", default=2048, type=int, help="rows a step")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

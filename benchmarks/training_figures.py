@@ -187,7 +187,7 @@ def of_scale(saes: Sequence[dict[str, Any]], scale: str) -> list[dict[str, Any]]
 
 
 def loss(sae: dict[str, Any]) -> float:
-    """What was minimised, over validation rows: FVU and weighted penalty, mean over layers."""
+    """Objective over validation rows: FVU and weighted penalty, mean over layers."""
     weight: float = sae["l1_weight"]
     return float(mean(sae["fvu"]) + weight * mean(sae["penalty"]))
 

@@ -1,4 +1,4 @@
-"""What the studies of `benchmarks.training` measure beyond the summary of `mlsae train`."""
+"""Measurements of the studies of `benchmarks.training` beyond the summary of `mlsae train`."""
 
 import json
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ TRAINED_SHARE = 0.94
 """The rest lies between the trained sequences and the held-out ones, so no document is in both."""
 SKIP_POSITIONS = 1
 MEASURES = ("l0", "penalty", "l1", "mse", "fvu")
-"""Of a ReLU SAE, by layer."""
+"""Columns of a ReLU SAE, by layer."""
 
 
 @dataclass(frozen=True)

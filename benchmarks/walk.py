@@ -40,7 +40,7 @@ from mlsae.train.step.trainer import Trainer
 
 @dataclass(frozen=True)
 class Shape:
-    """What is trained, and how many steps make up a round."""
+    """Shape of the SAE, and steps of a round."""
 
     d_in: int
     num_latents: int

@@ -49,7 +49,7 @@ Rows = npt.NDArray[np.float16]
 
 @dataclass(frozen=True)
 class Shape:
-    """What is written."""
+    """Shape of the store."""
 
     d_model: int
     num_rows: int = 262_144
@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="the first is discarded")
     parser.add_argument("--ballast", type=parse_bytes, default=parse_bytes("17GB"))
     parser.add_argument("--d-model", type=int, nargs="+", default=[512, 1024])
-    parser.add_argument("--rows", type=int, default=Shape.num_rows, help="of each layer")
+    parser.add_argument("--rows", type=int, default=Shape.num_rows, help="rows of each layer")
     options = parser.parse_args()
     results = []
     with tempfile.TemporaryDirectory(dir=options.dir) as temporary:

@@ -1,5 +1,6 @@
 import contextlib
 import io
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import pytest
 from mlsae.analyze import Analysis
 from mlsae.base.errors import InputError
 from mlsae.demo.walk import render, settings, walk
+
+README = Path(__file__).parents[2] / "README.md"
+NUMBER = re.compile(r"\s*\d[\d,.]*")
 
 
 @dataclass(frozen=True)
@@ -89,3 +93,21 @@ def test_walk_refuses_a_directory_of_other_things(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"notes\.txt"):
         small_walk(tmp_path)
     assert [path.name for path in (tmp_path / "acts").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_whole_demo_ends_with_the_table_of_readme(tmp_path: Path) -> None:
+    """Numbers of another machine's rounding; the same layers and the same words."""
+    _, _, shown = README.read_text().partition("```text\n")
+    table = shown.partition("```")[0].splitlines()
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        walk(*settings(tmp_path))
+    lines = printed.getvalue().splitlines()
+    found = lines[lines.index(table[0]) :][: len(table)]
+    assert re.sub(NUMBER, "#", "\n".join(found)) == re.sub(NUMBER, "#", "\n".join(table))
+    for line, expected in zip(found[1:7], table[1:7], strict=True):
+        fvu, delta, l0 = (float(cell) for cell in line.split()[1:4])
+        wanted = [float(cell) for cell in expected.split()[1:4]]
+        assert [fvu, delta, l0] == pytest.approx(wanted, rel=0.05, abs=0.02)
