@@ -1,12 +1,11 @@
-"""What the encoding of a shard costs, measured where the transformer computed its rows.
+"""Cost of a shard's encoding, measured where the transformer computed the rows.
 
 The figure is that of `mlsae.store.format.added_fvu`: of the eligible rows, in total and by decile
-of norm.
-Rows are summed in float32, each about the mean of the shard's first ones, so that nothing cancels,
-and pieces of rows in float64: a figure is right to a relative 1e-5. Rows that differ by no more
-than float32 rounds have no variance here.
+of norm. Rows are summed in float32, each about the mean of the shard's first ones, so that nothing
+cancels, and pieces of rows in float64: a figure is right to a relative 1e-5. Rows that differ by no
+more than float32 rounds have no variance here.
 
-Shape suffixes: N rows, D channels, Q deciles and a last group of rows that are not eligible.
+Shape suffixes: N rows, D channels, Q deciles.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mlsae.harvest.compute.codecs import Codec, Codecs, Key, Parts, piece_rows
-from mlsae.store.format.added_fvu import NUM_DECILES, AddedFVU
+from mlsae.store.format.added_fvu import NUM_DECILES, added_fvu
 from mlsae.store.format.moments import eligible_groups
 
 ROUNDING = 1e-6
@@ -31,25 +30,19 @@ alike: 1e-6 of their norm."""
 
 @dataclass
 class _Sums:
-    """Of one site and layer, on one device; float64 but for the centre."""
+    """Sums of one site and layer, on one device; float64 but for the centre."""
 
     edges: Tensor
     """Norms that part the deciles of the first rows, ascending."""
     centre: Tensor
     """(D,) float32; the mean of the first rows."""
-    count: Tensor
-    """(Q,)"""
-    error: Tensor
-    """(Q,) Σ‖x − decoded‖²."""
-    power: Tensor
-    """(Q,) Σ‖x‖²."""
-    square: Tensor
-    """(Q,) Σ‖x − centre‖²."""
+    scalars: Tensor
+    """(Q, 4) rows, Σ‖x − decoded‖², Σ‖x − centre‖², Σ‖x‖²."""
     first: Tensor
     """(Q, D) Σ (x − centre)."""
 
 
-class EncodingCost:
+class RunningFVU:
     """Added FVU of every site and layer, of the rows added since the last `take`.
 
     Args:
@@ -69,7 +62,7 @@ class EncodingCost:
         rows: Mapping[Key, Tensor],
         stored: Mapping[Key, Parts],
     ) -> None:
-        """Add a batch; one in which the encoding changes nothing or the first ones tell is passed.
+        """Add a batch, unless the encoding changes nothing or the first batches tell its cost.
 
         Args:
             group_N: index into `mlsae.store.format.moments.GROUPS` of each row.
@@ -85,54 +78,42 @@ class EncodingCost:
             codec, device = self._codecs[key], x_ND.device
             if x_ND.dtype != codec.parts[0][0] and (is_first or codec.measures_all):
                 eligible_here_N = on.setdefault(device, eligible_N.to(device))
-                self._add(key, codec, x_ND, stored[key], eligible_here_N)
+                if key not in self._sums:
+                    self._sums[key] = self._begin(x_ND, eligible_here_N)
+                for some in self._pieces(x_ND):
+                    parts = tuple(part[some] for part in stored[key])
+                    self._add(self._sums[key], codec, x_ND[some], parts, eligible_here_N[some])
 
     def take(self) -> dict[str, dict[str, Any]] | None:
-        """Site → layer (decimal) → what `AddedFVU.result` gives; the next batch begins anew.
+        """Site → layer (decimal) → the mapping that `added_fvu` gives; the next batch begins anew.
 
         None where nothing was measured.
         """
         result: dict[str, dict[str, Any]] = {}
         for (site, layer), sums in self._sums.items():
-            result.setdefault(site, {})[str(layer)] = _OnHost(sums).result()
+            result.setdefault(site, {})[str(layer)] = _result(sums)
         self._sums = {}
         self._has_begun = False
         return result or None
-
-    def _add(self, key: Key, codec: Codec, x_ND: Tensor, stored: Parts, eligible_N: Tensor) -> None:
-        if key not in self._sums:
-            self._sums[key] = self._begin(x_ND, eligible_N)
-        for piece in self._pieces(x_ND):
-            self._add_piece(
-                self._sums[key],
-                codec,
-                x_ND[piece],
-                tuple(part[piece] for part in stored),
-                eligible_N[piece],
-            )
 
     def _begin(self, x_ND: Tensor, eligible_N: Tensor) -> _Sums:
         wide: dict[str, Any] = {"dtype": torch.float64, "device": x_ND.device}
         total_D = torch.zeros(self._d_model, **wide)
         norm_N = torch.empty(len(x_ND), **wide)
-        for piece in self._pieces(x_ND):
-            (piece_ND,) = self._tables_on(x_ND.device, len(x_ND[piece]))[:1]
-            piece_ND.copy_(x_ND[piece])
-            norm_N[piece] = torch.linalg.vector_norm(piece_ND, dim=1).double()
-            total_D += eligible_N[piece].float() @ piece_ND
+        for some in self._pieces(x_ND):
+            (piece_ND,) = self._tables_on(x_ND.device, len(x_ND[some]))[:1]
+            piece_ND.copy_(x_ND[some])
+            norm_N[some] = torch.linalg.vector_norm(piece_ND, dim=1).double()
+            total_D += eligible_N[some].float() @ piece_ND
         parts = torch.arange(1, NUM_DECILES, **wide) / NUM_DECILES
-        num_groups = NUM_DECILES + 1
         return _Sums(
             edges=torch.quantile(norm_N[eligible_N], parts),
             centre=(total_D / eligible_N.sum()).float(),
-            count=torch.zeros(num_groups, **wide),
-            error=torch.zeros(num_groups, **wide),
-            power=torch.zeros(num_groups, **wide),
-            square=torch.zeros(num_groups, **wide),
-            first=torch.zeros(num_groups, self._d_model, **wide),
+            scalars=torch.zeros(NUM_DECILES, 4, **wide),
+            first=torch.zeros(NUM_DECILES, self._d_model, **wide),
         )
 
-    def _add_piece(
+    def _add(
         self, sums: _Sums, codec: Codec, rows_ND: Tensor, stored: Parts, eligible_N: Tensor
     ) -> None:
         x_ND, decoded_ND = self._tables_on(rows_ND.device, len(rows_ND))
@@ -140,19 +121,14 @@ class EncodingCost:
         codec.decode_into(stored, decoded_ND)
         error_N = _squares(torch.sub(x_ND, decoded_ND, out=decoded_ND))
         norm_N = torch.linalg.vector_norm(x_ND, dim=1).double()
-        # Ineligible rows go to a group of their own: taking the others out would copy them.
         decile_N = torch.bucketize(norm_N, sums.edges, right=True)
+        # Of no decile where it is not eligible: taking the others out would copy them.
         decile_N.masked_fill_(~eligible_N, NUM_DECILES)
+        is_in_QN = decile_N == torch.arange(NUM_DECILES, device=decile_N.device)[:, None]
         x_ND.sub_(sums.centre)
-        for sums_Q, values_N in (
-            (sums.count, torch.ones_like(norm_N)),
-            (sums.error, error_N),
-            (sums.power, norm_N.square()),
-            (sums.square, _squares(x_ND)),
-        ):
-            sums_Q.index_add_(0, decile_N, values_N)
-        indicator_NQ = torch.nn.functional.one_hot(decile_N, NUM_DECILES + 1).float()
-        sums.first += indicator_NQ.T @ x_ND
+        scalars = [torch.ones_like(norm_N), error_N, _squares(x_ND), norm_N.square()]
+        sums.scalars += is_in_QN.double() @ torch.stack(scalars, dim=1)
+        sums.first += is_in_QN.float() @ x_ND
 
     def _pieces(self, x_ND: Tensor) -> Iterator[slice]:
         most_rows = piece_rows(x_ND.device, self._d_model)
@@ -166,25 +142,21 @@ class EncodingCost:
         return self._tables[device][:, :num_rows]
 
 
-class _OnHost(AddedFVU):
-    """Sums that were made on a device."""
+def _result(sums: _Sums) -> dict[str, Any]:
+    """Added FVU of sums in float32: what rounding left of them is no variance."""
+    count_Q, error_Q, square_Q, power_Q = sums.scalars.cpu().numpy().T
+    first_QD = sums.first.cpu().numpy()
+    # Where a decile's rows are all alike, their distance from the centre alone.
+    alike_Q = np.square(first_QD).sum(axis=1) / np.maximum(count_Q, 1)
+    without_Q = np.where(_is_noise(square_Q, alike_Q, power_Q), alike_Q, square_Q)
+    alike = np.square(first_QD.sum(axis=0)).sum() / max(count_Q.sum(), 1)
+    if _is_noise(square_Q.sum(), alike, power_Q.sum()):
+        without_Q, first_QD = np.zeros_like(without_Q), np.zeros_like(first_QD)
+    return added_fvu(count_Q, error_Q, without_Q, first_QD)
 
-    def __init__(self, sums: _Sums) -> None:
-        super().__init__()
-        eligible = slice(NUM_DECILES)
-        self._count_Q = sums.count[eligible].cpu().numpy().astype(np.int64)
-        self._error_Q = sums.error[eligible].cpu().numpy()
-        self._sum_QD = sums.first[eligible].cpu().numpy()
-        square_Q = sums.square[eligible].cpu().numpy()
-        power_Q = sums.power[eligible].cpu().numpy()
-        # Of rows that are all alike: their distance from the centre, and no variance.
-        alike_Q = np.square(self._sum_QD).sum(axis=1) / np.maximum(self._count_Q, 1)
-        is_noise_Q = square_Q - alike_Q < ROUNDING * square_Q + NOISE * power_Q
-        self._square_Q = np.where(is_noise_Q, alike_Q, square_Q)
-        alike = np.square(self._sum_QD.sum(axis=0)).sum() / max(self._count_Q.sum(), 1)
-        if square_Q.sum() - alike < ROUNDING * square_Q.sum() + NOISE * power_Q.sum():
-            self._square_Q[:] = 0
-            self._sum_QD[:] = 0
+
+def _is_noise(square: Any, alike: Any, power: Any) -> Any:
+    return square - alike < ROUNDING * square + NOISE * power
 
 
 def _squares(x_ND: Tensor) -> Tensor:

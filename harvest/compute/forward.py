@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from mlsae.base.errors import InputError, ResourceError
-from mlsae.harvest.compute.added_fvu import EncodingCost
+from mlsae.harvest.compute.added_fvu import RunningFVU
 from mlsae.harvest.compute.batches import Batch
 from mlsae.harvest.compute.codecs import Codecs, Encoded, Key, Parts
 from mlsae.harvest.compute.moments import RunningMoments, each_alone
@@ -102,7 +102,7 @@ class Forward:
         num_threads = torch.get_num_threads() // 2 if self.is_on_host else None
         self.moments = RunningMoments(codecs, sites, layers, transformer.d_model, num_threads)
         """Of all rows since they were last taken."""
-        self.cost = EncodingCost(codecs, transformer.d_model)
+        self.cost = RunningFVU(codecs, transformer.d_model)
         """Of the encoding, likewise."""
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._pinned = cycle(

@@ -1,4 +1,4 @@
-"""What an encoding costs: the fraction of variance that it leaves unexplained, by deciles of norm.
+"""Cost of an encoding: the fraction of variance that it leaves unexplained, by deciles of norm.
 
 Added FVU of some rows = Σ‖x − decoded‖² / Σ‖x − their mean‖², x the values before encoding. In
 total and for each decile of the rows' L2 norms, the mean being that of the rows named; the edges of
@@ -17,7 +17,7 @@ from mlsae.store.errors import ActivationError
 
 NUM_DECILES = 10
 MAX_ADDED_FVU = 1e-3
-"""What a harvest accepts unless it is told otherwise."""
+"""Most that a harvest accepts unless it is told otherwise."""
 DECILES_FROM = 1000
 """Rows from which on a decile may refuse a shard: a few rows may by chance lie as close together as
 no encoding could tell them apart."""
@@ -26,7 +26,7 @@ Array = npt.NDArray[Any]
 
 
 class AddedFVU:
-    """Of one layer; sums in float64."""
+    """Added FVU of one layer; sums in float64."""
 
     def __init__(self) -> None:
         self._edges: Array | None = None
@@ -57,22 +57,29 @@ class AddedFVU:
         self._sum_QD += is_in_QN @ x_ND
 
     def result(self) -> dict[str, Any]:
-        """num_rows, total, by_decile (10; null where there are no rows or no variance)."""
-        return {
-            "num_rows": int(self._count_Q.sum()),
-            "total": _fvu(
-                self._error_Q.sum(),
-                self._square_Q.sum(),
-                self._sum_QD.sum(axis=0),
-                int(self._count_Q.sum()),
-            ),
-            "by_decile": [
-                _fvu(error, square, sum_D, int(count))
-                for error, square, sum_D, count in zip(
-                    self._error_Q, self._square_Q, self._sum_QD, self._count_Q, strict=True
-                )
-            ],
-        }
+        """Added FVU of the rows so far, as `added_fvu` gives it."""
+        return added_fvu(self._count_Q, self._error_Q, self._square_Q, self._sum_QD)
+
+
+def added_fvu(count_Q: Array, error_Q: Array, square_Q: Array, sum_QD: Array) -> dict[str, Any]:
+    """Added FVU from sums over the rows of each decile.
+
+    Args:
+        count_Q: rows.
+        error_Q: Σ‖x − decoded‖².
+        square_Q: Σ‖x − c‖², c a point near the rows' mean.
+        sum_QD: Σ (x − c).
+
+    Returns:
+        num_rows, total, by_decile (10; null where there are no rows or no variance).
+    """
+    by_decile = [
+        _fvu(error, square, sum_D, int(count))
+        for error, square, sum_D, count in zip(error_Q, square_Q, sum_QD, count_Q, strict=True)
+    ]
+    num_rows = int(count_Q.sum())
+    total = _fvu(error_Q.sum(), square_Q.sum(), sum_QD.sum(axis=0), num_rows)
+    return {"num_rows": num_rows, "total": total, "by_decile": by_decile}
 
 
 def _fvu(error: float, square: float, sum_D: Array, count: int) -> float | None:
@@ -87,7 +94,7 @@ def check_added_fvu(added: Mapping[str, Any], shard: int, encoding: str, most: f
     """Refuse a shard whose encoding costs too much.
 
     Args:
-        added: site → layer (decimal) → what `AddedFVU.result` gives.
+        added: site → layer (decimal) → the mapping that `added_fvu` gives.
         shard: index of the shard.
         encoding: of the store.
         most: largest FVU that may be added, in total and, from 1,000 rows on, in each decile.

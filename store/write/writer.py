@@ -214,7 +214,7 @@ class Writer:
         Args:
             moments: site → moments of the decoded stored values of the rows that were written with
                 `moments_follow`; None where there are none.
-            added_fvu: site → layer (decimal) → the mapping that `AddedFVU.result` gives, of the
+            added_fvu: site → layer (decimal) → the mapping that `added_fvu` gives, of the
                 whole shard; None for what was measured here, of floats that the encoding changes
                 (of int8 all, else the shard's first call).
 

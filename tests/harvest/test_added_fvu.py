@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mlsae.harvest.compute import codecs as module
-from mlsae.harvest.compute.added_fvu import EncodingCost
+from mlsae.harvest.compute.added_fvu import RunningFVU
 from mlsae.harvest.compute.codecs import Codecs, codecs_for
 from mlsae.store import Calibrator
 from mlsae.store.format.added_fvu import AddedFVU
@@ -42,7 +42,7 @@ def measure(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(module.PIECE_VALUES, "cpu", request.param)
 
     def act(codecs: Codecs, batches: list[tuple[np.ndarray, Rows]]) -> Any:
-        cost = EncodingCost(codecs, WIDTH)
+        cost = RunningFVU(codecs, WIDTH)
         for group, rows in batches:
             tensors = {key: torch.from_numpy(x) for key, x in rows.items()}
             stored = {key: codecs[key].encode(x).parts for key, x in tensors.items()}
@@ -116,7 +116,7 @@ def test_rounding_is_measured_on_the_first_batch_alone(encoding: str, measure: M
 def test_nothing_is_measured_where_nothing_changes(measure: Measure) -> None:
     codecs = codecs_for("float32", SITES, LAYERS, WIDTH, None)
     assert measure(codecs, [(groups_of(50), hard_rows(50, 0))]) is None
-    cost = EncodingCost(codecs, WIDTH)
+    cost = RunningFVU(codecs, WIDTH)
     half = {key: torch.from_numpy(x).half() for key, x in hard_rows(50, 0).items()}
     cost.add(groups_of(50), half, {key: codecs[key].encode(x).parts for key, x in half.items()})
     widened = cost.take()
