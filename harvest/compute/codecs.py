@@ -16,10 +16,10 @@ from torch import Tensor
 from mlsae.store import Calibration, Encoding
 from mlsae.store.format.encoding import (
     BLOCK_CHANNELS,
-    EIGHTHS,
-    MAX_EXPONENT,
     MAX_QUANTUM,
     MIN_EXPONENT,
+    POWERS,
+    decode_int8_into,
     num_blocks,
 )
 
@@ -143,15 +143,7 @@ class Int8Codec:
         quanta_ND, exponents_NB = parts
         mean_D, scale_D = self._channels_on(out_ND.device)
         factors_NB = self._scratch.powers(out_ND.device)[exponents_NB.long() - MIN_EXPONENT]
-        out_ND.copy_(quanta_ND)
-        whole = self._d_model // BLOCK_CHANNELS
-        end = whole * BLOCK_CHANNELS
-        blocks_NBC = out_ND[:, :end].view(len(out_ND), whole, BLOCK_CHANNELS)
-        blocks_NBC.mul_(factors_NB[:, :whole, None])
-        out_ND[:, end:].mul_(factors_NB[:, whole:])
-        # Two steps, as everywhere: one fused step would round differently.
-        out_ND.mul_(scale_D)
-        out_ND.add_(mean_D)
+        decode_int8_into(quanta_ND, factors_NB, scale_D, mean_D, out_ND)
 
     def sound(self, parts: Parts) -> tuple[Tensor, Tensor]:
         """(N, D) decoded values, and which of them are those that were encoded."""
@@ -194,8 +186,7 @@ class Scratch:
     def powers(self, device: torch.device) -> Tensor:
         """(K,) 2^(k / 8) for every exponent, ascending; float32."""
         if device not in self._powers:
-            powers = np.exp2(np.arange(MIN_EXPONENT, MAX_EXPONENT + 1) / EIGHTHS)
-            self._powers[device] = torch.from_numpy(powers.astype(np.float32)).to(device)
+            self._powers[device] = torch.from_numpy(POWERS).to(device)
         return self._powers[device]
 
     def table(self, device: torch.device, num_rows: int, blocks: int) -> Tensor:

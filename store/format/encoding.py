@@ -31,7 +31,8 @@ MAX_QUANTUM = 127
 MIN_EXPONENT, MAX_EXPONENT = -128, 127
 EIGHTHS = 8
 """An exponent counts eighths of a power of two."""
-_POWERS = np.exp2(np.arange(MIN_EXPONENT, MAX_EXPONENT + 1) / EIGHTHS).astype(np.float32)
+POWERS = np.exp2(np.arange(MIN_EXPONENT, MAX_EXPONENT + 1) / EIGHTHS).astype(np.float32)
+"""2^(k / 8) for every exponent k, ascending."""
 
 
 @dataclass(frozen=True)
@@ -145,10 +146,13 @@ class SiteCodec:
             _decode_finite_into(parts[0], self.encoding, out)
             return
         quanta_ND, exponents_NB = parts
-        factors_NB = _POWERS[exponents_NB.astype(np.int16) - MIN_EXPONENT]
-        np.multiply(quanta_ND, _by_channel(factors_NB, quanta_ND.shape[1]), out=out)
-        out *= self._calibration.scale[layer_index]
-        out += self._calibration.mean[layer_index]
+        decode_int8_into(
+            quanta_ND,
+            POWERS[exponents_NB.astype(np.int16) - MIN_EXPONENT],
+            self._calibration.scale[layer_index],
+            self._calibration.mean[layer_index],
+            out,
+        )
 
 
 def encode(values: Array, encoding: Encoding) -> Array:
@@ -197,10 +201,34 @@ def encode_int8(values: Array, mean_D: Array, scale_D: Array) -> Parts:
     least = np.float32(2.0 ** (MIN_EXPONENT / EIGHTHS))
     wanted_NB = np.ceil(EIGHTHS * np.log2(np.maximum(largest_NB / np.float32(MAX_QUANTUM), least)))
     exponents_NB = np.clip(wanted_NB, MIN_EXPONENT, MAX_EXPONENT).astype(np.int8)
-    y_NBC /= _POWERS[exponents_NB.astype(np.int16) - MIN_EXPONENT][:, :, None]
+    y_NBC /= POWERS[exponents_NB.astype(np.int16) - MIN_EXPONENT][:, :, None]
     np.rint(y_ND, out=y_ND)
     np.clip(y_ND, -MAX_QUANTUM, MAX_QUANTUM, out=y_ND)
     return y_ND[:, :d_model].astype(np.int8), exponents_NB
+
+
+def decode_int8_into(quanta_ND: Any, factors_NB: Any, scale: Any, mean: Any, out_ND: Any) -> None:
+    """x = q · 2^(k/8) · scale + mean, in `out_ND`.
+
+    Operators alone, so that arrays of numpy and tensors of torch, on one device, may be given.
+
+    Args:
+        quanta_ND: q, int8.
+        factors_NB: 2^(k/8) of each block, from `POWERS`.
+        scale: channel scales, (D,), or (N, D) where each row has its own.
+        mean: channel means, likewise.
+        out_ND: floats to be written over, the channels of a row contiguous.
+    """
+    out_ND[...] = quanta_ND
+    whole = quanta_ND.shape[1] // BLOCK_CHANNELS
+    end = whole * BLOCK_CHANNELS
+    blocks_NBC = out_ND[:, :end].reshape(len(out_ND), whole, BLOCK_CHANNELS)
+    blocks_NBC *= factors_NB[:, :whole, None]
+    if end < quanta_ND.shape[1]:
+        out_ND[:, end:] *= factors_NB[:, whole:]
+    # Two steps: one fused step would round differently.
+    out_ND *= scale
+    out_ND += mean
 
 
 def decode(stored: Array, encoding: Encoding) -> npt.NDArray[np.float32]:
@@ -223,7 +251,3 @@ def _decode_finite_into(stored: Array, encoding: Encoding, out: Array) -> None:
         np.left_shift(stored.view("<i2"), 13, out=bits, dtype="<i4")
         bits &= np.int32(-0x70002000)
         out *= np.float32(2.0**112)
-
-
-def _by_channel(factors_NB: Array, d_model: int) -> Array:
-    return np.repeat(factors_NB, BLOCK_CHANNELS, axis=1)[:, :d_model]

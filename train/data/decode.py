@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from mlsae.store import AnyStore
-from mlsae.store.format.encoding import BLOCK_CHANNELS, EIGHTHS, MAX_EXPONENT, MIN_EXPONENT
+from mlsae.store.format.encoding import MIN_EXPONENT, POWERS, decode_int8_into
 
 Parts = tuple[torch.Tensor, ...]
 """Rows as stored: (N, width) for each of the arrays that hold them."""
@@ -39,9 +39,7 @@ class Decoder:
             scales = np.concatenate([of_store.scale[at] for of_store in of_stores])
             self._means = torch.from_numpy(means).to(device)
             self._scales = torch.from_numpy(scales).to(device)
-            exponents = np.arange(MIN_EXPONENT, MAX_EXPONENT + 1)
-            powers = np.exp2(exponents / EIGHTHS).astype(np.float32)
-            self._powers = torch.from_numpy(powers).to(device)
+            self._powers = torch.from_numpy(POWERS).to(device)
 
     def __call__(
         self, parts: Parts, layer: torch.Tensor | int, origin: torch.Tensor | None = None
@@ -54,18 +52,19 @@ class Decoder:
             origin: (N,) which of the store's `stores` each row is of; None for the first.
 
         Returns:
-            (N, D) on the device: float32 for int8, by x = q · 2^(k/8) · scale + mean, as
-            storage_schema.md has it; else in the store's own floating type, which the SAE widens.
+            (N, D) on the device: float32 for int8; else in the store's own floating type, which the
+            SAE widens.
         """
         values_ND, *exponents = (part.to(self._device) for part in parts)
         if not self._is_scaled:
             return values_ND
         factors_NB = self._powers[exponents[0].int() - MIN_EXPONENT]
-        factors_ND = factors_NB.repeat_interleave(BLOCK_CHANNELS, dim=1)[:, : values_ND.shape[1]]
         line = layer.to(self._device) if isinstance(layer, torch.Tensor) else layer
         if origin is not None:
             line = line + self._num_layers * origin.to(self._device)
-        return (values_ND * factors_ND).mul_(self._scales[line]).add_(self._means[line])
+        x_ND = torch.empty(values_ND.shape, device=self._device)
+        decode_int8_into(values_ND, factors_NB, self._scales[line], self._means[line], x_ND)
+        return x_ND
 
 
 def origin_of(store: AnyStore, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64] | None:
