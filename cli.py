@@ -16,18 +16,19 @@ from mlsae.commands.export import export
 from mlsae.commands.harvest import harvest
 from mlsae.commands.import_ import import_
 from mlsae.commands.latents import latents
+from mlsae.commands.options import CommandList
 from mlsae.commands.store import store
 from mlsae.commands.train import train
 
 
-class _OneLineErrors(click.Group):
-    """A group that turns errors meant for the user into one line and exit status 1."""
+class _OneLineErrors(CommandList):
+    """Commands, as a group that turns errors meant for the user into one line and exit status 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except InterruptedWorkError as stop:
-            # What the user asked for is no error.
+            # A stop that the user asked for is no error.
             click.echo(str(stop), err=True)
             ctx.exit(stop.exit_status)
         except MlsaeError as error:
@@ -37,7 +38,10 @@ class _OneLineErrors(click.Group):
             raise click.ClickException(f"{error.strerror or error}{where}") from None
 
 
-@click.group(cls=_OneLineErrors, context_settings={"show_default": True})
+@click.group(
+    cls=_OneLineErrors,
+    context_settings={"show_default": True, "help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, prog_name="mlsae")
 def main() -> None:
     """Multi-layer sparse autoencoders: harvest once, train and analyze from the store."""

@@ -9,7 +9,12 @@ from mlsae.commands.options import DIRECTORY
 
 
 @click.command()
-@click.option("--out", default="demo-run", type=DIRECTORY, help="Directory of everything it makes.")
+@click.option(
+    "--out",
+    default="demo-run",
+    type=DIRECTORY,
+    help="Directory of the store, the SAE and the analysis.",
+)
 def demo(out: Path) -> None:
     """Harvest, train and analyze the transformer that comes with the package."""
     from mlsae.demo import run

@@ -13,9 +13,12 @@ from mlsae.commands.options import DIRECTORY
 @click.option(
     "--to", required=True, help="Format: saelens, sparsify, dictionary-learning or mlsae."
 )
-@click.option("--model", help="Name of the transformer, for the formats that record it.")
+@click.option(
+    "--model",
+    help="Name of the transformer, for formats that record it; the recorded one if not given.",
+)
 def export(run: str, to: str, out: Path, model: str | None) -> None:
-    """Write the SAE of RUN, a directory or hub id, in the format of another tool."""
+    """Write the SAE of RUN, a directory or hub id, to OUT in the format of another tool."""
     from mlsae.sae.formats.convert import export_sae
 
     for directory in export_sae(run, to, out, model=model):

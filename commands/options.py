@@ -1,18 +1,19 @@
-"""Options of the command line: their types, and those that several commands have."""
+"""Options of commands, made from the fields of settings classes, and help under headings."""
 
 import itertools
 from collections.abc import Callable
+from dataclasses import MISSING
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import click
 
 from mlsae.base.errors import InputError
+from mlsae.base.settings import Setting, described
 from mlsae.base.units import (
     parse_bytes,
     parse_context,
     parse_count,
-    parse_count_or_auto,
     parse_layers,
     parse_names,
     parse_numbers,
@@ -36,16 +37,150 @@ class Parsed(click.ParamType[Any]):
 
 
 COUNT = Parsed("count", parse_count)
-BYTES = Parsed("bytes", parse_bytes)
-COUNT_OR_AUTO = Parsed("count", parse_count_or_auto)
 LAYERS = Parsed("layers", parse_layers)
+BYTES = Parsed("bytes", parse_bytes)
 NAMES = Parsed("names", parse_names)
 NUMBERS = Parsed("numbers", parse_numbers)
 ROWS = Parsed("rows", parse_range)
 CONTEXT = Parsed("tokens", parse_context)
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False)
 LOCATION = Parsed("location", str)
 """A directory or a URL, which a path would mangle."""
+_PLAIN: dict[object, click.ParamType[Any]] = {
+    int: click.INT,
+    float: click.FLOAT,
+    str: click.STRING,
+    Path: DIRECTORY,
+}
+
+
+class GroupedOption(click.Option):
+    """An option that stands under a heading of its command's help."""
+
+    def __init__(self, *args: Any, group: str, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.group = group
+
+
+class SettingsCommand(click.Command):
+    """A command whose options are the fields of a settings class, beside those of its own.
+
+    They are made when they are first asked for, so that a list of commands imports no settings.
+
+    Args:
+        args: as of `click.Command`.
+        settings: gives the class.
+        more: as of `click.Command`.
+    """
+
+    def __init__(self, *args: Any, settings: Callable[[], type[Any]], **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._settings = settings
+        self._made = False
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """All options, and that for help."""
+        if not self._made:
+            self.params = [*options_of(self._settings()), *self.params]
+            self._made = True
+        return super().get_params(ctx)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write each heading's options, in the order of their first ones."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for option in self.get_params(ctx):
+            record = option.get_help_record(ctx)
+            if record is not None:
+                sections.setdefault(getattr(option, "group", "Other"), []).append(record)
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+class CommandList(click.Group):
+    """A group whose help has the first paragraph of each command's help, whole and in order."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """Names, in the order in which commands were added."""
+        return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """Write the names and what the commands do."""
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [
+                    (name, " ".join((command.help or "").split("\n\n")[0].split()))
+                    for name, command in self.commands.items()
+                ]
+            )
+
+
+def options_of(settings: type[Any]) -> list[click.Option]:
+    """The options of a settings class, in the order of its fields."""
+    hints, fields = get_type_hints(settings), settings.__dataclass_fields__
+    return [
+        _option(name, setting, fields[name].default, hints[name])
+        for name, setting in described(settings).items()
+        if setting.on_command_line
+    ]
+
+
+def default_text(setting: Setting, default: Any) -> str:
+    """The default for people; empty where a value must be given, and for a plain flag."""
+    if default is MISSING or default is False or default == ():
+        return ""
+    if default is None:
+        return setting.unset or ""
+    if isinstance(default, tuple):
+        return ",".join(map(str, default))
+    return (
+        "yes" if default is True else f"{default:g}" if isinstance(default, float) else str(default)
+    )
+
+
+def _option(name: str, setting: Setting, default: Any, hint: Any) -> GroupedOption:
+    flag = setting.option or "--" + name.replace("_", "-")
+    notes = [f"default: {shown}"] if (shown := default_text(setting, default)) else []
+    options: dict[str, Any] = {"required": default is MISSING}
+    if hint is bool:
+        options |= {"is_flag": True, "default": default}
+        flag += f"/--no-{flag[2:]}" if default else ""
+    else:
+        options["multiple"] = setting.again or setting.swept
+        options |= {"type": _type(setting, hint), "metavar": setting.metavar}
+        if setting.swept:
+            options["callback"] = lambda _ctx, _param, values: tuple(itertools.chain(*values))
+            notes.append("several: an SAE each")
+        elif default is not MISSING:
+            options["default"] = default
+    names = [name, *([setting.short] if setting.short else []), flag]
+    help_text = f"{setting.doc} [{'; '.join(notes)}]" if notes else setting.doc
+    return GroupedOption(names, group=setting.group, help=help_text, show_default=False, **options)
+
+
+def _type(setting: Setting, hint: Any) -> click.ParamType[Any]:
+    if setting.parse is not None:
+        name = setting.parse.__name__.removeprefix("parse_")
+        kind: click.ParamType[Any] = Parsed(name, setting.parse)
+    elif setting.is_file:
+        kind = FILE
+    else:
+        kind = _PLAIN[next(one for one in (*get_args(hint), hint) if one in _PLAIN)]
+    return _Several(kind) if setting.swept else kind
+
+
+class _Several(click.ParamType[Any]):
+    """Values with commas between them."""
+
+    def __init__(self, one: click.ParamType[Any]) -> None:
+        self.name = f"{one.name},…"
+        self._one = one
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        return tuple(self._one.convert(word.strip(), param, ctx) for word in value.split(","))
 
 
 def reads_stores(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,19 +207,6 @@ def reads_stores(command: Callable[..., Any]) -> Callable[..., Any]:
     ):
         command = option(command)
     return command
-
-
-class _Several(click.ParamType[Any]):
-    """Values with commas between them."""
-
-    def __init__(self, one: click.ParamType[Any]) -> None:
-        self.name = f"{one.name},…"
-        self._one = one
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):
-            return value
-        return tuple(self._one.convert(word.strip(), param, ctx) for word in value.split(","))
 
 
 def swept(

@@ -1,14 +1,19 @@
-"""What a harvest is asked to do."""
+"""Settings of a harvest."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from mlsae.base.errors import InputError
+from mlsae.base.settings import setting, settings
+from mlsae.base.units import (
+    parse_bytes,
+    parse_count,
+    parse_count_or_auto,
+    parse_layers,
+    parse_names,
+)
 from mlsae.base.words import SITES
 from mlsae.harvest.text.packing import BOS, PACKINGS
 from mlsae.harvest.text.sources import TextConfig
-from mlsae.models.loading import DTYPES
-from mlsae.models.weights.initialization import INITS
 from mlsae.store.format.added_fvu import MAX_ADDED_FVU
 from mlsae.store.format.layout import SHARD_BYTES
 from mlsae.store.format.presets import PRESETS
@@ -17,7 +22,7 @@ DEFAULT_CONTEXT_LENGTH = 1024
 DEVICE_MAPS = ("auto",)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class HarvestConfig:
     """Settings of a harvest; checked when made, against the model and the text when run.
 
@@ -25,75 +30,230 @@ class HarvestConfig:
         InputError: a value is out of range.
     """
 
-    model: str
-    """Hub id or local directory of a transformer and its tokenizer."""
-    dataset: str | tuple[str, ...]
-    """Hub id, local directory or file of text; several, each as NAME:SHARE, for a mixture."""
-    out: Path
-    """Directory of the activation store: absent, empty, or a store of the same plan."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub model."""
-    init: str = "trained"
-    """trained, rerandomized, rerandomized-keep-embeddings, random or control (docs/models.md)."""
-    init_seed: int = 0
-    """Of what `init` draws."""
-    blocks: str | None = None
-    """Path of the module list that holds the blocks; found by structure if not given."""
-    split: str = "train"
-    """Split of a hub data set or of a local directory in hub layout."""
-    subset: str | None = None
-    """Subset (configuration) of a hub data set."""
-    shuffle_seed: int | None = None
-    """Shuffles a hub data set as it is streamed; None for its own order."""
-    text_column: str = "text"
-    """Column that holds the text; a .txt file has none."""
-    tokens_column: str | None = None
-    """Column of token ids, where the text is tokenised already."""
-    max_tokens: int | None = None
-    """Most tokens to harvest, rounded down to whole sequences; None for all."""
-    max_disk: int | None = None
-    """Most bytes the store may take; a harvest that would take more is refused."""
-    context_length: int | None = None
-    """Tokens of a sequence; None for the model's maximum, but no more than 1,024."""
-    packing: str = "concatenate"
-    """concatenate: documents joined by separators and cut; document: one a sequence, padded."""
-    bos: str = "auto"
-    """auto, always or never: whether a BOS opens what the model reads at once."""
-    isolate_documents: bool = False
-    """Attention does not cross documents, and positions restart at each."""
-    layers: tuple[int, ...] | None = None
-    """Blocks, from 0, whose activations are stored; None for all."""
-    sites: tuple[str, ...] = ("resid_post",)
-    """Where in a block: resid_pre, resid_mid, resid_post, attn_out, mlp_out."""
-    keep_positions: int | None = None
-    """Positions of each sequence that are stored, a seeded choice; None for all."""
-    keep_seed: int = 0
-    """Of that choice."""
-    encoding: str = "auto"
-    """float16, bfloat16, float32 or int8, each also with -zstd; auto is bfloat16 for a model in
-    bfloat16, else float16, which is refused where the first batch has magnitudes over 16,000."""
-    max_encoding_fvu: float = MAX_ADDED_FVU
-    """Most FVU that the encoding may add to a shard, in total and in each decile of row norm."""
-    model_dtype: str = "auto"
-    """Precision the model runs in: float32, float16, bfloat16, or auto for its checkpoint's."""
-    attention_implementation: str = "auto"
-    """eager, sdpa, sdpa_by_blocks, flash_attention_2, …; auto for sdpa_by_blocks where it is
-    faster on this machine, else the library's choice."""
-    batch_size: int | None = None
-    """Sequences of a forward pass; None to choose by memory. It decides bits, so it belongs to the
-    store's plan."""
-    device: str = "auto"
-    """cpu, cuda, cuda:N, or auto for CUDA where there is any."""
-    device_map: str | None = None
-    """auto: spread a model over all devices, main memory and disk; None for one device."""
-    allow_mixed_hardware: bool = False
-    """Continue a store whose shards another kind of device or version of torch computed."""
-    shard_size: int | None = None
-    """Bytes of one shard object of one layer, about; None for 128 MiB."""
-    dry_run: bool = False
-    """Say what would be harvested and write nothing."""
+    model: str = setting(
+        decides=True,
+        group="Model",
+        doc="Hub id or local directory of a transformer with its tokenizer, or `demo`.",
+    )
+    dataset: str | tuple[str, ...] = setting(
+        decides=True,
+        group="Text",
+        again=True,
+        doc="Hub id, directory or file of text, or `demo`; given again as NAME:SHARE, a mixture.",
+    )
+    out: Path = setting(
+        decides=False,
+        group="Store",
+        doc="Directory of the activation store: absent, empty, or a store of the same plan.",
+    )
+    revision: str | None = setting(
+        default=None,
+        unset="the newest",
+        decides=True,
+        group="Model",
+        doc="Branch, tag or commit of a hub model.",
+    )
+    init: str = setting(
+        default="trained",
+        decides=True,
+        group="Model",
+        doc="Weights: trained, rerandomized, rerandomized-keep-embeddings, random or control.",
+    )
+    init_seed: int = setting(
+        default=0, decides=True, group="Model", doc="Seed of the weights that --init draws."
+    )
+    blocks: str | None = setting(
+        default=None,
+        unset="found by structure",
+        decides=True,
+        group="Model",
+        doc="Path of the module list that holds the blocks, such as transformer.h.",
+    )
+    split: str = setting(
+        default="train",
+        decides=True,
+        group="Text",
+        doc="Split of a hub data set, or of a directory in hub layout.",
+    )
+    subset: str | None = setting(
+        default=None,
+        unset="the only one",
+        decides=True,
+        group="Text",
+        doc="Subset (configuration) of a hub data set.",
+    )
+    shuffle_seed: int | None = setting(
+        default=None,
+        unset="the data set's own order",
+        decides=True,
+        group="Text",
+        doc="Seed of the order in which documents of a hub data set are streamed.",
+    )
+    text_column: str = setting(
+        default="text",
+        decides=True,
+        group="Text",
+        doc="Column that holds the text; a .txt file has none.",
+    )
+    tokens_column: str | None = setting(
+        default=None,
+        unset="the text is tokenised",
+        decides=True,
+        group="Text",
+        doc="Column of token ids, where the text is tokenised already.",
+    )
+    max_tokens: int | None = setting(
+        default=None,
+        unset="all",
+        decides=True,
+        group="Text",
+        parse=parse_count,
+        doc="Most tokens to harvest, such as 10M, rounded down to whole sequences.",
+    )
+    max_disk: int | None = setting(
+        default=None,
+        unset="what the disk has free",
+        decides=False,
+        group="Store",
+        parse=parse_bytes,
+        doc="Most bytes that the store may take, such as 200GB; a larger harvest is refused.",
+    )
+    context_length: int | None = setting(
+        default=None,
+        unset="the model's maximum, at most 1,024",
+        decides=True,
+        group="Sequences",
+        parse=parse_count,
+        doc="Tokens a sequence.",
+    )
+    packing: str = setting(
+        default="concatenate",
+        decides=True,
+        group="Sequences",
+        doc="concatenate: documents joined by separators and cut; document: one a sequence, "
+        "padded.",
+    )
+    bos: str = setting(
+        default="auto",
+        decides=True,
+        group="Sequences",
+        doc="A BOS token before everything that the model reads at once: always, never, or auto "
+        "where the tokenizer adds one.",
+    )
+    isolate_documents: bool = setting(
+        default=False,
+        decides=True,
+        group="Sequences",
+        doc="Keep attention inside each document and restart positions there.",
+    )
+    layers: tuple[int, ...] | None = setting(
+        default=None,
+        unset="all",
+        decides=True,
+        group="Store",
+        parse=parse_layers,
+        doc="Blocks to store, from 0, such as 0-5 or 0,2,4.",
+    )
+    sites: tuple[str, ...] = setting(
+        default=("resid_post",),
+        decides=True,
+        group="Store",
+        parse=parse_names,
+        doc="Places in a block to store: resid_pre, resid_mid, resid_post, attn_out, mlp_out.",
+    )
+    keep_positions: int | None = setting(
+        default=None,
+        unset="all",
+        decides=True,
+        group="Store",
+        parse=parse_count,
+        doc="Positions of each sequence to store, drawn at random by --keep-seed.",
+    )
+    keep_seed: int = setting(
+        default=0,
+        decides=True,
+        group="Store",
+        doc="Seed of the positions that --keep-positions draws.",
+    )
+    encoding: str = setting(
+        default="auto",
+        decides=True,
+        group="Store",
+        doc="float16, bfloat16, float32 or int8, each also with -zstd; auto is bfloat16 for a "
+        "model in bfloat16, else float16, which refuses magnitudes over 16,000 in the first "
+        "batch.",
+    )
+    max_encoding_fvu: float = setting(
+        default=MAX_ADDED_FVU,
+        decides=False,
+        group="Store",
+        doc="Most FVU that the encoding may add to a shard, in total and in each decile of row "
+        "norm.",
+    )
+    model_dtype: str = setting(
+        default="auto",
+        decides=True,
+        group="Model",
+        doc="Precision the model runs in: float32, float16, bfloat16, or auto for the "
+        "checkpoint's.",
+    )
+    attention_implementation: str = setting(
+        default="auto",
+        decides=True,
+        group="Model",
+        option="--attn-implementation",
+        doc="Attention of the model: eager, sdpa, sdpa_by_blocks, flash_attention_2, …; auto is "
+        "sdpa_by_blocks where it is faster on this machine, else the library's choice.",
+    )
+    batch_size: int | None = setting(
+        default=None,
+        unset="auto",
+        decides=True,
+        group="Run",
+        parse=parse_count_or_auto,
+        metavar="COUNT",
+        doc="Sequences a forward pass, or auto to choose by memory; part of the store's plan, "
+        "because the shape of a pass decides last bits.",
+    )
+    device: str = setting(
+        default="auto",
+        decides=False,
+        group="Run",
+        doc="Device: cpu, cuda, cuda:N, or auto for CUDA where there is any.",
+    )
+    device_map: str | None = setting(
+        default=None,
+        unset="one device",
+        decides=False,
+        group="Run",
+        doc="auto: spread a large model over GPUs, main memory and disk.",
+    )
+    allow_mixed_hardware: bool = setting(
+        default=False,
+        decides=False,
+        group="Run",
+        doc="Continue a store whose shards another kind of device or version of torch computed.",
+    )
+    shard_size: int | None = setting(
+        default=None,
+        unset="128MiB",
+        decides=True,
+        group="Store",
+        parse=parse_bytes,
+        doc="Bytes of one file of one layer, about.",
+    )
+    dry_run: bool = setting(
+        default=False,
+        decides=False,
+        group="Run",
+        doc="Print what would be harvested and write nothing.",
+    )
 
     def __post_init__(self) -> None:
+        # Here, so that help and wrong usage do not wait for torch and transformers.
+        from mlsae.models.loading import DTYPES
+        from mlsae.models.weights.initialization import INITS
+
         object.__setattr__(self, "out", Path(self.out))
         object.__setattr__(self, "sites", tuple(self.sites))
         for flag, value, least in (
@@ -154,5 +314,5 @@ class HarvestConfig:
 
 
 def unknown_or_twice(sites: tuple[str, ...]) -> bool:
-    """Whether a site is none of the five or is named twice."""
+    """True where a site is none of the five or is named twice."""
     return len(set(sites)) != len(sites) or not set(sites) <= set(SITES)

@@ -12,7 +12,7 @@ def verify(location: str) -> None:
     from mlsae.store import open_store
     from mlsae.store.tools.verify import verify as find_problems
 
-    # What is kept on this machine says nothing of what the place holds now.
+    # Parts kept on this machine say nothing of the place itself.
     report = find_problems(location, progress=True, cache_bytes=0)
     for line in (*report.problems, *report.notes):
         click.echo(line)

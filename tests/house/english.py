@@ -22,7 +22,7 @@ OPENINGS = (
 
 _OPENING = re.compile(rf"(?:{'|'.join(OPENINGS)})\b(?![-.(])", re.IGNORECASE)
 _DIRECTIVE = re.compile(r"noqa\b|type:|fmt:|pragma:|!|%")
-_HELP = {"help", "short_help", "epilog"}
+_HELP = {"help", "short_help", "epilog", "doc"}
 
 
 @dataclass(frozen=True)

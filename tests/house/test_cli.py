@@ -52,6 +52,13 @@ def commands(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
     return found
 
 
+def parameters(command: click.Command) -> list[click.Parameter]:
+    """Arguments and options of a command, but for that of help."""
+    # click keeps the help option that it has made once.
+    found = command.get_params(click.Context(command, **main.context_settings))
+    return [parameter for parameter in found if "--help" not in parameter.opts]
+
+
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """The real command in a real process."""
     command = [sys.executable, "-m", "mlsae", *arguments]
@@ -61,18 +68,33 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_the_options_are_those_promised():
     """A snapshot of names."""
     found = {
-        name: [max(p.opts, key=len).removeprefix("--") for p in command.params]
+        name: sorted(max(p.opts, key=len).removeprefix("--") for p in parameters(command))
         for name, command in commands(main).items()
     }
-    assert found == {name: options.split() for name, options in OPTIONS.items()}
+    assert found == {name: sorted(options.split()) for name, options in OPTIONS.items()}
 
 
 def test_every_option_has_help():
     """`--help` explains each of them."""
     for name, command in commands(main).items():
-        for parameter in command.params:
+        for parameter in parameters(command):
             if isinstance(parameter, click.Option):
                 assert parameter.help, f"{name} {parameter.name}"
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_fits_a_screen_and_is_whole(flag: str):
+    """Every command's, by both names; the list of commands cuts no summary."""
+    for name, command in {"": main, **commands(main)}.items():
+        shown = CliRunner().invoke(main, [*name.split(), flag])
+        assert shown.exit_code == 0, name
+        assert max(map(len, shown.output.splitlines())) <= 80, name
+        text = " ".join(shown.output.split())
+        assert "..." not in text.removeprefix("Usage: main [OPTIONS] COMMAND [ARGS]..."), name
+        summary = " ".join((command.help or "").split("\n\n")[0].split())
+        assert summary in text, name
+        if name and " " not in name:
+            assert summary in " ".join(CliRunner().invoke(main, [flag]).output.split())
 
 
 def test_help_and_docs_say_what_each_encoding_costs():

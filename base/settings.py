@@ -1,0 +1,103 @@
+"""Settings: one description of each serves its dataclass, the command line, run files and docs."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass
+from typing import Any, TypeVar, dataclass_transform
+
+T = TypeVar("T")
+_KEY = "setting"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Description of a field of a settings class."""
+
+    doc: str
+    """Meaning, unit and range, in sentences that need no other field's; shown by `--help`."""
+    decides: bool
+    """True where another value gives another result."""
+    group: str
+    """Heading in `--help`."""
+    unset: str | None = None
+    """Meaning of the default None, as in `[default: all]`."""
+    option: str | None = None
+    """Name of the option; None for the field's own, as in --batch-size."""
+    short: str | None = None
+    """One-letter name of the option."""
+    parse: Callable[[str], Any] | None = None
+    """Reader of the option's text; None for what the annotation takes."""
+    metavar: str | None = None
+    """Word for the option's value; None for the reader's, or the annotation's."""
+    swept: bool = False
+    """True where SAEs of one run may differ: the option takes several values, the field has one."""
+    again: bool = False
+    """True where the option may be given several times, for a tuple."""
+    is_file: bool = False
+    """True for the path of a file, not of a directory."""
+    on_command_line: bool = True
+    """False where there is no option."""
+
+
+def setting(
+    *,
+    decides: bool,
+    group: str,
+    doc: str,
+    default: Any = MISSING,
+    unset: str | None = None,
+    option: str | None = None,
+    short: str | None = None,
+    parse: Callable[[str], Any] | None = None,
+    metavar: str | None = None,
+    swept: bool = False,
+    again: bool = False,
+    is_file: bool = False,
+    on_command_line: bool = True,
+) -> Any:
+    """A field of a settings class; the arguments are those of `Setting`.
+
+    Without a default the field, and its option, must be given.
+    """
+    described = Setting(
+        doc=doc,
+        decides=decides,
+        group=group,
+        unset=unset,
+        option=option,
+        short=short,
+        parse=parse,
+        metavar=metavar,
+        swept=swept,
+        again=again,
+        is_file=is_file,
+        on_command_line=on_command_line,
+    )
+    return dataclasses.field(default=default, metadata={_KEY: described})
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(setting,))
+def settings(cls: type[T]) -> type[T]:
+    """Make a frozen dataclass with keyword arguments alone, every field of which is a `setting`.
+
+    Raises:
+        TypeError: a field, inherited ones too, does not say whether it decides the result.
+    """
+    made: Any = dataclass(frozen=True, kw_only=True)(cls)
+    for field in dataclasses.fields(made):
+        if _KEY not in field.metadata:
+            raise TypeError(
+                f"{cls.__name__}.{field.name} must be a setting(decides=…, …), which says whether "
+                f"the field decides the result"
+            )
+    return cls
+
+
+def described(cls: type[Any]) -> dict[str, Setting]:
+    """Field → description, in the order of the class."""
+    return {field.name: field.metadata[_KEY] for field in dataclasses.fields(cls)}
+
+
+def deciding(cls: type[Any]) -> tuple[str, ...]:
+    """Fields of a settings class that decide the result."""
+    return tuple(name for name, of in described(cls).items() if of.decides)
