@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from mlsae.base.units import format_bytes, format_count, parse_count
-from mlsae.sae import SAE, SAEConfig
+from mlsae.sae import SAE, SAEConfig, TopK
 from mlsae.store import create, open_store
 
 D_MODEL, NUM_LAYERS, CONTEXT, K, NUM_LATENTS = 128, 6, 256, 32, 16_384
@@ -93,7 +93,10 @@ def make_sae(path: Path, cache: Path) -> None:
     """Random weights; a bias of a standard normal latent's size spreads the frequencies."""
     store = open_store(cache)
     generator = torch.Generator().manual_seed(0)
-    sae = SAE(SAEConfig(d_in=D_MODEL, num_latents=NUM_LATENTS, k=K, encoder_bias=True), generator)
+    sae = SAE(
+        SAEConfig(d_in=D_MODEL, num_latents=NUM_LATENTS, architecture=TopK(K), encoder_bias=True),
+        generator,
+    )
     assert sae.b_enc is not None
     with torch.no_grad():
         sae.W_enc.copy_(sae.W_dec)

@@ -39,7 +39,7 @@ from mlsae.analyze.pairing import Pairing, pair
 from mlsae.analyze.results.tables import schema
 from mlsae.analyze.selection import Int, read_rows
 from mlsae.demo import model_path
-from mlsae.sae import SAE, SAEConfig
+from mlsae.sae import SAE, SAEConfig, TopK
 from mlsae.store import create, open_store
 
 CONTEXT_LENGTH = 256
@@ -93,7 +93,9 @@ def make_pairing(place: Path, shape: Shape, rounds: int) -> Pairing:
                 }
             )
     store = open_store(place / "acts")
-    config = SAEConfig(d_in=shape.d_model, num_latents=shape.num_latents, k=shape.k)
+    config = SAEConfig(
+        d_in=shape.d_model, num_latents=shape.num_latents, architecture=TopK(shape.k)
+    )
     SAE(config, torch.Generator().manual_seed(0)).save(
         place / "sae",
         {

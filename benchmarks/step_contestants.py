@@ -51,7 +51,7 @@ def ours(num_latents: int, d_in: int, k: int, *, mixed: bool, dead: bool) -> Ste
     from accelerate import Accelerator
 
     from mlsae.base.machine.heap import keep_freed_memory
-    from mlsae.sae import SAE, SAEConfig
+    from mlsae.sae import SAE, SAEConfig, TopK
     from mlsae.sae.architectures import topk
     from mlsae.train.data.loader import Batch
     from mlsae.train.step.dead import DeadLatents
@@ -61,7 +61,10 @@ def ours(num_latents: int, d_in: int, k: int, *, mixed: bool, dead: bool) -> Ste
     from mlsae.train.step.trainer import Trainer
 
     keep_freed_memory()
-    sae = SAE(SAEConfig(d_in=d_in, num_latents=num_latents, k=k), torch.Generator().manual_seed(0))
+    sae = SAE(
+        SAEConfig(d_in=d_in, num_latents=num_latents, architecture=TopK(k)),
+        torch.Generator().manual_seed(0),
+    )
     unused = DeadLatents(num_latents, 10**11, torch.device("cpu"))
     objective = Objective(sae, np.full(6, float(d_in)), "standardized", mixed=mixed)
     schedule = Schedule(ADAM["lr"], 10**6, 0, 0)

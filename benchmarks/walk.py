@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from mlsae.sae import SAE
+from mlsae.sae import SAE, TopK
 from mlsae.store import Store, create, open_store
 from mlsae.train import TrainConfig
 from mlsae.train.data.loader import Batch, Loader
@@ -103,8 +103,8 @@ class DenseLoop:
         self.W_enc, self.W_dec, self.b = sae.W_enc, sae.W_dec, sae.b
         variances = layer_variances(plan.store.moments(plan.site, 1), plan.layers, "standardized")
         self.weights = torch.from_numpy(1 / variances).float()
-        assert plan.sae.k is not None
-        self.k, self.batches, self.done = plan.sae.k, batches, 0
+        assert isinstance(plan.sae.architecture, TopK)
+        self.k, self.batches, self.done = plan.sae.architecture.k, batches, 0
         self.adam = torch.optim.Adam(
             sae.parameters(), lr=plan.schedule.peak, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True
         )

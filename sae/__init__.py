@@ -7,16 +7,20 @@ x_hat = sae.decode(latents)
 ```
 """
 
+from mlsae.sae.architectures import Architecture, ReLU, TopK
 from mlsae.sae.config import SAEConfig
 from mlsae.sae.errors import DamagedSAEError, NotAnSAEError, SAEError
 from mlsae.sae.model import SAE, Latents, load
 
 __all__ = [
     "SAE",
+    "Architecture",
     "DamagedSAEError",
     "Latents",
     "NotAnSAEError",
+    "ReLU",
     "SAEConfig",
     "SAEError",
+    "TopK",
     "load",
 ]

@@ -1,18 +1,17 @@
 """What an SAE is: its shape, its architecture, and how it normalises a row."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from mlsae.base.errors import InputError
+from mlsae.sae.architectures import Architecture, TopK, get
 
-ARCHITECTURES = ("topk", "relu")
 NORMALIZE = ("standardize", "none", "scale", "center")
 LAYER_SCALES = ("none", "log", "sqrt", "linear")
 _DEFAULTS = {
-    "architecture": "topk",
+    "architecture": TopK.name,
     "encoder_bias": False,
-    "k": None,
     "layer_scale": "none",
     "layers": None,
 }
@@ -32,35 +31,30 @@ class SAEConfig:
     """Channels of a row."""
     num_latents: int
     """Latents, shared by every layer."""
-    k: int | None = None
-    """Latents a row may use, of `topk`: the k largest pre-activations, those above 0."""
+    architecture: Architecture
+    """How rows become latents, such as `TopK(k=32)` or `ReLU()`."""
     normalize: str = "standardize"
     """How a row is normalised before encoding: `standardize`, `none` for rows as they are, `scale`
     by one factor a layer, or `center` by the mean of its layer."""
     encoder_bias: bool = False
     """Whether each latent has a bias of its own, added to its pre-activation."""
-    architecture: str = "topk"
-    """`topk`, or `relu`, of which a row uses every latent with a pre-activation above 0."""
     layer_scale: str = "none"
     """How rows were put on one scale by the mean norms of layers: `log`, `sqrt` or `linear`."""
     layers: tuple[int, ...] | None = None
     """The block index of each row of the state that depends on the layer; None without any."""
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("architecture", ARCHITECTURES),
-            ("normalize", NORMALIZE),
-            ("layer_scale", LAYER_SCALES),
-        ):
+        if not isinstance(self.architecture, Architecture):
+            raise InputError(
+                f"architecture must be an Architecture, such as TopK(k=32), got "
+                f"{self.architecture!r}"
+            )
+        for name, choices in (("normalize", NORMALIZE), ("layer_scale", LAYER_SCALES)):
             if getattr(self, name) not in choices:
                 raise InputError(
                     f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
-        if self.architecture != "topk" and self.k is not None:
-            raise InputError(
-                f"k is of topk SAEs, and this one is {self.architecture}: leave it out"
-            )
-        for name in ("d_in", "num_latents", *(["k"] if self.architecture == "topk" else [])):
+        for name in ("d_in", "num_latents"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
@@ -70,11 +64,7 @@ class SAEConfig:
             )
         if not isinstance(self.encoder_bias, bool):
             raise InputError(f"encoder_bias must be true or false, got {self.encoder_bias!r}")
-        if self.k is not None and self.k > self.num_latents:
-            raise InputError(
-                f"k must be at most num_latents: got k {self.k} and {self.num_latents} latents; "
-                f"lower -k or raise --num-latents or --expansion-factor"
-            )
+        self.architecture.check(self)
         if self.layer_scale != "none" and self.normalize != "none":
             raise InputError(
                 f"a layer scale takes rows as they are: layer_scale {self.layer_scale} needs "
@@ -92,16 +82,18 @@ class SAEConfig:
         """Whether encoding a row takes its layer."""
         return self.normalize in ("scale", "center") or self.layer_scale != "none"
 
-    @property
-    def most_active(self) -> int:
-        """The most latents that a row may use."""
-        return self.num_latents if self.k is None else self.k
-
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
-        content = asdict(self)
-        if self.layers is not None:
-            content["layers"] = list(self.layers)
+        """As JSON, flat: the architecture's name and, beside the others, its settings."""
+        content = {
+            "d_in": self.d_in,
+            "num_latents": self.num_latents,
+            **self.architecture.to_dict(),
+            "normalize": self.normalize,
+            "encoder_bias": self.encoder_bias,
+            "architecture": self.architecture.name,
+            "layer_scale": self.layer_scale,
+            "layers": None if self.layers is None else list(self.layers),
+        }
         return {
             key: value
             for key, value in content.items()
@@ -119,11 +111,12 @@ class SAEConfig:
         Raises:
             InputError: a key is missing, or unknown (it may change what the SAE computes).
         """
-        known = {field.name for field in fields(cls)}
-        optional = _DEFAULTS.keys() - ({"k"} if _is_topk(content) else set())
+        kind = get(content.get("architecture", _DEFAULTS["architecture"]))
+        settings = {field.name for field in fields(kind)}
+        known = {field.name for field in fields(cls)} | settings
         for problem, keys in (
             ("has unknown keys", set(content) - known),
-            ("lacks keys", known - optional - set(content)),
+            ("lacks keys", known - _DEFAULTS.keys() - set(content)),
         ):
             if keys:
                 raise InputError(
@@ -131,8 +124,6 @@ class SAEConfig:
                     f"{', '.join(sorted(known))}; this SAE needs another version of mlsae"
                 )
         layers = content.get("layers")
-        return cls(**{**content, "layers": None if layers is None else tuple(layers)})
-
-
-def _is_topk(content: Mapping[str, Any]) -> bool:
-    return bool(content.get("architecture", "topk") == "topk")
+        rest = {key: value for key, value in content.items() if key not in settings}
+        rest["architecture"] = kind(**{name: content[name] for name in settings})
+        return cls(**{**rest, "layers": None if layers is None else tuple(layers)})

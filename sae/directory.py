@@ -13,12 +13,14 @@ import safetensors.torch
 import torch
 
 from mlsae.base.files import DamagedFileError, read_sealed, seal, sha256_file, write_durably
-from mlsae.sae.config import ARCHITECTURES, SAEConfig
+from mlsae.sae.architectures import registered
+from mlsae.sae.config import SAEConfig
 from mlsae.sae.errors import DamagedSAEError, NotAnSAEError
 
 WEIGHTS, CONFIG, TRAINING = "sae.safetensors", "config.json", "training.json"
 FILES = (WEIGHTS, CONFIG, TRAINING)
-_ARCHITECTURES = {f"mlsae/{name}": name for name in ARCHITECTURES}
+_PREFIX = "mlsae/"
+"""What stands before an architecture's name."""
 
 
 def write(
@@ -32,8 +34,7 @@ def write(
     Args:
         directory: made if it is not there.
         config: goes into config.json.
-        tensors: W_enc (N, D), W_dec (N, D), b (D,), b_enc (N,) with an encoder bias, and the state
-            of layers (sae/normalize.py).
+        tensors: the architecture's parameters and the state of layers (sae/normalize.py).
         training: training.json's content.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -44,7 +45,7 @@ def write(
     write_durably(directory / TRAINING, seal(training))
     content = {
         **config.to_dict(),
-        "architecture": f"mlsae/{config.architecture}",
+        "architecture": f"{_PREFIX}{config.architecture.name}",
         "weights_sha256": sha256_file(directory / WEIGHTS),
     }
     write_durably(directory / CONFIG, seal(content))
@@ -64,7 +65,7 @@ def read(directory: Path) -> tuple[SAEConfig, dict[str, torch.Tensor], dict[str,
     path = directory / CONFIG
     content = _read_config(directory)
     expected_digest = content.pop("weights_sha256")
-    content["architecture"] = _ARCHITECTURES[content["architecture"]]
+    content["architecture"] = content["architecture"].removeprefix(_PREFIX)
     config = SAEConfig.from_dict(content, str(path))
     for name in (WEIGHTS, TRAINING):
         if not (directory / name).is_file():
@@ -94,14 +95,15 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"{directory} is no SAE directory: it has no {CONFIG}; "
             f"expected the --out of a finished `mlsae train`"
         )
+    known = [f"{_PREFIX}{kind.name}" for kind in registered()]
     try:
-        foreign = json.loads(path.read_bytes()).get("architecture") not in _ARCHITECTURES
+        foreign = json.loads(path.read_bytes()).get("architecture") not in known
     except (ValueError, AttributeError, TypeError):
         foreign = False  # Not even JSON: read_sealed says so.
     if foreign:
         raise NotAnSAEError(
             f"{path} does not describe an SAE of mlsae: expected architecture "
-            f"{' or '.join(map(repr, _ARCHITECTURES))}; `mlsae import` converts SAEs of other tools"
+            f"{' or '.join(map(repr, known))}; `mlsae import` converts SAEs of other tools"
         )
     try:
         return read_sealed(path)

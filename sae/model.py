@@ -17,11 +17,10 @@ import torch
 
 from mlsae.base.errors import InputError
 from mlsae.sae.architectures.base import Architecture, Weights
-from mlsae.sae.architectures.relu import ReLU, listed
-from mlsae.sae.architectures.topk import TopK
 from mlsae.sae.config import SAEConfig
 from mlsae.sae.directory import FILES, read, write
 from mlsae.sae.kernels.functions import bag
+from mlsae.sae.kernels.listed import listed
 from mlsae.sae.kernels.sparse import FullSupport, Support
 from mlsae.sae.location import find
 from mlsae.sae.normalize import Standardized, by_layer, restore, standardize
@@ -45,52 +44,66 @@ class Latents(NamedTuple):
 
 
 class SAE(torch.nn.Module):
-    """A sparse autoencoder; the decoder rows of a topk SAE have unit length.
+    """A sparse autoencoder.
 
     Args:
         config: shape, architecture and normalisation.
-        generator: source of the initial encoder (uniform in ±1/√d_in, as torch's linear layers);
-            the global one if None. The decoder starts as the encoder's transpose, b at 0.
+        generator: source of the initial weights (`Architecture.initial`); torch's global one if
+            None.
     """
+
+    W_enc: torch.nn.Parameter
+    """(N, D) encoder directions."""
+    W_dec: torch.nn.Parameter
+    """(N, D) decoder directions."""
+    b: torch.nn.Parameter
+    """(D,) subtracted before the encoder, added after the decoder."""
+    b_enc: torch.nn.Parameter | None
+    """(N,) added to the pre-activations; None for nothing."""
+    layer_factor: torch.Tensor | None
+    """(L,) what rows of each of `config.layers` are multiplied by; None for 1."""
+    layer_shift: torch.Tensor | None
+    """(L, D) what is subtracted from rows of each of `config.layers`; None for 0."""
 
     def __init__(self, config: SAEConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
         self.training_record: dict[str, Any] = {}
         """training.json, after `load`; `training` is torch's own flag."""
-        shape = (config.num_latents, config.d_in)
-        W_enc = (torch.rand(shape, generator=generator) * 2 - 1) / config.d_in**0.5
-        self.W_enc = torch.nn.Parameter(W_enc)
-        self.W_dec = torch.nn.Parameter(W_enc.clone())
-        self.b = torch.nn.Parameter(torch.zeros(config.d_in))
-        self.b_enc = (
-            torch.nn.Parameter(torch.zeros(config.num_latents)) if config.encoder_bias else None
-        )
-        self.architecture: Architecture = ReLU() if config.k is None else TopK(config.k)
+        for name, tensor in config.architecture.initial(config, generator).items():
+            self.register_parameter(name, torch.nn.Parameter(tensor))
+        if not config.encoder_bias:
+            self.register_parameter("b_enc", None)
         num_layers = len(config.layers or ())
         has_factor = config.normalize == "scale" or config.layer_scale != "none"
         has_shift = config.normalize == "center"
-        self.layer_factor: torch.Tensor | None
         self.register_buffer("layer_factor", torch.ones(num_layers) if has_factor else None)
-        """(L,) what rows of each of `config.layers` are multiplied by."""
-        self.layer_shift: torch.Tensor | None
         shift = torch.zeros(num_layers, config.d_in) if has_shift else None
         self.register_buffer("layer_shift", shift)
-        """(L, d_in) what is subtracted from rows of each of `config.layers`."""
-        self.normalize_decoder()
+
+    @property
+    def architecture(self) -> Architecture:
+        """How rows become latents."""
+        return self.config.architecture
 
     @property
     def expected_active(self) -> int:
-        """About how many latents a row uses: k, or what training has seen last; at most, if any."""
+        """About how many latents a row uses.
+
+        The architecture's most, or what training has seen last where a row may use any number, or
+        else all latents.
+        """
+        if (most := self.architecture.most_active) is not None:
+            return most
         seen = self.training_record.get("training")
-        if self.config.k is None and isinstance(seen, Mapping) and "l0" in seen:
+        if isinstance(seen, Mapping) and "l0" in seen:
             return math.ceil(float(seen["l0"]))
-        return self.config.most_active
+        return self.config.num_latents
 
     @property
     def weights(self) -> Weights:
-        """The parameters."""
-        return Weights(self.W_enc, self.W_dec, self.b, self.b_enc)
+        """The parameters by name."""
+        return dict(self.named_parameters(recurse=False))
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:

@@ -1,12 +1,13 @@
 """What a training run is asked to do."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from mlsae.base.errors import InputError
 from mlsae.base.files import Location
-from mlsae.sae.config import ARCHITECTURES, LAYER_SCALES, NORMALIZE
+from mlsae.sae.architectures import ReLUSettings, TopKSettings, get, registered
+from mlsae.sae.config import LAYER_SCALES, NORMALIZE
 from mlsae.train.step.objective import LOSS_SPACES
 from mlsae.train.step.schedule import SCHEDULES
 
@@ -25,7 +26,7 @@ _OF_PAPER: dict[str, tuple[object, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class WantedSAE:
+class WantedSAE(TopKSettings, ReLUSettings):
     """Architecture, penalty and normalisation.
 
     Raises:
@@ -36,21 +37,12 @@ class WantedSAE:
     """`paper` for the step of the published multi-layer SAEs (train/published/step.py)."""
     architecture: str = "topk"
     """`topk`, or `relu` with an L1 penalty."""
-    l1: float | None = None
-    """λ, the weight of Σ_j z_j ‖W_dec,j‖ in the loss of relu; needed there."""
-    l1_warmup: float = 0.05
-    """First share of the steps, over which λ rises from 0."""
-    resample_every: int | None = None
-    """Steps after which dead latents of relu are drawn anew, in the first half of the run; 0 for
-    never, None for an eighth of the steps."""
     normalize: str = "standardize"
     """How rows are normalised: `standardize`, `none`, `scale` or `center` (sae/normalize.py)."""
     layer_scale: str = "none"
     """Scale of each layer from the mean norms of all: `none`, `log`, `sqrt` or `linear`."""
     layer_weights: tuple[float, ...] | None = None
     """Weight of each layer's reconstruction error in the loss; None for 1."""
-    layer_l1: tuple[float, ...] | None = None
-    """What λ is multiplied by at each layer; None for 1."""
 
     def check_wanted(self) -> None:
         """Refuse values that are out of range.
@@ -59,7 +51,7 @@ class WantedSAE:
             InputError: as of the class.
         """
         for name, choices in (
-            ("architecture", ARCHITECTURES),
+            ("architecture", [kind.name for kind in registered()]),
             ("normalize", NORMALIZE),
             ("layer_scale", LAYER_SCALES),
         ):
@@ -70,14 +62,9 @@ class WantedSAE:
                 )
         if self.preset not in (None, "paper"):
             raise InputError(f"--preset must be paper, got {self.preset!r}")
-        if self.l1 is not None and not 0 <= self.l1 < math.inf:
-            raise InputError(f"--l1 must be at least 0, got {self.l1}")
-        if not 0 <= self.l1_warmup <= 1:
-            raise InputError(
-                f"--l1-warmup is a share of the steps from 0 to 1, got {self.l1_warmup}"
-            )
-        if self.resample_every is not None and self.resample_every < 0:
-            raise InputError(f"--resample-every must be at least 0, got {self.resample_every}")
+        for kind in registered():
+            if isinstance(self, kind.settings):
+                kind.check_values(self)
         for name in ("layer_weights", "layer_l1"):
             values = getattr(self, name)
             if values is not None and not all(0 <= value < math.inf for value in values):
@@ -103,24 +90,32 @@ class WantedSAE:
                         f"--preset paper has {' or '.join(allowed)} for "
                         f"--{name.replace('_', '-')}, got {getattr(self, name)}: leave it out"
                     )
-        if self.architecture == "relu" and self.l1 is None:
+        chosen = get(self.architecture)
+        chosen.check_chosen(self)
+        self._check_others()
+        if precision not in chosen.precisions:
+            others = [kind.name for kind in registered() if precision in kind.precisions]
             raise InputError(
-                "--architecture relu needs --l1, the weight of its penalty, as in 0.01"
-            )
-        if self.architecture != "relu":
-            for name in ("l1", "layer_l1", "resample_every"):
-                if getattr(self, name) is not None:
-                    flag = "--" + name.replace("_", "-")
-                    raise InputError(f"{flag} is of --architecture relu, got {self.architecture}")
-        if self.architecture == "relu" and precision != "float32":
-            raise InputError(
-                f"--precision {precision} selects candidates of topk: relu takes float32"
+                f"--precision {precision} selects candidates of {' and '.join(others)}: "
+                f"{chosen.name} takes {' or '.join(chosen.precisions)}"
             )
         if self.layer_scale != "none" and self.normalize != "none":
             raise InputError(
                 f"--layer-scale {self.layer_scale} takes rows as they are: it needs --normalize "
                 f"none, got {self.normalize}"
             )
+
+    def _check_others(self) -> None:
+        """Refuse settings of other architectures."""
+        own = {field.name for field in fields(get(self.architecture).settings)}
+        for kind in registered():
+            for field in fields(kind.settings):
+                is_given = field.default is None and getattr(self, field.name, None) is not None
+                if is_given and field.name not in own:
+                    raise InputError(
+                        f"--{field.name.replace('_', '-')} is of --architecture {kind.name}, got "
+                        f"{self.architecture}"
+                    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +139,6 @@ class TrainConfig(WantedSAE):
     """Latents a channel; None for 64, unless `num_latents` is given."""
     num_latents: int | None = None
     """Latents, instead of an expansion factor."""
-    k: int = 32
-    """Latents a row may use, of topk."""
     batch_size: int = 16384
     """Rows of a step, over all layers and ranks."""
     micro_batch: int | None = None

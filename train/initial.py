@@ -4,6 +4,7 @@ Shape suffixes: L layers, D channels.
 """
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ import torch
 
 from mlsae.base.errors import InputError
 from mlsae.sae import SAE, SAEConfig
+from mlsae.sae.architectures import get
 from mlsae.store import Moments
 from mlsae.train.config import TrainConfig
-from mlsae.train.step.objective import Objective, Penalty, layer_variances
+from mlsae.train.step.objective import Objective, layer_variances
 from mlsae.train.step.resample import PUBLISHED_TIMES, Resampling
 
 Float64 = npt.NDArray[np.float64]
@@ -34,15 +36,14 @@ def sae_config(config: TrainConfig, d_in: int, layers: tuple[int, ...]) -> SAECo
         InputError: there is no such SAE.
     """
     config.check_together(config.precision)
-    is_topk = config.architecture == "topk"
+    kind = get(config.architecture)
     by_layer = config.normalize in ("scale", "center") or config.layer_scale != "none"
     return SAEConfig(
         d_in=d_in,
         num_latents=config.latents(d_in),
-        k=config.k if is_topk else None,
+        architecture=kind.wanted(config),
         normalize=config.normalize,
-        encoder_bias=not is_topk,
-        architecture=config.architecture,
+        encoder_bias=kind.encoder_bias,
         layer_scale=config.layer_scale,
         layers=layers if by_layer else None,
     )
@@ -108,7 +109,7 @@ def initial_sae(sae: SAEConfig, moments: Moments, layers: tuple[int, ...], seed:
 
 def resample_every(config: TrainConfig, num_steps: int) -> int:
     """Steps between resamplings; 0 for none."""
-    if config.architecture != "relu":
+    if get(config.architecture).revival != "resample":
         return 0
     if config.resample_every is not None:
         return config.resample_every
@@ -133,53 +134,59 @@ def of_layers(
     return tuple(values[run_layers.index(layer)] for layer in layers)
 
 
-def objective_settings(
-    config: TrainConfig, num_steps: int, run_layers: tuple[int, ...], layers: tuple[int, ...]
-) -> dict[str, Any]:
-    """What decides the loss beside the SAE itself, as JSON: nothing of what is not asked for.
+def of_sae(
+    config: TrainConfig, run_layers: tuple[int, ...], layers: tuple[int, ...]
+) -> TrainConfig:
+    """The configuration with the values by layer of an SAE's layers, instead of its run's.
 
     Raises:
         InputError: as of `of_layers`.
     """
-    found: dict[str, Any] = {} if config.preset is None else {"preset": config.preset}
-    for name, flag in (("layer_weights", "--layer-weights"), ("layer_l1", "--layer-l1")):
-        values = of_layers(getattr(config, name), run_layers, layers, flag)
-        if values is not None:
-            found[name] = list(values)
-    if config.architecture == "relu":
-        found |= {
-            "l1": config.l1,
-            "l1_warmup": config.l1_warmup,
-            "resample_every": resample_every(config, num_steps),
-        }
-    return found
+    names = ["layer_weights", *_names(get(config.architecture).settings)]
+    own: dict[str, Any] = {
+        name: of_layers(values, run_layers, layers, "--" + name.replace("_", "-"))
+        for name in names
+        if isinstance(values := getattr(config, name), tuple)
+    }
+    return replace(config, **own)
+
+
+def objective_settings(config: TrainConfig, num_steps: int) -> dict[str, Any]:
+    """What decides the loss beside the SAE itself, as JSON: nothing of what is not asked for.
+
+    Args:
+        config: of one SAE, as of `of_sae`.
+        num_steps: of the run.
+    """
+    kind = get(config.architecture)
+    # Settings that the architecture keeps are in the SAE's own configuration.
+    names = ["preset", "layer_weights", *(_names(kind.settings) - _names(kind))]
+    found = {name: getattr(config, name) for name in names}
+    if kind.revival == "resample":
+        found["resample_every"] = resample_every(config, num_steps)
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in found.items()
+        if value is not None
+    }
+
+
+def _names(settings: type[Any]) -> set[str]:
+    return {field.name for field in fields(settings)}
 
 
 def make_objective(
-    sae: SAE,
-    config: TrainConfig,
-    moments: Moments,
-    layers: tuple[int, ...],
-    num_steps: int,
-    settings: dict[str, Any],
+    sae: SAE, config: TrainConfig, moments: Moments, layers: tuple[int, ...], num_steps: int
 ) -> Objective:
     """The loss that is asked for.
 
     Args:
         sae: on its device.
-        config: what is asked for.
+        config: of the SAE, as of `of_sae`.
         moments: of the rows that it is trained on.
         layers: of the SAE.
         num_steps: of the run.
-        settings: what `objective_settings` gave.
     """
-    penalty = None
-    if config.l1 is not None:
-        penalty = Penalty(
-            weight=config.l1,
-            by_layer=settings.get("layer_l1"),
-            rise=round(config.l1_warmup * num_steps),
-        )
     every = resample_every(config, num_steps)
     return Objective(
         sae,
@@ -187,7 +194,7 @@ def make_objective(
         config.loss_space,
         mixed=config.precision == "bfloat16",
         seed=config.seed,
-        layer_weights=settings.get("layer_weights"),
-        penalty=penalty,
+        layer_weights=config.layer_weights,
+        extra=sae.architecture.extra_loss(config, num_steps, sae.b),
         resampling=Resampling(every, num_steps) if every else None,
     )

@@ -12,7 +12,13 @@ from mlsae.store import AnyStore
 from mlsae.store.read.split import validation_of
 from mlsae.train.config import TrainConfig
 from mlsae.train.data.mixture import Mixture
-from mlsae.train.initial import layer_factors, objective_settings, resample_every, sae_config
+from mlsae.train.initial import (
+    layer_factors,
+    objective_settings,
+    of_sae,
+    resample_every,
+    sae_config,
+)
 from mlsae.train.step.auxiliary import default_k_aux
 from mlsae.train.step.dead import default_dead_after
 from mlsae.train.step.schedule import Schedule
@@ -69,7 +75,7 @@ class Plan:
 
     def objective_settings(self) -> dict[str, Any]:
         """What decides the loss beside the SAE itself, as JSON."""
-        return objective_settings(self.config, self.num_steps, self.mixture.layers, self.layers)
+        return objective_settings(self.config, self.num_steps)
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the result, as JSON: two runs with equal settings are equal."""
@@ -148,7 +154,7 @@ def make_plans(sweep: Sweep, store: AnyStore) -> list[Plan]:
     for member, sae in zip(members, saes, strict=True):
         own = layers if member.layer is None else (member.layer,)
         plan = Plan(
-            config=member.config,
+            config=of_sae(member.config, layers, own),
             name=member.name,
             store=store,
             site=site,
@@ -162,7 +168,6 @@ def make_plans(sweep: Sweep, store: AnyStore) -> list[Plan]:
             dead_after=1,
         )
         layer_factors(sae, moments, own)  # Refuses what a layer scale cannot be.
-        plan.objective_settings()  # Refuses what is not of its layers.
         rows = plan.rows_until(num_steps)
         dead_after = default_dead_after(len(own), rows)
         if every := resample_every(member.config, num_steps):

@@ -14,7 +14,7 @@ from mlsae.analyze.results.tables import schema
 from mlsae.analyze.selection import Int, Single, read_rows
 
 MOST_A_ROW = 512
-"""A ReLU SAE of which nobody knows how many latents a row uses is taken for one with so many."""
+"""Latents a row, at most, that an SAE is taken to use where a row may use any number."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -133,7 +133,7 @@ def plan_events(
 def estimate_bytes(plan: EventsPlan, batch_rows: int) -> dict[str, int]:
     """Bytes that each part will take at most, about.
 
-    A TopK SAE has at most k events a row. How many another has is counted on a batch of each layer.
+    Where the architecture knows no most of a row, events are counted on a batch of each layer.
     """
     found: dict[str, int] = {}
     for layer in plan.pairing.layers:
@@ -145,11 +145,11 @@ def estimate_bytes(plan: EventsPlan, batch_rows: int) -> dict[str, int]:
 
 def _active_a_row(plan: EventsPlan, layer: int, batch_rows: int) -> float:
     sae = plan.pairing.sae
-    if sae.config.k is not None:
-        return sae.config.k
+    if (most := sae.architecture.most_active) is not None:
+        return most
     store, site = plan.pairing.store, plan.pairing.site
     batch = next(read_rows(store, site, layer, plan.runs[0], batch_rows), None)
     if batch is None:
         return 0
     encoded = sae.encode(torch.from_numpy(batch[2]).to(plan.pairing.device), layer)
-    return float((encoded.values > 0).sum()) / len(batch[2])
+    return float((encoded.values != 0).sum()) / len(batch[2])

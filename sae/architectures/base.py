@@ -1,62 +1,255 @@
-"""What an architecture of SAEs is: how rows become latents, and what their use costs.
+"""Architecture of an SAE: how rows become latents, and all that other rooms ask about it.
 
-Everything else is common to all of them: rows are normalised (sae/normalize.py), û = W_dec z + b
-is a bag of decoder rows, and state that depends on the layer belongs to the normalisation.
+An architecture is one class in one file: a frozen dataclass whose fields are the settings that
+config.json holds. Every part of the package asks it, so that a new one needs no other file. Common
+to all: rows are normalised (sae/normalize.py), û = W_dec z + b is a bag of decoder rows, and a
+latent is active where its value is not 0.
 
 Shape suffixes: B rows, D channels, N latents, K latents of a row.
 """
 
-from typing import NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 
+from mlsae.base.errors import InputError
 from mlsae.sae.kernels.sparse import Support
 
+Revival = Literal["auxk", "resample"]
+"""Ways to bring dead latents back: train/step/auxiliary.py and train/step/resample.py."""
 
-class Weights(NamedTuple):
-    """The parameters of an SAE."""
-
-    W_enc: torch.Tensor
-    """(N, D) encoder directions."""
-    W_dec: torch.Tensor
-    """(N, D) decoder directions."""
-    b: torch.Tensor
-    """(D,) subtracted before the encoder, added after the decoder."""
-    b_enc: torch.Tensor | None
-    """(N,) added to the pre-activations; None for nothing."""
+Weights = Mapping[str, torch.Tensor]
+"""Parameters by name, those of `Architecture.parameters`."""
 
 
-class Architecture(Protocol):
-    """How rows become latents."""
+class Shape(Protocol):
+    """Size of an SAE; an `SAEConfig` is one."""
 
     @property
-    def unit_decoder(self) -> bool:
-        """Whether decoder rows have unit length, always."""
+    def d_in(self) -> int:
+        """D."""
 
-    def most_rows(self, num_latents: int, element_size: int) -> int | None:
+    @property
+    def num_latents(self) -> int:
+        """N."""
+
+    @property
+    def encoder_bias(self) -> bool:
+        """Whether there is a `b_enc`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One tensor that training changes and an SAE directory holds."""
+
+    name: str
+    """Name in sae.safetensors and in checkpoints."""
+    shape: tuple[int, ...]
+    """Shape."""
+    by_latent: bool = True
+    """Whether the first axis is that of the latents."""
+    unit_rows: bool = False
+    """Whether each row has unit length after every step."""
+
+
+class Encoded(NamedTuple):
+    """Latents of a piece of a batch, as a term of the loss sees them."""
+
+    values: torch.Tensor
+    """(B, K), with gradients."""
+    support: Support
+    """Places of the values."""
+    layer: torch.Tensor
+    """(B,) index of each row's layer among those of the SAE."""
+    step: int
+    """Step of the run, from 0."""
+
+
+ExtraLoss = Callable[[Encoded, Weights], torch.Tensor]
+"""(B,) term of each row in the loss beside its reconstruction error, with gradients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """How an architecture stands in the files of another tool."""
+
+    name: str = ""
+    """Its name there; empty where the format has no word for it."""
+    settings: tuple[str, ...] = ()
+    """Fields, whole numbers, that the configuration there has under the same names."""
+    constants: Mapping[str, object] = field(default_factory=dict)
+    """Further entries of the configuration, written and never read."""
+    bias: str = "b_dec"
+    """Name of the decoder's bias, where the format has one for each architecture."""
+    copies: Callable[[Any], dict[str, torch.Tensor]] = lambda _: {}
+    """Tensors that repeat settings of the architecture given, beside those of its weights."""
+
+
+@dataclass(frozen=True)
+class Architecture(ABC):
+    """How rows become latents; the fields of a subclass are its settings."""
+
+    name: ClassVar[str]
+    """Name on the command line and, after `mlsae/`, in config.json."""
+    settings: ClassVar[type]
+    """Dataclass of the training settings that the architecture reads; `TrainConfig` extends it.
+
+    Where `revival` is `resample`, `resample_every` is one of them."""
+    encoder_bias: ClassVar[bool] = False
+    """Whether an SAE in training has a bias for each latent."""
+    unit_decoder: ClassVar[bool] = True
+    """Whether training keeps decoder rows at unit length."""
+    revival: ClassVar[Revival | None] = None
+    """How training brings dead latents back."""
+    precisions: ClassVar[tuple[str, ...]] = ("float32",)
+    """Precisions of the encoder product in training."""
+    conversions: ClassVar[Mapping[str, Conversion]] = {}
+    """Format of another tool → how it has this architecture; formats that are absent refuse it."""
+
+    @classmethod
+    @abstractmethod
+    def wanted(cls, settings: Any) -> Self:
+        """The architecture that training settings ask for; `settings` has the fields of theirs."""
+
+    @classmethod  # noqa: B027
+    def check_values(cls, settings: Any) -> None:
+        """Refuse training settings out of range, whichever architecture is trained.
+
+        Raises:
+            InputError: with the flag.
+        """
+
+    @classmethod  # noqa: B027
+    def check_chosen(cls, settings: Any) -> None:
+        """Refuse training settings that this architecture cannot be trained with.
+
+        Raises:
+            InputError: with the flag.
+        """
+
+    def check(self, shape: Shape) -> None:  # noqa: B027
+        """Refuse settings that an SAE of this size cannot have.
+
+        Raises:
+            InputError: with the setting.
+        """
+
+    def parameters(self, shape: Shape) -> tuple[Parameter, ...]:
+        """Parameters, in the order of training: W_enc and W_dec (N, D), b (D,), b_enc (N,)."""
+        matrix = (shape.num_latents, shape.d_in)
+        bias = (Parameter(name="b_enc", shape=matrix[:1]),) if shape.encoder_bias else ()
+        return (
+            Parameter(name="W_enc", shape=matrix),
+            Parameter(name="W_dec", shape=matrix, unit_rows=self.unit_decoder),
+            Parameter(name="b", shape=matrix[1:], by_latent=False),
+            *bias,
+        )
+
+    def initial(self, shape: Shape, generator: torch.Generator | None) -> dict[str, torch.Tensor]:
+        """Parameters before training, of the shapes of `parameters`.
+
+        W_enc is uniform in ±1/√d_in, as torch's linear layers; W_dec its transpose, each row of
+        unit length; everything else 0.
+
+        Args:
+            shape: size of the SAE.
+            generator: source of W_enc; torch's global one if None.
+        """
+        found = {p.name: torch.zeros(p.shape) for p in self.parameters(shape)[2:]}
+        W_enc = (torch.rand(shape.num_latents, shape.d_in, generator=generator) * 2 - 1) / (
+            shape.d_in**0.5
+        )
+        W_dec = W_enc / torch.linalg.vector_norm(W_enc, dim=1, keepdim=True)
+        return {"W_enc": W_enc, "W_dec": W_dec, **found}
+
+    @property
+    @abstractmethod
+    def most_active(self) -> int | None:
+        """Most latents that a row may use; None for any number."""
+
+    def most_rows(self, num_latents: int, element_size: int) -> int | None:  # noqa: ARG002
         """Rows that one gradient is best taken of; None for any number.
 
         Args:
             num_latents: N.
             element_size: bytes of a value.
         """
+        return None
 
+    @abstractmethod
     def activate(
         self, u_BD: torch.Tensor, weights: Weights, *, mixed: bool
     ) -> tuple[torch.Tensor, Support]:
-        """The latents of normalised rows, with gradients for W_enc, b and b_enc.
+        """The latents of normalised rows, with gradients for the parameters of the encoder.
 
         Args:
             u_BD: (B, D) normalised rows.
-            weights: of the SAE.
-            mixed: select with a bfloat16 product and re-scored candidates, where the architecture
-                selects.
+            weights: parameters of the SAE.
+            mixed: select with a bfloat16 product and re-scored candidates; only where `precisions`
+                has bfloat16.
 
         Returns:
-            (B, K) values ≥ 0 and their places, each latent at most once a row.
+            (B, K) values, 0 where a latent is not active, and their places, each latent at most
+            once a row.
         """
 
-    def penalty(
-        self, values_BK: torch.Tensor, support: Support, weights: Weights
-    ) -> torch.Tensor | None:
-        """(B,) what the latents of each row cost, with gradients; None for nothing."""
+    def extra_loss(
+        self,
+        settings: Any,  # noqa: ARG002
+        num_steps: int,  # noqa: ARG002
+        like: torch.Tensor,  # noqa: ARG002
+    ) -> ExtraLoss | None:
+        """What training minimises beside the reconstruction error; None for nothing.
+
+        Args:
+            settings: training settings; values by layer are those of the SAE's layers.
+            num_steps: steps of the run.
+            like: tensor of the device and dtype of the weights.
+        """
+        return None
+
+    def describe(self) -> str:
+        """Name and settings, for people."""
+        return ", ".join(
+            [self.name, *(f"{name} {value}" for name, value in self.to_dict().items())]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings, as JSON."""
+        return asdict(self)
+
+
+Kind = TypeVar("Kind", bound=type[Architecture])
+
+_registered: dict[str, type[Architecture]] = {}
+
+
+def register(kind: Kind) -> Kind:
+    """Make an architecture known under its name; a decorator of its class.
+
+    Raises:
+        ValueError: another has that name.
+    """
+    if _registered.setdefault(kind.name, kind) is not kind:
+        raise ValueError(f"there is an architecture {kind.name!r} already")
+    return kind
+
+
+def get(name: object) -> type[Architecture]:
+    """The architecture of a name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not isinstance(name, str) or name not in _registered:
+        known = ", ".join(_registered)
+        raise InputError(f"architecture must be one of {known}, got {name!r}")
+    return _registered[name]
+
+
+def registered() -> tuple[type[Architecture], ...]:
+    """All architectures, in the order in which they were registered."""
+    return tuple(_registered.values())

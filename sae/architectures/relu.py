@@ -3,16 +3,20 @@
 z = ReLU(W_enc (u − b) + b_enc), penalty Σ_j z_j ‖W_dec,j‖, with decoder rows of any length. Source:
 Conerly et al. (2024), "Update on how we train SAEs", Transformer Circuits Thread, April 2024.
 
-Shape suffixes: B rows, D channels, N latents, K latents of a row, E entries above 0.
+Shape suffixes: B rows, D channels, N latents, K latents of a row, L layers.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from mlsae.sae.architectures.base import Weights
+from mlsae.base.errors import InputError
+from mlsae.sae.architectures.base import Architecture, Conversion, Encoded, Weights
 from mlsae.sae.kernels.functions import bag, preactivations
+from mlsae.sae.kernels.listed import listed
 from mlsae.sae.kernels.select import BLOCK_BYTES
 from mlsae.sae.kernels.sparse import FullSupport, Support
 
@@ -20,14 +24,87 @@ _DENSE = 8
 """Dense products pay where some row uses more than 1 in so many latents."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReLUSettings:
+    """Training settings of the architecture `relu`."""
+
+    l1: float | None = None
+    """λ, the weight of Σ_j z_j ‖W_dec,j‖ in the loss of relu; needed there."""
+    l1_warmup: float = 0.05
+    """First share of the steps, over which λ rises from 0."""
+    layer_l1: tuple[float, ...] | None = None
+    """What λ is multiplied by at each layer; None for 1."""
+    resample_every: int | None = None
+    """Steps after which dead latents of relu are drawn anew, in the first half of the run; 0 for
+    never, None for an eighth of the steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class L1:
+    """Penalty of each row: λ_l Σ_j z_j ‖W_dec,j‖."""
+
+    weight: float
+    """λ."""
+    by_layer: torch.Tensor | None = None
+    """(L,) multipliers of λ; None for 1."""
+    rise: int = 0
+    """First steps, over which λ rises from 0."""
+
+    def __call__(self, encoded: Encoded, weights: Weights) -> torch.Tensor:
+        """(B,) penalties, with gradients for values and decoder."""
+        lengths_N1 = torch.linalg.vector_norm(weights["W_dec"], dim=1, keepdim=True)
+        cost_B = bag(encoded.values, lengths_N1, encoded.support)[:, 0]
+        cost_B = cost_B * (self.weight * (min(1.0, encoded.step / self.rise) if self.rise else 1.0))
+        return cost_B if self.by_layer is None else cost_B * self.by_layer[encoded.layer]
+
+
 @dataclass(frozen=True)
-class ReLU:
+class ReLU(Architecture):
     """The architecture `relu`."""
 
-    unit_decoder: bool = False
-    """As for every architecture."""
+    name = "relu"
+    settings = ReLUSettings
+    encoder_bias = True
+    unit_decoder = False
+    revival = "resample"
+    conversions: ClassVar[Mapping[str, Conversion]] = {
+        "saelens": Conversion(name="standard"),
+        "dictionary-learning": Conversion(
+            name="AutoEncoder", constants={"trainer_class": "StandardTrainer"}, bias="bias"
+        ),
+    }
 
-    def most_rows(self, num_latents: int, element_size: int) -> int | None:
+    @classmethod
+    def wanted(cls, settings: ReLUSettings) -> "ReLU":  # noqa: ARG003
+        """The one that there is."""
+        return cls()
+
+    @classmethod
+    def check_values(cls, settings: ReLUSettings) -> None:
+        """Refuse negative numbers, and a warm-up that is no share."""
+        if settings.l1 is not None and not 0 <= settings.l1 < math.inf:
+            raise InputError(f"--l1 must be at least 0, got {settings.l1}")
+        if not 0 <= settings.l1_warmup <= 1:
+            raise InputError(
+                f"--l1-warmup is a share of the steps from 0 to 1, got {settings.l1_warmup}"
+            )
+        if settings.resample_every is not None and settings.resample_every < 0:
+            raise InputError(f"--resample-every must be at least 0, got {settings.resample_every}")
+
+    @classmethod
+    def check_chosen(cls, settings: ReLUSettings) -> None:
+        """Refuse to train without a penalty."""
+        if settings.l1 is None:
+            raise InputError(
+                "--architecture relu needs --l1, the weight of its penalty, as in 0.01"
+            )
+
+    @property
+    def most_active(self) -> None:
+        """Any number."""
+        return None
+
+    def most_rows(self, num_latents: int, element_size: int) -> int:
         """As many as make a block of rows × latents."""
         return _block_rows(num_latents, element_size)
 
@@ -41,9 +118,9 @@ class ReLU:
         """All latents above 0; K is the largest number of them that any row has, at least 1.
 
         Rows with fewer are filled up with latents that are 0. A single block of rows in which
-        latents are many has every latent of each row instead. `mixed` makes no difference.
+        latents are many has every latent of each row instead.
         """
-        W_enc, _, b, b_enc = weights
+        W_enc, b, b_enc = weights["W_enc"], weights["b"], weights.get("b_enc")
         support: Support
         with torch.no_grad():
             c_BD = u_BD - b
@@ -60,12 +137,16 @@ class ReLU:
                 support = Support(indices_BK, len(W_enc))
         return preactivations(u_BD, W_enc, b, pre_BK, support, b_enc).relu(), support
 
-    def penalty(
-        self, values_BK: torch.Tensor, support: Support, weights: Weights
-    ) -> torch.Tensor | None:
-        """Σ_j z_j ‖W_dec,j‖ of each row."""
-        lengths_N1 = torch.linalg.vector_norm(weights.W_dec, dim=1, keepdim=True)
-        return bag(values_BK, lengths_N1, support)[:, 0]
+    def extra_loss(self, settings: ReLUSettings, num_steps: int, like: torch.Tensor) -> L1 | None:
+        """The L1 penalty, its λ rising over the first steps; None without a λ."""
+        if settings.l1 is None:
+            return None
+        by_layer = settings.layer_l1
+        return L1(
+            weight=settings.l1,
+            by_layer=None if by_layer is None else like.new_tensor(by_layer),
+            rise=round(settings.l1_warmup * num_steps),
+        )
 
 
 def positive(
@@ -79,7 +160,7 @@ def positive(
         b_enc_N: (N,) what is added; None for nothing.
 
     Returns:
-        What `listed` gives.
+        (B, K) values and (B, K) int64 indices, as `listed` gives them.
     """
     block = _block_rows(len(W_enc_ND), c_BD.element_size())
     blocks = (
@@ -87,40 +168,6 @@ def positive(
         for start in range(0, len(c_BD), block)
     )
     return listed(blocks, len(W_enc_ND))
-
-
-def listed(blocks: Iterable[torch.Tensor], num_latents: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The entries above 0 of rows × latents, as lists of one length.
-
-    Args:
-        blocks: (b, N) each, of which only one is alive at a time; at least one.
-        num_latents: N.
-
-    Returns:
-        (B, K) values and (B, K) int64 indices, each once a row, ascending where values are above 0;
-        K is the largest number of them in a row, at least 1, and the other values are 0.
-    """
-    counts, entries, latents = [], [], []
-    for pre_BN in blocks:
-        above = pre_BN > 0
-        counts.append(above.sum(dim=1))
-        entries.append(pre_BN[above])
-        latents.append(above.nonzero()[:, 1])
-    count_B, value_E, latent_E = (torch.cat(parts) for parts in (counts, entries, latents))
-    num_rows = len(count_B)
-    most = max(1, int(count_B.amax())) if num_rows else 1
-    turn_K = torch.arange(most, device=count_B.device)
-    used_BK = turn_K < count_B[:, None]
-    values_BK = value_E.new_zeros(num_rows, most)
-    values_BK[used_BK] = value_E
-    # Unused places hold no latent yet: above all, so that the lists ascend.
-    indices_BK = torch.full_like(used_BK, num_latents + most, dtype=torch.int64)
-    indices_BK[used_BK] = latent_E
-    # Latents that are not in an ascending list a: below a_i there are a_i − i of them, so the j-th
-    # one is j plus the number of i with a_i − i ≤ j.
-    unlisted_BK = (turn_K - count_B[:, None]).clamp_(min=0)
-    skipped_BK = torch.searchsorted(indices_BK - turn_K, unlisted_BK, right=True)
-    return values_BK, torch.where(used_BK, indices_BK, unlisted_BK + skipped_BK)
 
 
 def _product(

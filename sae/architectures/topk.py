@@ -5,35 +5,83 @@ z = ReLU(TopK_k(W_enc (u − b) + b_enc)). Source: Gao et al. (2024), arXiv 2406
 Shape suffixes: B rows, D channels, N latents, K selected latents.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from mlsae.sae.architectures.base import Weights
+from mlsae.base.errors import InputError
+from mlsae.sae.architectures.base import Architecture, Conversion, Shape, Weights
 from mlsae.sae.kernels.functions import preactivations
 from mlsae.sae.kernels.select import select, select_mixed
 from mlsae.sae.kernels.sparse import Support
 
 
+@dataclass(frozen=True, kw_only=True)
+class TopKSettings:
+    """Training settings of the architecture `topk`."""
+
+    k: int = 32
+    """Latents a row may use, of topk."""
+
+
+def _repeated(architecture: "TopK") -> dict[str, torch.Tensor]:
+    k = torch.tensor(architecture.k, dtype=torch.int32)
+    return {"k": k, "threshold": torch.tensor(-1.0)}
+
+
 @dataclass(frozen=True)
-class TopK:
+class TopK(Architecture):
     """The architecture `topk`."""
+
+    name = "topk"
+    settings = TopKSettings
+    revival = "auxk"
+    precisions = ("float32", "bfloat16")
+    conversions: ClassVar[Mapping[str, Conversion]] = {
+        "saelens": Conversion(
+            name="topk", settings=("k",), constants={"rescale_acts_by_decoder_norm": False}
+        ),
+        "sparsify": Conversion(name="topk", settings=("k",)),
+        "dictionary-learning": Conversion(
+            name="AutoEncoderTopK",
+            settings=("k",),
+            constants={"trainer_class": "TopKTrainer"},
+            copies=_repeated,
+        ),
+        "mlsae": Conversion(settings=("k",)),
+    }
 
     k: int
     """Latents a row may use."""
-    unit_decoder: bool = True
-    """As for every architecture."""
 
-    def most_rows(self, num_latents: int, element_size: int) -> int | None:  # noqa: ARG002
-        """Any number: selection takes blocks of rows by itself."""
-        return None
+    @classmethod
+    def wanted(cls, settings: TopKSettings) -> "TopK":
+        """With the k of the settings."""
+        return cls(settings.k)
+
+    def check(self, shape: Shape) -> None:
+        """Refuse a k below 1 or above the number of latents."""
+        if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1:
+            raise InputError(f"k must be a whole number of at least 1, got {self.k!r}")
+        if self.k > shape.num_latents:
+            raise InputError(
+                f"k must be at most num_latents: got k {self.k} and {shape.num_latents} latents; "
+                f"lower -k or raise --num-latents or --expansion-factor"
+            )
+
+    @property
+    def most_active(self) -> int:
+        """k."""
+        return self.k
 
     def activate(
         self, u_BD: torch.Tensor, weights: Weights, *, mixed: bool
     ) -> tuple[torch.Tensor, Support]:
         """The k latents of each row, in no order; with fewer above 0 the others are 0."""
         choose = select_mixed if mixed else select
-        W_enc, _, b, b_enc = weights
+        W_enc, b, b_enc = weights["W_enc"], weights["b"], weights.get("b_enc")
         if b_enc is not None:
             # A channel of ones carries the bias through the same products.
             W_enc = torch.cat([W_enc, b_enc[:, None]], dim=1)
@@ -44,11 +92,6 @@ class TopK:
         support = Support(indices_BK, len(W_enc))
         return preactivations(u_BD, W_enc, b, pre_BK, support).relu(), support
 
-    def penalty(
-        self,
-        values_BK: torch.Tensor,  # noqa: ARG002
-        support: Support,  # noqa: ARG002
-        weights: Weights,  # noqa: ARG002
-    ) -> torch.Tensor | None:
-        """None: k is what keeps latents few."""
-        return None
+    def describe(self) -> str:
+        """Its k alone, because it is what is meant where no architecture is named."""
+        return f"k {self.k}"

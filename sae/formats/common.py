@@ -16,6 +16,7 @@ import torch
 
 from mlsae.base.errors import InputError
 from mlsae.base.words import SITES
+from mlsae.sae.architectures.base import Architecture, Conversion, registered
 from mlsae.sae.config import SAEConfig
 from mlsae.sae.model import SAE
 
@@ -158,26 +159,63 @@ def take(
     return {name: tensors[name].to(torch.float32).contiguous() for name in shapes}
 
 
+def conversions(form: str) -> dict[type[Architecture], Conversion]:
+    """How a format has the architectures that it knows."""
+    return {kind: kind.conversions[form] for kind in registered() if form in kind.conversions}
+
+
+def conversion(sae: SAE, form: str) -> Conversion:
+    """How a format has the architecture of an SAE for which `no_place` is None."""
+    return conversions(form)[type(sae.architecture)]
+
+
+def named(form: str, name: object) -> tuple[type[Architecture], Conversion] | None:
+    """The architecture that a format calls so, and how it has it; None if it is not known."""
+    for kind, found in conversions(form).items():
+        if found.name == name:
+            return kind, found
+    return None
+
+
+def understood(form: str) -> str:
+    """Names of architectures in a format, for a message."""
+    return " and ".join(found.name for found in conversions(form).values())
+
+
+def settings_of(sae: SAE, form: str) -> dict[str, Any]:
+    """Entries of a format's configuration that are of the SAE's architecture."""
+    found, settings = conversion(sae, form), sae.architecture.to_dict()
+    return {**{name: settings[name] for name in found.settings}, **found.constants}
+
+
+def read_settings(
+    kind: type[Architecture], form: str, config: Mapping[str, Any], path: Path
+) -> Architecture:
+    """The architecture with the settings of a configuration.
+
+    Raises:
+        ConversionError: one is absent, or no whole number.
+    """
+    names = kind.conversions[form].settings
+    return kind(**{name: require(config, name, path, int) for name in names})
+
+
 def assemble(
     tensors: Mapping[str, torch.Tensor],
-    k: int | None,
+    architecture: Architecture,
     normalize: str,
     origin: Origin,
     changes: tuple[str, ...] = (),
 ) -> Foreign:
-    """An SAE of W_enc (N, D), W_dec (N, D), b (D,), b_enc (N,); a b_enc of zeros is left out.
-
-    Without a k it is a ReLU SAE.
-    """
+    """An SAE of W_enc (N, D), W_dec (N, D), b (D,), b_enc (N,); a b_enc of zeros is left out."""
     kept = {name: tensor for name, tensor in tensors.items() if name != "b_enc" or tensor.any()}
     num_latents, d_in = kept["W_enc"].shape
     config = SAEConfig(
         d_in=d_in,
         num_latents=num_latents,
-        k=k,
+        architecture=architecture,
         normalize=normalize,
         encoder_bias="b_enc" in kept,
-        architecture="relu" if k is None else "topk",
     )
     return Foreign(config=config, tensors=kept, origin=origin, changes=changes)
 
@@ -187,13 +225,13 @@ def encoder_bias(sae: SAE) -> torch.Tensor:
     return sae.W_enc.new_zeros(sae.config.num_latents) if sae.b_enc is None else sae.b_enc
 
 
-def no_place(sae: SAE, *, architectures: Collection[str], normalize: Collection[str]) -> str | None:
-    """Why a format with these has no place for an SAE; None where it has."""
-    config = sae.config
-    if config.architecture not in architectures:
+def no_place(sae: SAE, form: str, *, normalize: Collection[str]) -> str | None:
+    """Why a format with these normalisations has no place for an SAE; None where it has."""
+    config, known = sae.config, conversions(form)
+    if type(config.architecture) not in known:
         return (
-            f"the SAE is of architecture {config.architecture}, and that format is of "
-            f"{' and '.join(architectures)} alone"
+            f"the SAE is of architecture {config.architecture.name}, and that format is of "
+            f"{' and '.join(kind.name for kind in known)} alone"
         )
     if config.layer_scale != "none":
         return (

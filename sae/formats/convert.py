@@ -130,10 +130,9 @@ def format_imported(sae: SAE, out: Path) -> str:
     """What was imported, for people."""
     config, record = sae.config, sae.training_record
     imported = record["imported"]
-    kind = config.architecture if config.k is None else f"k {config.k}"
     lines = [
         f"{imported['format']}: {config.num_latents:,} latents of {config.d_in} channels, "
-        f"{kind}, normalize {config.normalize}"
+        f"{config.architecture.describe()}, normalize {config.normalize}"
     ]
     lines += [f"note: {change}" for change in imported["changes"]]
     unknown = [key for key in ("site", "layers") if key not in record]

@@ -28,20 +28,22 @@ from mlsae.sae.formats.common import (
     Origin,
     Tensors,
     assemble,
+    conversion,
     encoder_bias,
     layers_of,
+    named,
     no_place,
+    read_settings,
     require,
+    settings_of,
     take,
     trained_on,
+    understood,
 )
 from mlsae.sae.model import SAE
 
+_NAME = "dictionary-learning"
 _CONFIG, _WEIGHTS = "config.json", "ae.pt"
-_CLASSES = {"topk": "AutoEncoderTopK", "relu": "AutoEncoder"}
-"""Architecture → the class there."""
-_TRAINERS = {"topk": "TopKTrainer", "relu": "StandardTrainer"}
-_BIAS = {"topk": "b_dec", "relu": "bias"}
 _SUBMODULE = re.compile(rf"({'|'.join(SITES)})_layer_(\d+)")
 
 
@@ -49,13 +51,13 @@ def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
     path = directory / _CONFIG
     trainer = require(config, "trainer", path, dict)
     found_class = trainer.get("dict_class")
-    architectures = [name for name, theirs in _CLASSES.items() if theirs == found_class]
-    if not architectures:
+    found = named(_NAME, found_class)
+    if found is None:
         raise ConversionError(
             f"{path} cannot be imported exactly: it is a {found_class}, and what is understood is "
-            f"{' and '.join(_CLASSES.values())}"
+            f"{understood(_NAME)}"
         )
-    (architecture,) = architectures
+    kind, theirs = found
     weights = directory / _WEIGHTS
     state = _load(weights)
     if "ae" in state:
@@ -63,26 +65,26 @@ def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
             f"{weights} is the backup of a run that did not finish; import the {_WEIGHTS} of one "
             f"that did"
         )
-    bias = _BIAS[architecture]
-    k = require(trainer, "k", path, int) if architecture == "topk" else None
+    architecture = read_settings(kind, _NAME, trainer, path)
     shape = _shape(state, weights)
     shapes = {
         "encoder.weight": shape,
         "encoder.bias": shape[:1],
         "decoder.weight": shape[::-1],
-        bias: shape[1:],
+        theirs.bias: shape[1:],
     }
-    ignored = ("k", "threshold") if architecture == "topk" else ()
-    found = take(state, shapes, weights, ignored=ignored)
-    if k is not None and "k" in state and (theirs := state["k"].tolist()) != k:
-        raise ConversionError(f"{path} says k {k}, {weights} has {theirs}")
+    read = take(state, shapes, weights, ignored=theirs.copies(architecture))
+    for name in theirs.settings:
+        ours = getattr(architecture, name)
+        if name in state and (other := state[name].tolist()) != ours:
+            raise ConversionError(f"{path} says {name} {ours}, {weights} has {other}")
     tensors = {
-        "W_enc": found["encoder.weight"],
-        "W_dec": found["decoder.weight"].T.contiguous(),
-        "b": found[bias],
-        "b_enc": found["encoder.bias"],
+        "W_enc": read["encoder.weight"],
+        "W_dec": read["decoder.weight"].T.contiguous(),
+        "b": read[theirs.bias],
+        "b_enc": read["encoder.bias"],
     }
-    return assemble(tensors, k, "none", _origin(trainer))
+    return assemble(tensors, architecture, "none", _origin(trainer))
 
 
 def _load(path: Path) -> Tensors:
@@ -122,21 +124,16 @@ def _origin(trainer: Mapping[str, Any]) -> Origin:
 
 
 def _obstacle(sae: SAE, _origin: Origin) -> str | None:
-    return no_place(sae, architectures=tuple(_CLASSES), normalize=("none",))
+    return no_place(sae, _NAME, normalize=("none",))
 
 
 def _weights(sae: SAE) -> bytes:
-    tensors: Tensors = {}
-    if sae.config.k is not None:
-        tensors = {
-            "k": torch.tensor(sae.config.k, dtype=torch.int32),
-            "threshold": torch.tensor(-1.0),
-        }
-    tensors |= {
+    theirs = conversion(sae, _NAME)
+    tensors = theirs.copies(sae.architecture) | {
         "encoder.weight": sae.W_enc,
         "encoder.bias": encoder_bias(sae),
         "decoder.weight": sae.W_dec.T,
-        _BIAS[sae.config.architecture]: sae.b,
+        theirs.bias: sae.b,
     }
     buffer = io.BytesIO()
     # A copy of each, or the whole storage behind a view would be saved.
@@ -147,11 +144,10 @@ def _weights(sae: SAE) -> bytes:
 def _configuration(sae: SAE, origin: Origin, layer: int | None) -> dict[str, Any]:
     return {
         "trainer": {
-            "trainer_class": _TRAINERS[sae.config.architecture],
-            "dict_class": _CLASSES[sae.config.architecture],
+            "dict_class": conversion(sae, _NAME).name,
+            **settings_of(sae, _NAME),
             "activation_dim": sae.config.d_in,
             "dict_size": sae.config.num_latents,
-            **({} if sae.config.k is None else {"k": sae.config.k}),
             "layer": layer,
             "lm_name": origin.model,
             "submodule_name": f"{origin.site}_layer_{layer}",
@@ -161,7 +157,7 @@ def _configuration(sae: SAE, origin: Origin, layer: int | None) -> dict[str, Any
 
 
 FORMAT = Format(
-    name="dictionary-learning",
+    name=_NAME,
     config_file=_CONFIG,
     weights_file=_WEIGHTS,
     read=_read,

@@ -15,6 +15,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 
+from mlsae.sae.architectures import TopK
 from mlsae.sae.formats.common import (
     ConversionError,
     Foreign,
@@ -24,11 +25,14 @@ from mlsae.sae.formats.common import (
     layers_of,
     no_place,
     read_safetensors,
+    read_settings,
     require,
+    settings_of,
     take,
 )
 from mlsae.sae.model import SAE
 
+_NAME = "mlsae"
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _SITE = "resid_post"
 _PREFIX = "autoencoder."
@@ -62,8 +66,8 @@ def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
         "b": found["pre_encoder_bias"],
     }
     normalize = "standardize" if require(config, "standardize", path, bool) else "none"
-    k = require(config, "k", path, int)
-    return assemble(tensors, k, normalize, _origin(config, names))
+    architecture = read_settings(TopK, _NAME, config, path)
+    return assemble(tensors, architecture, normalize, _origin(config, names))
 
 
 def _names(path: Path) -> list[str]:
@@ -87,7 +91,7 @@ def _origin(config: Mapping[str, Any], names: list[str]) -> Origin:
 
 def _obstacle(sae: SAE, origin: Origin) -> str | None:
     normalize = ("standardize", "none")
-    if obstacle := no_place(sae, architectures=("topk",), normalize=normalize):
+    if obstacle := no_place(sae, _NAME, normalize=normalize):
         return obstacle
     if sae.b_enc is not None:
         return "the SAE has an encoder bias, and that format has no place for one"
@@ -109,7 +113,7 @@ def _configuration(sae: SAE, origin: Origin, _layer: int | None) -> dict[str, An
     content: dict[str, Any] = {
         "n_inputs": sae.config.d_in,
         "n_latents": sae.config.num_latents,
-        "k": sae.config.k,
+        **settings_of(sae, _NAME),
         # Of training alone, but the module cannot be made without them.
         "dead_steps_threshold": 10_000_000,
         "dead_threshold": 1e-3,
@@ -122,7 +126,7 @@ def _configuration(sae: SAE, origin: Origin, _layer: int | None) -> dict[str, An
 
 
 FORMAT = Format(
-    name="mlsae",
+    name=_NAME,
     config_file=_CONFIG,
     weights_file=_WEIGHTS,
     read=_read,

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 
 from mlsae.base.words import SITES
+from mlsae.sae.architectures.base import Architecture
 from mlsae.sae.formats.common import (
     OURS,
     ConversionError,
@@ -24,23 +25,27 @@ from mlsae.sae.formats.common import (
     Origin,
     Tensors,
     assemble,
+    conversion,
     encoder_bias,
+    named,
     no_place,
     origin_of_module,
     read_safetensors,
+    read_settings,
     require,
+    settings_of,
     take,
     trained_on,
+    understood,
 )
 from mlsae.sae.model import SAE
 
+_NAME = "saelens"
 _CONFIG, _WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _VERSION = "6.0.0"
 """A configuration without a version, or with an earlier one, is taken for the older layout."""
 _NORM, _SHAPE = "normalize_activations", "reshape_activations"
 _NORMALIZE = {"standardize": "layer_norm", "none": "none"}
-_ARCHITECTURES = {"topk": "topk", "relu": "standard"}
-"""Ours → the name there."""
 _HOOK = re.compile(rf"blocks\.(\d+)\.hook_({'|'.join(SITES)})")
 
 
@@ -52,7 +57,7 @@ def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
             f"{path} is of a SAELens before 6.0, or of no SAELens: load it with SAELens 6 and save "
             f"it again"
         )
-    _check(config, path)
+    kind = _check(config, path)
     d_in, d_sae = require(config, "d_in", path, int), require(config, "d_sae", path, int)
     shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
     found = take(read_safetensors(directory / _WEIGHTS), shapes, directory / _WEIGHTS)
@@ -66,20 +71,20 @@ def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
     if config.get("rescale_acts_by_decoder_norm"):
         tensors, changes = _folded(tensors)
     normalize = "standardize" if config.get(_NORM) == "layer_norm" else "none"
-    is_topk = config.get("architecture", "standard") == "topk"
-    k = require(config, "k", path, int) if is_topk else None
-    return assemble(tensors, k, normalize, _origin(metadata), changes=changes)
+    architecture = read_settings(kind, _NAME, config, path)
+    return assemble(tensors, architecture, normalize, _origin(metadata), changes=changes)
 
 
-def _check(config: Mapping[str, Any], path: Path) -> None:
-    """Refuse what an SAE here would not compute as SAELens does."""
+def _check(config: Mapping[str, Any], path: Path) -> type[Architecture]:
+    """The architecture; what an SAE here would not compute as SAELens does is refused."""
+    found = named(_NAME, config.get("architecture", "standard"))
     # Reason, key, what SAELens takes an absent key for, what is understood.
-    for reason, key, default, understood in (
+    for reason, key, default, allowed in (
         (
-            "of architecture {}; topk and standard are understood",
+            f"of architecture {{}}; {understood(_NAME)} are understood",
             "architecture",
             "standard",
-            tuple(_ARCHITECTURES.values()),
+            () if found is None else (found[1].name,),
         ),
         (
             "normalised by {}, which needs more than its files hold, or another formula; none and "
@@ -97,10 +102,12 @@ def _check(config: Mapping[str, Any], path: Path) -> None:
         ("of rows in another shape (reshape_activations is {})", _SHAPE, "none", ("none",)),
     ):
         value = config.get(key, default)
-        if value not in understood:
+        if value not in allowed:
             raise ConversionError(
                 f"{path} cannot be imported exactly: it is an SAE {reason.format(repr(value))}"
             )
+    assert found is not None
+    return found[0]
 
 
 def _folded(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]]:
@@ -131,7 +138,7 @@ def _origin(metadata: Mapping[str, Any]) -> Origin:
 
 
 def _obstacle(sae: SAE, _origin: Origin) -> str | None:
-    return no_place(sae, architectures=tuple(_ARCHITECTURES), normalize=tuple(_NORMALIZE))
+    return no_place(sae, _NAME, normalize=tuple(_NORMALIZE))
 
 
 def _weights(sae: SAE) -> bytes:
@@ -145,12 +152,11 @@ def _weights(sae: SAE) -> bytes:
 
 
 def _configuration(sae: SAE, origin: Origin, layer: int | None) -> dict[str, Any]:
-    of_topk = {"k": sae.config.k, "rescale_acts_by_decoder_norm": False}
     return {
-        "architecture": _ARCHITECTURES[sae.config.architecture],
+        "architecture": conversion(sae, _NAME).name,
         "d_in": sae.config.d_in,
         "d_sae": sae.config.num_latents,
-        **(of_topk if sae.config.architecture == "topk" else {}),
+        **settings_of(sae, _NAME),
         "dtype": str(sae.W_enc.dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": True,
@@ -171,7 +177,7 @@ def _configuration(sae: SAE, origin: Origin, layer: int | None) -> dict[str, Any
 
 
 FORMAT = Format(
-    name="saelens",
+    name=_NAME,
     config_file=_CONFIG,
     weights_file=_WEIGHTS,
     read=_read,

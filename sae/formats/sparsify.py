@@ -20,16 +20,21 @@ from mlsae.sae.formats.common import (
     Format,
     Origin,
     assemble,
+    conversion,
     encoder_bias,
+    named,
     no_place,
     origin_of_module,
     read_safetensors,
+    read_settings,
     require,
+    settings_of,
     take,
     trained_on,
 )
 from mlsae.sae.model import SAE
 
+_NAME = "sparsify"
 _CONFIG, _WEIGHTS = "cfg.json", "sae.safetensors"
 _MODULES = {"resid_post": "layers.{}", "mlp_out": "layers.{}.mlp"}
 """Site → the module whose output it is in most transformers; the last sites are no one's output."""
@@ -37,16 +42,18 @@ _MODULES = {"resid_post": "layers.{}", "mlp_out": "layers.{}.mlp"}
 
 def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
     path = directory / _CONFIG
-    for key, default in (
-        ("activation", "topk"),
+    known = named(_NAME, config.get("activation", "topk"))
+    for key, expected in (
+        ("activation", "topk" if known is None else known[1].name),
         ("transcode", False),
         ("skip_connection", False),
     ):
-        if config.get(key, default) != default:
+        if config.get(key, expected) != expected:
             raise ConversionError(
                 f"{path} cannot be imported exactly: {key} is {config[key]!r}, and a TopK SAE has "
-                f"{default!r}"
+                f"{expected!r}"
             )
+    assert known is not None
     d_in, num_latents = require(config, "d_in", path, int), config.get("num_latents") or 0
     if num_latents == 0:
         num_latents = d_in * require(config, "expansion_factor", path, int)
@@ -64,11 +71,11 @@ def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
         "b_enc": found["encoder.bias"],
     }
     origin = trained_on(config.get(OURS), None, origin_of_module(directory.name))
-    return assemble(tensors, require(config, "k", path, int), "none", origin)
+    return assemble(tensors, read_settings(known[0], _NAME, config, path), "none", origin)
 
 
 def _obstacle(sae: SAE, origin: Origin) -> str | None:
-    if obstacle := no_place(sae, architectures=("topk",), normalize=("none",)):
+    if obstacle := no_place(sae, _NAME, normalize=("none",)):
         return obstacle
     if origin.site not in _MODULES:
         return (
@@ -91,11 +98,11 @@ def _weights(sae: SAE) -> bytes:
 def _configuration(sae: SAE, origin: Origin, _layer: int | None) -> dict[str, Any]:
     norms = torch.linalg.vector_norm(sae.W_dec.detach(), dim=1)
     return {
-        "activation": "topk",
+        "activation": conversion(sae, _NAME).name,
         "expansion_factor": max(1, sae.config.num_latents // sae.config.d_in),
         "normalize_decoder": bool(((norms - 1).abs() < 1e-4).all()),
         "num_latents": sae.config.num_latents,
-        "k": sae.config.k,
+        **settings_of(sae, _NAME),
         "multi_topk": False,
         "skip_connection": False,
         "transcode": False,
@@ -105,7 +112,7 @@ def _configuration(sae: SAE, origin: Origin, _layer: int | None) -> dict[str, An
 
 
 FORMAT = Format(
-    name="sparsify",
+    name=_NAME,
     config_file=_CONFIG,
     weights_file=_WEIGHTS,
     read=_read,

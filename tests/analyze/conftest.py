@@ -17,7 +17,7 @@ from mlsae.harvest import run as run_harvest
 from mlsae.models import load
 from mlsae.models.capture import capture
 from mlsae.models.inputs import Inputs
-from mlsae.sae import SAE, SAEConfig
+from mlsae.sae import SAE, SAEConfig, TopK
 from mlsae.store import PADDING, SPECIAL, Store, create, open_store
 
 Float = npt.NDArray[np.float64]
@@ -139,7 +139,9 @@ def sae_maker(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         **record: Any,
     ) -> Path:
         store = open_store(store_path)
-        config = SAEConfig(d_in=d_in or store.d_model, num_latents=num_latents, k=k)
+        config = SAEConfig(
+            d_in=d_in or store.d_model, num_latents=num_latents, architecture=TopK(k)
+        )
         generator = torch.Generator().manual_seed(seed)
         sae = SAE(config, generator)
         with torch.no_grad():
@@ -180,7 +182,7 @@ class DenseSAE:
         u, _, _ = self._standardized(x)
         w_enc, b = self._weights("W_enc")
         pre = (u - b) @ w_enc.T
-        chosen = np.argsort(-pre, axis=1)[:, : self.sae.config.k]
+        chosen = np.argsort(-pre, axis=1)[:, : self.sae.architecture.most_active]
         latents = np.zeros_like(pre)
         np.put_along_axis(latents, chosen, np.take_along_axis(pre, chosen, axis=1), axis=1)
         return np.maximum(latents, 0)

@@ -28,7 +28,7 @@ from mlsae.analyze import (
 from mlsae.base.errors import InputError
 from mlsae.base.files import read_sealed, seal
 from mlsae.cli import main
-from mlsae.sae import SAE, SAEConfig, load
+from mlsae.sae import SAE, ReLU, SAEConfig, load
 from mlsae.store import Store, create, open_store
 
 LAYERS, LENGTH, NUM_SEQUENCES = (0, 1, 3), 24, 37
@@ -49,7 +49,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 def relu_sae(directory: Path, store: Store, record: dict[str, Any]) -> Path:
     """Random weights; a row uses about half of the latents."""
-    sae = SAE(SAEConfig(d_in=store.d_model, num_latents=40, architecture="relu", k=None))
+    sae = SAE(SAEConfig(d_in=store.d_model, num_latents=40, architecture=ReLU()))
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in sae.parameters():

@@ -13,7 +13,7 @@ from mlsae.analyze import Analysis, AnalyzeConfig, run
 from mlsae.analyze.measure.rows import joint as joint_sweep
 from mlsae.analyze.measure.rows.decomposition import Decomposition, pairs_of
 from mlsae.analyze.pairing import pair
-from mlsae.sae import SAE, SAEConfig
+from mlsae.sae import SAE, ReLU, SAEConfig
 from mlsae.sae import load as load_sae
 from mlsae.store import open_store
 from mlsae.store.read.split import validation_sequences
@@ -291,7 +291,7 @@ def test_blocks_of_any_number_of_tokens_add_up_to_the_same(
 
 @pytest.mark.parametrize("batch_rows", [1, 3, 100])
 def test_rows_of_a_relu_sae_have_as_many_slots_as_any_of_them_needs(batch_rows: int) -> None:
-    sae = SAE(SAEConfig(d_in=6, num_latents=20, architecture="relu", encoder_bias=True))
+    sae = SAE(SAEConfig(d_in=6, num_latents=20, architecture=ReLU(), encoder_bias=True))
     x = np.random.default_rng(0).normal(size=(10, 6)).astype(np.float32)
     dense = torch.relu(sae.standardize(torch.from_numpy(x))[0] @ sae.W_enc.T).double()
     with torch.no_grad():

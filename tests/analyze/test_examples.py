@@ -22,7 +22,7 @@ from mlsae.analyze.examples.collect import Examples, ExamplesPlan, random_scores
 from mlsae.analyze.examples.table import write_examples
 from mlsae.analyze.pairing import Pairing, pair
 from mlsae.analyze.results.tables import schema
-from mlsae.sae import SAE, SAEConfig
+from mlsae.sae import SAE, ReLU, SAEConfig, TopK
 from mlsae.store import MASKED, PADDING, SPECIAL, create, open_store
 
 LAYERS = (2, 5, 6)
@@ -30,12 +30,16 @@ LENGTH, NUM_SEQUENCES, WIDTH, NUM_LATENTS = 9, 14, 8, 20
 PLAN = ExamplesPlan(top=5, samples=2, before=3, after=2, seed=11)
 KINDS = {
     "topk": SAEConfig(
-        d_in=WIDTH, num_latents=NUM_LATENTS, k=4, normalize="none", encoder_bias=True
+        d_in=WIDTH,
+        num_latents=NUM_LATENTS,
+        architecture=TopK(4),
+        normalize="none",
+        encoder_bias=True,
     ),
     "relu": SAEConfig(
         d_in=WIDTH,
         num_latents=NUM_LATENTS,
-        architecture="relu",
+        architecture=ReLU(),
         normalize="none",
         encoder_bias=True,
     ),
@@ -123,8 +127,8 @@ class Truth:
         )
         for n, layer in enumerate(LAYERS):
             pre = store.read("resid_post", layer)[chosen].astype(np.float64) @ weights.T + bias
-            if sae.config.k is not None:
-                pre[pre < np.sort(pre, axis=1)[:, -sae.config.k, None]] = 0
+            if (k := sae.architecture.most_active) is not None:
+                pre[pre < np.sort(pre, axis=1)[:, -k, None]] = 0
             z[n, tokens[chosen]] = np.maximum(pre, 0)
         eligible = np.zeros(store.num_tokens, bool)
         eligible[tokens[chosen]] = True

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from mlsae.analyze import AnalyzeConfig, load, run
 from mlsae.analyze.results.figures.registry import FIGURES
 from mlsae.base.errors import InputError, ResourceError
-from mlsae.sae import SAE, SAEConfig
+from mlsae.sae import SAE, SAEConfig, TopK
 from mlsae.store import IncompleteStoreError, create, open_store
 from mlsae.store.read.split import validation_sequences
 
@@ -138,7 +138,7 @@ def test_a_latent_planted_at_one_layer_has_no_layer_variance(tmp_path: Path) -> 
             size = generator.uniform(1, 3, size=(10, 1))
             batch = {("resid_post", n): size * directions[i] for i, n in enumerate(layers)}
             writer.append({key: x.astype(np.float32) for key, x in batch.items()})
-    sae = SAE(SAEConfig(d_in=12, num_latents=4, k=1))
+    sae = SAE(SAEConfig(d_in=12, num_latents=4, architecture=TopK(1)))
     with torch.no_grad():
         sae.W_dec.copy_(torch.from_numpy(directions[:4]))
         sae.normalize_decoder()
@@ -310,7 +310,9 @@ def test_another_store_of_the_same_transformer_is_analyzed_and_named(
 
 
 def test_an_sae_that_no_training_made_is_refused(world: Any, tmp_path: Path) -> None:
-    SAE(SAEConfig(d_in=16, num_latents=8, k=2)).save(tmp_path / "sae", {"site": "resid_post"})
+    SAE(SAEConfig(d_in=16, num_latents=8, architecture=TopK(2))).save(
+        tmp_path / "sae", {"site": "resid_post"}
+    )
     config = AnalyzeConfig(
         figures=False, cache=world.store, sae=tmp_path / "sae", out=tmp_path / "out"
     )

@@ -15,7 +15,7 @@ import mlsae.demo
 from mlsae.analyze import Analysis, AnalyzeConfig, run
 from mlsae.harvest import HarvestConfig
 from mlsae.harvest import run as run_harvest
-from mlsae.sae import SAE, SAEConfig
+from mlsae.sae import SAE, SAEConfig, TopK
 from mlsae.store import Store, open_store
 
 pytestmark = [
@@ -42,7 +42,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Analysis, Pat
         )
     )
     store = open_store(root / "acts")
-    sae = SAE(SAEConfig(d_in=store.d_model, num_latents=NUM_LATENTS, k=4), _generator())
+    sae = SAE(
+        SAEConfig(d_in=store.d_model, num_latents=NUM_LATENTS, architecture=TopK(4)), _generator()
+    )
     # One without events, at the end of the first file.
     with torch.no_grad():
         sae.W_enc[8] = 0

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from mlsae.sae import SAE, SAEConfig, load
+from mlsae.sae import SAE, ReLU, SAEConfig, TopK, load
 from mlsae.sae.formats.convert import export_sae, import_sae
 
 pytestmark = [
@@ -41,10 +41,9 @@ def random_sae(path: Path, normalize: str, *, bias: bool, architecture: str = "t
     config = SAEConfig(
         d_in=D,
         num_latents=N,
-        k=K if architecture == "topk" else None,
+        architecture=TopK(K) if architecture == "topk" else ReLU(),
         normalize=normalize,
         encoder_bias=bias,
-        architecture=architecture,
     )
     sae = SAE(config)
     generator = torch.Generator().manual_seed(3)

@@ -15,7 +15,7 @@ import torch
 from mlsae.analyze import Analysis, AnalyzeConfig, load, run
 from mlsae.analyze.results.page.render import write_page
 from mlsae.analyze.results.page.tables import number
-from mlsae.sae import SAE, SAEConfig
+from mlsae.sae import SAE, SAEConfig, TopK
 from mlsae.store import open_store
 
 pytestmark = [
@@ -41,7 +41,10 @@ def analysis(sample_maker: Callable[..., Any], tmp_path: Path) -> Analysis:
     """Of an untrained SAE, in a folder whose name is markup, with examples that are markup."""
     folder = tmp_path / "<img src=x onerror=alert(3)>"
     store = open_store(sample_maker().path)
-    sae = SAE(SAEConfig(d_in=20, num_latents=NUM_LATENTS, k=4), torch.Generator().manual_seed(0))
+    sae = SAE(
+        SAEConfig(d_in=20, num_latents=NUM_LATENTS, architecture=TopK(4)),
+        torch.Generator().manual_seed(0),
+    )
     record = {
         "store_id": "d" * 64,
         "stores": [{"store_id": "d" * 64, "tokens_sha256": "e" * 64}],

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlsae.sae import SAE, SAEConfig, load
+from mlsae.sae import SAE, SAEConfig, TopK, load
 from mlsae.sae.formats.convert import export_sae
 from mlsae.train.published.step import PaperTrainer
 
@@ -31,7 +31,7 @@ def test_the_loss_curve_is_the_published_one(peer: Callable[..., str], tmp_path:
     x = x * torch.tensor([1.0, 3.0, 10.0])[:, None, None] + torch.linspace(-1, 1, D)
     x[:, :, :, ::16] = 0  # Special tokens.
     np.save(tmp_path / "x.npy", x.numpy())
-    sae = SAE(SAEConfig(d_in=D, num_latents=N, k=K), generator)
+    sae = SAE(SAEConfig(d_in=D, num_latents=N, architecture=TopK(K)), generator)
     sae.save(tmp_path / "sae", {"site": "resid_post", "layers": [0, 1, 2]})
     (exported,) = export_sae(tmp_path / "sae", "mlsae", tmp_path / "out")
     source, losses = os.environ["MLSAE_PUBLISHED"], tmp_path / "losses.npy"

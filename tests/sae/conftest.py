@@ -9,14 +9,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mlsae.sae import SAE, SAEConfig
+from mlsae.sae import SAE, SAEConfig, TopK
 
 D, N, K = 12, 48, 5
 
 
 def make(path: Path, normalize: str, *, bias: bool, layers: tuple[int, ...] = (0, 3)) -> Path:
     """An SAE with every weight random, decoder norms included."""
-    config = SAEConfig(d_in=D, num_latents=N, k=K, normalize=normalize, encoder_bias=bias)
+    config = SAEConfig(
+        d_in=D, num_latents=N, architecture=TopK(K), normalize=normalize, encoder_bias=bias
+    )
     sae = SAE(config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

@@ -8,21 +8,25 @@ import torch
 
 from mlsae.base.errors import InputError
 from mlsae.base.files import read_sealed, seal
-from mlsae.sae import SAE, DamagedSAEError, NotAnSAEError, SAEConfig, load
+from mlsae.sae import SAE, DamagedSAEError, NotAnSAEError, SAEConfig, TopK, load
 
 TRAINING = {"store_id": "ab", "layers": [0, 2], "metrics": {"fvu": 0.25}}
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    sae = SAE(SAEConfig(d_in=8, num_latents=32, k=4), torch.Generator().manual_seed(0))
+    sae = SAE(
+        SAEConfig(d_in=8, num_latents=32, architecture=TopK(4)), torch.Generator().manual_seed(0)
+    )
     sae.save(tmp_path / "sae", TRAINING)
     return tmp_path / "sae"
 
 
 def test_load_gives_back_what_was_saved(directory: Path) -> None:
     """Weights bit for bit, configuration, training record; ready to encode."""
-    sae = SAE(SAEConfig(d_in=8, num_latents=32, k=4), torch.Generator().manual_seed(0))
+    sae = SAE(
+        SAEConfig(d_in=8, num_latents=32, architecture=TopK(4)), torch.Generator().manual_seed(0)
+    )
     loaded = load(directory)
     assert loaded.config == sae.config
     assert loaded.training_record == TRAINING

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from mlsae.cli import main
-from mlsae.sae import SAE, SAEConfig, load
+from mlsae.sae import SAE, SAEConfig, TopK, load
 from mlsae.sae.formats.common import ConversionError
 from mlsae.sae.formats.convert import export_sae
 
@@ -68,7 +68,7 @@ def test_what_a_format_cannot_express(
     config = SAEConfig(
         d_in=D,
         num_latents=N,
-        k=K,
+        architecture=TopK(K),
         normalize=options.get("normalize", "none"),
         encoder_bias=options.get("bias", False),
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mlsae.sae import SAE, SAEConfig, load
+from mlsae.sae import SAE, ReLU, SAEConfig, TopK, load
 from mlsae.sae.formats.common import ConversionError
 from mlsae.sae.formats.convert import FORMATS, export_sae, import_sae
 
@@ -28,7 +28,7 @@ def make(path: Path, config: SAEConfig) -> Path:
 
 def relu(normalize: str, *, bias: bool) -> SAEConfig:
     return SAEConfig(
-        d_in=D, num_latents=N, architecture="relu", normalize=normalize, encoder_bias=bias
+        d_in=D, num_latents=N, architecture=ReLU(), normalize=normalize, encoder_bias=bias
     )
 
 
@@ -109,7 +109,12 @@ def test_state_by_layer_has_no_place_elsewhere(
 ) -> None:
     """No format has any; nothing approximate is written."""
     config = SAEConfig(
-        d_in=D, num_latents=N, k=4, normalize=normalize, layer_scale=layer_scale, layers=(0, 3)
+        d_in=D,
+        num_latents=N,
+        architecture=TopK(4),
+        normalize=normalize,
+        layer_scale=layer_scale,
+        layers=(0, 3),
     )
     run = make(tmp_path / "run", config)
     with pytest.raises(ConversionError, match=message):

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from mlsae.base.errors import InputError
-from mlsae.sae import SAE, SAEConfig
+from mlsae.sae import SAE, SAEConfig, TopK
 from mlsae.sae.normalize import restore, standardize
 
 
 def make(d_in: int = 8, num_latents: int = 32, k: int = 4) -> SAE:
-    config = SAEConfig(d_in=d_in, num_latents=num_latents, k=k)
+    config = SAEConfig(d_in=d_in, num_latents=num_latents, architecture=TopK(k))
     sae = SAE(config, torch.Generator().manual_seed(0))
     with torch.no_grad():
         sae.b.copy_(torch.linspace(-1, 1, d_in))
@@ -84,9 +84,10 @@ def test_rows_of_another_width_are_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k": 33}, r"k must be at most num_latents: got k 33 and 32 latents"),
-        ({"k": 0}, r"k must be a whole number of at least 1, got 0"),
+        ({"architecture": TopK(33)}, r"k must be at most num_latents: got k 33 and 32 latents"),
+        ({"architecture": TopK(0)}, r"k must be a whole number of at least 1, got 0"),
         ({"num_latents": 2.5}, r"num_latents must be a whole number of at least 1, got 2\.5"),
+        ({"architecture": "topk"}, r"architecture must be an Architecture, such as TopK\(k=32\)"),
         ({"d_in": 1}, r"d_in must be at least 2 to standardise a row"),
         (
             {"normalize": "layer"},
@@ -96,6 +97,11 @@ def test_rows_of_another_width_are_refused() -> None:
 )
 def test_impossible_shapes_are_refused(change: dict[str, object], message: str) -> None:
     """The value, and what would do, are named."""
-    values: dict[str, object] = {"d_in": 8, "num_latents": 32, "k": 4, **change}
+    values: dict[str, object] = {
+        "d_in": 8,
+        "num_latents": 32,
+        "architecture": TopK(4),
+        **change,
+    }
     with pytest.raises(InputError, match=message):
         SAEConfig(**values)  # type: ignore[arg-type]

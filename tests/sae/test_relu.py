@@ -7,15 +7,16 @@ import pytest
 import torch
 
 from mlsae.base.errors import InputError
-from mlsae.sae import SAE, SAEConfig, load
+from mlsae.sae import SAE, ReLU, SAEConfig, load
 from mlsae.sae.architectures import relu
-from mlsae.sae.architectures.relu import listed, positive
+from mlsae.sae.architectures.relu import positive
+from mlsae.sae.kernels.listed import listed
 
 D, N = 8, 40
 
 
 def make(bias: float = -0.3) -> SAE:
-    config = SAEConfig(d_in=D, num_latents=N, architecture="relu", encoder_bias=True)
+    config = SAEConfig(d_in=D, num_latents=N, architecture=ReLU(), encoder_bias=True)
     sae = SAE(config, torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
         sae.b.copy_(torch.linspace(-1, 1, D))
@@ -96,9 +97,14 @@ def test_the_directory_says_what_it_is(tmp_path: Path) -> None:
 
 def test_k_is_no_setting_of_it() -> None:
     """It could only mislead; and a topk SAE has one."""
-    with pytest.raises(InputError, match="k is of topk SAEs, and this one is relu: leave it out"):
-        SAEConfig(d_in=D, num_latents=N, k=4, architecture="relu")
-    with pytest.raises(InputError, match="k must be a whole number of at least 1, got None"):
-        SAEConfig(d_in=D, num_latents=N)
-    with pytest.raises(InputError, match="architecture must be one of topk, relu, got 'gated'"):
-        SAEConfig(d_in=D, num_latents=N, architecture="gated")
+    shape = {"d_in": D, "num_latents": N, "normalize": "none"}
+    for content, message in (
+        (
+            {"architecture": "relu", "k": 4},
+            "config.json has unknown keys: k; expected a",
+        ),
+        ({}, "config.json lacks keys: k; expected architecture"),
+        ({"architecture": "gated"}, "architecture must be one of topk, relu, got 'gated'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            SAEConfig.from_dict(shape | content, "config.json")

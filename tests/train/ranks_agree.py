@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from mlsae.sae import SAE, SAEConfig
+from mlsae.sae import SAE, SAEConfig, TopK
 from mlsae.train.data.loader import Batch
 from mlsae.train.step.dead import DeadLatents
 from mlsae.train.step.objective import Objective
@@ -23,7 +23,9 @@ def main() -> None:
     accelerator = Accelerator(cpu=True)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     assert world_size in (2, 4), f"{world_size} ranks, not 2 or 4"
-    sae = SAE(SAEConfig(d_in=D, num_latents=N, k=4), torch.Generator().manual_seed(0)).double()
+    sae = SAE(
+        SAEConfig(d_in=D, num_latents=N, architecture=TopK(4)), torch.Generator().manual_seed(0)
+    ).double()
     sae.normalize_decoder()
     objective = Objective(sae, np.array([3.0, 5.0]), "standardized")
     dead = DeadLatents(N, 3 * ROWS, torch.device("cpu"))

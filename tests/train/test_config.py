@@ -11,6 +11,7 @@ import torch
 
 from mlsae.base.errors import InputError, ResourceError
 from mlsae.base.resources import available_memory
+from mlsae.sae import TopK
 from mlsae.store import IncompleteStoreError, NotAStoreError, create, open_store
 from mlsae.train import TrainConfig, run
 from mlsae.train.plan import make_plan
@@ -96,7 +97,7 @@ def test_defaults_are_those_of_the_literature(sample: Any) -> None:
     config = TrainConfig(cache=sample.path, out=Path("run"))
     plan = make_plan(config, open_store(sample.path))
     assert plan.sae.num_latents == 64 * 20
-    assert plan.sae.k == 32
+    assert plan.sae.architecture == TopK(32)
     assert plan.num_rows == plan.mixture.epoch_rows
     assert plan.schedule.peak == pytest.approx(2e-4 / math.sqrt(1280 / 16384))
     settings = plan.settings()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlsae.sae import SAE, SAEConfig
+from mlsae.sae import SAE, SAEConfig, TopK
 from mlsae.store import open_store
 from mlsae.store.format.positions import kept_positions
 from mlsae.train.running import evaluate as module
@@ -16,7 +16,9 @@ SEQUENCES = np.array([0, 3, 4, 20, 36])
 
 
 def make_sae(d_in: int) -> SAE:
-    return SAE(SAEConfig(d_in=d_in, num_latents=48, k=4), torch.Generator().manual_seed(1))
+    return SAE(
+        SAEConfig(d_in=d_in, num_latents=48, architecture=TopK(4)), torch.Generator().manual_seed(1)
+    )
 
 
 def measure(sae: SAE, store: Any, **options: Any) -> dict[str, Any]:

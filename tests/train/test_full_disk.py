@@ -12,14 +12,15 @@ import sys
 from pathlib import Path
 import torch
 from mlsae.base.errors import ResourceError
-from mlsae.sae import SAE, SAEConfig
+from mlsae.sae import SAE, SAEConfig, TopK
 from mlsae.train.running.checkpoint import Checkpoints
 from mlsae.train.step.dead import DeadLatents
 
 class Trainer:
     # What a checkpoint holds of one, without a step taken.
     def __init__(self):
-        self.sae = SAE(SAEConfig(d_in=16, num_latents=512, k=4), torch.Generator().manual_seed(0))
+        config = SAEConfig(d_in=16, num_latents=512, architecture=TopK(4))
+        self.sae = SAE(config, torch.Generator().manual_seed(0))
         self.dead = DeadLatents(512, 1000, torch.device("cpu"))
         self.step_number = 0
         self.optimizer = torch.optim.Adam(self.sae.parameters())

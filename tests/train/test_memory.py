@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from mlsae.sae import SAEConfig
+from mlsae.sae import SAEConfig, TopK
 from mlsae.train.running.memory import step_memory
 
 MEASURE = """
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from mlsae.base.machine.heap import keep_freed_memory
-from mlsae.sae import SAE, SAEConfig
+from mlsae.sae import SAE, SAEConfig, TopK
 from mlsae.train.step.dead import DeadLatents
 from mlsae.train.data.loader import Batch
 from mlsae.train.step.objective import Objective
@@ -22,7 +22,8 @@ from mlsae.train.step.schedule import Schedule
 from mlsae.train.step.trainer import Trainer
 
 def run(rows, d_in, num_latents, k, micro_batch, mixed, dead_after):
-    sae = SAE(SAEConfig(d_in=d_in, num_latents=num_latents, k=k), torch.Generator().manual_seed(0))
+    config = SAEConfig(d_in=d_in, num_latents=num_latents, architecture=TopK(k))
+    sae = SAE(config, torch.Generator().manual_seed(0))
     objective = Objective(sae, np.ones(1), "standardized", mixed=mixed)
     dead = DeadLatents(num_latents, dead_after, torch.device("cpu"))
     trainer = Trainer(sae, objective, Schedule(1e-3, 9, 0, 0), dead, accelerator, micro_batch)
@@ -55,7 +56,8 @@ def grown(
     dead_after: int = NEVER,
 ) -> int:
     """Bytes by which a process's largest resident size grows through three steps."""
-    numbers = [rows, sae.d_in, sae.num_latents, sae.k, micro_batch, int(mixed), dead_after]
+    k = sae.architecture.most_active
+    numbers = [rows, sae.d_in, sae.num_latents, k, micro_batch, int(mixed), dead_after]
     words = [sys.executable, "-c", MEASURE, *map(str, numbers)]
     return int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
 
@@ -65,11 +67,11 @@ def grown(
 class TestPeak:
     def test_no_tensor_of_rows_times_latents_outlives_a_block(self) -> None:
         """4,096 × 65,536 pre-activations would be 1 GiB; a step takes less than a tenth of it."""
-        assert grown(4096, SAEConfig(d_in=16, num_latents=65536, k=4)) < 2**30 / 10
+        assert grown(4096, SAEConfig(d_in=16, num_latents=65536, architecture=TopK(4))) < 2**30 / 10
 
     def test_micro_batches_bound_the_activations(self) -> None:
         """What is left is the batch itself, and what the rows of one piece take."""
-        sae = SAEConfig(d_in=256, num_latents=1024, k=8)
+        sae = SAEConfig(d_in=256, num_latents=1024, architecture=TopK(8))
         rows = 16384
         whole, pieces = grown(rows, sae), grown(rows, sae, micro_batch=512)
         batch = rows * 256 * 4
@@ -85,7 +87,7 @@ class TestPeak:
         self, rows: int, num_latents: int, mixed: bool, dead_after: int
     ) -> None:
         """Nor more than twice it."""
-        sae = SAEConfig(d_in=256, num_latents=num_latents, k=16)
+        sae = SAEConfig(d_in=256, num_latents=num_latents, architecture=TopK(16))
         parts = step_memory(sae, rows, max(256, rows // 16), mixed=mixed)
         if dead_after == NEVER:
             del parts["AuxK"]

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from mlsae.base.errors import InputError
-from mlsae.sae import SAE, SAEConfig
+from mlsae.sae import SAE, SAEConfig, TopK
 from mlsae.store import open_store
 from mlsae.train.data.loader import Batch
 from mlsae.train.step.auxiliary import default_k_aux
@@ -25,7 +25,9 @@ NO_LATENT = torch.zeros(0, dtype=torch.int64)
 
 
 def make_sae(seed: int = 0, dtype: torch.dtype = torch.float64) -> SAE:
-    sae = SAE(SAEConfig(d_in=D, num_latents=N, k=K), torch.Generator().manual_seed(seed))
+    sae = SAE(
+        SAEConfig(d_in=D, num_latents=N, architecture=TopK(K)), torch.Generator().manual_seed(seed)
+    )
     with torch.no_grad():
         sae.b.copy_(torch.linspace(-0.3, 0.3, D))
     sae.to(dtype).normalize_decoder()

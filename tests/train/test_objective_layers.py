@@ -14,7 +14,13 @@ from mlsae.base.errors import InputError
 from mlsae.sae import load
 from mlsae.store import open_store
 from mlsae.train import TrainConfig, run
-from mlsae.train.initial import initial_sae, layer_factors, objective_settings, sae_config
+from mlsae.train.initial import (
+    initial_sae,
+    layer_factors,
+    objective_settings,
+    of_sae,
+    sae_config,
+)
 
 LAYERS = (0, 1, 3)
 CHANGES: dict[str, dict[str, Any]] = {
@@ -196,4 +202,4 @@ def test_values_of_layers_are_as_many_as_layers(sample: Any, tmp_path: Path) -> 
         run(wanted)
     assert not (tmp_path / "out").exists()
     wanted = dataclasses.replace(wanted, layer_weights=(1.0, 2.0, 4.0))
-    assert objective_settings(wanted, 10, LAYERS, (3,)) == {"layer_weights": [4.0]}
+    assert objective_settings(of_sae(wanted, LAYERS, (3,)), 10) == {"layer_weights": [4.0]}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mlsae.base.errors import InputError
-from mlsae.sae import SAE, SAEConfig, load
+from mlsae.sae import SAE, SAEConfig, TopK, load
 from mlsae.store import open_store
 from mlsae.store.read.split import validation_of
 from mlsae.train import TrainConfig, run
@@ -73,7 +73,7 @@ class Dense:
 
 def test_fifty_steps_equal_dense_autograd() -> None:
     """Losses and parameters to 1e-9; no latent is dead at first, then some are."""
-    config = SAEConfig(d_in=D, num_latents=N, k=K)
+    config = SAEConfig(d_in=D, num_latents=N, architecture=TopK(K))
     sae = SAE(config, torch.Generator().manual_seed(0)).double()
     trainer = PaperTrainer(sae, lr=1e-3, k_aux=K_AUX, dead_after=DEAD_AFTER)
     x = micro_batches(50)
@@ -103,7 +103,7 @@ def test_the_geometric_median_has_the_least_sum_of_distances() -> None:
 
 def test_a_loss_that_is_no_number_stops_before_the_weights_change() -> None:
     """As of every trainer."""
-    sae = SAE(SAEConfig(d_in=D, num_latents=N, k=K)).double()
+    sae = SAE(SAEConfig(d_in=D, num_latents=N, architecture=TopK(K))).double()
     trainer, x = PaperTrainer(sae), micro_batches(1)[0]
     before = sae.W_enc.detach().clone()
     x[1, 0, 3, 4] = torch.nan

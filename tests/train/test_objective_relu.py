@@ -10,13 +10,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from mlsae.sae import SAE, SAEConfig
+from mlsae.sae import SAE, ReLU, SAEConfig
 from mlsae.sae.architectures import relu
+from mlsae.sae.architectures.relu import L1
 from mlsae.sae.kernels.sparse import FullSupport
 from mlsae.train.data.loader import Batch
 from mlsae.train.step.auxiliary import hashed
 from mlsae.train.step.dead import DeadLatents
-from mlsae.train.step.objective import Objective, Penalty
+from mlsae.train.step.objective import Objective
 from mlsae.train.step.optimizer import Optimizer
 from mlsae.train.step.resample import Candidates, Resampling, keys, resample
 from mlsae.train.step.schedule import Schedule
@@ -25,12 +26,12 @@ from mlsae.train.step.trainer import Trainer
 D, N, L, ROWS, STEPS = 12, 64, 3, 50, 50
 VARIANCES = np.array([3.0, 7.0, 11.0])
 WEIGHTS, MULTIPLIERS = (1.0, 0.5, 2.0), (1.0, 3.0, 0.0)
-PENALTY = Penalty(weight=0.03, by_layer=MULTIPLIERS, rise=10)
+PENALTY = L1(weight=0.03, by_layer=torch.tensor(MULTIPLIERS, dtype=torch.float64), rise=10)
 SCHEDULE = Schedule(3e-3, STEPS, 0.1, 0.2)
 
 
 def make_sae(bias: float = 0.0) -> SAE:
-    config = SAEConfig(d_in=D, num_latents=N, architecture="relu", encoder_bias=True)
+    config = SAEConfig(d_in=D, num_latents=N, architecture=ReLU(), encoder_bias=True)
     sae = SAE(config, torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
         sae.b.copy_(torch.linspace(-0.3, 0.3, D))
@@ -46,7 +47,7 @@ def make_trainer(sae: SAE, dead_after: int = 10**9, every: int | None = None) ->
         VARIANCES,
         "standardized",
         layer_weights=WEIGHTS,
-        penalty=PENALTY,
+        extra=PENALTY,
         resampling=None if every is None else Resampling(every, STEPS),
     )
     dead = DeadLatents(N, dead_after, torch.device("cpu"))
@@ -65,7 +66,7 @@ class Dense:
     """The formulas with dense tensors, torch's own autograd and its Adam."""
 
     def __init__(self, sae: SAE) -> None:
-        self.params = [p.detach().clone().requires_grad_() for p in sae.weights if p is not None]
+        self.params = [p.detach().clone().requires_grad_() for p in sae.parameters()]
         self.adam = torch.optim.Adam(self.params, betas=(0.9, 0.999), eps=6.25e-10)
 
     def row_losses(self, batch: Batch, step: int) -> torch.Tensor:
@@ -99,8 +100,7 @@ def test_fifty_steps_equal_dense_autograd(
         expected = dense.step(batch, number)
         found = trainer.step(batch)
         np.testing.assert_allclose(found.loss, expected, rtol=1e-9)
-        mine = [p for p in sae.weights if p is not None]
-        for a, b in zip(mine, dense.params, strict=True):
+        for a, b in zip(sae.parameters(), dense.params, strict=True):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9)
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
         assert (found.penalty > 0) == (number > 0)

@@ -7,12 +7,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from mlsae.sae import SAE, SAEConfig
+from mlsae.sae import SAE, ReLU, SAEConfig, TopK
+from mlsae.sae.architectures.relu import L1
 from mlsae.sae.kernels.select import select, select_mixed
 from mlsae.train.data.loader import Batch
 from mlsae.train.step import auxiliary
 from mlsae.train.step.dead import DeadLatents
-from mlsae.train.step.objective import Objective, Penalty
+from mlsae.train.step.objective import Objective
 from mlsae.train.step.resample import Resampling
 from mlsae.train.step.schedule import Schedule
 from mlsae.train.step.trainer import Trainer
@@ -50,7 +51,7 @@ def seeded() -> torch.Generator:
 
 
 def new_sae() -> SAE:
-    return SAE(SAEConfig(d_in=D, num_latents=N, k=K), seeded())
+    return SAE(SAEConfig(d_in=D, num_latents=N, architecture=TopK(K)), seeded())
 
 
 def fvu(sae: SAE, x: torch.Tensor) -> float:
@@ -113,19 +114,21 @@ def test_planted_directions_are_found(architecture: str) -> None:
     """The mean largest |cosine| is at least 0.9 within 3,000 steps; untrained, it is printed."""
     steps, data = 3000, Planted()
     if architecture == "topk":
-        sae = SAE(SAEConfig(d_in=D, num_latents=N, k=K, normalize="none"), seeded())
+        sae = SAE(
+            SAEConfig(d_in=D, num_latents=N, architecture=TopK(K), normalize="none"), seeded()
+        )
         objective = Objective(sae, np.array([data.variance]), "standardized")
         dead = DeadLatents(N, 100 * ROWS, torch.device("cpu"))
     else:
         config = SAEConfig(
-            d_in=D, num_latents=N, architecture="relu", normalize="none", encoder_bias=True
+            d_in=D, num_latents=N, architecture=ReLU(), normalize="none", encoder_bias=True
         )
         sae = SAE(config, seeded())
         objective = Objective(
             sae,
             np.array([data.variance]),
             "standardized",
-            penalty=Penalty(weight=0.02, rise=150),
+            extra=L1(weight=0.02, rise=150),
             resampling=Resampling(steps // 8, steps),
         )
         dead = DeadLatents(N, steps // 16 * ROWS, torch.device("cpu"))

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from mlsae.base.errors import InputError
-from mlsae.sae import SAE, SAEConfig
+from mlsae.sae import SAE, SAEConfig, TopK
 from mlsae.train import TrainConfig
-from mlsae.train.clip import ClippedOptimizer
 from mlsae.train.step.optimizer import Optimizer
 from mlsae.train.step.schedule import Schedule
 
@@ -52,7 +51,10 @@ def test_a_constant_rate_with_a_decay_is_refused() -> None:
 def test_gradients_are_clipped_together(max_norm: float) -> None:
     """As if they had been shorter by one factor; those within the norm stay as they are."""
     saes = [
-        SAE(SAEConfig(d_in=8, num_latents=16, k=2), torch.Generator().manual_seed(0)).double()
+        SAE(
+            SAEConfig(d_in=8, num_latents=16, architecture=TopK(2)),
+            torch.Generator().manual_seed(0),
+        ).double()
         for _ in range(2)
     ]
     generator = torch.Generator().manual_seed(1)
@@ -64,6 +66,6 @@ def test_gradients_are_clipped_together(max_norm: float) -> None:
     for gradient in gradients:
         gradient.mul_(min(1.0, max_norm / norm))
     Optimizer(saes[0]).step(1e-2)
-    ClippedOptimizer(saes[1], max_norm).step(1e-2)
+    Optimizer(saes[1], max_norm).step(1e-2)
     for a, b in zip(*(sae.parameters() for sae in saes), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)

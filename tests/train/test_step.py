@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from mlsae.sae import SAE, SAEConfig
+from mlsae.sae import SAE, SAEConfig, TopK
 from mlsae.sae.kernels.select import select
 from mlsae.train.data.loader import Batch
 from mlsae.train.step import auxiliary
@@ -28,7 +28,9 @@ def make_sae(
     num_latents: int = 64, k: int = 4, dtype: torch.dtype = torch.float64, d_in: int = 12
 ) -> SAE:
     generator = torch.Generator().manual_seed(0)
-    sae = SAE(SAEConfig(d_in=d_in, num_latents=num_latents, k=k), generator).to(dtype)
+    sae = SAE(SAEConfig(d_in=d_in, num_latents=num_latents, architecture=TopK(k)), generator).to(
+        dtype
+    )
     with torch.no_grad():
         sae.b.copy_(torch.linspace(-0.3, 0.3, d_in))
     sae.normalize_decoder()

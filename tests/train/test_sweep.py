@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from mlsae.base.errors import InputError
 from mlsae.base.files import read_sealed
-from mlsae.sae import load
+from mlsae.sae import TopK, load
 from mlsae.store import open_store
 from mlsae.train import Sweep, TrainConfig, run, run_sweep
 from mlsae.train.data.loader import Loader
@@ -198,7 +198,7 @@ def test_one_value_is_no_sweep(config: Any) -> None:
     """Its directory is that of the run."""
     (result,) = run_sweep(Sweep(config=config("run"), axes={"k": (3,)}))
     assert result.directory == config("run").out
-    assert load(result.directory).config.k == 3
+    assert load(result.directory).architecture == TopK(3)
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def _count(
     values, support = sae.activate(u)
     u_hat = sae.reconstruct(values, support)
     x_hat = u_hat * scale + mean
-    active = values > 0
+    active = values != 0
     for i, mask in enumerate(keep):
         sums[i].add(active[mask], (x[mask], u[mask]), (x_hat[mask], u_hat[mask]))
         used[i, support.indices_BK[mask][active[mask]]] = 1

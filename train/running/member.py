@@ -6,7 +6,6 @@ from accelerate import Accelerator
 
 from mlsae.base.files import read_sealed, seal, write_durably
 from mlsae.sae.directory import CONFIG
-from mlsae.train.clip import ClippedOptimizer
 from mlsae.train.data.decode import Decoder
 from mlsae.train.data.loader import Batch
 from mlsae.train.initial import initial_sae, make_objective
@@ -152,11 +151,15 @@ def _make_trainer(plan: Plan, ranks: Accelerator | Alone, decode: Decoder | None
     config = plan.config
     moments = plan.store.moments(plan.site, config.skip_positions)
     sae = initial_sae(plan.sae, moments, plan.layers, config.seed).to(ranks.device)
-    objective = make_objective(
-        sae, config, moments, plan.layers, plan.num_steps, plan.objective_settings()
-    )
+    objective = make_objective(sae, config, moments, plan.layers, plan.num_steps)
     dead = DeadLatents(plan.sae.num_latents, plan.dead_after, ranks.device)
-    trainer = Trainer(sae, objective, plan.schedule, dead, ranks, config.micro_batch, decode)
-    if config.clip_grad_norm is not None:
-        trainer.optimizer = ClippedOptimizer(sae, config.clip_grad_norm)
-    return trainer
+    return Trainer(
+        sae,
+        objective,
+        plan.schedule,
+        dead,
+        ranks,
+        config.micro_batch,
+        decode,
+        config.clip_grad_norm,
+    )

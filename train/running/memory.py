@@ -1,5 +1,6 @@
 """What a run will hold in memory, refused before anything is written if it is too much."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 
@@ -61,10 +62,10 @@ def step_memory(
         mixed: whether the encoder's product is in bfloat16.
         world_size: number of ranks.
     """
-    weights = 2 * sae.num_latents * sae.d_in * _FLOAT
-    active = sae.most_active
-    if sae.k is None:  # A block of rows × latents at once.
-        rows = min(rows, max(1, BLOCK_BYTES // (_FLOAT * sae.num_latents)))
+    architecture = sae.architecture
+    weights = sum(math.prod(p.shape) for p in architecture.parameters(sae)) * _FLOAT
+    active = architecture.most_active or sae.num_latents
+    rows = min(rows, architecture.most_rows(sae.num_latents, _FLOAT) or rows)
     return {
         "weights": weights,
         "Adam and gradients": (3 if world_size == 1 else 4) * weights,

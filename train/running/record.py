@@ -97,7 +97,7 @@ def sweep_entry(plan: Plan, training: Mapping[str, Any] | str) -> dict[str, Any]
         "name": plan.name,
         "layers": list(plan.layers),
         "num_latents": plan.sae.num_latents,
-        "k": plan.sae.k,
+        "k": plan.sae.to_dict().get("k"),
         "lr": plan.schedule.peak,
         "seed": plan.config.seed,
     }

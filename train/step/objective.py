@@ -10,7 +10,6 @@ Shape suffixes: B rows, D channels, N latents, L layers, S sampled rows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 
 from mlsae.base.errors import InputError
 from mlsae.sae import SAE
-from mlsae.sae.kernels.sparse import Support
+from mlsae.sae.architectures.base import Encoded, ExtraLoss
 from mlsae.sae.normalize import EPS
 from mlsae.store import Moments
 from mlsae.train.step import auxiliary, resample
@@ -48,22 +47,6 @@ class Losses(NamedTuple):
     """What AuxK will explain; None without dead latents."""
     candidates: Candidates | None
     """Rows for dead latents to be drawn from; None where none are resampled."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Penalty:
-    """The weight of what latents cost."""
-
-    weight: float
-    """λ."""
-    by_layer: tuple[float, ...] | None = None
-    """(L,) what λ is multiplied by at each layer; None for 1."""
-    rise: int = 0
-    """First steps, over which λ rises from 0."""
-
-    def at(self, step: int) -> float:
-        """λ of a step, counted from 0."""
-        return self.weight * (min(1.0, step / self.rise) if self.rise else 1.0)
 
 
 def layer_variances(
@@ -100,8 +83,8 @@ class Objective:
         mixed: select latents by a bfloat16 product.
         seed: of the rows that AuxK sees, and that resampling draws.
         layer_weights: (L,) w_l; None for 1.
-        penalty: λ; None without a penalty.
-        resampling: when dead latents are drawn anew; None for never. Without it, AuxK.
+        extra: further term of the architecture; None for none.
+        resampling: when dead latents are drawn anew; None for never.
     """
 
     def __init__(
@@ -113,16 +96,14 @@ class Objective:
         mixed: bool = False,
         seed: int = 0,
         layer_weights: Sequence[float] | None = None,
-        penalty: Penalty | None = None,
+        extra: ExtraLoss | None = None,
         resampling: Resampling | None = None,
     ) -> None:
         self._sae = sae
         weights = torch.from_numpy(1 / variances)
         self._weights_L = weights.to(sae.b.device, sae.b.dtype)
-        self._terms_L = None if layer_weights is None else self._of_layers(layer_weights)
-        self._penalty = penalty
-        by_layer = None if penalty is None else penalty.by_layer
-        self._multipliers_L = None if by_layer is None else self._of_layers(by_layer)
+        self._terms_L = None if layer_weights is None else self._weights_L.new_tensor(layer_weights)
+        self._extra = extra
         self.resampling = resampling
         # Rows that are standardised have two spaces; others one error, in units of its variance.
         self._raw = loss_space == "raw" or sae.config.normalize != "standardize"
@@ -130,9 +111,6 @@ class Objective:
         self._mixed = mixed
         self._seed = seed
         self.k_aux = auxiliary.default_k_aux(sae.config.d_in)
-
-    def _of_layers(self, values: Sequence[float]) -> torch.Tensor:
-        return self._weights_L.new_tensor(values)
 
     @property
     def most_rows(self) -> int | None:
@@ -143,7 +121,7 @@ class Objective:
     @property
     def has_auxiliary(self) -> bool:
         """Whether AuxK revives dead latents."""
-        return self._sae.config.architecture == "topk"
+        return self._sae.architecture.revival == "auxk"
 
     def accumulate(
         self,
@@ -174,7 +152,8 @@ class Objective:
         errors_B = loss_e_BD.square().sum(dim=1) * self._weights_L[layer_B]
         loss_B = errors_B if self._terms_L is None else errors_B * self._terms_L[layer_B]
         cost = errors_B.new_zeros(())
-        if (cost_B := self._cost(values_BK, support, layer_B, step)) is not None:
+        if self._extra is not None:
+            cost_B = self._extra(Encoded(values_BK, support, layer_B, step), sae.weights)
             loss_B = loss_B + cost_B
             cost = cost_B.detach().sum() / batch_rows
         main = loss_B.sum() / batch_rows
@@ -182,7 +161,7 @@ class Objective:
         num_layers = len(self._weights_L)
         fired = torch.zeros_like(sae.W_enc[:, 0])
         with torch.no_grad():
-            active = values_BK > 0
+            active = values_BK != 0
             fired[support.indices_BK[active]] = 1
             layer_errors = fired.new_zeros(num_layers).index_add_(0, layer_B, errors_B)
             residual = candidates = None
@@ -202,19 +181,6 @@ class Objective:
             residual=residual,
             candidates=candidates,
         )
-
-    def _cost(
-        self, values_BK: torch.Tensor, support: Support, layer_B: torch.Tensor, step: int
-    ) -> torch.Tensor | None:
-        """(B,) λ_l times the penalty of each row."""
-        if self._penalty is None:
-            return None
-        sae = self._sae
-        cost_B = sae.architecture.penalty(values_BK, support, sae.weights)
-        if cost_B is None:
-            return None
-        cost_B = cost_B * self._penalty.at(step)
-        return cost_B if self._multipliers_L is None else cost_B * self._multipliers_L[layer_B]
 
     def accumulate_auxiliary(
         self, residuals: Sequence[Residual], dead: torch.Tensor, sum_over_ranks: Sum

@@ -1,8 +1,9 @@
-"""Adam for an SAE, whose decoder rows keep unit length where the architecture has them so.
+"""Adam for an SAE, with clipped gradients and rows of unit length where they are asked for.
 
 Adam: Kingma and Ba (2015), arXiv 1412.6980, by torch's own fused kernel.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,23 +18,28 @@ float32, so that the three passes over them stay in the cache of a core."""
 
 
 class Optimizer:
-    """Removes the decoder gradient along its rows, runs Adam, and makes decoder rows unit again.
+    """Adam, after gradients that are too long together were made shorter.
 
-    Decoder rows of any length are left to Adam alone.
+    Parameters with unit rows lose the part of their gradient along each row first, since it would
+    change lengths alone, and have unit rows again afterwards. Clipping: Pascanu et al. (2013),
+    arXiv 1211.5063.
 
     Args:
         sae: its parameters are trained; they must not move to another device any more.
+        max_norm: largest L2 norm of all gradients together, summed over ranks; None for any.
     """
 
-    def __init__(self, sae: SAE) -> None:
-        self._sae = sae
+    def __init__(self, sae: SAE, max_norm: float | None = None) -> None:
+        self._max_norm = max_norm
+        kinds = sae.architecture.parameters(sae.config)
+        self._parameters = [(kind, sae.get_parameter(kind.name)) for kind in kinds]
         self.state: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {
             parameter: {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter, requires_grad=False),
                 "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
             }
-            for parameter in sae.parameters()
+            for _, parameter in self._parameters
         }
         """Steps done and moments of each parameter, named as by `torch.optim.Adam`."""
 
@@ -41,37 +47,27 @@ class Optimizer:
     def step(self, lr: float) -> None:
         """Update the parameters by their `.grad`, with learning rate `lr`.
 
-        Only the part of the decoder's gradient across its rows is used: the rest would change
-        their lengths alone. `W_dec.grad` is left without it. Not so where lengths are free.
+        A `.grad` is left as it was used: clipped, and without its part along unit rows.
         """
-        sae = self._sae
-        for state in self.state.values():
-            state["step"] += 1
-        num_latents, width = sae.W_enc.shape
-        block = num_latents
-        if sae.W_enc.device.type == "cpu":
-            block = max(1, _BLOCK_ELEMENTS // width)
-        self._adam(sae.b, slice(None), lr)
-        if sae.b_enc is not None:
-            self._adam(sae.b_enc, slice(None), lr)
-        for start in range(0, num_latents, block):
-            rows = slice(start, start + block)
-            self._adam(sae.W_enc, rows, lr)
-            if not sae.architecture.unit_decoder:
-                self._adam(sae.W_dec, rows, lr)
-                continue
-            assert sae.W_dec.grad is not None
-            W, grad = sae.W_dec[rows], sae.W_dec.grad[rows]
-            grad.addcmul_(W, (grad * W).sum(dim=1, keepdim=True), value=-1)
-            self._adam(sae.W_dec, rows, lr)
-            W.div_(torch.linalg.vector_norm(W, dim=1, keepdim=True))
+        if self._max_norm is not None:
+            torch.nn.utils.clip_grad_norm_([p for _, p in self._parameters], self._max_norm)
+        for kind, parameter in self._parameters:
+            self.state[parameter]["step"] += 1
+            for rows in _blocks(parameter):
+                if not kind.unit_rows:
+                    self._adam(parameter, rows, lr)
+                    continue
+                assert parameter.grad is not None
+                W, grad = parameter[rows], parameter.grad[rows]
+                grad.addcmul_(W, (grad * W).sum(dim=1, keepdim=True), value=-1)
+                self._adam(parameter, rows, lr)
+                W.div_(torch.linalg.vector_norm(W, dim=1, keepdim=True))
 
     @torch.no_grad()
     def forget(self, latents: torch.Tensor) -> None:
-        """Set the moments of these latents' weights to 0; b's and the steps done stay."""
-        sae = self._sae
-        for parameter in (sae.W_enc, sae.W_dec, sae.b_enc):
-            if parameter is not None:
+        """Set the moments of these latents' weights to 0; other moments and the steps done stay."""
+        for kind, parameter in self._parameters:
+            if kind.by_latent:
                 for moment in ("exp_avg", "exp_avg_sq"):
                     self.state[parameter][moment][latents] = 0
 
@@ -94,3 +90,13 @@ class Optimizer:
             amsgrad=False,
             maximize=False,
         )
+
+
+def _blocks(parameter: torch.Tensor) -> Iterator[slice]:
+    """Rows that are updated at once: a few of a matrix on a CPU, else all."""
+    if parameter.ndim == 1 or parameter.device.type != "cpu":
+        yield slice(None)
+        return
+    size = max(1, _BLOCK_ELEMENTS // parameter.shape[1])
+    for start in range(0, len(parameter), size):
+        yield slice(start, start + size)

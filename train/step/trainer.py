@@ -71,7 +71,8 @@ class Trainer:
         dead: the dead latents.
         accelerator: how ranks add up.
         micro_batch: rows whose activations are in memory at once; None for a rank's whole share.
-        decode: of the store's rows; None where batches hold floats.
+        decode: decoder of the store's rows; None where batches hold floats.
+        max_norm: largest L2 norm of a step's gradient; None for any.
     """
 
     def __init__(
@@ -83,13 +84,14 @@ class Trainer:
         accelerator: Accelerator,
         micro_batch: int | None = None,
         decode: Decoder | None = None,
+        max_norm: float | None = None,
     ) -> None:
         self.sae = sae
         self.dead = dead
         self.schedule = schedule
         self.step_number = 0
         """Steps done."""
-        self.optimizer = Optimizer(sae)
+        self.optimizer = Optimizer(sae, max_norm)
         self._objective = objective
         self._decode = decode
         self._accelerator = accelerator
