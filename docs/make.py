@@ -83,15 +83,23 @@ def _class(node: ast.ClassDef) -> Iterator[str]:
     """Fields as a list, then public methods and properties."""
     fields = [of for of in node.body if isinstance(of, ast.AnnAssign) and _is_public(of.target)]
     if fields:
-        yield "\n".join(
-            f"- `{_source(of)}`" + (f": {' '.join(text.split())}" if text else "")
-            for of in fields
-            for text in [_text_after(node.body, of)]
-        )
+        yield "Fields:"
+        yield "\n".join(_field(node, of) for of in fields)
     for of in node.body:
         if isinstance(of, Function) and not of.name.startswith("_"):
             yield _signature(of, f"{node.name}.{of.name}")
             yield _markdown(ast.get_docstring(of) or "")
+
+
+def _field(node: ast.ClassDef, field: ast.AnnAssign) -> str:
+    """Name, annotation, default and meaning, which a setting has in its arguments."""
+    default, text = field.value, _text_after(node.body, field)
+    if isinstance(default, ast.Call) and _source(default.func) == "setting":
+        given = {of.arg: of.value for of in default.keywords}
+        default, text = given.get("default"), ast.literal_eval(given["doc"])
+    shown = f"{_source(field.target)}: {_source(field.annotation)}"
+    shown += f" = {_source(default)}" if default else ""
+    return f"- `{shown}`" + (f": {' '.join(text.split())}" if text else "")
 
 
 def _source(node: ast.AST) -> str:
@@ -214,10 +222,14 @@ def settings() -> str:
         context = click.Context(command, info_name=name, show_default=True)
         usage = " ".join([name, *command.collect_usage_pieces(context)])
         parts += [f"## `{name}`", f"```\n{usage}\n```", _help(command)]
-        rows = [of.get_help_record(context) for of in command.params]
-        lines = [f"| `{of}` | {_cell(text)} |" for of, text in filter(None, rows)]
-        if lines:
-            parts.append("\n".join(["| option | |", "|---|---|", *lines]))
+        options: dict[str, list[str]] = {}
+        for of in command.get_params(context):
+            record = of.get_help_record(context)
+            if record is not None and of.name != "help":
+                line = f"| `{record[0]}` | {_cell(record[1])} |"
+                options.setdefault(getattr(of, "group", ""), []).append(line)
+        for heading, lines in options.items():
+            parts.append("\n".join([f"| {heading} | |", "|---|---|", *lines]))
     return "\n\n".join(parts) + "\n"
 
 
