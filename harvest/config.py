@@ -12,7 +12,7 @@ from mlsae.base.units import (
     parse_names,
 )
 from mlsae.base.words import SITES
-from mlsae.harvest.text.packing import BOS, PACKINGS
+from mlsae.harvest.text.joints import BOS, PACKINGS
 from mlsae.harvest.text.sources import TextConfig
 from mlsae.store.format.added_fvu import MAX_ADDED_FVU
 from mlsae.store.format.layout import SHARD_BYTES

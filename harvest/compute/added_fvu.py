@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mlsae.harvest.compute.codecs import Codec, Codecs, Key, Parts, piece_rows
+from mlsae.harvest.compute.codecs import Codec, Codecs, Key, StoredTensors, piece_rows
 from mlsae.store.format.added_fvu import NUM_DECILES, added_fvu
 from mlsae.store.format.moments import eligible_groups
 
@@ -60,7 +60,7 @@ class RunningFVU:
         self,
         group_N: npt.NDArray[np.int8],
         rows: Mapping[Key, Tensor],
-        stored: Mapping[Key, Parts],
+        stored: Mapping[Key, StoredTensors],
     ) -> None:
         """Add a batch, unless the encoding changes nothing or the first batches tell its cost.
 
@@ -114,7 +114,7 @@ class RunningFVU:
         )
 
     def _add(
-        self, sums: _Sums, codec: Codec, rows_ND: Tensor, stored: Parts, eligible_N: Tensor
+        self, sums: _Sums, codec: Codec, rows_ND: Tensor, stored: StoredTensors, eligible_N: Tensor
     ) -> None:
         x_ND, decoded_ND = self._tables_on(rows_ND.device, len(rows_ND))
         x_ND.copy_(rows_ND)

@@ -19,7 +19,7 @@ Slice = Callable[[int, int], npt.NDArray[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class TextBatch:
     """Some sequences, ready for a forward pass."""
 
     inputs: Inputs
@@ -48,7 +48,7 @@ class Batches:
     keep: tuple[int, int] | None = None
     """Positions of each sequence whose activations are stored, and the seed of their choice."""
 
-    def batch(self, first_sequence: int, num_sequences: int) -> Batch:
+    def batch(self, first_sequence: int, num_sequences: int) -> TextBatch:
         """The batch that begins at a sequence."""
         length = self.context_length
         start, stop = first_sequence * length, (first_sequence + num_sequences) * length
@@ -58,7 +58,7 @@ class Batches:
             num, seed = self.keep
             positions = kept_positions(seed, first_sequence, num_sequences, length, num)
             rows = (positions + np.arange(num_sequences)[:, None] * length).reshape(-1)
-        return Batch(
+        return TextBatch(
             inputs=Inputs(
                 tokens=self._tensor(self.tokens(start, stop).astype(np.int64)),
                 documents=self.documents

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mlsae.harvest.compute.batches import Batch, Batches
+from mlsae.harvest.compute.batches import Batches, TextBatch
 from mlsae.harvest.compute.forward import memory_explained, stored_rows
 from mlsae.models import Transformer
 from mlsae.models.capture import capture
@@ -59,7 +59,7 @@ def calibrate(
 
 
 def _eligible(
-    batch: Batch, token_flags: npt.NDArray[np.uint8], context_length: int
+    batch: TextBatch, token_flags: npt.NDArray[np.uint8], context_length: int
 ) -> npt.NDArray[np.int64]:
     """Indices of the eligible ones of a batch's stored rows."""
     tokens = batch.inputs.first_token + batch.rows
@@ -70,7 +70,7 @@ def _eligible(
 def _add(
     calibrator: Calibrator,
     transformer: Transformer,
-    batch: Batch,
+    batch: TextBatch,
     chosen: npt.NDArray[np.int64],
     layers: Sequence[int],
     sites: Sequence[str],

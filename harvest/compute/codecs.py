@@ -24,7 +24,7 @@ from mlsae.store.format.encoding import (
 )
 
 Key = tuple[str, int]
-Parts = tuple[Tensor, ...]
+StoredTensors = tuple[Tensor, ...]
 """Stored values of some rows on a device: one tensor for each of a store's arrays, (N, width)."""
 PartTypes = tuple[tuple[torch.dtype, int], ...]
 """Data type and width of each of them."""
@@ -43,7 +43,7 @@ _FLOATS = {
 class Encoded(NamedTuple):
     """Rows as they will be stored."""
 
-    parts: Parts
+    parts: StoredTensors
     largest: Tensor | None
     """A scalar that is not finite where a value cannot be held; None where stored values show it
     themselves."""
@@ -61,11 +61,11 @@ class Codec(Protocol):
         """Floats of any precision → stored values on the same device."""
         ...
 
-    def decode_into(self, parts: Parts, out_ND: Tensor) -> None:
+    def decode_into(self, parts: StoredTensors, out_ND: Tensor) -> None:
         """Stored values → float32 in `out_ND`."""
         ...
 
-    def sound(self, parts: Parts) -> tuple[Tensor, Tensor]:
+    def sound(self, parts: StoredTensors) -> tuple[Tensor, Tensor]:
         """(N, D) decoded values, and which of them are those that were encoded."""
         ...
 
@@ -87,11 +87,11 @@ class FloatCodec:
         """Floats of any precision → stored values on the same device."""
         return Encoded((x_ND.to(self._dtype),), None)
 
-    def decode_into(self, parts: Parts, out_ND: Tensor) -> None:
+    def decode_into(self, parts: StoredTensors, out_ND: Tensor) -> None:
         """Stored values → float32 in `out_ND`."""
         out_ND.copy_(parts[0])
 
-    def sound(self, parts: Parts) -> tuple[Tensor, Tensor]:
+    def sound(self, parts: StoredTensors) -> tuple[Tensor, Tensor]:
         """(N, D) decoded values, and which of them are those that were encoded."""
         return parts[0].float(), parts[0].isfinite()
 
@@ -138,14 +138,14 @@ class Int8Codec:
             largest = torch.maximum(largest, found)
         return Encoded((quanta_ND, exponents_NB), largest)
 
-    def decode_into(self, parts: Parts, out_ND: Tensor) -> None:
+    def decode_into(self, parts: StoredTensors, out_ND: Tensor) -> None:
         """Stored values → float32 in `out_ND`."""
         quanta_ND, exponents_NB = parts
         mean_D, scale_D = self._channels_on(out_ND.device)
         factors_NB = self._scratch.powers(out_ND.device)[exponents_NB.long() - MIN_EXPONENT]
         decode_int8_into(quanta_ND, factors_NB, scale_D, mean_D, out_ND)
 
-    def sound(self, parts: Parts) -> tuple[Tensor, Tensor]:
+    def sound(self, parts: StoredTensors) -> tuple[Tensor, Tensor]:
         """(N, D) decoded values, and which of them are those that were encoded."""
         x_ND = torch.empty(parts[0].shape, device=parts[0].device)
         self.decode_into(parts, x_ND)

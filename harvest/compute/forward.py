@@ -15,8 +15,8 @@ import torch
 
 from mlsae.base.errors import InputError, ResourceError
 from mlsae.harvest.compute.added_fvu import RunningFVU
-from mlsae.harvest.compute.batches import Batch
-from mlsae.harvest.compute.codecs import Codecs, Encoded, Key, Parts
+from mlsae.harvest.compute.batches import TextBatch
+from mlsae.harvest.compute.codecs import Codecs, Encoded, Key, StoredTensors
 from mlsae.harvest.compute.moments import RunningMoments, each_alone
 from mlsae.models import Transformer
 from mlsae.models.capture import capture
@@ -37,7 +37,7 @@ class Computed:
     """What the transformer computed, where it did; let go of once it is measured."""
     encoded: Mapping[Key, Encoded]
     """The same as it will be stored, likewise."""
-    values: Mapping[Key, Parts]
+    values: Mapping[Key, StoredTensors]
     """The same on the host, or on its way there."""
     largest: Mapping[Key, torch.Tensor]
     """The largest magnitude of each, once it is measured; not finite where a value is not."""
@@ -117,7 +117,7 @@ class Forward:
             for _ in range(PINNED if self.is_asynchronous else 0)
         )
 
-    def __call__(self, batch: Batch) -> Computed:
+    def __call__(self, batch: TextBatch) -> Computed:
         """Compute and encode a batch; on CUDA, without waiting for it.
 
         Raises:
@@ -176,7 +176,7 @@ class Forward:
         computed.largest, computed.rows, computed.encoded = largest, {}, {}
 
     def _send(
-        self, values: Mapping[Key, Parts], pinned: Mapping[Key, Parts]
+        self, values: Mapping[Key, StoredTensors], pinned: Mapping[Key, StoredTensors]
     ) -> list[torch.cuda.Event]:
         """Begin the copies, on streams beside those of the next forward pass."""
         events = []
@@ -207,7 +207,7 @@ class Forward:
 
 
 def preflight(
-    transformer: Transformer, batch: Batch, layers: Sequence[int], sites: Sequence[str]
+    transformer: Transformer, batch: TextBatch, layers: Sequence[int], sites: Sequence[str]
 ) -> dict[Key, float]:
     """The largest magnitude of each site and layer in one batch, before anything is written.
 

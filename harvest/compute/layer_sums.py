@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlsae.harvest.compute.codecs import Codecs, Key, Parts
+from mlsae.harvest.compute.codecs import Codecs, Key, StoredTensors
 from mlsae.store.format.moments import STANDARDIZE_EPS
 
 
@@ -87,7 +87,7 @@ class Run:
     def add(
         self,
         group: int,
-        stored: Mapping[Key, Parts],
+        stored: Mapping[Key, StoredTensors],
         picked: Callable[[Tensor], Tensor],
         num_rows: int,
         below_ND: Tensor | None,

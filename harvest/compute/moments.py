@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mlsae.harvest.compute.codecs import Codecs, Key, Parts
+from mlsae.harvest.compute.codecs import Codecs, Key, StoredTensors
 from mlsae.harvest.compute.layer_sums import Run, Tables
 from mlsae.store.format.accumulate import Block, blocks_of
 from mlsae.store.format.moments import Floats, GroupMoments
@@ -63,7 +63,9 @@ class RunningMoments:
             else ThreadPoolExecutor(len(self._shares), thread_name_prefix="moments")
         )
 
-    def add(self, group_N: npt.NDArray[np.int8], stored: Mapping[Key, Parts]) -> dict[Key, Tensor]:
+    def add(
+        self, group_N: npt.NDArray[np.int8], stored: Mapping[Key, StoredTensors]
+    ) -> dict[Key, Tensor]:
         """Add a batch.
 
         Args:
@@ -108,7 +110,9 @@ class _Share:
         self._runs: dict[str, list[Run]] = {}
 
     @torch.inference_mode()
-    def add(self, blocks: Sequence[Block], stored: Mapping[Key, Parts]) -> dict[Key, Tensor]:
+    def add(
+        self, blocks: Sequence[Block], stored: Mapping[Key, StoredTensors]
+    ) -> dict[Key, Tensor]:
         """Largest magnitude of each key, a scalar on its device."""
         if not self._runs:
             self._runs = self._begin(stored)
@@ -146,7 +150,7 @@ class _Share:
             for run in runs:
                 run.sums = {}
 
-    def _begin(self, stored: Mapping[Key, Parts]) -> dict[str, list[Run]]:
+    def _begin(self, stored: Mapping[Key, StoredTensors]) -> dict[str, list[Run]]:
         tables: dict[tuple[torch.device, int, int], Tables] = {}
         found: dict[str, list[Run]] = {}
         for site in self._sites:
@@ -161,7 +165,7 @@ class _Share:
 
 
 def runs_of(
-    keys: Sequence[Key], stored: Mapping[Key, Parts]
+    keys: Sequence[Key], stored: Mapping[Key, StoredTensors]
 ) -> Iterator[tuple[torch.device, list[Key]]]:
     """Neighbours whose rows are on one device."""
     for device, run in groupby(keys, lambda key: stored[key][0].device):

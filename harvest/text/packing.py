@@ -17,13 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.errors import InputError
-from mlsae.harvest.text.joints import BOS, PACKINGS, Joints
+from mlsae.harvest.text.joints import Joints
 from mlsae.harvest.text.mixture import lags_most
-from mlsae.harvest.text.sequences import Sequences
+from mlsae.harvest.text.sequences import SequenceBuilder
 from mlsae.harvest.text.sources import Source
 from mlsae.harvest.text.tokenizing import tokenized
-
-__all__ = ["BOS", "PACKINGS", "Joints", "PackedText", "Taken", "pack"]
 
 
 @dataclass(kw_only=True)
@@ -125,7 +123,7 @@ def pack(
             f"--max-tokens {max_tokens} is less than one sequence of {context_length} tokens; "
             "raise it or lower --context-length"
         )
-    sequences = Sequences(
+    sequences = SequenceBuilder(
         joints,
         context_length=context_length,
         max_sequences=most,

@@ -14,7 +14,7 @@ Tokens = npt.NDArray[np.uint32]
 TOKENS_IN_MEMORY = 1 << 18
 
 
-class Sequences:
+class SequenceBuilder:
     """Sequences that fill up document by document; what is full goes to the spool."""
 
     def __init__(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mlsae.base.errors import InputError, ResourceError
-from mlsae.harvest.compute.batches import Batch, Batches
+from mlsae.harvest.compute.batches import Batches, TextBatch
 from mlsae.harvest.compute.codecs import codecs_for
 from mlsae.harvest.compute.forward import (
     Computed,
@@ -34,7 +34,7 @@ def transformer(model: Path) -> Transformer:
     return load(model)
 
 
-def batch(num_sequences: int = 4, batch_sequences: int = 4, first: int = 0) -> Batch:
+def batch(num_sequences: int = 4, batch_sequences: int = 4, first: int = 0) -> TextBatch:
     cut = Batches(
         tokens=lambda start, stop: TOKENS.reshape(-1)[start:stop],
         documents=None,
@@ -57,7 +57,7 @@ def begin(
 
 def stored(
     transformer: Transformer,
-    some: Batch,
+    some: TextBatch,
     layers: Sequence[int],
     encoding: str,
     sites: Sequence[str] = ("resid_post",),
@@ -66,7 +66,7 @@ def stored(
     return {key: values for key, (values,) in computed.stored().items()}
 
 
-def measured(forward: Forward, some: Batch, group: int = 0) -> Computed:
+def measured(forward: Forward, some: TextBatch, group: int = 0) -> Computed:
     computed = forward(some)
     forward.measure(computed, np.full(len(some.rows), group, np.int8))
     computed.check()
