@@ -60,10 +60,10 @@ def _member(module: ModuleType, name: str) -> Iterator[str]:
 
 
 def _home(module: ModuleType, name: str) -> ModuleType:
-    """The module that a room imports a name from."""
+    """The module that defines a name, by way of those that import it from there."""
     for node in ast.walk(ast.parse(inspect.getsource(module))):
         if isinstance(node, ast.ImportFrom) and name in {alias.name for alias in node.names}:
-            return importlib.import_module(node.module or "")
+            return _home(importlib.import_module(node.module or ""), name)
     return module
 
 
