@@ -7,7 +7,9 @@ x_hat = sae.decode(latents)
 ```
 """
 
-from mlsae.sae.architectures import Architecture, ReLU, TopK
+from mlsae.sae.architectures.base import Architecture
+from mlsae.sae.architectures.relu import ReLU
+from mlsae.sae.architectures.topk import TopK
 from mlsae.sae.config import SAEConfig
 from mlsae.sae.errors import DamagedSAEError, NotAnSAEError, SAEError
 from mlsae.sae.model import SAE, Latents, load
