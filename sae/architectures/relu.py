@@ -14,6 +14,8 @@ from typing import ClassVar
 import torch
 
 from mlsae.base.errors import InputError
+from mlsae.base.settings import setting, settings
+from mlsae.base.units import parse_count, parse_numbers
 from mlsae.sae.architectures.base import Architecture, Conversion, Encoded, Weights
 from mlsae.sae.kernels.functions import bag, preactivations
 from mlsae.sae.kernels.listed import listed
@@ -24,19 +26,43 @@ _DENSE = 8
 """Dense products pay where some row uses more than 1 in so many latents."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class ReLUSettings:
     """Training settings of the architecture `relu`."""
 
-    l1: float | None = None
-    """λ, the weight of Σ_j z_j ‖W_dec,j‖ in the loss of relu; needed there."""
-    l1_warmup: float = 0.05
-    """First share of the steps, over which λ rises from 0."""
-    layer_l1: tuple[float, ...] | None = None
-    """What λ is multiplied by at each layer; None for 1."""
-    resample_every: int | None = None
-    """Steps after which dead latents of relu are drawn anew, in the first half of the run; 0 for
-    never, None for an eighth of the steps."""
+    l1: float | None = setting(
+        default=None,
+        unset="none",
+        decides=True,
+        group="Architecture",
+        swept=True,
+        doc="Weight λ of the penalty Σ_j z_j ‖W_dec,j‖ in the loss of relu, which needs one.",
+    )
+    l1_warmup: float = setting(
+        default=0.05,
+        decides=True,
+        group="Architecture",
+        swept=True,
+        doc="First share of the steps, over which the weight --l1 of relu rises from 0.",
+    )
+    layer_l1: tuple[float, ...] | None = setting(
+        default=None,
+        unset="1 each",
+        decides=True,
+        group="Architecture",
+        parse=parse_numbers,
+        doc="Multiplier of --l1 at each layer, as 1,1,2.",
+    )
+    resample_every: int | None = setting(
+        default=None,
+        unset="an eighth of all",
+        decides=True,
+        group="Architecture",
+        swept=True,
+        parse=parse_count,
+        doc="Steps between resamplings of relu's dead latents, in the first half of the run; 0 for "
+        "never.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,18 +12,27 @@ from typing import ClassVar
 import torch
 
 from mlsae.base.errors import InputError
+from mlsae.base.settings import setting, settings
+from mlsae.base.units import parse_count
 from mlsae.sae.architectures.base import Architecture, Conversion, Shape, Weights
 from mlsae.sae.kernels.functions import preactivations
 from mlsae.sae.kernels.select import select, select_mixed
 from mlsae.sae.kernels.sparse import Support
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class TopKSettings:
     """Training settings of the architecture `topk`."""
 
-    k: int = 32
-    """Latents a row may use, of topk."""
+    k: int = setting(
+        default=32,
+        decides=True,
+        group="Architecture",
+        swept=True,
+        short="-k",
+        parse=parse_count,
+        doc="Latents that a row may use, in topk.",
+    )
 
 
 def _repeated(architecture: "TopK") -> dict[str, torch.Tensor]:
