@@ -1,4 +1,4 @@
-"""Whether a few rows or one channel hold the variance of a layer: what an SAE would learn first."""
+"""Warnings of layers whose variance a few rows or one channel hold: an SAE learns those first."""
 
 from collections.abc import Iterator
 
@@ -14,10 +14,10 @@ PIECE_ROWS = 1 << 10
 
 
 def outlier_lines(store: Store, site: str) -> Iterator[str]:
-    """A warning for each layer of which fewer than 0.1% of the rows, or one channel, hold over 10%
-    of the variance.
+    """Warn of each layer where fewer than 0.1% of the rows, or one channel, hold over 10% of the
+    variance.
 
-    Channels are exact, from the store's moments. Rows are of a sample of 65,536, in pieces spread
+    Channels are exact, from the store's moments. Rows are a sample of 65,536, in pieces spread
     evenly over the store. Only eligible rows count: position 0 and special tokens are out.
     """
     moments = store.moments(site, skip_positions=1)
@@ -52,7 +52,7 @@ def _share_of_largest(distances: npt.NDArray[np.float64], few: int) -> float:
 def _squared_distances(
     store: Store, site: str, layer: int, mean: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """‖x − mean‖² of the sampled eligible rows."""
+    """‖x − mean‖² of sampled eligible rows."""
     num_pieces = max(1, min(SAMPLED_ROWS, store.num_rows) // PIECE_ROWS)
     starts = np.linspace(0, max(store.num_rows - PIECE_ROWS, 0), num_pieces).astype(int)
     found = []

@@ -136,7 +136,7 @@ def _run(config: HarvestConfig, interruption: Interruption) -> HarvestResult | N
 
 
 def _pack_and_check_room(request: Request, model: Transformer, ranks: Ranks) -> PackedText | None:
-    """The text as tokens, in rank 0; None in the others, which read it from the store."""
+    """Tokens of the text, in rank 0; None in the others, which read them from the store."""
     if not ranks.is_first:
         return None
     config = request.config
@@ -166,7 +166,7 @@ def _pack_and_check_room(request: Request, model: Transformer, ranks: Ranks) -> 
 
 
 def _begin(request: Request, model: Transformer, packed: PackedText, ranks: Ranks) -> Writer:
-    """Try one batch, then fix the plan and write the tokens; what is there already is kept."""
+    """Try one batch, then fix the plan and write the tokens, unless they are there already."""
     config, length = request.config, request.context_length
     sites = check_sites(model, request.sites)
     batch_sequences = request.batch_sequences
@@ -227,7 +227,7 @@ def _begin(request: Request, model: Transformer, packed: PackedText, ranks: Rank
 
 
 def keeps_cached(model: Transformer) -> bool:
-    """Whether what is harvested stays in the page cache.
+    """True where the store's files stay in the page cache.
 
     Filling it takes the cores' time, which a forward pass on the CPU has a use for. Training there
     takes a hundredth of what a disk can read, but a GPU is faster than many disks.
@@ -236,8 +236,8 @@ def keeps_cached(model: Transformer) -> bool:
 
 
 def _written_calibration(path: Path) -> Calibration | None:
-    """That of a store whose tokens are written: its plan goes on wherever it is continued, although
-    another device would find other last bits."""
+    """Calibration of a store whose tokens are written: the plan goes on wherever the harvest is
+    continued, although another device would find other last bits."""
     return open_store(path, incomplete=True).calibration if (path / SETUP).exists() else None
 
 
@@ -268,7 +268,7 @@ def _join(config: HarvestConfig, model: Transformer, ranks: Ranks) -> Writer:
 
 
 def _await_others(writer: Writer, ranks: Ranks) -> None:
-    """Until every shard is there; whoever sees it completes the store."""
+    """Wait until every shard is there; any rank that sees it completes the store."""
     if (writer.path / COMPLETE).exists():
         return
     if others := writer.pending():
@@ -281,7 +281,7 @@ def _await_others(writer: Writer, ranks: Ranks) -> None:
 
 
 def _stopped(config: HarvestConfig, interruption: Interruption) -> InterruptedWorkError:
-    """What is kept and how to go on, in one line."""
+    """Say in one line how much is safe and how to go on."""
     assert interruption.signal_number is not None
     if not (config.out / SETUP).exists():
         line = "stopped before anything was harvested; run the same command to begin again"

@@ -1,4 +1,4 @@
-"""What a harvest will be, fixed before its first forward pass: sizes, limits, identity."""
+"""Sizes, limits and identity of a harvest, fixed before its first forward pass."""
 
 import platform
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from mlsae.store.write.plan import find_plan
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked for, against a model's config; known before any text is read."""
+    """Settings resolved against a model's config; known before any text is read."""
 
     config: HarvestConfig
     context_length: int
@@ -39,7 +39,7 @@ class Request:
     layers: tuple[int, ...]
     """Blocks, ascending."""
     sites: tuple[str, ...]
-    """In the order of the sites in a block."""
+    """Sites in the order of a block."""
     batch_sequences: int
     """Sequences of a forward pass; the most that is useful, as long as `batch_is_free`."""
     batch_is_free: bool
@@ -132,7 +132,7 @@ def check_vocabulary(packed: PackedText, model: Transformer) -> None:
 
 
 def layouts(request: Request, packed: PackedText, d_model: int) -> dict[str, Layout]:
-    """Rows, shards and bytes of the store in each encoding; at most, where it is compressed."""
+    """Rows, shards and bytes of the store in each encoding; upper bounds where it is compressed."""
     return {
         name: plan_layout(
             num_tokens=len(packed.tokens),
@@ -153,7 +153,7 @@ def layouts(request: Request, packed: PackedText, d_model: int) -> dict[str, Lay
 def require_room(config: HarvestConfig, layout: Layout, num_tokens: int) -> None:
     """Refuse a harvest that does not fit, before it starts.
 
-    What an interrupted harvest has already written at `out` is not needed again.
+    Files that an interrupted harvest has already written at `out` are not needed again.
 
     Raises:
         ResourceError: the store would be larger than --max-disk or than the disk has free.
@@ -177,7 +177,7 @@ def require_room(config: HarvestConfig, layout: Layout, num_tokens: int) -> None
 
 
 def source_of(model: Transformer, packed: PackedText) -> dict[str, Any]:
-    """What made the values: the harvest's part of the store's plan."""
+    """Model, tokenizer and packing that made the values: the harvest's part of a store's plan."""
     return {
         "model": model.describe(),
         "tokenizer_sha256": tokenizer_sha256(model.tokenizer),

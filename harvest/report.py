@@ -1,4 +1,4 @@
-"""What a person reads: the text that was packed, a dry run, and the table by layer."""
+"""Lines about a dry run and a finished store: sizes, the table by layer, the cost of int8."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,7 +21,7 @@ DECODED_TOKENS = 40
 def dry_run_lines(
     config: HarvestConfig, packed: PackedText, sizes: Mapping[str, Layout], tokenizer: Any
 ) -> Iterator[str]:
-    """What the same command without --dry-run would write."""
+    """Describe the store that the command would write without --dry-run."""
     layout = next(iter(sizes.values()))
     yield f"rows of each layer: {format_count(layout.num_rows)}"
     for name, size in sizes.items():
@@ -38,8 +38,8 @@ def dry_run_lines(
 
 
 def layer_tables(store: Store) -> Iterator[str]:
-    """For each site mean norm, largest magnitude and cosine to the next layer, from the moments,
-    and what a reader should know before training."""
+    """Mean norm, largest magnitude and cosine to the next layer, by site, from the moments;
+    warnings to be read before training."""
     for site in store.sites:
         moments = store.moments(site, skip_positions=1)
         cosines = [f"{value:.4f}" for value in moments.adjacent_cosine()] + [""]
@@ -58,7 +58,7 @@ def layer_tables(store: Store) -> Iterator[str]:
 
 
 def encoding_lines(store: Store) -> Iterator[str]:
-    """What int8 costs at the most; of the other encodings nothing that anybody would notice."""
+    """Largest cost of int8; other encodings cost nothing that anybody would notice."""
     if store.encoding != "int8":
         return
     cost = largest_added_fvu(store.objects, store.plan)
@@ -71,7 +71,7 @@ def encoding_lines(store: Store) -> Iterator[str]:
 
 
 def last_line(store: Store, num_bytes: int, seconds: float) -> str:
-    """What was made, where, in how long."""
+    """Summary of the store, its place and the time it took."""
     sites = f" at {len(store.sites)} sites" if len(store.sites) > 1 else ""
     return (
         f"harvested {format_count(store.num_tokens)} tokens, {format_count(store.num_rows)} rows "

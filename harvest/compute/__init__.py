@@ -1,1 +1,1 @@
-"""Batches through the transformer, and sums over the activations that come out."""
+"""Forward passes, and sums over the activations that come out."""

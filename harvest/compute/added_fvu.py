@@ -46,7 +46,7 @@ class RunningFVU:
     """Added FVU of every site and layer, of the rows added since the last `take`.
 
     Args:
-        codecs: how the rows of each are held.
+        codecs: codec of each site and layer.
         d_model: channels.
     """
 
@@ -67,7 +67,7 @@ class RunningFVU:
         Args:
             group_N: index into `mlsae.store.format.moments.GROUPS` of each row.
             rows: (site, layer) → (N, D) floats before encoding, on any device.
-            stored: the same rows as they will be stored.
+            stored: stored values of `rows`.
         """
         eligible_N = torch.from_numpy(group_N >= eligible_groups(1)[0])
         is_first, self._has_begun = not self._has_begun, True
@@ -122,7 +122,7 @@ class RunningFVU:
         error_N = _squares(torch.sub(x_ND, decoded_ND, out=decoded_ND))
         norm_N = torch.linalg.vector_norm(x_ND, dim=1).double()
         decile_N = torch.bucketize(norm_N, sums.edges, right=True)
-        # Of no decile where it is not eligible: taking the others out would copy them.
+        # Ineligible rows are in no decile: taking the others out would copy them.
         decile_N.masked_fill_(~eligible_N, NUM_DECILES)
         is_in_QN = decile_N == torch.arange(NUM_DECILES, device=decile_N.device)[:, None]
         x_ND.sub_(sums.centre)

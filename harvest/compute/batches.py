@@ -1,4 +1,4 @@
-"""Whole sequences of packed text as what a forward pass is given, always in the same shape.
+"""Inputs of forward passes: whole sequences of packed text, always in one shape.
 
 B = sequences, T = positions of a sequence.
 """
@@ -26,9 +26,9 @@ class TextBatch:
     """Always `batch_sequences` sequences, because the shape of a pass decides bits; a short batch
     is filled up with token 0."""
     rows: npt.NDArray[np.int64]
-    """(num_rows,) index into the B · T positions of those whose activations are stored."""
+    """(num_rows,) positions, among the B · T, whose activations are stored."""
     first_row: int
-    """Index of the first of them in the store."""
+    """Index of the first stored row in the store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +38,9 @@ class Batches:
     tokens: Slice
     """start, stop → (stop − start,) token ids."""
     documents: Slice | None
-    """The same for document indices where attention does not cross documents."""
+    """start, stop → document indices, where attention does not cross documents."""
     token_flags: Slice | None
-    """The same for token flags where sequences are padded."""
+    """start, stop → token flags, where sequences are padded."""
     context_length: int
     """Tokens of a sequence."""
     batch_sequences: int

@@ -25,18 +25,17 @@ def calibrate(
     layers: Sequence[int],
     sites: Sequence[str],
 ) -> Calibration:
-    """Channel means and scales of the first rows that training would use.
+    """Find channel means and scales from the first rows that training would use.
 
-    As many batches are computed as hold 4,096 eligible rows (no flag, position 1 or later); of the
-    last of them, rows spread evenly over it are taken until there are so many. A text that has
-    fewer gives all of its rows.
+    Batches are computed until they hold 4,096 eligible rows (no flag, position 1 or later). Rows
+    spread evenly over the last batch fill up the number. A shorter text gives all its rows.
 
     Args:
         transformer: as it will compute the store.
         batches: as the store will cut them.
         token_flags: (num_tokens,) of the whole text.
-        layers: of the store.
-        sites: of the store.
+        layers: layers of the store.
+        sites: sites of the store.
 
     Raises:
         InputError: the text has no eligible row, or a value is not finite.
@@ -61,7 +60,7 @@ def calibrate(
 def _eligible(
     batch: TextBatch, token_flags: npt.NDArray[np.uint8], context_length: int
 ) -> npt.NDArray[np.int64]:
-    """Indices of the eligible ones of a batch's stored rows."""
+    """Indices of the eligible rows among those that a batch stores."""
     tokens = batch.inputs.first_token + batch.rows
     groups = group_of_rows(token_flags[tokens], tokens % context_length)
     return np.flatnonzero(groups >= eligible_groups(1)[0])

@@ -25,9 +25,9 @@ from mlsae.store.format.encoding import (
 
 Key = tuple[str, int]
 StoredTensors = tuple[Tensor, ...]
-"""Stored values of some rows on a device: one tensor for each of a store's arrays, (N, width)."""
+"""Stored values of some rows on a device: a tensor for each array of the store, (N, width)."""
 PartTypes = tuple[tuple[torch.dtype, int], ...]
-"""Data type and width of each of them."""
+"""Data type and width of each array."""
 
 PIECE_VALUES = {"cpu": 1 << 18, "cuda": 1 << 26}
 """Values that are encoded or measured at once: on the CPU a table of them stays in its caches."""
@@ -45,17 +45,17 @@ class Encoded(NamedTuple):
 
     parts: StoredTensors
     largest: Tensor | None
-    """A scalar that is not finite where a value cannot be held; None where stored values show it
+    """Scalar, not finite where a value cannot be held; None where stored values show that
     themselves."""
 
 
 class Codec(Protocol):
-    """How the rows of a site and layer are held."""
+    """Conversion of rows of one site and layer to stored values and back."""
 
     encoding: Encoding
     parts: PartTypes
     measures_all: bool
-    """Whether what it costs depends on the rows, so that a few do not tell."""
+    """True where the cost of the encoding depends on the rows, so that a few do not tell."""
 
     def encode(self, x_ND: Tensor) -> Encoded:
         """Floats of any precision → stored values on the same device."""
@@ -66,7 +66,7 @@ class Codec(Protocol):
         ...
 
     def sound(self, parts: StoredTensors) -> tuple[Tensor, Tensor]:
-        """(N, D) decoded values, and which of them are those that were encoded."""
+        """(N, D) decoded values, and a mask of those that could be encoded."""
         ...
 
 
@@ -92,7 +92,7 @@ class FloatCodec:
         out_ND.copy_(parts[0])
 
     def sound(self, parts: StoredTensors) -> tuple[Tensor, Tensor]:
-        """(N, D) decoded values, and which of them are those that were encoded."""
+        """(N, D) decoded values, and a mask of those that could be encoded."""
         return parts[0].float(), parts[0].isfinite()
 
 
@@ -100,12 +100,12 @@ class Int8Codec:
     """int8 with an exponent a block, as `mlsae.store.format.encoding.encode_int8`.
 
     A block's exponent is looked up in a table of the magnitudes that each can hold, where the host
-    takes a logarithm: so that every device finds the same one.
+    takes a logarithm, so that every device finds the same exponent.
 
     Args:
         mean_D: channel means of the store's calibration, float32.
         scale_D: channel scales.
-        scratch: shared by the codecs of a store.
+        scratch: memory that the codecs of a store share.
     """
 
     encoding: Encoding = "int8"
@@ -146,7 +146,7 @@ class Int8Codec:
         decode_int8_into(quanta_ND, factors_NB, scale_D, mean_D, out_ND)
 
     def sound(self, parts: StoredTensors) -> tuple[Tensor, Tensor]:
-        """(N, D) decoded values, and which of them are those that were encoded."""
+        """(N, D) decoded values, and a mask of those that could be encoded."""
         x_ND = torch.empty(parts[0].shape, device=parts[0].device)
         self.decode_into(parts, x_ND)
         is_sound_NB = parts[0][:, ::BLOCK_CHANNELS] != UNSOUND
@@ -154,7 +154,7 @@ class Int8Codec:
         return x_ND, is_sound_ND
 
     def _encode_piece(self, x_ND: Tensor, quanta_ND: Tensor, exponents_NB: Tensor) -> Tensor:
-        """The largest |x − mean| / scale; not finite where a value is not."""
+        """Largest |x − mean| / scale; not finite where a value is not."""
         mean_D, scale_D = self._channels_on(x_ND.device)
         y_NBC = self._scratch.table(x_ND.device, len(x_ND), self._num_blocks)
         y_ND = y_NBC.flatten(1)[:, : self._d_model]
@@ -177,7 +177,7 @@ class Int8Codec:
 
 
 class Scratch:
-    """What the int8 codecs of a store share on each device."""
+    """Constants and memory that the int8 codecs of a store share on each device."""
 
     def __init__(self) -> None:
         self._powers: dict[torch.device, Tensor] = {}
@@ -204,7 +204,7 @@ def codecs_for(
     d_model: int,
     calibration: Calibration | None,
 ) -> dict[Key, Codec]:
-    """The codec of each site and layer of a store; `calibration` is for int8 alone."""
+    """Codecs of a store, by site and layer; `calibration` is for int8 alone."""
     keys = [(site, layer) for site in sites for layer in layers]
     if calibration is None:
         return {key: FloatCodec(encoding, d_model) for key in keys}
@@ -218,5 +218,5 @@ def codecs_for(
 
 
 def piece_rows(device: torch.device, row_values: int) -> int:
-    """Rows that are worked on at once."""
+    """Rows that are encoded or measured at once."""
     return max(1, PIECE_VALUES.get(device.type, PIECE_VALUES["cpu"]) // row_values)

@@ -34,13 +34,13 @@ class Computed:
     """A batch whose values may still be on their way to the host."""
 
     rows: Mapping[Key, torch.Tensor]
-    """What the transformer computed, where it did; let go of once it is measured."""
+    """Activations on the device that computed them; dropped once they are measured."""
     encoded: Mapping[Key, Encoded]
-    """The same as it will be stored, likewise."""
+    """Stored values on that device; dropped likewise."""
     values: Mapping[Key, StoredTensors]
-    """The same on the host, or on its way there."""
+    """Stored values on the host, or on their way there."""
     largest: Mapping[Key, torch.Tensor]
-    """The largest magnitude of each, once it is measured; not finite where a value is not."""
+    """Largest magnitudes, once measured; not finite where a value is not."""
     first_row: int
     arrived: list[torch.cuda.Event]
     codecs: Codecs
@@ -52,7 +52,7 @@ class Computed:
         return {key: tuple(_as_numpy(part) for part in parts) for key, parts in self.values.items()}
 
     def check(self) -> None:
-        """Refuse what cannot be stored, once it is measured.
+        """Refuse measured values that cannot be stored.
 
         Raises:
             ActivationError: a value is not finite.
@@ -96,14 +96,14 @@ class Forward:
         self._layers, self._sites = tuple(layers), tuple(sites)
         self._codecs = codecs
         self.is_asynchronous = transformer.device.type == "cuda"
-        """Whether a call returns before its values are there."""
+        """True where a call returns before its values are there."""
         self.is_on_host = transformer.device.type == "cpu"
-        """Whether a call and the writer's threads want the same cores."""
+        """True where a call and the writer's threads want the same cores."""
         num_threads = torch.get_num_threads() // 2 if self.is_on_host else None
         self.moments = RunningMoments(codecs, sites, layers, transformer.d_model, num_threads)
-        """Of all rows since they were last taken."""
+        """Moments of all rows since they were last taken."""
         self.cost = RunningFVU(codecs, transformer.d_model)
-        """Of the encoding, likewise."""
+        """Added FVU of those rows."""
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._pinned = cycle(
             {
@@ -147,7 +147,7 @@ class Forward:
         )
 
     def measure(self, computed: Computed, group_N: npt.NDArray[np.int8]) -> None:
-        """Add a batch to the moments and to what its encoding costs.
+        """Add a batch to the moments and to the cost of the encoding.
 
         Args:
             computed: the batch.
@@ -178,7 +178,7 @@ class Forward:
     def _send(
         self, values: Mapping[Key, StoredTensors], pinned: Mapping[Key, StoredTensors]
     ) -> list[torch.cuda.Event]:
-        """Begin the copies, on streams beside those of the next forward pass."""
+        """Begin copies, on streams beside those of the next forward pass."""
         events = []
         for device in {parts[0].device for parts in values.values()}:
             here = [
@@ -209,7 +209,7 @@ class Forward:
 def preflight(
     transformer: Transformer, batch: TextBatch, layers: Sequence[int], sites: Sequence[str]
 ) -> dict[Key, float]:
-    """The largest magnitude of each site and layer in one batch, before anything is written.
+    """Largest magnitude of each site and layer in one batch, before anything is written.
 
     Raises:
         ActivationError: a value is not finite; names the layer and the largest finite magnitude.
@@ -252,7 +252,7 @@ def choose_encoding(asked: str, dtype: torch.dtype, largest: Mapping[Key, float]
 
 
 def stored_rows(x_BTd: torch.Tensor, rows: npt.NDArray[np.int64]) -> torch.Tensor:
-    """(N, d) of the B · T positions those whose activations are stored."""
+    """(N, d) activations of the positions that are stored."""
     flat = x_BTd.reshape(-1, x_BTd.shape[-1])
     if np.array_equal(rows[[0, -1]], [0, len(rows) - 1]):
         return flat[: len(rows)]
@@ -267,7 +267,7 @@ def _as_numpy(values: torch.Tensor) -> npt.NDArray[Any]:
 
 @contextmanager
 def memory_explained(num_sequences: int | None = None) -> Iterator[None]:
-    """Running out of memory in a forward pass, or with None in what follows one, in one line."""
+    """Explain in one line that a forward pass, or with None the sums after one, took all memory."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

@@ -1,8 +1,8 @@
 """Sums over the rows of a shard, all layers of some rows of one group at a time.
 
 The sums that `mlsae.store.format.accumulate` makes of rows on the host, for rows on any device.
-They are of rows about a centre near their mean, kept for a whole shard, so that nothing cancels;
-float32 within a piece, float64 between pieces.
+Rows are summed about a centre near their mean, kept for a whole shard, so that nothing cancels:
+in float32 within a piece, in float64 between pieces.
 
 Shape suffixes: L layers, N rows of a piece, D channels.
 """
@@ -95,11 +95,11 @@ class Run:
         """Add a piece of a batch.
 
         Args:
-            group: of the rows.
+            group: index into `mlsae.store.format.moments.GROUPS` of the rows.
             stored: the batch.
             picked: takes the rows out of it.
             num_rows: N.
-            below_ND: what the run below returned for the same rows.
+            below_ND: centred rows that the run below returned.
 
         Returns:
             (N, D) centred rows of the highest layer.

@@ -36,7 +36,7 @@ class RunningMoments:
     Equal to the last bit at equal `num_threads`.
 
     Args:
-        codecs: how the rows of each site and layer are held.
+        codecs: codec of each site and layer.
         sites: sites of the store.
         layers: layers of the store, ascending.
         d_model: channels.

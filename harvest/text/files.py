@@ -15,9 +15,9 @@ FILE_KINDS = (
     ".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst",
 )  # fmt: skip
 SHUFFLE_BUFFER = 10_000
-"""Documents of which the next one is drawn, where they are shuffled."""
+"""Documents that the next one is drawn from, where they are shuffled."""
 ROWS_AT_ONCE = 256
-"""Of a Parquet file; each may be a whole book, or a Python number for each of its tokens."""
+"""Rows of a Parquet file; each may be a whole book, or a Python number for each token."""
 Row = Mapping[str, Any]
 
 
@@ -33,7 +33,7 @@ def files_in(directory: Path) -> list[Path]:
     """The files of a directory and of those in it, sorted by path; hidden ones are left out.
 
     Raises:
-        InputError: it holds none, files of several kinds, or one that cannot be read.
+        InputError: the directory holds no file, files of several kinds, or one that cannot be read.
     """
     inside = sorted(
         relative
@@ -49,7 +49,7 @@ def files_in(directory: Path) -> list[Path]:
     if None in kinds:
         raise InputError(
             f"{directory} holds {kinds[None]}, which is not one of {', '.join(FILE_KINDS)}; move "
-            "what is no text out of it"
+            "other files out of it"
         )
     if len(kinds) > 1:
         raise InputError(
@@ -63,7 +63,7 @@ def file_rows(files: Sequence[Path], column: str, shuffle_seed: int | None) -> I
     """The rows of files of one kind, one file after another, or shuffled.
 
     Args:
-        files: their paths.
+        files: paths of the files.
         column: the column that will be read; a text file's only one.
         shuffle_seed: seed of the order of the files and of the draws from a buffer of rows; None
             for the order there is.
@@ -108,7 +108,7 @@ def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
     """The bytes of a file, decompressed if its name says so.
 
     Raises:
-        InputError: what is compressed is damaged or ends too early.
+        InputError: a compressed file is damaged or ends too early.
     """
     if path.suffix not in {".gz", ".zst"}:
         with path.open("rb") as plain:

@@ -14,7 +14,7 @@ SPLIT_NAME = re.compile(
 
 
 def is_hub_layout(directory: Path) -> bool:
-    """Whether a directory has a README.md (the hub's card), or files or folders named by split.
+    """True for a directory with a README.md (the hub's card), or files or folders named by split.
 
     Those are names such as `train-00000-of-00002.parquet`, `test.jsonl` or `validation/`.
     """
@@ -56,7 +56,9 @@ def hub_rows(name: str, split: str, subset: str | None, shuffle_seed: int | None
             f"cannot reach data set {name!r}: no such file or directory here, and the hub did not "
             f"answer ({_first_line(error)}); give a local .txt, .jsonl or .parquet file"
         ) from error
-    except Exception as error:  # Of the libraries for tables, file systems and HTTP under it.
+    except (
+        Exception
+    ) as error:  # Errors of the libraries for tables, file systems and HTTP under it.
         which = f"split {split!r}" if subset is None else f"subset {subset!r}, split {split!r}"
         raise InputError(
             f"data set {name}, {which}, cannot be read: {_first_line(error)}"

@@ -1,4 +1,4 @@
-"""How documents become sequences: which tokens join, open, close and pad them."""
+"""Tokens that join, open, close and pad documents on their way to sequences."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ BOS = ("auto", "always", "never")
 
 @dataclass(frozen=True, kw_only=True)
 class Joints:
-    """How a tokenizer's documents are joined; decides, with the documents, every token."""
+    """Tokens that join documents; with the documents, they decide every token."""
 
     eos: int | None
     """Token that closes every document that does not end with it already; the tokenizer's
@@ -24,7 +24,7 @@ class Joints:
     packing: str = "concatenate"
     """`concatenate` joins documents and cuts the stream; `document` gives each its sequence."""
     isolate_documents: bool = False
-    """Whether attention stays inside documents, so that each is a context of its own."""
+    """Attention stays inside documents, so that each is a context of its own."""
     padding: int | None = None
     """Token that fills a sequence up, with `document`."""
 
@@ -37,7 +37,7 @@ class Joints:
         bos: str = "auto",
         isolate_documents: bool = False,
     ) -> "Joints":
-        """Read them off a tokenizer: its special tokens, and what it puts before a plain text.
+        """Read the joints off a tokenizer: special tokens, and the token put before a plain text.
 
         Args:
             tokenizer: a transformers tokenizer. Where it has no BOS or EOS, its classification and
@@ -45,7 +45,7 @@ class Joints:
             packing: `concatenate` or `document`.
             bos: `auto` opens contexts with BOS where the tokenizer adds one by default, `always`
                 anyway, `never` not, nor does it join documents by BOS.
-            isolate_documents: whether attention stays inside documents.
+            isolate_documents: attention stays inside documents.
 
         Raises:
             InputError: `bos` is `always` and the tokenizer has none.
@@ -72,7 +72,7 @@ class Joints:
         )
 
     def describe(self) -> dict[str, Any]:
-        """The `packing` entry of a store's source."""
+        """Entry `packing` of a store's source."""
         return {
             "packing": self.packing,
             "document_eos": self.eos,

@@ -1,4 +1,4 @@
-"""Several data sets in given shares of the tokens: how they are named, which is next."""
+"""Several data sets in given shares of the tokens: names, and the order of documents."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from mlsae.base.errors import InputError
 
 
 def parse_mixture(datasets: Sequence[str]) -> dict[str, float]:
-    """Data sets such as `A:0.7`, `B:0.3` to their shares of the tokens, which sum to 1.
+    """Parse data sets such as `A:0.7`, `B:0.3` to shares of the tokens, which sum to 1.
 
     Weights count by their ratio. One data set needs none; several need one each.
 
@@ -33,13 +33,13 @@ def parse_mixture(datasets: Sequence[str]) -> dict[str, float]:
 
 
 def lags_most(taken: Sequence[tuple[int, float]]) -> int:
-    """The data set whose next document is due.
+    """Choose the data set whose next document is due.
 
     Args:
         taken: (tokens so far, share) of each.
 
     Returns:
-        Index of that with the fewest tokens for its share; the first of equals.
+        Index of the data set with the fewest tokens for its share; the first of equals.
     """
     return min(range(len(taken)), key=lambda index: taken[index][0] / taken[index][1])
 

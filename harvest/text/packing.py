@@ -26,12 +26,12 @@ from mlsae.harvest.text.tokenizing import tokenized
 
 @dataclass(kw_only=True)
 class Taken:
-    """What was taken from one data set."""
+    """Documents and tokens taken from one data set."""
 
     name: str
-    """The data set, as it was asked for."""
+    """Name of the data set, as given."""
     share: float
-    """Share of the tokens that it was to have; 1 where it is the only one."""
+    """Share of the tokens that the data set was to have; 1 where it is the only one."""
     num_documents: int = 0
     """Documents with a token in the sequences, or in the incomplete one that is left out."""
     num_empty: int = 0
@@ -39,7 +39,7 @@ class Taken:
     num_tokens: int = 0
     """Tokens of these documents and their separators; no padding, no BOS that opens a context."""
     ran_out: bool = False
-    """Whether the text ended because this data set did."""
+    """True where the text ended because this data set did."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,15 +61,15 @@ class PackedText:
     context_length: int
     """Tokens of a sequence."""
     joints: Joints
-    """What stands between documents; `joints.describe()` belongs to a store's plan."""
+    """Tokens between documents; `joints.describe()` belongs to a store's plan."""
     taken: tuple[Taken, ...]
-    """What came from each data set."""
+    """Documents and tokens from each data set."""
     num_left_over: int
     """Tokens of the final incomplete sequence, which is left out; 0 where the text went on."""
     num_cut: int
     """Tokens past the end of a sequence of their own, which are left out."""
     num_cut_documents: int
-    """Documents that lost tokens so."""
+    """Documents that were cut."""
     num_padding: int
     """Tokens that only fill sequences up."""
 
@@ -98,17 +98,17 @@ def pack(
 ) -> PackedText:
     """Tokenise documents and make whole sequences of them, in memory that does not grow.
 
-    Of several data sets, the next document is always of the one whose share of the tokens lags
-    most; where that one has no more, the text ends, so that the shares stay true.
+    With several data sets, the next document always comes from the one whose share of the tokens
+    lags most; where that one has no more, the text ends, so that the shares stay true.
 
     Args:
-        sources: the data sets; read little further than `max_tokens` needs.
+        sources: data sets, read little further than `max_tokens` needs.
         tokenizer: a transformers tokenizer.
         context_length: tokens of a sequence.
         max_tokens: most tokens; rounded down to whole sequences.
         packing: `concatenate` or `document`.
         bos: `auto`, `always` or `never`, see `Joints.of`.
-        isolate_documents: whether attention stays inside documents, so that a BOS opens each.
+        isolate_documents: attention stays inside documents, so that a BOS opens each.
         spool: directory on the disk that holds the sequences; its nearest parent if absent.
         report: called with the number of tokens of each document as it is packed.
 

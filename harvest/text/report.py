@@ -1,4 +1,4 @@
-"""What a person reads of the text that was packed: how much, from where, what was left out."""
+"""Lines about the packed text: its amount, its sources, the parts that were left out."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from mlsae.harvest.text.packing import PackedText
 
 
 def text_lines(packed: PackedText) -> Iterator[str]:
-    """The lines, in the order to be printed."""
+    """Lines in the order to be printed."""
     num_tokens = len(packed.tokens)
     yield (
         f"packed {format_count(num_tokens)} tokens: "

@@ -15,7 +15,7 @@ TOKENS_IN_MEMORY = 1 << 18
 
 
 class SequenceBuilder:
-    """Sequences that fill up document by document; what is full goes to the spool."""
+    """Fills sequences document by document; full ones go to the spool."""
 
     def __init__(
         self,
@@ -26,14 +26,14 @@ class SequenceBuilder:
         special_ids: Sequence[int],
         near: Path,
     ) -> None:
-        """Begin with none.
+        """Begin with no sequence.
 
         Args:
-            joints: what stands before, between and behind documents.
+            joints: tokens before, between and behind documents.
             context_length: tokens of a sequence.
             max_sequences: most sequences; None for no limit.
             special_ids: tokens to be flagged SPECIAL.
-            near: directory on the disk to use for what is full.
+            near: directory on the disk to use for full sequences.
         """
         self._joints = joints
         self._length = context_length
@@ -53,7 +53,7 @@ class SequenceBuilder:
         self.num_cut = 0
         """Tokens of documents that were longer than their sequence."""
         self.num_cut_documents = 0
-        """Documents that lost tokens so."""
+        """Documents that were cut."""
         self.num_padding = 0
         """Tokens that only fill sequences up."""
 
@@ -64,7 +64,7 @@ class SequenceBuilder:
 
     @property
     def is_full(self) -> bool:
-        """Whether there are `max_sequences`."""
+        """True once there are `max_sequences`."""
         return self.num_sequences == self._max_sequences
 
     @property
@@ -77,7 +77,7 @@ class SequenceBuilder:
         """Add the next document, with its separators; an empty one only counts.
 
         Args:
-            ids: (n,) its tokens.
+            ids: (n,) tokens of the document.
 
         Returns:
             Tokens that went into sequences, separators included; openings and padding are not.
@@ -108,7 +108,7 @@ class SequenceBuilder:
         return tokens, documents, flags
 
     def close(self) -> None:
-        """Give up what is on disk; maps of it stay valid."""
+        """Give up the files; maps of them stay valid."""
         for spool in self._spools:
             spool.close()
 

@@ -20,7 +20,7 @@ MOST_TOKEN = 2**32 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """Where the documents are.
+    """Places and columns that documents are read from.
 
     Raises:
         InputError: the data sets and their weights are not usable together.
@@ -54,15 +54,15 @@ class Source:
     """One data set, opened."""
 
     name: str
-    """As it was asked for, without its weight."""
+    """Name as given, without the weight."""
     share: float
-    """Share of the tokens that it is to have; those of all sources sum to 1."""
+    """Share of the tokens that the source is to have; the shares of all sources sum to 1."""
     documents: Iterator[Document]
-    """Its documents in order; a missing one is an empty one."""
+    """Documents in order; a missing one is an empty one."""
 
 
 def open_sources(config: TextConfig) -> tuple[Source, ...]:
-    """Find every data set; their documents are read as they are asked for.
+    """Find every data set; documents are read as they are asked for.
 
     A path is a .txt file (one document), a .jsonl or .parquet file (a document a row), the first
     two compressed by gzip or zstd if they end in .gz or .zst; or a directory, in hub layout or of

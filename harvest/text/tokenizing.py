@@ -20,18 +20,18 @@ FEWEST_CHARACTERS, MOST_CHARACTERS = 1 << 16, 1 << 21
 """Size of the first batch, so that little text is read for little, and of those that follow."""
 MOST_DOCUMENTS = 1 << 14
 BYTES_PER_CHARACTER = 200
-"""Memory that a tokenizer takes for a document."""
+"""Memory that a tokenizer takes for a character of a document."""
 
 
 def tokenized(
     documents: Iterable[Document], tokenizer: Any, thread: ThreadPoolExecutor
 ) -> Iterator[Tokens]:
-    """The tokens of each document, in order and without any special token added.
+    """Tokenise documents, in order and without adding any special token.
 
     Args:
         documents: texts, or arrays of token ids, which are passed through.
         tokenizer: a transformers tokenizer.
-        thread: where batches are tokenised, one at a time.
+        thread: tokenises batches, one at a time.
 
     Raises:
         InputError: a text is not valid Unicode.

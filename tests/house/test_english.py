@@ -14,7 +14,6 @@ CEILING = {
     "cli.py": 1,
     "commands": 12,
     "demo": 4,
-    "harvest": 62,
     "models": 40,
     "sae": 48,
     "store": 136,
