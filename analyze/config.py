@@ -1,10 +1,10 @@
 """Settings of an analysis, and of the events alone."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from mlsae.base.errors import InputError
-from mlsae.base.files import Location
+from mlsae.base.settings import ReadsStores, device_setting, setting, settings
+from mlsae.base.units import parse_context, parse_count
 
 ROWS = ("validation", "train", "all")
 
@@ -12,145 +12,177 @@ PART_EVENTS = 2**22
 """Events that are held, sorted and written together, unless told otherwise."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class AnalyzeConfig:
-    """What to analyze, over which rows, and where to write it.
+@settings
+class OverRows(ReadsStores):
+    """Settings of work that runs an SAE over the rows of a store.
 
     Raises:
         InputError: `rows` is not one of its choices, or a size is below 1.
     """
 
-    cache: Location | tuple[Location, ...]
-    """The activation store that is read, by directory or URL; several of one model and different
-    text, in any order, are one corpus."""
-
-    sae: Path
-    """The directory of the trained SAE."""
-
-    out: Path
-    """The directory to be written; absent, empty, or an analysis, which is then replaced."""
-
-    rows: str = "validation"
-    """Which sequences: those held out from training, the others, or all."""
-
-    max_tokens: int | None = None
-    """At most this many tokens, in whole sequences from the first; None is all of `rows`."""
-
-    model: Path | None = None
-    """Directory of the transformer for the cross-entropy family; None is the store's own."""
-
-    device: str = "auto"
-    """`cpu`, `cuda`, `cuda:N`, or `auto`: CUDA where there is one."""
-
-    batch_size: int = 4096
-    """Rows encoded at once."""
-
-    ce_max_tokens: int = 1_000_000
-    """The cross-entropy family is measured on at most this many tokens of those evaluated."""
-
-    events_max_tokens: int = 1_000_000
-    """The table `activations` covers at most this many tokens of those evaluated."""
-
-    decomposition_max_tokens: int = 1_000_000
-    """What takes all layers of a token at once (the variance decomposition, the entropy over token
-    ids) is measured on at most this many tokens of those evaluated."""
-
-    examples: int = 16
-    """The table `examples` holds so many of a latent's largest values, over all layers and at each
-    of them; 0 for no table."""
-
-    samples: int = 4
-    """It holds so many more from each quarter of the latent's range of values, drawn at random."""
-
-    context_tokens: tuple[int, int] = (8, 4)
-    """Tokens of an example before its peak, and after it."""
-
-    examples_seed: int = 0
-    """Seed of the random ones."""
-
-    prompts: tuple[str, ...] = ()
-    """Texts to run the transformer on, each alone, for the table `prompts` and a figure each."""
-
-    prompt_file: Path | None = None
-    """A UTF-8 file of more of them, one a line."""
-
-    figures: bool = True
-    """Whether the figures are drawn; `Analysis.figure` draws any of them at any time."""
-
-    to_delphi: Path | None = None
-    """Directory for the events as a latent cache of Delphi; None writes none."""
-
-    cache_dir: Path | None = None
-    """Where parts of remote stores are kept; None for the user's cache."""
-
-    cache_size: int | None = None
-    """Most bytes kept there; None for 10 GiB."""
+    sae: Path = setting(decides=True, group="Data", doc="Directory of a trained SAE.")
+    rows: str = setting(
+        default="validation",
+        decides=True,
+        group="Data",
+        doc="Sequences to read: validation, those held out from training; train, the others; or "
+        "all.",
+    )
+    max_tokens: int | None = setting(
+        default=None,
+        unset="all of --rows",
+        decides=True,
+        group="Data",
+        parse=parse_count,
+        doc="Most tokens to read, in whole sequences from the first.",
+    )
+    batch_size: int = setting(
+        default=4096, decides=False, group="Run", parse=parse_count, doc="Rows encoded at once."
+    )
+    device: str = device_setting()
 
     def __post_init__(self) -> None:
         if self.rows not in ROWS:
             raise InputError(f"rows: expected one of {', '.join(ROWS)}; got {self.rows!r}")
-        for name in (
-            "max_tokens",
-            "batch_size",
-            "ce_max_tokens",
-            "events_max_tokens",
-            "decomposition_max_tokens",
-        ):
+        self._at_least(1, "max_tokens", "batch_size")
+
+    def _at_least(self, least: int, *names: str) -> None:
+        for name in names:
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name}: expected at least 1, got {value}")
-        for name in ("examples", "samples"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name}: expected at least 0, got {getattr(self, name)}")
+            if value is not None and value < least:
+                raise InputError(f"{name}: expected at least {least}, got {value}")
+
+
+@settings
+class AnalyzeConfig(OverRows):
+    """Settings of an analysis.
+
+    Raises:
+        InputError: `rows` is not one of its choices, or a number is out of range.
+    """
+
+    out: Path = setting(
+        decides=False,
+        group="Data",
+        doc="Directory of the analysis: absent, empty, or an analysis, which is then replaced.",
+    )
+    model: Path | None = setting(
+        default=None,
+        unset="the place that the store names",
+        decides=False,
+        group="Data",
+        doc="Directory of the transformer, where it was moved after the harvest.",
+    )
+    ce_max_tokens: int = setting(
+        default=1_000_000,
+        decides=True,
+        group="Measures",
+        on_command_line=False,
+        doc="Most tokens, of those read, on which the cross-entropy family is measured.",
+    )
+    events_max_tokens: int = setting(
+        default=1_000_000,
+        decides=True,
+        group="Measures",
+        on_command_line=False,
+        doc="Most tokens, of those read, that the table of events covers.",
+    )
+    decomposition_max_tokens: int = setting(
+        default=1_000_000,
+        decides=True,
+        group="Measures",
+        parse=parse_count,
+        doc="Most tokens, of those read, whose layers are compared: for the variance decomposition "
+        "and the entropy over token ids.",
+    )
+    examples: int = setting(
+        default=16,
+        decides=True,
+        group="Examples",
+        parse=parse_count,
+        doc="Largest values of each latent with their text, over all layers and at each layer; 0 "
+        "for no table of examples.",
+    )
+    samples: int = setting(
+        default=4,
+        decides=True,
+        group="Examples",
+        parse=parse_count,
+        doc="Examples more from each quarter of a latent's range of values, drawn at random.",
+    )
+    context_tokens: tuple[int, int] = setting(
+        default=(8, 4),
+        decides=True,
+        group="Examples",
+        parse=parse_context,
+        metavar="BEFORE,AFTER",
+        doc="Tokens of an example before its peak, and after the peak.",
+    )
+    examples_seed: int = setting(
+        default=0, decides=True, group="Examples", doc="Seed of the examples drawn at random."
+    )
+    prompts: tuple[str, ...] = setting(
+        default=(),
+        decides=True,
+        group="Prompts",
+        again=True,
+        option="--prompt",
+        doc="Text to run the transformer on, whose latents are written and drawn token by token; "
+        "given again, further texts.",
+    )
+    prompt_file: Path | None = setting(
+        default=None,
+        unset="none",
+        decides=True,
+        group="Prompts",
+        is_file=True,
+        doc="UTF-8 file of texts as for --prompt, one a line.",
+    )
+    figures: bool = setting(
+        default=True,
+        decides=True,
+        group="Run",
+        doc="Draw the figures, which takes seconds; `Analysis.figure` draws any of them later.",
+    )
+    to_delphi: Path | None = setting(
+        default=None,
+        unset="none",
+        decides=False,
+        group="Data",
+        doc="Directory for the events as a latent cache of Delphi.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(1, "ce_max_tokens", "events_max_tokens", "decomposition_max_tokens")
+        self._at_least(0, "examples", "samples")
         if not (len(self.context_tokens) == 2 and all(n >= 0 for n in self.context_tokens)):
             raise InputError(
                 f"context_tokens: expected two numbers of at least 0, got {self.context_tokens}"
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ActivationsConfig:
-    """Whose events to write, over which rows, and where.
+@settings
+class ActivationsConfig(OverRows):
+    """Settings of the events alone.
 
     Raises:
         InputError: `rows` is not one of its choices, or a size is below 1.
     """
 
-    cache: Location | tuple[Location, ...]
-    """The activation store that is read, by directory or URL; several of one model and different
-    text, in any order, are one corpus."""
-
-    sae: Path
-    """The directory of the trained SAE."""
-
-    out: Path
-    """The directory to be written; absent, empty, or one that the same settings began."""
-
-    rows: str = "validation"
-    """Which sequences: those held out from training, the others, or all."""
-
-    max_tokens: int | None = None
-    """At most this many tokens, in whole sequences from the first; None is all of `rows`."""
-
-    batch_size: int = 4096
-    """Rows encoded at once."""
-
-    part_events: int = PART_EVENTS
-    """About the most events of a file: what is sorted in memory, and lost when a run is killed."""
-
-    device: str = "auto"
-    """`cpu`, `cuda`, `cuda:N`, or `auto`: CUDA where there is one."""
-
-    cache_dir: Path | None = None
-    """Where parts of remote stores are kept; None for the user's cache."""
-
-    cache_size: int | None = None
-    """Most bytes kept there; None for 10 GiB."""
+    out: Path = setting(
+        decides=False,
+        group="Data",
+        doc="Directory of the events: absent, empty, or one that the same settings began.",
+    )
+    part_events: int = setting(
+        default=PART_EVENTS,
+        decides=True,
+        group="Run",
+        parse=parse_count,
+        doc="Most events of a file, about: they are sorted in memory, and lost in a crash.",
+    )
 
     def __post_init__(self) -> None:
-        if self.rows not in ROWS:
-            raise InputError(f"rows: expected one of {', '.join(ROWS)}; got {self.rows!r}")
-        for name in ("max_tokens", "batch_size", "part_events"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name}: expected at least 1, got {value}")
+        super().__post_init__()
+        self._at_least(1, "part_events")

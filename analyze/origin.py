@@ -3,7 +3,7 @@
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,12 @@ from typing import Any
 import mlsae
 from mlsae.analyze.config import AnalyzeConfig
 from mlsae.analyze.pairing import Pairing
+from mlsae.base.settings import words_of
 from mlsae.store import RemoteError, Store
 from mlsae.store.format.presets import preset_of
 
 RUN_FILE = "run.yaml"
 """What `mlsae train` leaves beside an SAE: the run with every default resolved."""
-
-WITHOUT_OPTION = frozenset({"ce_max_tokens", "events_max_tokens"})
-"""Settings of an analysis that the command line does not have."""
 
 _OUT = "analysis"
 _HARVEST_DEFAULTS = {
@@ -145,18 +143,7 @@ def _train(directory: Path, pairing: Pairing) -> list[str] | str:
 
 
 def _analyze(config: AnalyzeConfig) -> str:
-    places = config.cache if isinstance(config.cache, tuple) else (config.cache,)
-    words: list[object] = ["mlsae", "analyze"]
-    for place in places:
-        words += ["--cache", place]
-    words += ["--sae", config.sae, "--out", _OUT]
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name in {"cache", "sae", "out", *WITHOUT_OPTION} or value == field.default:
-            continue
-        for one in value if isinstance(value, tuple) else (value,):
-            words += [_option(field.name), one]
-    return _joined(words)
+    return _joined(["mlsae", "analyze", *words_of(replace(config, out=Path(_OUT)))])
 
 
 def _option(name: str) -> str:

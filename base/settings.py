@@ -3,7 +3,11 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
+from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
+
+from mlsae.base.files import Location
+from mlsae.base.units import parse_bytes
 
 T = TypeVar("T")
 _KEY = "setting"
@@ -37,6 +41,10 @@ class Setting:
     """True for the path of a file, not of a directory."""
     on_command_line: bool = True
     """False where there is no option."""
+
+    def flag(self, name: str) -> str:
+        """Long name of the option of the field `name`."""
+        return self.option or "--" + name.replace("_", "-")
 
 
 def setting(
@@ -101,3 +109,63 @@ def described(cls: type[Any]) -> dict[str, Setting]:
 def deciding(cls: type[Any]) -> tuple[str, ...]:
     """Fields of a settings class that decide the result."""
     return tuple(name for name, of in described(cls).items() if of.decides)
+
+
+def words_of(config: Any) -> list[str]:
+    """Words of a command line that give the values of a configuration other than defaults.
+
+    Options that must be given come first.
+    """
+    words: list[str] = []
+    fields = dataclasses.fields(config)
+    for field in sorted(fields, key=lambda field: field.default is not MISSING):
+        one: Setting = field.metadata[_KEY]
+        value, flag = getattr(config, field.name), one.flag(field.name)
+        if value == field.default or not one.on_command_line:
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+            continue
+        values = value if isinstance(value, tuple) else (value,)
+        for text in values if one.again else (",".join(map(str, values)),):
+            words += [flag, str(text)]
+    return words
+
+
+def device_setting() -> Any:
+    """The field `device` of a settings class."""
+    return setting(
+        default="auto",
+        decides=False,
+        group="Run",
+        doc="Device: cpu, cuda, cuda:N, or auto for CUDA where there is any.",
+    )
+
+
+@settings
+class ReadsStores:
+    """Settings of work that reads activation stores, wherever they are."""
+
+    cache: Location | tuple[Location, ...] = setting(
+        decides=True,
+        group="Data",
+        again=True,
+        metavar="LOCATION",
+        doc="Activation store: a directory, https://…, s3://… or hf://datasets/…; given again, "
+        "stores of one model and different text, read as one in any order.",
+    )
+    cache_dir: Path | None = setting(
+        default=None,
+        unset="~/.cache/mlsae",
+        decides=False,
+        group="Data",
+        doc="Directory in which parts of remote stores are kept.",
+    )
+    cache_size: int | None = setting(
+        default=None,
+        unset="10GiB",
+        decides=False,
+        group="Data",
+        parse=parse_bytes,
+        doc="Most bytes of remote stores kept on this machine, 0 for none.",
+    )

@@ -4,20 +4,16 @@ from typing import Any
 
 import click
 
-from mlsae.commands.options import COUNT, DIRECTORY, reads_stores
+from mlsae.commands.options import SettingsCommand
 
 
-@click.command()
-@reads_stores
-@click.option("--sae", required=True, type=DIRECTORY, help="Directory of a trained SAE.")
-@click.option("--out", required=True, type=DIRECTORY, help="Directory of the events.")
-@click.option("--rows", default="validation", help="validation, train or all.")
-@click.option("--max-tokens", type=COUNT, help="Most tokens to cover; all of --rows if not given.")
-@click.option("--batch-size", type=COUNT, default=4096, help="Rows encoded at once.")
-@click.option(
-    "--part-events", type=COUNT, default=2**22, help="Most events of a file, sorted in memory."
-)
-@click.option("--device", default="auto", help="cpu, cuda, cuda:N, or auto.")
+def _settings() -> type[Any]:
+    from mlsae.analyze.config import ActivationsConfig
+
+    return ActivationsConfig
+
+
+@click.command(cls=SettingsCommand, settings=_settings)
 def activations(**settings: Any) -> None:
     """Write every active latent of every row as a Parquet data set.
 

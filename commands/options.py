@@ -140,7 +140,7 @@ def default_text(setting: Setting, default: Any) -> str:
 
 
 def _option(name: str, setting: Setting, default: Any, hint: Any) -> GroupedOption:
-    flag = setting.option or "--" + name.replace("_", "-")
+    flag = setting.flag(name)
     notes = [f"default: {shown}"] if (shown := default_text(setting, default)) else []
     options: dict[str, Any] = {"required": default is MISSING}
     if hint is bool:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mlsae.base.errors import InputError
-from mlsae.base.settings import setting, settings
+from mlsae.base.settings import device_setting, setting, settings
 from mlsae.base.units import (
     parse_bytes,
     parse_count,
@@ -215,12 +215,7 @@ class HarvestConfig:
         doc="Sequences a forward pass, or auto to choose by memory; part of the store's plan, "
         "because the shape of a pass decides last bits.",
     )
-    device: str = setting(
-        default="auto",
-        decides=False,
-        group="Run",
-        doc="Device: cpu, cuda, cuda:N, or auto for CUDA where there is any.",
-    )
+    device: str = device_setting()
     device_map: str | None = setting(
         default=None,
         unset="one device",

@@ -7,14 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
 
 from mlsae.analyze import AnalyzeConfig, load
-from mlsae.analyze.origin import WITHOUT_OPTION, commands
+from mlsae.analyze.origin import commands
 from mlsae.analyze.pairing import pair
 from mlsae.base.files import read_sealed, seal
+from mlsae.base.settings import words_of
 from mlsae.cli import main
 from mlsae.demo import text_path
 from mlsae.store import open_store
@@ -123,7 +125,20 @@ def test_a_harvest_that_does_not_say_all_of_itself(
     assert found["harvest"] == f"{store} does not say all of how it was harvested"
 
 
-def test_every_setting_has_an_option_or_is_known_to_have_none() -> None:
-    """Otherwise a command would not be understood."""
-    options = {parameter.name for parameter in main.commands["analyze"].params}
-    assert {*AnalyzeConfig.__dataclass_fields__} - WITHOUT_OPTION == options
+def test_the_words_of_an_analysis_are_understood(tmp_path: Path) -> None:
+    """The command line reads back the settings that its words were made from."""
+    config = AnalyzeConfig(
+        cache=("one", "two"),
+        sae=tmp_path / "an sae",
+        out=tmp_path,
+        rows="all",
+        max_tokens=480,
+        context_tokens=(3, 2),
+        prompts=("a text", "another"),
+        prompt_file=tmp_path / "texts",
+        figures=False,
+        device="cpu",
+    )
+    command = main.commands["analyze"]
+    given = command.make_context("analyze", words_of(config), parent=click.Context(main)).params
+    assert AnalyzeConfig(**given) == config
