@@ -1,1 +1,1 @@
-"""What every room stands on: the error base class, durable files, units, resources, devices."""
+"""Foundation of every room: the error base class, durable files, units, resources, devices."""

@@ -1,12 +1,12 @@
-"""The errors a user meets. Everything else that is raised is a defect of this package.
+"""Errors meant for the user. Any other exception is a defect of this package.
 
 MlsaeError
-├── InputError (ValueError)         what was asked for cannot be: a bad value, path, plan, pairing
+├── InputError (ValueError)         impossible request: a bad value, path, plan, pairing
 │   └── mlsae.store.errors.*        one class for each way a store can be wrong
 ├── ResourceError (RuntimeError)    the machine is too small: memory, disk, a missing device
 └── InterruptedWorkError            the user stopped the work (base/interruption.py)
 
-A message is one line: what was wrong, expected, got, where, what to do.
+A message is one line: the fault, the expected and the given value, the place, the remedy.
 """
 
 
@@ -15,7 +15,7 @@ class MlsaeError(Exception):
 
 
 class InputError(MlsaeError, ValueError):
-    """What was asked for cannot be done as asked."""
+    """The request cannot be met as it stands."""
 
 
 class ResourceError(MlsaeError, RuntimeError):

@@ -22,7 +22,7 @@ _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
 
 
 class DamagedFileError(InputError):
-    """A file of ours does not hold the bytes that were written."""
+    """A file of this package does not hold the bytes that were written."""
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def fsync_directory(directory: Path) -> None:
 
 
 def partial_path(path: Path) -> Path:
-    """A temporary name beside `path` that says whose it is: `….<host>-<pid>-<hex>.partial`."""
+    """A temporary name beside `path`, with its owner: `….<host>-<pid>-<hex>.partial`."""
     owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     return path.with_name(f"{path.name}.{owner}.partial")
 
@@ -99,10 +99,10 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def write_new_durably(path: Path, data: bytes) -> bool:
-    """As `write_durably`, but never over a file that is there, not even one of the same instant.
+    """Write a new file as `write_durably` does, never over another, not even of the same instant.
 
     Returns:
-        Whether `path` was written; False where it was there.
+        True if `path` was written, False where there was a file.
 
     Raises:
         ResourceError: the disk is full; `path` is as it was.
@@ -131,7 +131,7 @@ def write_new_durably(path: Path, data: bytes) -> bool:
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one byte form of a JSON value: sorted keys, no spaces, ASCII, no NaN or infinity."""
+    """Canonical bytes of a JSON value: sorted keys, no spaces, ASCII, no NaN or infinity."""
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
     ).encode("ascii")
@@ -160,7 +160,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def parse_sealed(data: bytes, where: str) -> dict[str, Any]:
-    """The content of sealed JSON; `where` names it in the message.
+    """Check sealed JSON and return its content; `where` names it in the message.
 
     Raises:
         DamagedFileError: any byte differs from what `seal` wrote.

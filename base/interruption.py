@@ -12,24 +12,24 @@ from mlsae.base.errors import MlsaeError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO_SECONDS = 0.25
-"""A launcher passes on the Ctrl-C that the terminal sent to its processes too: that is one."""
+"""A launcher passes on the Ctrl-C that its processes have from the terminal: it counts once."""
 
 
 class InterruptedWorkError(MlsaeError):
-    """The user stopped the work; the message says what was kept and how to go on."""
+    """The user stopped the work; the message names what is kept and the way to go on."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_status = 128 + signal_number
-        """What the command line exits with, as shells have it."""
+        """Exit status of the command line: 128 plus the signal, as in shells."""
 
 
 class StopNow(KeyboardInterrupt):
-    """Leaves whatever is running, as Ctrl-C does without this module."""
+    """Leaves the work at once, as Ctrl-C does without this module."""
 
 
 class Interruption:
-    """Whether a signal has asked for the end."""
+    """State of a request to stop."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
@@ -39,7 +39,7 @@ class Interruption:
 
     @property
     def requested(self) -> bool:
-        """Whether to stop after the piece in hand."""
+        """True once a signal came: stop after the piece in hand."""
         return self.signal_number is not None
 
     @contextmanager

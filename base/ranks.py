@@ -1,4 +1,4 @@
-"""Several processes on one store: who does what, and how they wait without talking.
+"""Several processes on one store: division of the work, and waiting without messages.
 
 Ranks meet in the store's directory alone, so they need no process group, and a rank that dies
 holds up nobody's shards but its own.
@@ -18,7 +18,7 @@ POLL_SECONDS = 0.25
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that torchrun or accelerate launch started."""
+    """Place of this process among those that torchrun or accelerate launch started."""
 
     rank: int
     """0 packs the text and makes the plan."""
@@ -27,10 +27,10 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> "Ranks":
-        """RANK and WORLD_SIZE as launchers set them; one process where they do not.
+        """Read RANK and WORLD_SIZE as launchers set them; without them, one process.
 
         Raises:
-            InputError: they are no such numbers.
+            InputError: RANK and WORLD_SIZE are no such numbers.
         """
         rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
@@ -41,7 +41,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process packs, plans and prints."""
+        """True for the process that packs, plans and prints."""
         return self.rank == 0
 
     def say(self, line: str) -> None:
@@ -50,11 +50,11 @@ class Ranks:
             click.echo(line)
 
     def own(self, shards: list[int]) -> list[int]:
-        """Those of `shards` that are this process's: r, r + w, r + 2w, …"""
+        """Shards of this process among `shards`: r, r + w, r + 2w, …"""
         return [shard for shard in shards if shard % self.world_size == self.rank]
 
 
 def wait_until(done: Callable[[], bool]) -> None:
-    """Look at the file system until another rank has done its part."""
+    """Poll the file system until another rank has done its part."""
     while not done():
         time.sleep(POLL_SECONDS)

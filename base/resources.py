@@ -1,4 +1,4 @@
-"""What the machine has left: memory and disk, asked before work that needs them."""
+"""Free memory and disk of the machine, checked before work that needs them."""
 
 import os
 import resource
@@ -14,7 +14,7 @@ from mlsae.base.units import format_bytes
 def available_memory() -> int:
     """Bytes of memory that can be taken without swapping.
 
-    The control group's limit counts, and that of this process's address space (`ulimit -v`).
+    Limits of the control group and of this process's address space (`ulimit -v`) count.
     """
     available = int(psutil.virtual_memory().available)
     limit, usage = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
@@ -37,11 +37,11 @@ def free_disk(path: Path) -> int:
 
 
 def require_writable(path: Path, option: str) -> None:
-    """Refuse work whose result could not be written, before it starts.
+    """Refuse work whose result could not be written, before the work starts.
 
     Args:
         path: file or directory to be written; where it does not exist, its nearest parent counts.
-        option: what the user gave it as.
+        option: name under which the user gave the path.
 
     Raises:
         ResourceError: naming the directory that cannot be written.

@@ -1,8 +1,8 @@
 """The demo's text: the documentation strings of the Python standard library, in two parts.
 
 A module belongs whole to one part, chosen by a hash of its name, so nobody picked which modules
-the model never sees. Text that says the same thing twice is kept once, and what the held-out part
-shares with the training part leaves the held-out part.
+the model never sees. Repeated text is kept once, and text that both parts share is left out of
+the held-out part.
 """
 
 import ast
@@ -42,7 +42,7 @@ class Module:
     source: str
     """Path in the CPython repository, `Lib/asyncio/events.py`."""
     entries: tuple[str, ...]
-    """One a documented object: its name and parameters, an empty line, its documentation."""
+    """An entry for each documented object: name and parameters, an empty line, documentation."""
 
     @property
     def text(self) -> str:
@@ -51,7 +51,7 @@ class Module:
 
     @property
     def held_out(self) -> bool:
-        """Whether the module belongs to the part that tokenizer and model never see."""
+        """True for a module of the part that tokenizer and model never see."""
         digest = hashlib.sha256(f"{HELD_OUT_SALT}{self.name}".encode()).digest()
         return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
 

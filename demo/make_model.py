@@ -2,7 +2,7 @@
 
 The model must have learnt, and must not have learnt by heart: on modules that it never saw its
 cross-entropy is to lie MIN_BELOW_UNIGRAM nats under a unigram model's and within MAX_GAP of the
-cross-entropy on its training text. A model that does not is not written.
+cross-entropy on its training text. Any other model is not written.
 """
 
 import argparse
@@ -134,7 +134,7 @@ def score(model: Any, train_ids: Ids, held_out_ids: Ids) -> dict[str, float]:
 
 
 def check(nats: dict[str, float]) -> None:
-    """Hold the cross-entropies against what the demo promises.
+    """Compare the cross-entropies with the promises of the demo.
 
     Raises:
         UnfitModelError: naming the figure that is missed.

@@ -1,4 +1,4 @@
-"""How well the demo transformer predicts text: its cross-entropy and a unigram model's.
+"""Cross-entropy of the demo transformer and of a unigram model.
 
 Packed ids are cut into sequences of `context_length` (the incomplete last one is left out); every
 token of a sequence but the first is a target. Both models are scored on the same targets.
@@ -34,7 +34,10 @@ def cross_entropy(model: Any, ids: Ids, context_length: int, batch_sequences: in
 
 
 def unigram_cross_entropy(train_ids: Ids, ids: Ids, context_length: int, vocab_size: int) -> float:
-    """The same of the targets' frequencies in `train_ids`, with one added to each count."""
+    """Mean negative log-likelihood of the targets under their frequencies in `train_ids`.
+
+    One is added to each count.
+    """
     counts = np.bincount(train_ids, minlength=vocab_size) + 1.0
     nats = -np.log(counts / counts.sum())
     return float(nats[sequences(ids, context_length)[:, 1:]].mean())

@@ -1,4 +1,4 @@
-"""The text as it ships: two files of one module a line, and `sources.json` that accounts for them.
+"""Shipped text: two files of one module a line, and `sources.json`, which accounts for them.
 
 A line is {"module", "source", "sha256", "text"}; `sha256` is over the text in UTF-8. `sources.json`
 names the Python the text was taken from, the licence, and the SHA-256 of each file.

@@ -13,7 +13,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
-    """Fit a byte-level BPE to `texts`; nothing that a text may hold is unknown to it.
+    """Fit a byte-level BPE to `texts`; no text holds anything unknown to it.
 
     Returns:
         A transformers tokenizer whose EOS (and BOS, which it does not add) is END_OF_TEXT, id 0.

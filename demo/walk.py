@@ -1,4 +1,4 @@
-"""The whole path on what comes with the package: harvest, train, analyze, in a few minutes."""
+"""The whole path on the embedded model and text: harvest, train, analyze, in a few minutes."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ STORE, SAE, ANALYSIS = "acts", "sae", "analysis"
 
 
 def settings(out: Path) -> tuple[HarvestConfig, TrainConfig, AnalyzeConfig]:
-    """What the demo does: 256,000 tokens, all six layers, an SAE of 1,024 latents, 16 a row."""
+    """Settings of the demo: 256,000 tokens, all six layers, an SAE of 1,024 latents, 16 a row."""
     return (
         HarvestConfig(
             model=str(model_path()),
@@ -46,7 +46,7 @@ def settings(out: Path) -> tuple[HarvestConfig, TrainConfig, AnalyzeConfig]:
 def walk(to_harvest: HarvestConfig, to_train: TrainConfig, to_analyze: AnalyzeConfig) -> Analysis:
     """Harvest, train and analyze, and end with a table by layer and the figures' paths.
 
-    What an earlier walk finished is kept, what it left unfinished is continued, and the analysis is
+    Finished stages of an earlier walk are kept, an unfinished one is continued, and the analysis is
     made anew.
 
     Args:
@@ -93,7 +93,7 @@ def render(analysis: Analysis) -> str:
 
 
 def _active_by_layer(analysis: Analysis) -> dict[int, int]:
-    """Layer → latents that some row of it uses."""
+    """Layer → number of latents that some row of the layer uses."""
     table = analysis.latent_layers
     used = (
         table.filter(pc.greater(table["count"], 0)).group_by("layer").aggregate([([], "count_all")])

@@ -1,6 +1,6 @@
-"""What the sites of chosen layers hold, from one pass of the backbone.
+"""Activations at chosen sites and layers, from one pass of the backbone.
 
-B = sequences, T = positions of a sequence, d = d_model; of a pass, N sequences of L positions.
+B = sequences, T = positions, d = d_model; a single pass has N sequences of L positions.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from mlsae.models.structure.anatomy import Tap
 from mlsae.models.transformer import Transformer
 
 Key = tuple[str, int]
-"""A site and a layer."""
+"""Site and layer."""
 
 
 class _AllSeen(Exception):  # noqa: N818
@@ -33,20 +33,20 @@ def capture(
 ) -> dict[Key, Tensor]:
     """The activations at some sites of some layers.
 
-    Only the backbone runs, without a key-value cache, and it stops where the last of them is known.
-    `resid_post` is a block's output, before any final norm; `attn_out` and `mlp_out` are what is
+    Only the backbone runs, without a key-value cache, and stops after the last of them.
+    `resid_post` is a block's output, before any final norm; `attn_out` and `mlp_out` are the terms
     added to the stream.
 
     Args:
         transformer: the model.
         inputs: the sequences. With documents, each document is run as a sequence of its own.
         layers: block indices, in any order.
-        sites: of `SITES`, in any order.
+        sites: names from `SITES`, in any order.
 
     Returns:
         For each (site, layer), sites in the order of `SITES` and layers ascending, a tensor
-        (B, T, d) in the model's dtype on the block's device. It is the model's own and no copy,
-        but where the model is going to write into it, and where documents were given.
+        (B, T, d) in the model's dtype on the block's device. The tensor is the model's own; it is
+        a copy where the model is going to write into it, and where documents were given.
 
     Raises:
         InputError: a layer or site that the model does not have; or the inputs have documents or

@@ -1,4 +1,4 @@
-"""What a forward pass is given: tokens, and which of them may see which.
+"""Input of a forward pass: tokens, and the tokens that each may see.
 
 B = sequences, T = positions of a sequence.
 """
@@ -21,19 +21,19 @@ class Inputs:
     tokens: torch.Tensor
     """(B, T) integer ids, on any device."""
     documents: torch.Tensor | None = None
-    """(B, T) integers. Given, attention stays inside each run of equal documents of a sequence, and
+    """(B, T) integers: attention stays inside each run of equal documents of a sequence, and
     positions restart at each run. None: a sequence is one text, whatever documents it holds."""
     padding: torch.Tensor | None = None
-    """(B, T) bool, True where padding, which may only end a sequence. Given, no token attends to
-    padding; what padding itself gives is finite and without meaning."""
+    """(B, T) bool, True for padding, which may only end a sequence. No token attends to padding;
+    outputs at padding are finite and without meaning. None: there is none."""
     first_token: int = 0
-    """Index in the packed text of `tokens[0, 0]`; tokens[b, t] is b · T + t after it."""
+    """Index of `tokens[0, 0]` in the packed text; tokens[b, t] is b · T + t after it."""
     indices: torch.Tensor | None = None
-    """(B, T) int64 index in the packed text of each token, where they are not consecutive; takes
-    the place of `first_token`."""
+    """(B, T) int64 index of each token in the packed text, in place of `first_token`. None: indices
+    are consecutive."""
 
     def __post_init__(self) -> None:
-        """Refuse what no forward pass could be given."""
+        """Refuse inputs that no forward pass can take."""
         if self.tokens.ndim != 2 or self.tokens.numel() == 0:
             raise InputError(
                 "tokens must be some sequences of some positions (B, T), got shape "
@@ -50,7 +50,7 @@ class Inputs:
             raise InputError("padding must end its sequence, got a token after padding")
 
     def token_indices(self) -> torch.Tensor:
-        """(B, T) int64 index in the packed text of each token, on the CPU."""
+        """(B, T) int64 index of each token in the packed text, on the CPU."""
         if self.indices is not None:
             return self.indices.cpu()
         size = self.tokens.numel()

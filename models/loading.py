@@ -50,13 +50,13 @@ def load(
         attention_implementation: `eager`, `sdpa`, `sdpa_by_blocks`, …; `auto` for
             `sdpa_by_blocks` where it is faster on this machine, else for the library's choice.
         init: one of `weights.initialization.INITS`; `random` needs the config only, no weights.
-        init_seed: of the random draws of all but `trained`.
+        init_seed: seed of the random draws, for every init but `trained`.
         blocks: dotted path of the list of blocks in the backbone, where it cannot be found.
         device_map: None, or `auto` to spread the weights over all GPUs, then the CPU's memory,
             then the disk, in place of `device`.
 
     Raises:
-        InputError: there is no such model, it cannot be reached, it is damaged, incomplete or
+        InputError: the model does not exist, cannot be reached, is damaged, incomplete or
             neither a decoder nor an encoder, its blocks cannot be found, or an argument has no
             such value.
         ResourceError: too little memory for the weights.
@@ -67,7 +67,7 @@ def load(
     placement.check_device_map(device_map)
     place = Place.of(name_or_path, revision)
     attention = None if attention_implementation == "auto" else attention_implementation
-    # What is drawn at random is drawn in memory, and spread afterwards.
+    # Random weights are drawn in memory, and spread afterwards.
     spread = None if needs_redraw(init) or init == "random" else device_map
     with explained(place, "model"), _quiet():
         with config_explained(place):
@@ -95,9 +95,9 @@ def load(
 def outline(
     name_or_path: str | Path, *, revision: str | None = None, blocks: str | None = None
 ) -> Transformer:
-    """The same model from its config alone: blocks, sizes and tokenizer, but no weights.
+    """Build a model from its config alone: blocks, sizes and tokenizer, but no weights.
 
-    Its tensors are on torch's `meta` device. It costs no memory and cannot be run.
+    Its tensors are on torch's `meta` device; they cost no memory, and the model cannot be run.
 
     Raises:
         InputError: as `load`, for the config and the blocks.
@@ -118,17 +118,17 @@ def load_for(
     device: str | torch.device = "cpu",
     device_map: str | None = None,
 ) -> Transformer:
-    """Load the very model that a store was harvested from, initialisation included.
+    """Load the model that a store was harvested from, initialisation included.
 
     Args:
         record: `Transformer.describe()` of that model, as in a store's `source["model"]`.
-        name_or_path: where it is: a hub id or a local directory.
+        name_or_path: a hub id or a local directory.
         revision: branch, tag or commit of a hub id.
         device: where to put the weights.
-        device_map: as for `load`.
+        device_map: None or `auto`, as for `load`.
 
     Raises:
-        InputError: as `load`, or the weights or the config differ from the recorded ones.
+        InputError: as `load`; or weights or config differ from the recorded ones.
         ResourceError: as `load`.
     """
     seed = record["init_seed"]
@@ -171,7 +171,7 @@ def _config(place: Place) -> Any:
 def _pretrained(
     place: Place, config: Any, kind: str, dtype: str, attention: str | None, device_map: str | None
 ) -> Any:
-    """The model with its trained weights, on the CPU or as `device_map` has it."""
+    """Load a model with its trained weights, to the CPU or spread by `device_map`."""
     with placement.full_memory_explained(place.name, "of the GPUs", "fewer processes"):
         model, info = auto_class(kind).from_pretrained(
             place.name,
@@ -201,7 +201,7 @@ def _pretrained(
 def _from_config(
     config: Any, kind: str, dtype: torch.dtype | None, attention: str | None, seed: int
 ) -> Any:
-    """The model with the weights that its own config initialises it with, on the CPU."""
+    """Build a model with the random weights of its own config, on the CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return auto_class(kind).from_config(
@@ -232,7 +232,7 @@ def _transformer(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No bar for weights that load in a moment, no report of what is checked and said here."""
+    """Silence the bars and reports of transformers; `_pretrained` checks and reports itself."""
     shown, level = _logging.is_progress_bar_enabled(), _logging.get_verbosity()
     _logging.disable_progress_bar()
     _logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""The sites of a transformer: which it has, and where in each block they are."""
+"""Sites of a transformer: those it has, and their places in each block."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -22,9 +22,9 @@ _anatomies: WeakKeyDictionary[Transformer, list[Anatomy]] = WeakKeyDictionary()
 
 
 def check_sites(transformer: Transformer, sites: Sequence[str]) -> tuple[str, ...]:
-    """The sites asked for, in the order of `SITES`.
+    """Check the sites asked for and return them in the order of `SITES`.
 
-    Of a model without weights (`outline`) only the names can be checked.
+    For a model without weights (`outline`) only the names can be checked.
 
     Raises:
         InputError: none, one twice, an unknown one, or one that a block of the model does not have.
@@ -44,10 +44,10 @@ def check_sites(transformer: Transformer, sites: Sequence[str]) -> tuple[str, ..
 
 @torch.no_grad()
 def anatomies(transformer: Transformer) -> list[Anatomy]:
-    """Each block's anatomy, found once for a model by passing a few random tokens through it.
+    """Anatomy of each block, found once for a model by passing a few random tokens through it.
 
     Raises:
-        InputError: a module among the blocks is none.
+        InputError: a module among the blocks is no block.
     """
     if transformer not in _anatomies:
         length = min(7, transformer.max_context_length or 7)
@@ -72,9 +72,9 @@ def anatomies(transformer: Transformer) -> list[Anatomy]:
 
 
 def attach(block: nn.Module, tap: Tap, act: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-    """Call `act` with the tensor that passes a tap; what it returns, if anything, takes its place.
+    """Call `act` with the tensor that passes a tap, and put a tensor that it returns in its place.
 
-    The tensor is the model's own, unless the model is going to write into it: then it is a copy.
+    The tensor is the model's own, or a copy where the model is going to write into it.
     """
     module, argument = block.get_submodule(tap.module), tap.argument
 

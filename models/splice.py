@@ -56,9 +56,9 @@ def spliced(
         transformer: the model.
         inputs: the sequences.
         layer: the block.
-        replace: from the live activation (B, T, d) to what shall be there instead, the same shape;
-            cast to the model's dtype. It is called once and must not write into its argument.
-        site: of `SITES`.
+        replace: from the live activation (B, T, d) to its replacement, of the same shape; cast to
+            the model's dtype. The function is called once and must not write into its argument.
+        site: name from `SITES`.
 
     Raises:
         InputError: as `run`; or a layer or site that the model does not have.
@@ -95,16 +95,16 @@ def spliced_layers(
 ) -> Tensor:
     """Logits (B, T, V) with one site of several layers replaced in one run of the model.
 
-    Each layer is given what flows there once those before it have been replaced.
+    Each layer sees the activations that flow once the layers before it have been replaced.
 
     Args:
         transformer: the model.
         inputs: the sequences.
         layers: the blocks, in any order.
         where_BT: bool, the tokens whose activations are replaced.
-        replace: from a layer and its live activations (N, d) at some of these tokens to what shall
-            be there instead, row by row, the same shape; cast to the model's dtype.
-        site: of `SITES`.
+        replace: from a layer and its live activations (N, d) at some of these tokens to their
+            replacements, row by row, of the same shape; cast to the model's dtype.
+        site: name from `SITES`.
 
     Raises:
         InputError: as `spliced`.
@@ -152,7 +152,7 @@ def _rows_replaced(
 
 @contextmanager
 def _replaced(block: nn.Module, anatomy: Anatomy, site: str, replace: Replace) -> Iterator[None]:
-    """While open, a site of a block is what `replace` makes of it."""
+    """Replace a site of a block while the context is open."""
     if site == "resid_mid" and anatomy.form == "sequential":
         handles = _mid_replaced(block, anatomy, replace)
     else:
@@ -167,8 +167,8 @@ def _replaced(block: nn.Module, anatomy: Anatomy, site: str, replace: Replace) -
 def _mid_replaced(block: nn.Module, anatomy: Anatomy, replace: Replace) -> list[RemovableHandle]:
     """Replace `resid_mid` of a sequential block, where it is a sum that no module gives.
 
-    Every reader of it is given the replacement, and so is the residual connection around the MLP:
-    the block's output becomes the replacement and what the MLP then adds.
+    Every reader of that sum is given the replacement, and so is the residual connection around the
+    MLP: the block's output becomes the replacement plus the MLP's new output.
     """
     new: list[Tensor] = []
     added: list[Tensor] = []
@@ -189,7 +189,7 @@ def _mid_replaced(block: nn.Module, anatomy: Anatomy, replace: Replace) -> list[
 
 
 def _checked(replace: Replace, shape: torch.Size) -> Replace:
-    """`replace` as the user means it: given (B, T, d), and held to its shape and dtype."""
+    """Wrap `replace` to take (B, T, d), and hold its result to that shape and the dtype."""
 
     def checked(live: Tensor) -> Tensor:
         live_BTd = live.reshape(*shape, live.shape[-1])

@@ -1,4 +1,4 @@
-"""A loaded transformer: its blocks, its tokenizer, its sizes, and the record of what it is."""
+"""A loaded transformer: blocks, tokenizer, sizes, and the record of its identity."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,23 +22,23 @@ class Transformer:
     model: Any
     """The `*ForCausalLM` module of a decoder, the `*Model` module of an encoder."""
     blocks: list[nn.Module]
-    """Its blocks in order; layer i is the output of block i, before any final norm."""
+    """Blocks in order; layer i is the output of block i, before any final norm."""
     blocks_path: str
-    """Where they are: the dotted path of their list in `backbone`."""
+    """Dotted path of the list of blocks in `backbone`."""
     name: str
     """Hub id, or the absolute path of a local directory."""
     revision: str | None = None
     """Commit of a hub model; None for a local directory."""
     kind: str = DECODER
-    """`decoder` or `encoder`; an encoder has no head and no logits."""
+    """Either `decoder` or `encoder`; an encoder has no head and no logits."""
     init: str = "trained"
-    """One of `weights.initialization.INITS`: where the weights come from."""
+    """Origin of the weights, one of `weights.initialization.INITS`."""
     init_seed: int = 0
     """Seed of the initialisation; without meaning for `trained`."""
 
     @property
     def backbone(self) -> nn.Module:
-        """The model without its language-model head; an encoder has none."""
+        """The model without its language-model head, which an encoder lacks anyway."""
         return self.model.base_model  # type: ignore[no-any-return]
 
     @property
@@ -53,17 +53,17 @@ class Transformer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids the embedding has rows for."""
+        """Number of token ids, from the rows of the embedding."""
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     @property
     def max_context_length(self) -> int | None:
-        """Most tokens of a sequence the model has positions for; None where there is no limit."""
+        """Largest number of positions of a sequence; None where there is no limit."""
         return max_context_length(self.model)
 
     @property
     def device(self) -> torch.device:
-        """Where tokens go: where the token embedding computes."""
+        """Device of the token embedding, which takes the tokens."""
         return input_device(self.model)
 
     @property
@@ -78,15 +78,15 @@ class Transformer:
 
     @property
     def attention_implementation(self) -> str:
-        """`sdpa`, `sdpa_by_blocks`, `eager`, `flash_attention_2`, …"""
+        """Name of the attention: `sdpa`, `sdpa_by_blocks`, `eager`, `flash_attention_2`, …"""
         return str(self.model.config._attn_implementation)
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The model's tokenizer, read from the same place at first use.
+        """Tokenizer of the model, read from the same place at first use.
 
         Raises:
-            InputError: there is none, or it cannot be read.
+            InputError: there is no tokenizer, or it cannot be read.
         """
         return load_tokenizer(self.name, revision=self.revision)
 
@@ -99,9 +99,9 @@ class Transformer:
         return self._fingerprint
 
     def describe(self) -> dict[str, str | int | None]:
-        """What identifies this model, as the `model` entry of a store's source.
+        """Identity of this model, as the `model` entry of a store's source.
 
-        Where it lay is no part of it, so that harvests on several machines make one store.
+        The place of the files is left out, so that harvests on several machines make one store.
         """
         return {
             "fingerprint": self.fingerprint(),
@@ -115,14 +115,14 @@ class Transformer:
         }
 
     def place(self) -> dict[str, str | None]:
-        """Where this model was loaded from, as the `model` entry of a store's provenance."""
+        """Name and revision that this model was loaded from, for a store's provenance."""
         return {"name": self.name, "revision": self.revision}
 
     def check_layers(self, layers: Sequence[int]) -> tuple[int, ...]:
-        """The layers asked for, sorted.
+        """Check the layers asked for and return them sorted.
 
         Raises:
-            InputError: none, one twice, or one the model does not have.
+            InputError: no layer, one twice, or one that the model does not have.
         """
         absent = [layer for layer in layers if not 0 <= layer < self.num_layers]
         if absent:

@@ -1,4 +1,4 @@
-"""What the C library does with memory that is given back to it."""
+"""Memory that is freed: kept by the C library or handed back to the system."""
 
 import ctypes
 import sys
@@ -15,7 +15,7 @@ def keep_freed_memory() -> bool:
     16,384 latents of 512 channels. The process holds its largest size until it ends.
 
     Returns:
-        Whether it could be set: glibc alone has these settings.
+        True where it could be set: glibc alone has these settings.
     """
     if not sys.platform.startswith("linux"):
         return False

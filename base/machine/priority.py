@@ -1,15 +1,15 @@
-"""Which threads of this process go first."""
+"""Priority among the threads of this process."""
 
 import os
 import sys
 import threading
 
 NICENESS = 10
-"""Of threads that yield: a tenth of a core where all are wanted, all of one that is idle."""
+"""Niceness of threads that yield: a tenth of a core where all are wanted, all of an idle one."""
 
 
 def yield_to_others() -> None:
-    """From now on let threads that compute go before the calling one, which reads or writes.
+    """Let threads that compute go before the calling one, which reads or writes, from now on.
 
     Threads that share an operation all wait for the one whose core was taken. Nothing happens
     elsewhere than on Linux, where a priority is the whole process's.

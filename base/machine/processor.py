@@ -1,4 +1,4 @@
-"""What this machine's processor computes fast."""
+"""Number formats that this machine's processor computes fast."""
 
 import functools
 
@@ -6,12 +6,12 @@ import torch
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether it multiplies bfloat16 faster than float32, summing in float32."""
+    """True for a processor that multiplies bfloat16 faster than float32, summing in float32."""
     return has_matrix_units() or bool(_capabilities().get("avx512_bf16"))
 
 
 def has_matrix_units() -> bool:
-    """Whether it multiplies whole tiles of bfloat16 at once."""
+    """True for a processor that multiplies whole tiles of bfloat16 at once."""
     return bool(_capabilities().get("amx_bf16"))
 
 

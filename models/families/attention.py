@@ -20,21 +20,21 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mlsae.base.machine.processor import has_fast_bfloat16, has_matrix_units
 
 BY_BLOCKS = "sdpa_by_blocks"
-"""Name under which transformers knows the implementation, in configs and in plans."""
+"""Name of the implementation in transformers, in configs and in plans."""
 
 # The registries are typed too loosely to be checked here.
 _attentions: Any = ALL_ATTENTION_FUNCTIONS
 _masks: Any = ALL_MASK_ATTENTION_FUNCTIONS
 
 _FEW_QUERIES, _MANY_QUERIES, _MANY_POSITIONS = 128, 256, 1024
-"""Queries at once, and from how many positions on they are many: measured best of 64 to 512. Half
-of a block's last scores are of no use, but small products are slow."""
+"""Queries at once, and the number of positions from which on they are many; measured best of 64 to
+512. Half of a block's last scores are masked, but small products are slow."""
 _SCORES = 2**21
 """Scores at once, 4 MiB, unless a single sequence has more."""
 _LEAST_POSITIONS = 256
 """Below this torch's kernel is as fast."""
 _CHANGING = ("softcap", "position_bias", "cache")
-"""Keyword arguments that change what a call computes."""
+"""Keyword arguments that change the result of a call."""
 
 
 def blocks_pay(model: Any, device: torch.device) -> bool:
@@ -80,7 +80,7 @@ def attention_by_blocks(
 
     Causal attention over at least 256 positions without a mask, in bfloat16 on a CPU, is computed
     by blocks of queries; every other call goes to the `sdpa` of transformers as it is. The
-    signature is that of transformers's implementations.
+    signature is common to all implementations of transformers.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = attention_mask is None and dropout == 0 and all(more.get(k) is None for k in _CHANGING)
@@ -108,7 +108,7 @@ def _in_blocks(
         key_BHTd, value_BHTd = (
             x.repeat_interleave(num_heads // x.shape[1], dim=1) for x in (key_BHTd, value_BHTd)
         )
-    # In the order in which models join heads, so that this costs them no copy.
+    # Laid out as models join heads, which saves them a copy.
     out_BTHd = query_BHTd.new_empty(num_sequences, num_positions, num_heads, value_BHTd.shape[3])
     num_queries = _FEW_QUERIES if num_positions < _MANY_POSITIONS else _MANY_QUERIES
     later = query_BHTd.new_full((num_queries, num_queries), -torch.inf).triu(1)

@@ -1,4 +1,4 @@
-"""Which kind of transformer a config names, and what that kind is loaded as.
+"""Kind of a transformer, from its config, and the class that loads it.
 
 A decoder is a causal language model, loaded with its head; an encoder (the BERT family) has no
 next token to predict and is loaded without one.
@@ -25,17 +25,17 @@ _AUTO_CLASSES: dict[str, Any] = {
 
 
 def kind_of(config: Any, name: str) -> str:
-    """`decoder` or `encoder`.
+    """Kind of a model: `decoder` or `encoder`.
 
-    The library also has causal language models for configs of encoders, whose attention is then
-    still bidirectional unless the config says `is_decoder`; such a config is an encoder.
+    The library also has causal language models for configs of encoders. Their attention is still
+    bidirectional unless the config says `is_decoder`; such a config is an encoder.
 
     Args:
         config: a transformers config.
-        name: what the user called the model.
+        name: name that the user gave the model.
 
     Raises:
-        InputError: it has an encoder and a decoder, or the library knows it as neither.
+        InputError: the model has an encoder and a decoder, or the library knows it as neither.
     """
     family = str(config.model_type)
     if getattr(config, "is_encoder_decoder", False):
@@ -55,15 +55,15 @@ def kind_of(config: Any, name: str) -> str:
 
 
 def auto_class(kind: str) -> Any:
-    """The transformers auto class that loads models of this kind."""
+    """Auto class of transformers that loads models of this kind."""
     return _AUTO_CLASSES[kind]
 
 
 def construction(config: Any, kind: str) -> dict[str, Any]:
-    """Keyword arguments with which a model of this kind is constructed.
+    """Keyword arguments for the constructor of a model of this kind.
 
-    Encoders are built without the pooler, which no layer depends on and which checkpoints of
-    masked language models lack.
+    Encoders are built without the pooler: no layer depends on it, and checkpoints of masked
+    language models lack it.
     """
     if kind == ENCODER:
         found = _auto.MODEL_MAPPING[type(config)]
@@ -74,7 +74,7 @@ def construction(config: Any, kind: str) -> dict[str, Any]:
 
 
 def max_context_length(model: Any) -> int | None:
-    """Most tokens of a sequence a model has positions for; None where there is no limit."""
+    """Largest number of positions of a sequence; None where there is no limit."""
     config = model.config.get_text_config()
     if getattr(config, "alibi", False):  # Falcon's config has a length even where none applies
         return None

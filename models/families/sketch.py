@@ -1,4 +1,4 @@
-"""A model without memory for its weights: its sizes, and which attention it can be built with."""
+"""A model without memory for its weights: sizes, and the attention it can be built with."""
 
 from typing import Any
 
@@ -14,11 +14,11 @@ _ATTENTION = (
 
 
 def sketch(config: Any, kind: str, attention_implementation: str | None = None) -> Any:
-    """The model that a config describes, all its tensors on torch's `meta` device.
+    """Build the model that a config describes, with all tensors on torch's `meta` device.
 
     Raises:
-        InputError: it cannot be built with that implementation here; the message names those
-            with which it can.
+        InputError: the model cannot be built with that implementation here; the message names
+            the implementations that work.
     """
     if attention_implementation is None:
         return _build(config, kind, None)

@@ -1,4 +1,4 @@
-"""The control of Heap et al., arXiv 2501.17727: token embeddings replaced by noise at run time.
+"""Control of Heap et al., arXiv 2501.17727: token embeddings replaced by noise at run time.
 
 Each token of the packed text gets a vector of its own, so that equal tokens have nothing in common.
 """
@@ -23,10 +23,10 @@ _GROUP = 64
 def control_rows(
     seed: int, indices_N: npt.NDArray[np.int64], width: int
 ) -> npt.NDArray[np.float32]:
-    """The vectors that stand for tokens, independent N(0, 1) in every component.
+    """Draw the vectors that stand for tokens, independent N(0, 1) in every component.
 
     Args:
-        seed: of the whole text.
+        seed: seed of the whole text.
         indices_N: index of each token in the packed text, from 0, in any order.
         width: components of a vector.
 
@@ -46,14 +46,13 @@ def control_rows(
 
 @contextmanager
 def control_embeddings(transformer: Transformer, inputs: Inputs) -> Iterator[None]:
-    """Within it, a forward pass on `inputs` sees `control_rows` for its tokens' embeddings.
+    """Replace token embeddings by `control_rows` in forward passes on `inputs` inside the block.
 
-    What the input-embedding module returns is replaced, in its dtype on its device; position
-    embeddings and whatever the model does next stay. For any `init` but `control`, nothing is
-    done.
+    The output of the input-embedding module is replaced, in its dtype on its device; position
+    embeddings and later steps of the model stay. For any `init` but `control`, nothing is done.
 
     Raises:
-        InputError: the module is called in a way that does not tell which token is where.
+        InputError: the module is called with another shape, so that tokens cannot be told apart.
     """
     if transformer.init != "control":
         yield

@@ -1,9 +1,9 @@
 """Inputs as forward passes of plain sequences, and their results put back in place.
 
 A document that no other may attend to is run as a sequence of its own, right-padded beside others
-of about its length: the one way that is exact for every kind of position encoding and attention.
+of similar length: the one way that is exact for every kind of position encoding and attention.
 
-B = sequences, T = positions; of a pass, N = sequences and L = positions.
+B = sequences, T = positions; N = sequences of a pass, L = its positions.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,15 +21,15 @@ class Pass:
     """One forward pass of N sequences of L tokens."""
 
     inputs: Inputs
-    """Without documents: whoever sits in one sequence attends to each other."""
+    """Inputs without documents: every token of a sequence may attend to the others."""
     places: Tensor | None = None
-    """(N, L) int64 on the CPU: b · T + t of each token in the whole inputs, −1 where there is none.
+    """(N, L) int64 on the CPU: index b · T + t of each token in the whole inputs, −1 for padding.
     None: the pass is the whole of the inputs."""
 
     def take(self, whole_BTd: Tensor, otherwise: Tensor) -> Tensor:
-        """This pass's part of a whole, in the shape of `otherwise` (N, L, d) or (N · L, d).
+        """Take this pass's part of a whole, in the shape of `otherwise` (N, L, d) or (N · L, d).
 
-        `otherwise` is what stands where the pass has no token.
+        Padding has the values of `otherwise`.
         """
         assert self.places is not None
         places_NL = self.places.to(whole_BTd.device)
@@ -39,11 +39,11 @@ class Pass:
 
 
 def passes(inputs: Inputs) -> list[Pass]:
-    """The forward passes that give every token of `inputs` what it may attend to and no more.
+    """Forward passes in which every token of `inputs` sees the tokens it may attend to, no others.
 
-    One, of the inputs as they are, where there are no documents. Otherwise each run of a document
-    (and of padding) is a sequence, and the runs are dealt by length, the longest first, into passes
-    of at most B · T places, where a run is shorter than the longest by a quarter or 8 at most.
+    Inputs without documents are one pass. Otherwise each run of a document (and of padding) is a
+    sequence, and the runs are dealt by length, the longest first, into passes of at most B · T
+    places, where a run is shorter than the longest by a quarter or 8 at most.
     """
     if inputs.documents is None:
         return [Pass(inputs=inputs)]
@@ -63,10 +63,10 @@ def passes(inputs: Inputs) -> list[Pass]:
 def together(
     results: Iterable[tuple[Pass, Mapping[Any, Tensor]]], shape: torch.Size
 ) -> dict[Any, Tensor]:
-    """Each entry of the passes' results (N, L, d) as one tensor (B, T, d).
+    """Put each entry of the passes' results (N, L, d) together as one tensor (B, T, d).
 
     Args:
-        results: each pass and what it gave, all under the same keys; taken one after another.
+        results: each pass and its results, all under the same keys; taken one after another.
         shape: (B, T).
     """
     whole: dict[Any, Tensor] = {}
@@ -84,7 +84,7 @@ def together(
 
 
 def _runs(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Place b · T + t of the first token, and length, of each run of one document or padding."""
+    """First index b · T + t and length of each run of one document or of padding."""
     assert inputs.documents is not None
     documents_BT = inputs.documents.cpu()
     opens_BT = torch.ones(documents_BT.shape, dtype=torch.bool)

@@ -13,7 +13,7 @@ from mlsae.models.transformer import Transformer
 def forward(transformer: Transformer, module: Any, inputs: Inputs) -> Any:
     """Call `module`, the transformer's `model` or `backbone`, without a key-value cache.
 
-    `inputs.documents` is not looked at: see `documents.passes`.
+    `inputs.documents` is ignored: see `documents.passes`.
     """
     arguments: dict[str, Any] = {"input_ids": inputs.tokens.to(transformer.device, torch.long)}
     if transformer.kind == DECODER:

@@ -1,4 +1,4 @@
-"""Proof, once for a model, that padding is unseen: isolated documents rest on it."""
+"""Proof, once for a model, that tokens do not attend to padding; isolated documents rest on it."""
 
 from weakref import WeakKeyDictionary
 
@@ -14,13 +14,13 @@ _unseen: WeakKeyDictionary[Transformer, bool] = WeakKeyDictionary()
 
 
 def check_isolation(transformer: Transformer, inputs: Inputs) -> None:
-    """Prove that a padded sequence gives what it gives alone, if `inputs` need that.
+    """Prove, if `inputs` need it, that a padded sequence gives the same outputs as alone.
 
     A short sequence is run alone and, padded, beside a longer one, and the outputs of the last
     block are compared.
 
     Raises:
-        InputError: they differ by more than rounding.
+        InputError: the outputs differ by more than rounding.
     """
     if inputs.documents is None and inputs.padding is None:
         return
@@ -48,8 +48,8 @@ def _padding_is_unseen(transformer: Transformer) -> bool:
     alone = _last_output(transformer, alone_inputs)[0]
     errors = (padded - alone).norm(dim=-1) / alone.norm(dim=-1)
     # The shape of a batch moves last digits, and in a mixture of experts it may send one token to
-    # another expert; attention to padding moves the first digits of every token. What is not finite
-    # proves nothing here and is met elsewhere.
+    # another expert; attention to padding moves the first digits of every token. Outputs that are
+    # not finite prove nothing here and are refused elsewhere.
     return not bool(errors.median() > torch.finfo(transformer.dtype).eps ** 0.5)
 
 

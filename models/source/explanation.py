@@ -1,4 +1,4 @@
-"""What transformers and the hub raise while a model is loaded, in one line for the user."""
+"""Errors of transformers and the hub while a model is loaded, in one line for the user."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,15 +14,15 @@ _UNUSABLE = (OSError, ValueError, KeyError, ImportError, hub_errors.HfHubHTTPErr
 
 @contextmanager
 def explained(place: Place, what: str) -> Iterator[None]:
-    """Turn what is raised inside into one line.
+    """Turn an exception raised inside the block into one line.
 
     Args:
-        place: where the model is looked for.
+        place: directory or hub repository that should hold the model.
         what: `model` or `tokenizer`.
 
     Raises:
-        InputError: there is no such model, it cannot be reached, it is damaged, or it needs code
-            from its repository.
+        InputError: the model does not exist, cannot be reached, is damaged, or needs code from its
+            repository.
     """
     try:
         yield
@@ -37,9 +37,9 @@ def explained(place: Place, what: str) -> Iterator[None]:
 
 @contextmanager
 def config_explained(place: Place) -> Iterator[None]:
-    """Turn what a config does to the library that reads it, whatever it is, into one line.
+    """Turn any exception of the library about a config into one line.
 
-    What is raised about reaching the config is left to `explained`.
+    Exceptions about reaching the config are left to `explained`.
 
     Raises:
         InputError: no model can be built from the config.
@@ -58,7 +58,7 @@ def config_explained(place: Place) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """An error's text up to its first line that says something, or its class where it has none."""
+    """First line of an error's text, with the second after a colon; its class where it has none."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if lines[0].endswith(":") and len(lines) > 1:
         return f"{lines[0]} {lines[1].strip()}"
@@ -66,7 +66,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _explanation(place: Place, what: str, error: BaseException) -> str | None:
-    """One line; None for what is not about the model but a defect of a program."""
+    """One line for the user; None for an error that is a defect of a program."""
     reasons = [error]
     while (cause := reasons[-1].__cause__ or reasons[-1].__context__) is not None:
         reasons.append(cause)
@@ -120,6 +120,6 @@ def _origin(error: BaseException) -> str:
 
 
 def _is_broken_connection(error: BaseException) -> bool:
-    """Whether the hub's HTTP client raised it, and not for an answer that it did get."""
+    """True for an error of the hub's HTTP client that came instead of an answer."""
     answered = type(error).__name__ in ("HTTPError", "HTTPStatusError")
     return _origin(error) in ("httpx", "httpx2", "requests") and not answered

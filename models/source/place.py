@@ -1,4 +1,4 @@
-"""Where a model is looked for: a directory of this machine or the hub."""
+"""Place of a model: a directory of this machine or the hub."""
 
 import socket
 from dataclasses import dataclass, replace
@@ -17,23 +17,23 @@ _PATIENCE = 3.0  # seconds for each of the server's addresses
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model is looked for."""
+    """Place of a model: a directory of this machine, or a repository of the hub."""
 
     name: str
     """Hub id, or the absolute path of a local directory."""
     revision: str | None
     """Branch, tag or commit of a hub model; None for a local directory."""
     is_directory: bool
-    """Whether it is a local directory."""
+    """True for a local directory."""
     is_offline: bool = False
-    """Whether the hub cannot be reached, so that only its cache on this machine can be asked."""
+    """True where the hub cannot be reached, and only its cache on this machine can be asked."""
 
     @classmethod
     def of(cls, name_or_path: str | Path, revision: str | None) -> "Place":
-        """A directory where there is one of that name, else the hub.
+        """Take a directory where there is one of that name, else the hub.
 
         Raises:
-            InputError: what can only be a path is no directory.
+            InputError: the text can only be a path, and there is no such directory.
         """
         text = str(name_or_path)
         path = Path(text).expanduser()
@@ -44,9 +44,9 @@ class Place:
         return cls(text, revision, False, hub.HF_HUB_OFFLINE or not is_reachable(hub.ENDPOINT))
 
     def pinned(self) -> "Place":
-        """This place at the commit that its config, just read, is of.
+        """Pin this place to the commit of its config, which has just been read.
 
-        What is read next is then of the same commit, whatever its branch has become meanwhile.
+        Later reads are then of the same commit, even if its branch has moved meanwhile.
         """
         if self.is_directory:
             return self
@@ -56,10 +56,9 @@ class Place:
 
 @cache
 def is_reachable(endpoint: str) -> bool:
-    """Whether a web server takes connections, asked once and answered within seconds.
+    """True if a web server takes connections; asked once and answered within seconds.
 
-    The hub's own library tries again and again for half a minute before it says so. Behind a
-    proxy the answer is left to it.
+    The hub's own library tries for half a minute, but behind a proxy the answer is left to it.
 
     Args:
         endpoint: a URL, such as `https://huggingface.co`.

@@ -1,4 +1,4 @@
-"""The tokenizer that lies beside a model."""
+"""Tokenizer of a model, from the same directory or repository."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from mlsae.models.source.place import Place
 
 
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> Any:
-    """The tokenizer of a hub id or a local directory.
+    """Load the tokenizer of a hub id or a local directory.
 
     Raises:
-        InputError: there is none, it cannot be reached, or it cannot be read.
+        InputError: there is no tokenizer, or it cannot be reached or read.
     """
     place = Place.of(name_or_path, revision)
     with explained(place, "tokenizer"):
@@ -37,7 +37,7 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """Hex SHA-256 of what a tokenizer's ids mean: its vocabulary and its special tokens."""
+    """Hex SHA-256 of a tokenizer's vocabulary and special tokens, which give ids their meaning."""
     return hashlib.sha256(
         canonical_json(
             {
@@ -51,7 +51,7 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 
 def texts_of_tokens(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds after itself, with the space before a word where there is one.
+    """Text of each token as it stands after another, with the space before a word.
 
     A token that is part of a character gives U+FFFD.
     """

@@ -1,16 +1,16 @@
-"""What a block adds to the residual stream, and where: read off one real pass through it.
+"""Sums that a block adds to the residual stream, and their places, read off one real pass.
 
-Names differ from family to family and prove nothing. So while a few tokens pass through a block,
-the tensors that enter and leave each module in it are noted, the sums that a block may be made of
-are tried on them, and the one that gives the block's own output *bit for bit* is its form:
+Names differ from family to family and prove nothing. While a few tokens pass through a block, the
+tensors that enter and leave each module in it are noted and the possible sums of a block are tried
+on them. The sum that gives the block's own output *bit for bit* is the block's form:
 
     sequential   mid = pre + attn         post = mid + mlp           something reads mid
     post-norm    mid = norm(pre + attn)   post = norm(mid + mlp)
     parallel     post = pre + attn + mlp, in any order               nothing reads a mid
 
-`attn` is what a module gives once attention began, `mlp` what a later one gives. A norm after the
-attention (Gemma 2), or an attention module that adds the residual itself (BLOOM), needs no case of
-its own: the norm's output, or the inner projection's, is what makes the sum come out.
+`attn` is the output of a module once attention began, `mlp` the output of a later module. A norm
+after the attention (Gemma 2), or an attention module that adds the residual itself (BLOOM), is no
+special case: the norm's output, or the inner projection's, makes the sum come out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,25 +29,25 @@ class Tap:
     module: str
     """Dotted name inside the block; empty for the block itself."""
     argument: int | str | None
-    """Which positional or keyword argument of its call; None for its output."""
+    """Positional or keyword argument of the module's call; None for its output."""
     overwritten: bool
-    """Whether the model writes into that very tensor later in the pass."""
+    """True if the model writes into that very tensor later in the pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """A block's form, and the taps of the sites it has."""
+    """Form of a block, and the taps of its sites."""
 
     form: str | None
     """`sequential`, `post-norm`, `parallel`; None where no sum gives the block's output."""
     taps: Mapping[str, Tap]
-    """By site."""
+    """Tap of each site, by name."""
     mid_readers: tuple[Tap, ...] = ()
-    """In the sequential form, every input that is `resid_mid`."""
+    """Every input that is `resid_mid`, in the sequential form."""
 
 
 def dissect(calls: Mapping[str, Call]) -> Anatomy:
-    """The anatomy of a block from the calls noted in one pass; see `calls.noted`."""
+    """Find the anatomy of a block from the calls noted in one pass; see `calls.noted`."""
     block, inner = calls[""], [call for name, call in calls.items() if name]
     assert block.entered is not None
     assert block.left is not None
@@ -114,7 +114,7 @@ def _parallel(pre: Tensor, post: Tensor, inner: Sequence[Call]) -> Anatomy | Non
 
 
 def _attention_outputs(inner: Sequence[Call]) -> list[tuple[Call, Side]]:
-    """Outputs that may be the attention's: those given after the first attention began."""
+    """Outputs that may be the attention's: all that ended after the first attention began."""
     began = [call.start for call in inner if call.takes_mask]
     return [(c, c.left) for c in inner if began and c.left and c.end > min(began)]
 

@@ -1,4 +1,4 @@
-"""Where a transformer's blocks are and what they return, found by structure, not by family name."""
+"""Blocks of a transformer and the hidden state in their output, found by structure, not by name."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from mlsae.base.errors import InputError
 def find_blocks(
     backbone: nn.Module, num_layers: int, path: str | None = None
 ) -> tuple[str, list[nn.Module]]:
-    """The blocks of a transformer in order: the `nn.ModuleList` in it with one entry a layer.
+    """Find the blocks of a transformer in order: the `nn.ModuleList` with one entry a layer.
 
     Where several lists have that length (eight experts inside each of eight blocks, say), the
     blocks are the list that holds the most parameters, because it contains the others.
@@ -19,8 +19,8 @@ def find_blocks(
     Args:
         backbone: the transformer without its language-model head.
         num_layers: the number of blocks its config names.
-        path: the list's dotted name inside the backbone, for a model whose blocks are not found;
-            its length is taken as it is.
+        path: dotted name of the list inside the backbone, for a model whose blocks are not found;
+            any length is accepted.
 
     Returns:
         The dotted name of the list inside the backbone, and the blocks.

@@ -1,4 +1,4 @@
-"""What enters and leaves each module of a block while tokens pass through it.
+"""Tensors that enter and leave each module of a block while tokens pass through it.
 
 N = tokens of the pass, d = d_model.
 """
@@ -18,38 +18,38 @@ class Side:
     """A tensor at one side of a module."""
 
     argument: int | str | None
-    """The positional or keyword argument that it is; None for an output."""
+    """Position or keyword of the argument; None for an output."""
     value: Tensor
-    """(N, d), a copy as it was at that moment."""
+    """(N, d), a copy from that moment."""
     live: Tensor
-    """The model's own."""
+    """The model's own tensor."""
 
     def overwritten(self) -> bool:
-        """Whether the model has written into its own tensor since."""
+        """True if the model has written into its own tensor since."""
         return not torch.equal(self.live.reshape(self.value.shape), self.value)
 
 
 @dataclass(kw_only=True)
 class Call:
-    """A module's one call; times count the calls' beginnings and ends in a pass."""
+    """The only call of a module in a pass; times count beginnings and ends of calls."""
 
     name: str
     """Dotted name inside the block; empty for the block itself."""
     takes_mask: bool
-    """Whether it takes an attention mask, as attention does and little else."""
+    """True for a module that takes an attention mask, as attention does and little else."""
     start: int
     end: int = 0
     entered: Side | None = None
-    """Its first argument of the stream's shape; None where it has none."""
+    """First argument of the stream's shape; None where there is none."""
     left: Side | None = None
-    """Its output, or the first of several; None where that has another shape."""
+    """Output, or the first of several; None where that has another shape."""
 
 
 @contextmanager
 def noted(block: nn.Module, num_tokens: int, d_model: int) -> Iterator[dict[str, Call]]:
     """Note the calls of a block and of every module in it, by name, in the order they begin.
 
-    A module that is called twice is left out: it is no one point of the block.
+    A module that is called twice is left out, because it is not a single point of the block.
     """
     calls: dict[str, Call] = {}
     repeated: set[str] = set()

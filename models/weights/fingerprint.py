@@ -1,4 +1,4 @@
-"""What a model is: a hash of its weights and a hash of its config."""
+"""Identity of a model: a hash of its weights and a hash of its config."""
 
 import hashlib
 import json
@@ -10,9 +10,8 @@ from torch import nn
 
 from mlsae.base.files import canonical_json
 
-# Where a config was read from, by which version, which class it was saved by (with its head or
-# without), and in which precision its weights were loaded (recorded beside it) do not make another
-# architecture.
+# Another path, version of the library, class (with or without a head) or precision of the loaded
+# weights (recorded beside the config) does not make another architecture.
 _NOT_ARCHITECTURE = (
     "_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype"
 )  # fmt: skip
@@ -37,7 +36,7 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def _offloaded(model: nn.Module, name: str) -> torch.Tensor:
-    """The value of an entry that only its module's hook holds, in memory or on disk."""
+    """Value of an entry that only its module's hook holds, in memory or on disk."""
     path, _, entry = name.rpartition(".")
     module = model.get_submodule(path)
     with align_module_device(module, torch.device("cpu")):

@@ -1,6 +1,6 @@
-"""A transformer's weights drawn at random, each tensor from its own stream.
+"""Weights of a transformer drawn at random, each tensor from its own stream.
 
-The variants are those of Heap et al., arXiv 2501.17727, section 3.
+The variants are from Heap et al., arXiv 2501.17727, section 3.
 """
 
 import hashlib
@@ -16,9 +16,9 @@ from mlsae.base.errors import InputError
 from mlsae.base.files import canonical_json
 
 INITS = ("trained", "rerandomized", "rerandomized-keep-embeddings", "random", "control")
-"""Trained weights; every tensor redrawn; the same but for the token embeddings and the
-unembedding; the initialisation of the model's own config; trained weights whose token embeddings
-are replaced by noise at run time (see `passes.control`)."""
+"""Trained weights; every tensor redrawn; every tensor redrawn but the token embeddings and the
+unembedding; the initialisation of the model's own config; trained weights with token embeddings
+replaced by noise at run time (see `passes.control`)."""
 
 _REDRAWN = ("rerandomized", "rerandomized-keep-embeddings")
 # Elements handled at a time, so that float64 copies stay small beside the model.
@@ -39,12 +39,12 @@ def check_init(init: str, seed: int) -> None:
 
 
 def needs_redraw(init: str) -> bool:
-    """Whether `redraw` makes this initialisation from the trained weights."""
+    """True for an initialisation that `redraw` makes from the trained weights."""
     return init in _REDRAWN
 
 
 def philox(*key: str | int) -> np.random.Philox:
-    """A stream of its own for each key: Philox keyed by the SHA-256 of the key's JSON."""
+    """Random stream of a key: Philox keyed by the SHA-256 of the key's JSON."""
     digest = hashlib.sha256(canonical_json(list(key))).digest()
     return np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8"))
 
@@ -52,15 +52,15 @@ def philox(*key: str | int) -> np.random.Philox:
 def redraw(model: nn.Module, init: str, seed: int) -> None:
     """Draw a model's parameters anew, in place, block by block.
 
-    Each becomes N(m, v) with m the mean and v the population variance of its own elements, vectors
-    and scalars included. Buffers stay. A tensor shared by several modules is drawn once, under the
-    first of its names in alphabetical order. The draws are a function of that name, `seed`, m and
-    v alone: not of the order of the parameters, of their device or of the number of threads.
+    Each parameter, vectors and scalars included, becomes N(m, v) with m the mean and v the
+    population variance of its own elements. Buffers stay. A tensor shared by several modules is
+    drawn once, under the first of its names in alphabetical order. The draws depend on that name,
+    `seed`, m and v alone, not on the order of the parameters, their device or the threads.
 
     Args:
         model: a transformers model whose weights are all in memory.
-        init: one of the two that `needs_redraw`.
-        seed: of all streams.
+        init: an initialisation for which `needs_redraw` is true.
+        seed: seed of all streams.
 
     Raises:
         InputError: a parameter is not of a floating-point type, as in a quantised model.

@@ -1,4 +1,4 @@
-"""Where a model's weights lie: on one device, or spread by accelerate over several and the CPU."""
+"""Placement of a model's weights: on one device, or spread by accelerate over several."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ def check_device_map(device_map: str | None) -> None:
     """Refuse a device map that does not exist.
 
     Raises:
-        InputError: it is neither None nor `auto`.
+        InputError: the device map is neither None nor `auto`.
     """
     if device_map not in (None, "auto"):
         raise InputError(f"--device-map must be auto, got {device_map!r}")
@@ -27,11 +27,11 @@ def require_memory_for(outline: Any, dtype: torch.dtype | None, name: str) -> No
 
     Args:
         outline: the model on the `meta` device.
-        dtype: of the weights; None where only the files know, counted as 2 bytes.
-        name: what the user called it.
+        dtype: dtype of the weights; None where only the files know, counted as 2 bytes.
+        name: name that the user gave the model.
 
     Raises:
-        ResourceError: naming what it needs and what there is.
+        ResourceError: too little memory; the message names the needed and the available bytes.
     """
     size = 2 if dtype is None else dtype.itemsize
     require_memory(
@@ -72,13 +72,13 @@ def dispatch(model: Any, name: str) -> None:
 
     Args:
         model: a transformers model.
-        name: what the user called it.
+        name: name that the user gave the model.
 
     Raises:
         ResourceError: a GPU has too little memory for its part.
     """
     memory = get_max_memory()
-    # What the model takes now is free for it.
+    # Memory that the model takes now is free for its parts.
     memory["cpu"] += sum(p.numel() * p.element_size() for p in model.parameters())
     blocks = model._no_split_modules
     balanced = get_balanced_memory(model, memory, no_split_module_classes=blocks)
@@ -88,7 +88,7 @@ def dispatch(model: Any, name: str) -> None:
 
 
 def input_device(model: Any) -> torch.device:
-    """The device on which a model takes its tokens: where its token embedding computes."""
+    """Device of a model's token embedding, which takes the tokens."""
     embedding = model.get_input_embeddings()
     hook = getattr(embedding, "_hf_hook", None)
     for part in (hook, *getattr(hook, "hooks", ())):
