@@ -13,7 +13,6 @@ from mlsae.analyze.config import AnalyzeConfig
 from mlsae.analyze.pairing import Pairing
 from mlsae.base.settings import words_of
 from mlsae.store import RemoteError, Store
-from mlsae.store.format.presets import preset_of
 
 RUN_FILE = "run.yaml"
 """What `mlsae train` leaves beside an SAE: the run with every default resolved."""
@@ -46,7 +45,7 @@ def origin(pairing: Pairing, config: AnalyzeConfig) -> dict[str, Any]:
             **(place if isinstance(place, dict) else {"name": None, "revision": None}),
         },
         "text": record.get("datasets") or [],
-        "encoding": preset_of(pairing.store.stores[0].plan),
+        "encoding": pairing.store.stores[0].plan.preset.name,
         "sae_config": {
             key: value for key, value in asdict(pairing.sae.config).items() if value is not None
         },
@@ -93,7 +92,7 @@ def _harvests(stores: Sequence[Store]) -> list[str] | str:
             records = [run for run in store.provenance() if run.get("kind") == "harvest"]
         except RemoteError as error:
             return f"how {store.place} was made is not known ({error})"
-        if store.plan.get("derived_from"):
+        if store.plan.derived_from is not None:
             return f"{store.place} was copied from another store, not harvested"
         if not records:
             return f"{store.place} was not made by mlsae harvest"
@@ -106,7 +105,7 @@ def _harvests(stores: Sequence[Store]) -> list[str] | str:
 
 def _harvest(store: Store, record: Mapping[str, Any]) -> str:
     plan = store.plan
-    model, packing = plan["source"]["model"], plan["source"]["packing"]
+    model, packing = plan.source["model"], plan.source["packing"]
     mixed = len(record["datasets"]) > 1
     words: list[object] = ["mlsae", "harvest", "--model", record["model"]["name"]]
     if record["model"]["revision"]:
@@ -116,20 +115,19 @@ def _harvest(store: Store, record: Mapping[str, Any]) -> str:
     for name, default in _HARVEST_DEFAULTS.items():
         if record[name] != default:
             words += [_option(name), record[name]]
-    words += ["--context-length", plan["context_length"]]
+    words += ["--context-length", plan.context_length]
     if packing["packing"] != "concatenate":
         words += ["--packing", packing["packing"]]
     if packing["isolate_documents"]:
         words.append("--isolate-documents")
-    words += ["--layers", _listed(plan["layers"]), "--sites", _listed(plan["sites"])]
+    words += ["--layers", _listed(plan.layers), "--sites", _listed(plan.sites)]
     if model["init"] != "trained":
         words += ["--init", model["init"], "--init-seed", model["init_seed"]]
-    if plan["keep_positions"] is not None:
-        kept = plan["keep_positions"]
-        words += ["--keep-positions", kept["num"], "--keep-seed", kept["seed"]]
-    words += ["--encoding", preset_of(plan), "--model-dtype", model["dtype"]]
+    if (kept := plan.keep_positions) is not None:
+        words += ["--keep-positions", kept.num, "--keep-seed", kept.seed]
+    words += ["--encoding", plan.preset.name, "--model-dtype", model["dtype"]]
     words += ["--attn-implementation", model["attention_implementation"]]
-    words += ["--batch-size", plan["batch_sequences"], "--out", store.place]
+    words += ["--batch-size", plan.batch_sequences, "--out", store.place]
     return _joined(words)
 
 

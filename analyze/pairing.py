@@ -159,7 +159,7 @@ def _warnings(store: AnyStore, training: Mapping[str, Any]) -> list[str]:
         )
         return notes
     trained = {record["store_id"]: record["tokens_sha256"] for record in _stores_of(training)}
-    here = {member.store_id: member.plan["tokens_sha256"] for member in store.stores}
+    here = {member.store_id: member.plan.tokens_sha256 for member in store.stores}
     if here.keys() != trained.keys():
         notes.append(f"the SAE was trained from {_ids(trained)} and is analyzed on {_ids(here)}")
     if others := [name for name in here.keys() - trained if here[name] not in trained.values()]:

@@ -107,7 +107,7 @@ def make_sae(path: Path, cache: Path) -> None:
         "site": "resid_post",
         "layers": list(store.layers),
         "skip_positions": 1,
-        "validation": {"fraction": 0.0, "seed": 0, "tokens_sha256": store.plan["tokens_sha256"]},
+        "validation": {"fraction": 0.0, "seed": 0, "tokens_sha256": store.plan.tokens_sha256},
     }
     sae.save(path, record)
 

@@ -100,7 +100,7 @@ def make_pairing(place: Path, shape: Shape, rounds: int) -> Pairing:
         place / "sae",
         {
             "store_id": store.store_id,
-            "stores": [{"store_id": store.store_id, "tokens_sha256": store.plan["tokens_sha256"]}],
+            "stores": [{"store_id": store.store_id, "tokens_sha256": store.plan.tokens_sha256}],
             "model_fingerprint": None,
             "site": "resid_post",
             "layers": list(store.layers),

@@ -39,7 +39,7 @@ from mlsae.models import Transformer, load, outline
 from mlsae.models.sites import check_sites
 from mlsae.store import Calibration, PlanMismatchError, Writer, create, open_store, resume
 from mlsae.store.places.objects import LocalObjects
-from mlsae.store.read.commits import num_shards_of, pending_shards
+from mlsae.store.read.commits import pending_shards
 from mlsae.store.read.records import read_plan
 from mlsae.store.schema import COMPLETE, SETUP
 from mlsae.store.write.completion import complete
@@ -251,7 +251,7 @@ def _join(config: HarvestConfig, model: Transformer, ranks: Ranks) -> Writer:
         max_added_fvu=config.max_encoding_fvu,
         cached=keeps_cached(model),
     )
-    planned, found = writer.plan["source"].get("model"), model.describe()
+    planned, found = writer.plan.source.get("model"), model.describe()
     if planned != found:
         attention = None if planned is None else planned["attention_implementation"]
         if planned == {**found, "attention_implementation": attention}:
@@ -288,7 +288,7 @@ def _stopped(config: HarvestConfig, interruption: Interruption) -> InterruptedWo
     else:
         objects = LocalObjects(config.out)
         plan = read_plan(objects)
-        total = num_shards_of(plan)
+        total = plan.num_shards
         done = total - len(pending_shards(objects, plan))
         line = (
             f"stopped: {done} of {total} shards are safe in {config.out}; run the same command to "

@@ -1,7 +1,7 @@
 """Sizes, limits and identity of a harvest, fixed before its first forward pass."""
 
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -21,11 +21,11 @@ from mlsae.models import Transformer
 from mlsae.models.sites import check_sites
 from mlsae.models.source.tokenizer import tokenizer_sha256
 from mlsae.store import PlanMismatchError
-from mlsae.store.format.compression import plan_compression
+from mlsae.store.format.compression import compression_named
 from mlsae.store.format.encoding import parts_of
 from mlsae.store.format.layout import Layout, plan_layout
 from mlsae.store.format.presets import PRESETS, resolve_preset
-from mlsae.store.schema import describe_difference
+from mlsae.store.plan import Plan
 from mlsae.store.write.plan import find_plan
 
 
@@ -72,7 +72,8 @@ def resolve(config: HarvestConfig, model: Transformer, device_kind: str) -> Requ
         if config.keep_positions is None
         else {"num": config.keep_positions, "seed": config.keep_seed},
     }
-    asked["compression"] = plan_compression(resolve_preset(config.sized_as).compression)
+    compression = compression_named(resolve_preset(config.sized_as).compression)
+    asked["compression"] = None if compression is None else asdict(compression)
     if config.encoding != "auto":
         asked["encoding"] = resolve_preset(config.encoding).encoding
     if config.batch_size is not None:
@@ -82,22 +83,22 @@ def resolve(config: HarvestConfig, model: Transformer, device_kind: str) -> Requ
     shard_sequences = config.shard_bytes // (kept * parts[0].row_bytes)
     present = find_plan(config.out)
     if present is not None:
-        _refuse_difference(config.out, asked, {key: present.get(key) for key in asked})
+        _refuse_difference(config.out, asked, present)
     return Request(
         config=config,
         context_length=context_length,
         layers=layers,
         sites=sites,
         batch_sequences=config.batch_size
-        or (present["batch_sequences"] if present else None)
+        or (present.batch_sequences if present else None)
         or useful_batch_size(device_kind, context_length, shard_sequences),
         batch_is_free=config.batch_size is None and present is None,
         row_bytes=sum(part.row_bytes for part in parts),
     )
 
 
-def _refuse_difference(out: Path, asked: dict[str, Any], present: dict[str, Any]) -> None:
-    if lines := describe_difference(asked, present):
+def _refuse_difference(out: Path, asked: dict[str, Any], present: Plan) -> None:
+    if lines := present.differences(asked):
         raise PlanMismatchError(
             f"{out} holds a store of another plan ({'; '.join(lines[:3])}); give the settings it "
             "was made with, or another directory"

@@ -19,14 +19,14 @@ STOPPING = "finishing the shard in hand, then stopping; press Ctrl-C again to st
 def batches_of(store: Store) -> Batches:
     """The batches of a store whose tokens are written."""
     packing = store.source["packing"]
-    keep = store.plan["keep_positions"]
+    keep = store.plan.keep_positions
     return Batches(
         tokens=store.tokens,
         documents=store.documents if packing["isolate_documents"] else None,
         token_flags=store.token_flags if packing["packing"] == "document" else None,
         context_length=store.context_length,
-        batch_sequences=store.plan["batch_sequences"],
-        keep=None if keep is None else (keep["num"], keep["seed"]),
+        batch_sequences=store.plan.batch_sequences,
+        keep=None if keep is None else (keep.num, keep.seed),
     )
 
 
@@ -44,7 +44,7 @@ def harvest_shards(
         return
     store = open_store(writer.path, incomplete=True)
     per_sequence = store.rows_per_sequence
-    batch_rows = store.plan["batch_sequences"] * per_sequence
+    batch_rows = store.plan.batch_sequences * per_sequence
     forward = Forward(
         model,
         layers=store.layers,

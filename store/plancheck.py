@@ -11,11 +11,12 @@ from typing import Any
 from mlsae.base.words import SITES
 from mlsae.store.errors import InvalidStoreError, SchemaVersionError
 from mlsae.store.format.compression import COMPRESSIONS
-from mlsae.store.format.encoding import STORED_DTYPE, parts_of
+from mlsae.store.format.encoding import STORED_DTYPE
 from mlsae.store.format.layout import MAX_OBJECT_BYTES, MAX_SHARDS, object_bytes
 from mlsae.store.format.moments import moments_bytes
-from mlsae.store.format.positions import MAX_KEPT_CONTEXT, num_rows_of, rows_per_sequence_of
-from mlsae.store.schema import PLAN, PLAN_KEYS, SCHEMA_VERSION
+from mlsae.store.format.positions import MAX_KEPT_CONTEXT
+from mlsae.store.plan import PLAN_KEYS, Plan
+from mlsae.store.schema import PLAN, SCHEMA_VERSION
 
 MAX_COUNT = 2**62
 MAX_WIDTH = 2**24
@@ -77,31 +78,33 @@ def is_sha256(value: object) -> bool:
     return isinstance(value, str) and _SHA256.fullmatch(value) is not None
 
 
-def check_plan(plan: Mapping[str, Any], place: str) -> None:
-    """Check a plan that was read from a store.
+def check_plan(record: Mapping[str, Any], place: str) -> Plan:
+    """Make a plan of a JSON object that was read from a store.
 
     Args:
-        plan: its keys.
-        place: of the store, for messages.
+        record: content of `plan.json`, its seal taken off.
+        place: directory or URL of the store, for messages.
 
     Raises:
-        SchemaVersionError: of a version this package cannot read.
-        InvalidStoreError: it breaks a rule of the specification, which the error names.
+        SchemaVersionError: the plan is of a version that this package cannot read.
+        InvalidStoreError: the plan breaks a rule of the specification, which the error names.
     """
-    check_version(plan.get("schema_version"), place)
-    check_keys(plan, PLAN_KEYS, f"{place}: {PLAN}", "R-PLAN-1")
-    check = _PlanCheck(plan, place)
+    check_version(record.get("schema_version"), place)
+    check_keys(record, PLAN_KEYS, f"{place}: {PLAN}", "R-PLAN-1")
+    check = _PlanCheck(record, place)
     check.numbers()
     check.lists()
     check.hashes()
     check.encoding()
     check.objects()
-    check.sizes()
+    plan = Plan.from_json(record)
+    check.sizes(plan)
+    return plan
 
 
 class _PlanCheck:
-    def __init__(self, plan: Mapping[str, Any], place: str) -> None:
-        self._plan = plan
+    def __init__(self, record: Mapping[str, Any], place: str) -> None:
+        self._record = record
         self._place = place
 
     def numbers(self) -> None:
@@ -110,11 +113,11 @@ class _PlanCheck:
         self._integer("d_model", 1, MAX_WIDTH)
         for key in ("batch_sequences", "chunk_rows", "shard_rows", "token_chunk", "token_shard"):
             self._integer(key, 1, MAX_COUNT)
-        if self._plan["num_tokens"] % self._plan["context_length"]:
+        if self._record["num_tokens"] % self._record["context_length"]:
             raise self._wrong("num_tokens", "whole sequences of context_length", "R-TOKEN-2")
 
     def lists(self) -> None:
-        layers, sites = self._plan["layers"], self._plan["sites"]
+        layers, sites = self._record["layers"], self._record["sites"]
         if isinstance(layers, list) and len(layers) > MAX_LAYERS:
             raise self._wrong("layers", f"at most {MAX_LAYERS}", "R-PLAN-7")
         if (
@@ -134,11 +137,11 @@ class _PlanCheck:
 
     def hashes(self) -> None:
         for key in ("tokens_sha256", "documents_sha256", "token_flags_sha256"):
-            if not is_sha256(self._plan[key]):
+            if not is_sha256(self._record[key]):
                 raise self._wrong(key, "64 hexadecimal digits", "R-PLAN-4")
 
     def encoding(self) -> None:
-        encoding, compression = self._plan["encoding"], self._plan["compression"]
+        encoding, compression = self._record["encoding"], self._record["compression"]
         if not isinstance(encoding, str) or encoding not in STORED_DTYPE:
             raise self._wrong("encoding", f"one of {', '.join(STORED_DTYPE)}", "R-PLAN-4")
         if compression is not None and (
@@ -153,7 +156,7 @@ class _PlanCheck:
                 f'null or {{"name": "zstd", "level": 1 to {MAX_LEVEL}}}',
                 "R-PLAN-4",
             )
-        calibration = self._plan["calibration"]
+        calibration = self._record["calibration"]
         if encoding != "int8":
             if calibration is not None:
                 raise self._wrong("calibration", f"null for {encoding}", "R-INT8-1")
@@ -167,8 +170,8 @@ class _PlanCheck:
             raise self._wrong("calibration", "num_rows and sha256 for int8", "R-INT8-1")
 
     def objects(self) -> None:
-        keep, derived = self._plan["keep_positions"], self._plan["derived_from"]
-        length = self._plan["context_length"]
+        keep, derived = self._record["keep_positions"], self._record["derived_from"]
+        length = self._record["context_length"]
         if keep is not None and (
             not isinstance(keep, dict)
             or keep.keys() != {"num", "seed"}
@@ -183,57 +186,61 @@ class _PlanCheck:
             raise self._wrong(
                 "context_length", f"at most {MAX_KEPT_CONTEXT} with keep_positions", "R-ROW-1"
             )
-        if not isinstance(self._plan["source"], dict):
+        if not isinstance(self._record["source"], dict):
             raise self._wrong("source", "an object", "R-PLAN-4")
         if derived is not None and (
             not isinstance(derived, dict) or not is_sha256(derived.get("store_id"))
         ):
             raise self._wrong("derived_from", "null, or an object with a store_id", "R-PLAN-6")
 
-    def sizes(self) -> None:
-        plan = self._plan
-        batch_rows = plan["batch_sequences"] * rows_per_sequence_of(plan)
-        if plan["shard_rows"] % plan["chunk_rows"] or plan["shard_rows"] % batch_rows:
+    def sizes(self, plan: Plan) -> None:
+        batch_rows = plan.batch_sequences * plan.rows_per_sequence
+        if plan.shard_rows % plan.chunk_rows or plan.shard_rows % batch_rows:
             raise self._wrong("shard_rows", "whole chunks and whole batches", "R-PLAN-5")
-        if plan["token_shard"] % plan["token_chunk"]:
+        if plan.token_shard % plan.token_chunk:
             raise self._wrong("token_shard", "whole chunks", "R-PLAN-5")
-        lengths = {"shard_rows": num_rows_of(plan), "token_shard": plan["num_tokens"]}
-        widths = {
-            "shard_rows": max(p.row_bytes for p in parts_of(plan["encoding"], plan["d_model"])),
-            "token_shard": 4 if plan["keep_positions"] is None else 8,
-        }
-        chunks = {"shard_rows": plan["chunk_rows"], "token_shard": plan["token_chunk"]}
-        for key, length in lengths.items():
-            if -(-length // plan[key]) > MAX_SHARDS:
-                raise self._wrong(key, f"so that there are at most {MAX_SHARDS} shards", "R-PLAN-7")
-            if chunks[key] * widths[key] > MAX_CHUNK_BYTES:
-                raise self._wrong(
-                    "chunk_rows" if key == "shard_rows" else "token_chunk",
-                    f"so that a chunk is at most {MAX_CHUNK_BYTES} bytes",
-                    "R-PLAN-7",
-                )
-            if plan[key] // chunks[key] > MAX_CHUNKS:
-                raise self._wrong(key, f"at most {MAX_CHUNKS} chunks", "R-PLAN-7")
-            rows = min(length, plan[key])
-            size = object_bytes(rows, widths[key], chunks[key], plan[key])
-            if size > MAX_OBJECT_BYTES:
-                raise self._wrong(
-                    key, f"so that an object is at most {MAX_OBJECT_BYTES} bytes", "R-PLAN-7"
-                )
-        if moments_bytes(len(plan["layers"]), len(plan["sites"]), plan["d_model"]) > (
-            MAX_OBJECT_BYTES
-        ):
+        row_bytes = max(part.row_bytes for part in plan.parts)
+        token_bytes = 4 if plan.keep_positions is None else 8
+        self._arrays(
+            ("shard_rows", "chunk_rows"), plan.num_rows, row_bytes, plan.shard_rows, plan.chunk_rows
+        )
+        self._arrays(
+            ("token_shard", "token_chunk"),
+            plan.num_tokens,
+            token_bytes,
+            plan.token_shard,
+            plan.token_chunk,
+        )
+        if moments_bytes(len(plan.layers), len(plan.sites), plan.d_model) > MAX_OBJECT_BYTES:
             raise self._wrong(
                 "d_model", f"so that moments take at most {MAX_OBJECT_BYTES} bytes", "R-PLAN-7"
             )
 
+    def _arrays(
+        self, keys: tuple[str, str], num_rows: int, row_bytes: int, shard_rows: int, chunk_rows: int
+    ) -> None:
+        """Refuse arrays that are cut into too many or too large pieces."""
+        shard_key, chunk_key = keys
+        if -(-num_rows // shard_rows) > MAX_SHARDS:
+            expected = f"so that there are at most {MAX_SHARDS} shards"
+            raise self._wrong(shard_key, expected, "R-PLAN-7")
+        if chunk_rows * row_bytes > MAX_CHUNK_BYTES:
+            expected = f"so that a chunk is at most {MAX_CHUNK_BYTES} bytes"
+            raise self._wrong(chunk_key, expected, "R-PLAN-7")
+        if shard_rows // chunk_rows > MAX_CHUNKS:
+            raise self._wrong(shard_key, f"at most {MAX_CHUNKS} chunks", "R-PLAN-7")
+        size = object_bytes(min(num_rows, shard_rows), row_bytes, chunk_rows, shard_rows)
+        if size > MAX_OBJECT_BYTES:
+            expected = f"so that an object is at most {MAX_OBJECT_BYTES} bytes"
+            raise self._wrong(shard_key, expected, "R-PLAN-7")
+
     def _integer(self, key: str, low: int, high: int) -> None:
-        value = self._plan[key]
+        value = self._record[key]
         if type(value) is not int or not low <= value <= high:
             raise self._wrong(key, f"an integer from {low} to {high}", "R-PLAN-4")
 
     def _wrong(self, key: str, expected: str, rule: str) -> InvalidStoreError:
-        got = str(self._plan[key])
+        got = str(self._record[key])
         return InvalidStoreError(
             f"{self._place}: {PLAN}: {key} must be {expected}, got "
             f"{got if len(got) <= 60 else got[:57] + '…'}",

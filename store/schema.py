@@ -1,8 +1,6 @@
 """The words of the specification, storage_schema.md: version, names of objects, flags, plan."""
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 SCHEMA_VERSION = "1.0"
 
@@ -37,31 +35,6 @@ CRC_BYTES = 4
 IGNORED = frozenset({CARD, ".gitattributes", ".gitignore"})
 """Files beside the store's own that a reader takes no notice of: hubs put them there."""
 
-PLAN_KEYS = frozenset(
-    {
-        "schema_version",
-        "num_tokens",
-        "context_length",
-        "tokens_sha256",
-        "documents_sha256",
-        "token_flags_sha256",
-        "sites",
-        "layers",
-        "d_model",
-        "encoding",
-        "calibration",
-        "compression",
-        "batch_sequences",
-        "keep_positions",
-        "chunk_rows",
-        "shard_rows",
-        "token_chunk",
-        "token_shard",
-        "derived_from",
-        "source",
-    }
-)
-
 
 def activation_array(site: str, layer: int) -> str:
     """Path of an activation array inside the store's group."""
@@ -86,25 +59,3 @@ def is_provenance(name: str) -> bool:
 def chunk_key(shard: int, num_dimensions: int) -> str:
     """Zarr's key of a shard object: flat, one file name."""
     return ".".join(["c", str(shard)] + ["0"] * (num_dimensions - 1))
-
-
-def describe_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """`key: theirs there, ours here` for every leaf in which two plans differ, hashes last."""
-    lines = _differences(ours, theirs)
-    return sorted(lines, key=lambda line: "sha256" in line or "fingerprint" in line)
-
-
-def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    found = []
-    for key in sorted(ours.keys() | theirs.keys()):
-        mine, other = ours.get(key), theirs.get(key)
-        if isinstance(mine, Mapping) and isinstance(other, Mapping):
-            found += [f"{key}.{line}" for line in _differences(mine, other)]
-        elif mine != other:
-            found.append(f"{key}: {_brief(other)} there, {_brief(mine)} here")
-    return found
-
-
-def _brief(value: object) -> str:
-    text = "absent" if value is None else str(value)
-    return text if len(text) <= 40 else f"{text[:37]}…"

@@ -12,7 +12,7 @@ from mlsae.commands.options import LOCATION
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(location: str, as_json: bool) -> None:
     """Say what a store holds."""
-    from mlsae.store.tools.info import format_info, store_info
+    from mlsae.store.tools.info import store_info
 
     found = store_info(location)
-    click.echo(json.dumps(found, indent=2) if as_json else format_info(found))
+    click.echo(json.dumps(found.to_json(), indent=2) if as_json else str(found))

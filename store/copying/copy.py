@@ -19,10 +19,9 @@ from mlsae.store.copying.mirror import mirror
 from mlsae.store.copying.selection import Selection, select
 from mlsae.store.copying.target import BucketTarget, DirectoryTarget, StoppedError, Target
 from mlsae.store.format.added_fvu import MAX_ADDED_FVU
-from mlsae.store.format.presets import preset_of
 from mlsae.store.places.objects import LocalObjects, Objects
 from mlsae.store.places.remote import is_remote, open_objects, open_writable
-from mlsae.store.read.commits import num_shards_of, pending_shards
+from mlsae.store.read.commits import pending_shards
 from mlsae.store.read.records import read_plan
 from mlsae.store.read.store import Store, open_store
 from mlsae.store.schema import SETUP
@@ -185,7 +184,7 @@ def _content(store: Store) -> str:
     num_layers, num_sites = len(store.layers), len(store.sites)
     layers = f"each of {num_layers} layers" if num_layers > 1 else "one layer"
     sites = f" at {num_sites} sites" if num_sites > 1 else ""
-    return f"{format_count(store.num_rows)} rows of {layers}{sites} in {preset_of(store.plan)}"
+    return f"{format_count(store.num_rows)} rows of {layers}{sites} in {store.plan.preset.name}"
 
 
 def _stopped(config: CopyConfig, interruption: Interruption) -> InterruptedWorkError:
@@ -199,7 +198,7 @@ def _stopped(config: CopyConfig, interruption: Interruption) -> InterruptedWorkE
     line = "stopped before anything was copied; run the same command to begin again"
     if objects.exists(SETUP):
         plan = read_plan(objects)
-        total = num_shards_of(plan)
+        total = plan.num_shards
         done = total - len(pending_shards(objects, plan))
         line = (
             f"stopped: {done} of {total} shards are safe in {config.target}; run the same command "

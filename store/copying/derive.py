@@ -102,7 +102,7 @@ def _begin(
     source: Store, path: Path, selection: Selection, chosen: ChosenRows, max_added_fvu: float
 ) -> Writer:
     first, stop = (number * source.context_length for number in selection.sequences)
-    keep = source.plan["keep_positions"]
+    keep = source.plan.keep_positions
     shard_bytes = source.shard_rows * source.parts[0].row_bytes
     if source.shard_rows >= source.num_rows:
         shard_bytes = max(shard_bytes, SHARD_BYTES)
@@ -120,15 +120,15 @@ def _begin(
         calibration=chosen.calibration(),
         # What values cost that are kept as they are was accepted when they were made.
         max_added_fvu=math.inf if chosen.keeps_values else max_added_fvu,
-        batch_sequences=source.plan["batch_sequences"],
-        keep_positions=None if keep is None else keep["num"],
-        keep_seed=0 if keep is None else keep["seed"],
+        batch_sequences=source.plan.batch_sequences,
+        keep_positions=None if keep is None else keep.num,
+        keep_seed=0 if keep is None else keep.seed,
         source=source.source,
         derived_from={
             "store_id": source.store_id,
             "sequences": list(selection.sequences),
             "encoding": source.encoding,
-            "derived_from": source.plan["derived_from"],
+            "derived_from": source.plan.derived_from,
         },
         provenance={
             "kind": "copy",
@@ -182,10 +182,10 @@ def _copy_provenance(source: Store, path: Path) -> tuple[str, ...]:
 def _require_unchanged(source: Store, path: Path) -> None:
     """Refuse to complete a copy of a store that another has taken the place of meanwhile."""
     try:
-        store_id = read_complete(source.objects, source.plan_id)["store_id"]
+        is_same = read_complete(source.objects, source.plan_id).store_id == source.store_id
     except StoreError:
-        store_id = None
-    if store_id != source.store_id:
+        is_same = False
+    if not is_same:
         raise DamagedStoreError(
             f"{source.place} changed while it was copied; {path} stays incomplete: remove it with "
             f"`mlsae store rm {path}` and copy again"

@@ -1,22 +1,21 @@
 """What an exact copy of a store is made of: every object, with the SHA-256 that a record names."""
 
 import hashlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mlsae.base.files import seal
 from mlsae.store.errors import DamagedStoreError, InvalidStoreError, RemoteError, StoreError
-from mlsae.store.read.commits import num_shards_of, store_id_of
-from mlsae.store.read.records import read_commit, read_complete, read_setup
+from mlsae.store.read.commits import store_id_of
+from mlsae.store.read.records import CommitRecord, read_commit, read_complete, read_setup
 from mlsae.store.read.store import Store
 from mlsae.store.schema import (
     COMPLETE,
     MOMENTS,
     SETUP,
-    chunk_key,
     commit_record,
     shard_moments,
 )
@@ -47,20 +46,19 @@ class Manifest:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.num_shards = num_shards_of(store.plan)
+        self.num_shards = store.plan.num_shards
         setup = read_setup(store.objects, store.plan_id)
         complete = read_complete(store.objects, store.plan_id)
-        self.plan_record = seal(store.plan)
-        self.setup_record = seal(setup)
-        self.complete_record = seal(complete)
+        self.plan_record = seal(store.plan.to_json())
+        self.setup_record = seal(setup.to_json())
+        self.complete_record = seal(complete.to_json())
         self.setup = [
             Item(name, digest, SETUP)
-            for key in ("metadata", "objects")
-            for name, digest in setup[key].items()
+            for hashes in (setup.metadata, setup.objects)
+            for name, digest in hashes.items()
         ]
-        self._metadata = set(setup["metadata"])
-        self.moments = Item(MOMENTS, complete["moments_sha256"], COMPLETE)
-        self.commit_sha256 = self._check_shards(setup["objects"])
+        self.moments = Item(MOMENTS, complete.moments_sha256, COMPLETE)
+        self.commit_sha256 = self._check_shards(setup.objects)
         """SHA-256 of the commit record of each shard."""
 
     def shard(self, shard: int) -> tuple[list[Item], bytes]:
@@ -71,7 +69,7 @@ class Manifest:
         """
         try:
             record = self._read(shard)
-            data = seal(record)
+            data = seal(record.to_json())
         except StoreError:
             data = b""
         if sha256(data) != self.commit_sha256[shard]:
@@ -80,12 +78,8 @@ class Manifest:
                 f"that was meant, give another place and copy again"
             )
         where = f"the record of shard {shard}"
-        items = [Item(key, digest, where) for key, digest in record["objects"].items()]
-        return [*items, Item(shard_moments(shard), record["moments_sha256"], where)], data
-
-    def recordsha256(self, shard: int) -> str:
-        """SHA-256 of a shard's commit record."""
-        return self.commit_sha256[shard]
+        items = [Item(key, digest, where) for key, digest in record.objects.items()]
+        return [*items, Item(shard_moments(shard), record.moments_sha256, where)], data
 
     def sizes(self) -> dict[str, int]:
         """Name → bytes of every object but records.
@@ -122,20 +116,20 @@ class Manifest:
             rule="R-COMMIT-4",
         )
 
-    def _check_shards(self, objects: dict[str, str]) -> list[str]:
+    def _check_shards(self, setup: Mapping[str, str]) -> list[str]:
         """SHA-256 of every commit record, once they are found to make up this store."""
-        objects = dict(objects)
+        objects = dict(setup)
         digests = []
         with ThreadPoolExecutor(1 if self.store.objects.is_local else _REQUESTS) as pool:
             for shard, record in enumerate(pool.map(self._read, range(self.num_shards))):
-                if set(record["objects"]) != set(self._keys(shard)):
+                if set(record.objects) != set(self.store.plan.shard_objects(shard)):
                     raise InvalidStoreError(
                         f"{self.store.place}/{commit_record(shard)} must name every object of its "
                         f"shard and no other",
                         rule="R-COMMIT-3",
                     )
-                objects.update(record["objects"])
-                digests.append(sha256(seal(record)))
+                objects.update(record.objects)
+                digests.append(sha256(seal(record.to_json())))
         if store_id_of(self.store.plan_id, objects) != self.store.store_id:
             raise InvalidStoreError(
                 f"{self.store.place}: the store_id is not that of the recorded objects; restore it "
@@ -144,7 +138,7 @@ class Manifest:
             )
         return digests
 
-    def _read(self, shard: int) -> dict[str, Any]:
+    def _read(self, shard: int) -> CommitRecord:
         try:
             return read_commit(self.store.objects, self.store.plan_id, shard)
         except FileNotFoundError:
@@ -155,20 +149,13 @@ class Manifest:
 
     def names(self, shard: int) -> list[str]:
         """Names of the objects and the moments of a shard, in the same order for each."""
-        return [*self._keys(shard), shard_moments(shard)]
+        return [*self.store.plan.shard_objects(shard), shard_moments(shard)]
 
     def object_names(self) -> list[str]:
         """Names of all objects that decide the store_id."""
-        setup = [item.name for item in self.setup if item.name not in self._metadata]
-        return setup + [name for s in range(self.num_shards) for name in self._keys(s)]
-
-    def _keys(self, shard: int) -> list[str]:
-        return [
-            f"{part.array(site, layer)}/{chunk_key(shard, 2)}"
-            for site in self.store.sites
-            for layer in self.store.layers
-            for part in self.store.parts
-        ]
+        plan = self.store.plan
+        shards = range(plan.num_shards)
+        return plan.setup_objects() + [name for s in shards for name in plan.shard_objects(s)]
 
 
 def sha256(data: bytes) -> str:

@@ -26,7 +26,6 @@ from mlsae.store.schema import (
     PLAN,
     SETUP,
     commit_record,
-    describe_difference,
     is_provenance,
 )
 from mlsae.store.write.card import MAX_CARD_BYTES, card_problem
@@ -215,7 +214,7 @@ class _Copy:
     def _require_this_plan(self) -> None:
         place, present = self._target.objects.place, self._target.plan()
         if present is not None and present != self._store.plan:
-            lines = describe_difference(self._store.plan, present)
+            lines = present.differences(self._store.plan)
             raise PlanMismatchError(
                 f"{place} holds another store ({'; '.join(lines[:3])}); give another place"
             )

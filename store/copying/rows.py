@@ -10,9 +10,9 @@ import numpy.typing as npt
 from mlsae.store.copying.selection import Selection
 from mlsae.store.format.calibration import Calibration, Calibrator
 from mlsae.store.format.encoding import SiteCalibration
+from mlsae.store.plan import Key
 from mlsae.store.read.records import read_commit
 from mlsae.store.read.store import Store
-from mlsae.store.write.openshard import Key
 from mlsae.store.write.writer import Rows
 
 _BYTES_AT_ONCE = 2**26
@@ -76,10 +76,10 @@ class ChosenRows:
         source = self._source
         start, stop = self._first + rows.start, self._first + rows.stop
         shard, rest = divmod(start, source.shard_rows)
-        is_shard = not rest and stop == min(start + source.shard_rows, source.num_rows)
+        is_shard = not rest and stop == source.plan.shard(shard).stop
         if not is_shard or not self.keeps_values:
             return None
-        added = read_commit(source.objects, source.plan_id, shard)["added_fvu"]
+        added = read_commit(source.objects, source.plan_id, shard).added_fvu
         if added is None:
             return None
         return {

@@ -43,24 +43,21 @@ def select(
     Raises:
         InputError: the store has no such layers, sites or rows, or the rows are no whole sequences.
     """
-    plan_compression = store.plan["compression"]
-    has = (store.encoding, "none" if plan_compression is None else plan_compression["name"])
-    preset = None if encoding is None else resolve_preset(encoding)
-    wanted = has if preset is None else (preset.encoding, preset.compression)
+    wanted = store.plan.preset if encoding is None else resolve_preset(encoding)
     for site in sites or ():
         store.check_site(site)
     chosen = Selection(
         layers=store.check_layers(layers),
         sites=tuple(site for site in store.sites if sites is None or site in sites),
         sequences=_sequences(store, rows),
-        encoding=wanted[0],
-        compression=wanted[1],
+        encoding=wanted.encoding,
+        compression=wanted.compression,
     )
     is_whole = (
         chosen.layers == store.layers
         and chosen.sites == store.sites
         and chosen.sequences == (0, store.num_sequences)
-        and wanted == has
+        and wanted == store.plan.preset
     )
     return None if is_whole else chosen
 
@@ -77,7 +74,7 @@ def _sequences(store: Store, rows: tuple[int, int] | None) -> tuple[int, int]:
             f"--rows {start}:{stop} would cut a sequence of {per} rows; "
             f"{start // per * per}:{-(-stop // per) * per} are whole ones"
         )
-    if start and store.plan["keep_positions"] is not None:
+    if start and store.plan.keep_positions is not None:
         raise InputError(
             f"--rows {start}:{stop}: {store.place} holds some positions of each sequence, and "
             f"which ones follows from the sequence's number, so a copy has to begin with row 0: "

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from threading import Event
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from mlsae.store.errors import DamagedStoreError, NotAStoreError
 from mlsae.store.format.layout import MAX_OBJECT_BYTES
 from mlsae.store.places.objects import LocalObjects, Objects
 from mlsae.store.places.remote import WritableObjects
+from mlsae.store.plan import Plan
 from mlsae.store.read.records import read_plan
 from mlsae.store.schema import PLAN
 from mlsae.store.write.plan import find_plan
@@ -44,7 +45,7 @@ class Target(Protocol):
     workers: int
     """Objects to copy at once."""
 
-    def plan(self) -> dict[str, Any] | None:
+    def plan(self) -> Plan | None:
         """The plan of the store that is there, None where one may be begun.
 
         Raises:
@@ -89,7 +90,7 @@ class DirectoryTarget:
         # Hashing is what takes time here, waiting for answers elsewhere.
         self.workers = 3 if is_source_local else 8
 
-    def plan(self) -> dict[str, Any] | None:
+    def plan(self) -> Plan | None:
         """See `Target`."""
         return find_plan(self.path)
 
@@ -142,7 +143,7 @@ class BucketTarget:
         self.objects: Objects = objects
         self._objects = objects
 
-    def plan(self) -> dict[str, Any] | None:
+    def plan(self) -> Plan | None:
         """See `Target`."""
         if self.objects.exists(PLAN):
             return read_plan(self.objects)

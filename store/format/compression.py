@@ -5,7 +5,7 @@ its own it would order a chunk's blocks by chance, and a store's bytes would dif
 """
 
 import struct
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -24,28 +24,38 @@ _SHUFFLES = {"noshuffle": 0, "bitshuffle": 2}
 Bytes = npt.NDArray[np.uint8]
 
 
-def plan_compression(compression: str) -> dict[str, Any] | None:
-    """The plan's word for a compression: null for none.
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """Compression of the chunks of activations."""
+
+    name: str
+    """One of COMPRESSIONS but none."""
+    level: int
+    """Level of zstd."""
+
+
+def compression_named(name: str) -> Compression | None:
+    """The compression of a name; None for `none`.
 
     Raises:
         InputError: there is no such compression.
     """
-    if compression not in COMPRESSIONS:
-        raise InputError(f"compression {compression!r} is not one of {', '.join(COMPRESSIONS)}")
-    return None if compression == "none" else {"name": compression, "level": LEVEL}
+    if name not in COMPRESSIONS:
+        raise InputError(f"compression {name!r} is not one of {', '.join(COMPRESSIONS)}")
+    return None if name == "none" else Compression(name=name, level=LEVEL)
 
 
 class Compressor:
     """Compresses and decompresses the chunks of one array.
 
     Args:
-        compression: the plan's, not null.
+        compression: of the plan.
         dtype: of the array: values of several bytes are shuffled bit by bit, so that sign and
             exponent bits of many lie together; single bytes are left as they are.
     """
 
-    def __init__(self, compression: Mapping[str, Any], dtype: np.dtype[Any]) -> None:
-        self._level = int(compression["level"])
+    def __init__(self, compression: Compression, dtype: np.dtype[Any]) -> None:
+        self._level = compression.level
         self._typesize = dtype.itemsize
         self._shuffle: Literal["noshuffle", "bitshuffle"] = (
             "noshuffle" if dtype.itemsize == 1 else "bitshuffle"
@@ -90,6 +100,6 @@ class Compressor:
         return chunk_bytes + _OVERHEAD
 
 
-def compressor_of(compression: Mapping[str, Any] | None, dtype: np.dtype[Any]) -> Compressor | None:
+def compressor_of(compression: Compression | None, dtype: np.dtype[Any]) -> Compressor | None:
     """The compressor of an array; None where chunks lie as they are."""
     return None if compression is None else Compressor(compression, dtype)

@@ -1,110 +1,109 @@
 """The Zarr metadata of a store, made by zarr-python so that every Zarr v3 reader understands it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import zarr
 import zarr.storage
 from zarr.codecs import BytesCodec, Crc32cCodec
 
-from mlsae.store.format.compression import Compressor, compressor_of
-from mlsae.store.format.encoding import parts_of
-from mlsae.store.format.positions import num_rows_of, setup_arrays
-from mlsae.store.schema import ACTIVATIONS, ARRAY_METADATA, CHANNEL_MEAN, CHANNEL_SCALE, ROW_TOKEN
+from mlsae.store.format.compression import Compression, Compressor, compressor_of
+from mlsae.store.schema import ARRAY_METADATA, chunk_key
 
 
-def zarr_metadata(plan: Mapping[str, Any], plan_id: str) -> dict[str, bytes]:
-    """Path inside the store → bytes of its zarr.json, for every group and array of a plan."""
+@dataclass(frozen=True, kw_only=True)
+class ArraySpec:
+    """One Zarr array of a store: its name, its sizes, and how it is cut."""
+
+    name: str
+    """Path of the array inside the store."""
+    num_rows: int
+    """Length of the first axis."""
+    row_shape: tuple[int, ...]
+    """Shape of a row: the other axes."""
+    dtype: np.dtype[Any]
+    """Stored data type."""
+    chunk_rows: int
+    """Rows of a chunk."""
+    shard_rows: int
+    """Rows of a shard, whole chunks."""
+    dimensions: tuple[str, ...]
+    """Name of each axis."""
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    """Attributes of the array under the key `mlsae`; no key where there are none."""
+    compression: Compression | None = None
+    """Compression of the chunks; None where they lie as they are."""
+
+    @property
+    def num_shards(self) -> int:
+        """Objects of the array."""
+        return -(-self.num_rows // self.shard_rows)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row before compression."""
+        return int(np.prod(self.row_shape, dtype=np.int64)) * self.dtype.itemsize
+
+    @property
+    def compressor(self) -> Compressor | None:
+        """Compressor of the chunks; None where they lie as they are."""
+        return compressor_of(self.compression, self.dtype)
+
+    def object(self, shard: int) -> str:
+        """Name of the object that holds a shard."""
+        return f"{self.name}/{chunk_key(shard, 1 + len(self.row_shape))}"
+
+
+def zarr_metadata(arrays: Iterable[ArraySpec], about: Mapping[str, Any]) -> dict[str, bytes]:
+    """Path inside the store → bytes of its zarr.json, for every group and array.
+
+    Args:
+        arrays: of the store; those in one folder differ in name and attributes alone.
+        about: attributes of the whole store, under the key `mlsae`.
+    """
     memory: dict[str, Any] = {}
-    root = zarr.create_group(
-        zarr.storage.MemoryStore(memory),
-        attributes={"mlsae": {"schema_version": plan["schema_version"], "plan_id": plan_id}},
-    )
-    for name, (dtype, length) in setup_arrays(plan).items():
-        _create_array(
-            root,
-            name,
-            shape=(length,),
-            dtype=dtype,
-            chunk=plan["token_chunk"],
-            shard=plan["token_shard"],
-            dimension_names=["row" if name == ROW_TOKEN else "token"],
-            attributes={},
-        )
-    for site in plan["sites"]:
-        if plan["calibration"] is not None:
-            shape = (len(plan["layers"]), plan["d_model"])
-            for name in (CHANNEL_MEAN, CHANNEL_SCALE):
-                _create_array(
-                    root,
-                    f"{name}/{site}",
-                    shape=shape,
-                    dtype="<f4",
-                    chunk=shape[0],
-                    shard=shape[0],
-                    dimension_names=["layer", "channel"],
-                    attributes={"mlsae": {"site": site, "layers": plan["layers"]}},
-                )
-        for part in parts_of(plan["encoding"], plan["d_model"]):
-            _create_array(
-                root,
-                part.array(site, plan["layers"][0]),
-                shape=(num_rows_of(plan), part.width),
-                dtype=part.dtype.str,
-                chunk=plan["chunk_rows"],
-                shard=plan["shard_rows"],
-                dimension_names=["row", "channel" if part.folder == ACTIVATIONS else "block"],
-                attributes={
-                    "mlsae": {
-                        "site": site,
-                        "layer": plan["layers"][0],
-                        "encoding": plan["encoding"],
-                    }
-                },
-                compressor=compressor_of(plan["compression"], part.dtype),
-            )
+    root = zarr.create_group(zarr.storage.MemoryStore(memory), attributes={"mlsae": dict(about)})
+    first_of: dict[str, ArraySpec] = {}
+    others = []
+    for spec in arrays:
+        folder = spec.name.rpartition("/")[0] or spec.name
+        if folder in first_of:
+            others.append((spec, first_of[folder]))
+        else:
+            first_of[folder] = spec
+            _create_array(root, spec)
     found = {
         key: json.loads(value.to_bytes())
         for key, value in memory.items()
         if key.rsplit("/", 1)[-1] == ARRAY_METADATA
     }
-    # A site's arrays differ in their layer alone, and zarr-python takes a millisecond for each.
-    for site in plan["sites"]:
-        for part in parts_of(plan["encoding"], plan["d_model"]):
-            first = found[f"{part.array(site, plan['layers'][0])}/{ARRAY_METADATA}"]
-            about = first["attributes"]["mlsae"]
-            for layer in plan["layers"][1:]:
-                attributes = {"mlsae": {**about, "layer": layer}}
-                name = f"{part.array(site, layer)}/{ARRAY_METADATA}"
-                found[name] = {**first, "attributes": attributes}
+    # zarr-python takes a millisecond for each array, and a store may have a thousand of a kind.
+    for spec, first in others:
+        made = found[f"{first.name}/{ARRAY_METADATA}"]
+        found[f"{spec.name}/{ARRAY_METADATA}"] = {**made, "attributes": _attributes(spec)}
     return {name: json.dumps(value, indent=2).encode() + b"\n" for name, value in found.items()}
 
 
-def _create_array(
-    root: zarr.Group,
-    name: str,
-    *,
-    shape: tuple[int, ...],
-    dtype: str,
-    chunk: int,
-    shard: int,
-    dimension_names: list[str],
-    attributes: dict[str, Any],
-    compressor: Compressor | None = None,
-) -> None:
-    checksum = Crc32cCodec()
+def _attributes(spec: ArraySpec) -> dict[str, Any]:
+    return {"mlsae": dict(spec.attributes)} if spec.attributes else {}
+
+
+def _create_array(root: zarr.Group, spec: ArraySpec) -> None:
+    checksum, compressor = Crc32cCodec(), spec.compressor
     root.create_array(
-        name,
-        shape=shape,
-        dtype=dtype,
-        chunks=(chunk, *shape[1:]),
-        shards=(shard, *shape[1:]),
+        spec.name,
+        shape=(spec.num_rows, *spec.row_shape),
+        dtype=spec.dtype.str,
+        chunks=(spec.chunk_rows, *spec.row_shape),
+        shards=(spec.shard_rows, *spec.row_shape),
         filters=None,
         serializer=BytesCodec(endian="little"),
         compressors=[checksum] if compressor is None else [compressor.codec(), checksum],
         fill_value=0,
         chunk_key_encoding={"name": "default", "separator": "."},
-        dimension_names=dimension_names,
-        attributes=attributes,
+        dimension_names=list(spec.dimensions),
+        attributes=_attributes(spec),
     )

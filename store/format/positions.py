@@ -4,14 +4,11 @@ Written out in storage_schema.md (R-ROW-3), because it decides bytes: it may nev
 """
 
 import hashlib
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.errors import InputError
-from mlsae.store.schema import ROW_TOKEN, ROW_TOKEN_DTYPE, TOKEN_ARRAYS
 
 Int64 = npt.NDArray[np.int64]
 
@@ -87,33 +84,3 @@ def _draw(seed: int, first: int, count: int, context_length: int, num_positions:
     positions = np.flatnonzero(taken != inverted).reshape(count, num_positions)
     positions -= sequences[:, None] * context_length
     return positions
-
-
-def rows_per_sequence_of(plan: Mapping[str, Any]) -> int:
-    """Rows of each sequence."""
-    keep = plan["keep_positions"]
-    return int(plan["context_length"] if keep is None else keep["num"])
-
-
-def num_rows_of(plan: Mapping[str, Any]) -> int:
-    """Rows of every activation array."""
-    return int(plan["num_tokens"]) // int(plan["context_length"]) * rows_per_sequence_of(plan)
-
-
-def setup_arrays(plan: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
-    """Name → (data type, length) of the arrays that are written before the first activation."""
-    arrays = {name: (dtype, int(plan["num_tokens"])) for name, dtype in TOKEN_ARRAYS.items()}
-    if plan["keep_positions"] is not None:
-        arrays[ROW_TOKEN] = (ROW_TOKEN_DTYPE, num_rows_of(plan))
-    return arrays
-
-
-def planned_row_tokens(plan: Mapping[str, Any], start: int, stop: int) -> Int64:
-    """(stop − start,) index of the token that each row belongs to, from the plan alone."""
-    if plan["keep_positions"] is None:
-        return np.arange(start, stop, dtype=np.int64)
-    num, length = rows_per_sequence_of(plan), plan["context_length"]
-    first, end = start // num, -(-stop // num)
-    tokens = kept_positions(plan["keep_positions"]["seed"], first, end - first, length, num)
-    tokens += np.arange(first, end)[:, None] * length
-    return tokens.reshape(-1)[start - first * num : stop - first * num]

@@ -3,11 +3,10 @@
 The plan keeps the two apart; a person names them at once.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from mlsae.base.errors import InputError
+from mlsae.store.format.compression import COMPRESSIONS
 from mlsae.store.format.encoding import STORED_DTYPE, Encoding, check_encoding
 
 
@@ -19,11 +18,16 @@ class Preset:
     compression: str
     """none or zstd."""
 
+    @property
+    def name(self) -> str:
+        """Name of the preset."""
+        return self.encoding + ("" if self.compression == "none" else f"-{self.compression}")
+
 
 PRESETS: dict[str, Preset] = {
-    f"{encoding}{suffix}": Preset(check_encoding(encoding), compression)
-    for compression, suffix in (("none", ""), ("zstd", "-zstd"))
-    for encoding in STORED_DTYPE
+    preset.name: preset
+    for compression in COMPRESSIONS
+    for preset in (Preset(check_encoding(name), compression) for name in STORED_DTYPE)
 }
 """Every name, those without compression first."""
 
@@ -37,9 +41,3 @@ def resolve_preset(name: str) -> Preset:
     if name not in PRESETS:
         raise InputError(f"encoding {name!r} is not one of {', '.join(PRESETS)}")
     return PRESETS[name]
-
-
-def preset_of(plan: Mapping[str, Any]) -> str:
-    """The name of what a plan holds."""
-    suffix = "" if plan["compression"] is None else f"-{plan['compression']['name']}"
-    return f"{plan['encoding']}{suffix}"

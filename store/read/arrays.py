@@ -15,11 +15,11 @@ import numpy.typing as npt
 
 from mlsae.base.errors import InputError
 from mlsae.store.errors import DamagedStoreError
-from mlsae.store.format.compression import Compressor
 from mlsae.store.format.layout import MAX_OBJECT_BYTES, chunk_offset, object_bytes
+from mlsae.store.format.metadata import ArraySpec
 from mlsae.store.format.shard import ABSENT, crc32c_bytes, index_bytes
 from mlsae.store.places.objects import Descriptor, LocalObjects, Objects
-from mlsae.store.schema import CRC_BYTES, chunk_key
+from mlsae.store.schema import CRC_BYTES
 
 Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
@@ -49,39 +49,23 @@ class ArrayReader:
 
     Args:
         objects: the store's.
-        name: path of the array inside the store.
-        num_rows: rows of the array.
-        row_shape: of one row.
-        dtype: as stored.
-        chunk_rows: rows of a chunk.
-        shard_rows: rows of a shard.
-        compressor: of the chunks; None where they lie as they are.
+        spec: the array's name and sizes.
     """
 
-    def __init__(
-        self,
-        objects: Objects,
-        name: str,
-        *,
-        num_rows: int,
-        row_shape: tuple[int, ...],
-        dtype: npt.DTypeLike,
-        chunk_rows: int,
-        shard_rows: int,
-        compressor: Compressor | None = None,
-    ) -> None:
-        self.num_rows = num_rows
-        self.row_shape = row_shape
-        self.dtype = np.dtype(dtype)
+    def __init__(self, objects: Objects, spec: ArraySpec) -> None:
+        self.num_rows = spec.num_rows
+        self.row_shape = spec.row_shape
+        self.dtype = spec.dtype
         self._objects = objects
-        self._name = name
-        self._row_bytes = int(np.prod(row_shape, dtype=np.int64)) * self.dtype.itemsize
-        self.chunk_rows = chunk_rows
-        self._shard_rows = shard_rows
-        self._chunk_bytes = chunk_rows * self._row_bytes
-        self.chunks_per_shard = shard_rows // chunk_rows
-        self._compressor = compressor
-        self._reads_parts = compressor is None and objects.is_local
+        self._spec = spec
+        self._name = spec.name
+        self._row_bytes = spec.row_bytes
+        self.chunk_rows = spec.chunk_rows
+        self._shard_rows = spec.shard_rows
+        self._chunk_bytes = spec.chunk_rows * spec.row_bytes
+        self.chunks_per_shard = spec.shard_rows // spec.chunk_rows
+        self._compressor = spec.compressor
+        self._reads_parts = spec.compression is None and objects.is_local
         self._files = objects if self._reads_parts and isinstance(objects, LocalObjects) else None
         self._shards: OrderedDict[int, _Shard] = OrderedDict()
         self._lock = threading.Lock()
@@ -216,7 +200,7 @@ class ArrayReader:
             if (found := self._shards.get(number)) is not None:
                 self._shards.move_to_end(number)
                 return found
-        name = f"{self._name}/{chunk_key(number, 1 + len(self.row_shape))}"
+        name = self._spec.object(number)
         try:
             size = self._objects.size(name)
             spans = self._check_index(number, name, size)
@@ -271,7 +255,7 @@ class ArrayReader:
         return None if self._compressor is None else used
 
     def _damage(self, shard: int, what: str, rule: str = "R-SHARD-3") -> DamagedStoreError:
-        name = f"{self._name}/{chunk_key(shard, 1 + len(self.row_shape))}"
+        name = self._spec.object(shard)
         return DamagedStoreError(
             f"{self._objects.place}/{name} (shard {shard} of {self._name}) is damaged: {what}; "
             f"restore it from a copy, or run `mlsae store verify` to see all damage",

@@ -4,28 +4,18 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from mlsae.base.files import canonical_json
 from mlsae.store.errors import MixedProducersError
-from mlsae.store.format.positions import num_rows_of
 from mlsae.store.places.objects import Objects
-from mlsae.store.plan import plan_id_of
-from mlsae.store.read.records import read_commit
+from mlsae.store.plan import Plan
+from mlsae.store.read.records import Producer, read_commit
 from mlsae.store.schema import COMPLETE, commit_record
 
-Producer = Mapping[str, Any]
-"""Hardware and versions that made a shard: one kind a store, unless the user allows a mixture."""
 
-
-def num_shards_of(plan: Mapping[str, Any]) -> int:
-    """Shards of every activation array."""
-    return -(-num_rows_of(plan) // int(plan["shard_rows"]))
-
-
-def pending_shards(objects: Objects, plan: Mapping[str, Any]) -> list[int]:
+def pending_shards(objects: Objects, plan: Plan) -> list[int]:
     """Shards without a commit record by now."""
-    return [s for s in range(num_shards_of(plan)) if not objects.exists(commit_record(s))]
+    return [s for s in range(plan.num_shards) if not objects.exists(commit_record(s))]
 
 
 def store_id_of(plan_id: str, objects: Mapping[str, str]) -> str:
@@ -41,10 +31,10 @@ class Producers:
         plan: its plan.
     """
 
-    def __init__(self, objects: Objects, plan: Mapping[str, Any]) -> None:
+    def __init__(self, objects: Objects, plan: Plan) -> None:
         self._objects = objects
-        self._plan_id = plan_id_of(plan)
-        self._unread = set(range(num_shards_of(plan)))
+        self._plan_id = plan.id
+        self._unread = set(range(plan.num_shards))
         self._found: dict[str, list[int]] = {}
 
     def by_shard(self) -> list[tuple[Producer | None, list[int]]]:
@@ -55,7 +45,7 @@ class Producers:
             except FileNotFoundError:
                 continue
             self._unread.remove(shard)
-            self._found.setdefault(_text(record.get("producer")), []).append(shard)
+            self._found.setdefault(_text(record.producer), []).append(shard)
         return [(json.loads(text), sorted(shards)) for text, shards in self._found.items()]
 
     def require_one(self, producer: Producer | None) -> None:
@@ -88,7 +78,7 @@ def _text(producer: Producer | None) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodingCost:
+class LargestAddedFVU:
     """The largest added FVU over the shards of a store."""
 
     total: float
@@ -101,21 +91,19 @@ class EncodingCost:
     """Over a decile of row norm; None where no decile has any variance."""
 
 
-def largest_added_fvu(objects: Objects, plan: Mapping[str, Any]) -> EncodingCost | None:
+def largest_added_fvu(objects: Objects, plan: Plan) -> LargestAddedFVU | None:
     """The largest over all shards that are committed by now; None where none was measured.
 
     Raises:
         DamagedStoreError, InvalidStoreError: a record is damaged or ill-formed.
     """
     found = [
-        cost
-        for shard in range(num_shards_of(plan))
-        for cost in _of_shard(objects, plan_id_of(plan), shard)
+        cost for shard in range(plan.num_shards) for cost in _of_shard(objects, plan.id, shard)
     ]
     if not found:
         return None
     largest = max(found, key=lambda cost: cost.total)
-    return EncodingCost(
+    return LargestAddedFVU(
         total=largest.total,
         site=largest.site,
         layer=largest.layer,
@@ -124,16 +112,16 @@ def largest_added_fvu(objects: Objects, plan: Mapping[str, Any]) -> EncodingCost
     )
 
 
-def _of_shard(objects: Objects, plan_id: str, shard: int) -> Iterator[EncodingCost]:
+def _of_shard(objects: Objects, plan_id: str, shard: int) -> Iterator[LargestAddedFVU]:
     try:
-        added = read_commit(objects, plan_id, shard)["added_fvu"]
+        added = read_commit(objects, plan_id, shard).added_fvu
     except FileNotFoundError:
         return
     for site, layers in (added or {}).items():
         for layer, measured in layers.items():
             if measured["total"] is not None:
                 deciles = [float(value) for value in measured["by_decile"] if value is not None]
-                yield EncodingCost(
+                yield LargestAddedFVU(
                     total=float(measured["total"]),
                     site=site,
                     layer=int(layer),

@@ -2,21 +2,91 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 from mlsae.base.files import DamagedFileError, parse_sealed
 from mlsae.store.errors import DamagedStoreError, InvalidStoreError, NotAStoreError
 from mlsae.store.places.objects import Objects
+from mlsae.store.plan import Plan
 from mlsae.store.plancheck import check_keys, check_plan, is_sha256
 from mlsae.store.schema import COMPLETE, PLAN, SETUP, commit_record
 
 MAX_RECORD_BYTES = 2**26
 """Most bytes of a record: no store within the other limits needs more."""
+Producer = Mapping[str, Any]
+"""Hardware and versions that made a shard: one kind a store, unless the user allows a mixture."""
 _LAYER = re.compile(r"[0-9]{1,18}")
-_SETUP_KEYS = frozenset({"plan_id", "objects", "metadata"})
-_COMMIT_KEYS = frozenset({"plan_id", "shard", "objects", "moments_sha256", "producer", "added_fvu"})
-_COMPLETE_KEYS = frozenset({"plan_id", "store_id", "num_shards", "moments_sha256"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Record:
+    """JSON object that vouches for other objects of a store."""
+
+    plan_id: str
+    """Id of the store's plan."""
+    extensions: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of a later minor version that a reader may pass by."""
+
+    @classmethod
+    def keys(cls) -> frozenset[str]:
+        """Keys that every reader understands."""
+        return frozenset(entry.name for entry in fields(cls)) - {"extensions"}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Self:
+        """The record of a JSON object that has all the keys."""
+        known = cls.keys()
+        return cls(
+            **{name: record[name] for name in known},
+            extensions={name: record[name] for name in record.keys() - known},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON object of the record."""
+        return {**self.extensions, **{name: getattr(self, name) for name in self.keys()}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetupRecord(_Record):
+    """`commits/setup.json`: all that is written before the first activation."""
+
+    objects: Mapping[str, str]
+    """Name → hex SHA-256 of each shard of the token and calibration arrays."""
+    metadata: Mapping[str, str]
+    """Name → hex SHA-256 of each zarr.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommitRecord(_Record):
+    """`commits/<shard>.json`: one shard of all activation arrays."""
+
+    shard: int
+    """Number of the shard."""
+    objects: Mapping[str, str]
+    """Name → hex SHA-256 of each object of the shard."""
+    moments_sha256: str
+    """Hex SHA-256 of the shard's moments."""
+    producer: Producer | None
+    """Hardware and versions that made the shard; None where they were not recorded."""
+    added_fvu: Mapping[str, Mapping[str, Any]] | None
+    """Site → layer (decimal) → FVU that the encoding adds to the shard; None if not measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion(_Record):
+    """`complete.json`: the whole store."""
+
+    store_id: str
+    """Hex SHA-256 of the plan's id and all objects."""
+    num_shards: int
+    """Shards of every activation array."""
+    moments_sha256: str
+    """Hex SHA-256 of the moments of all rows."""
+
+
+AnyRecord = TypeVar("AnyRecord", bound=_Record)
 
 
 def read_sealed_object(objects: Objects, name: str) -> dict[str, Any]:
@@ -33,7 +103,7 @@ def read_sealed_object(objects: Objects, name: str) -> dict[str, Any]:
         raise DamagedStoreError(str(error), rule="R-SEAL-1") from None
 
 
-def read_plan(objects: Objects) -> dict[str, Any]:
+def read_plan(objects: Objects) -> Plan:
     """The plan of a store, held against the specification.
 
     Raises:
@@ -44,7 +114,7 @@ def read_plan(objects: Objects) -> dict[str, Any]:
     """
     place = objects.place
     try:
-        plan = read_sealed_object(objects, PLAN)
+        record = read_sealed_object(objects, PLAN)
     except (FileNotFoundError, NotADirectoryError):
         if objects.is_local and not Path(place).exists():
             raise NotAStoreError(f"{place} does not exist; expected an activation store") from None
@@ -56,30 +126,29 @@ def read_plan(objects: Objects) -> dict[str, Any]:
             f"{place} is not an activation store: it has no {PLAN}; "
             f"give a directory that `mlsae harvest` or `mlsae.store.create` made"
         ) from None
-    check_plan(plan, place)
-    return plan
+    return check_plan(record, place)
 
 
-def read_setup(objects: Objects, plan_id: str) -> dict[str, Any]:
-    """`commits/setup.json`: plan_id, objects and metadata, both name → SHA-256.
+def read_setup(objects: Objects, plan_id: str) -> SetupRecord:
+    """Record of what is written before the first activation.
 
     Raises:
         DamagedStoreError, InvalidStoreError: missing, damaged, of another plan, or ill-formed.
     """
-    record = _read(objects, SETUP, _SETUP_KEYS, plan_id, "R-SETUP-1")
-    for key in ("objects", "metadata"):
-        _check_hashes(record[key], f"{objects.place}/{SETUP}: {key}", "R-SETUP-1")
+    record = _read(objects, SETUP, SetupRecord, plan_id, "R-SETUP-1")
+    for key, hashes in (("objects", record.objects), ("metadata", record.metadata)):
+        _check_hashes(hashes, f"{objects.place}/{SETUP}: {key}", "R-SETUP-1")
     return record
 
 
-def read_complete(objects: Objects, plan_id: str) -> dict[str, Any]:
-    """`complete.json`: plan_id, store_id, num_shards and moments_sha256.
+def read_complete(objects: Objects, plan_id: str) -> Completion:
+    """Record of the whole store.
 
     Raises:
         DamagedStoreError, InvalidStoreError: missing, damaged, of another plan, or ill-formed.
     """
-    record = _read(objects, COMPLETE, _COMPLETE_KEYS, plan_id, "R-COMPLETE-1")
-    if not (is_sha256(record["store_id"]) and is_sha256(record["moments_sha256"])):
+    record = _read(objects, COMPLETE, Completion, plan_id, "R-COMPLETE-1")
+    if not (is_sha256(record.store_id) and is_sha256(record.moments_sha256)):
         raise InvalidStoreError(
             f"{objects.place}/{COMPLETE}: store_id and moments_sha256 must be SHA-256",
             rule="R-COMPLETE-1",
@@ -87,31 +156,30 @@ def read_complete(objects: Objects, plan_id: str) -> dict[str, Any]:
     return record
 
 
-def read_commit(objects: Objects, plan_id: str, shard: int) -> dict[str, Any]:
-    """A shard's commit record: plan_id, shard, objects, moments_sha256, producer, added_fvu.
+def read_commit(objects: Objects, plan_id: str, shard: int) -> CommitRecord:
+    """Commit record of a shard.
 
     Raises:
         FileNotFoundError: the shard is not committed.
         DamagedStoreError, InvalidStoreError: damaged, of another plan or shard, or ill-formed.
     """
     name = commit_record(shard)
-    record = _checked(
-        objects, name, read_sealed_object(objects, name), _COMMIT_KEYS, plan_id, "R-COMMIT-2"
-    )
-    if type(record["shard"]) is not int or record["shard"] != shard:
+    found = read_sealed_object(objects, name)
+    record = _checked(objects, name, found, CommitRecord, plan_id, "R-COMMIT-2")
+    if type(record.shard) is not int or record.shard != shard:
         raise InvalidStoreError(
             f"{objects.place}/{name} is the record of another shard", rule="R-COMMIT-2"
         )
-    _check_hashes(record["objects"], f"{objects.place}/{name}: objects", "R-COMMIT-2")
-    if not is_sha256(record["moments_sha256"]):
+    _check_hashes(record.objects, f"{objects.place}/{name}: objects", "R-COMMIT-2")
+    if not is_sha256(record.moments_sha256):
         raise InvalidStoreError(
             f"{objects.place}/{name}: moments_sha256 must be a SHA-256", rule="R-COMMIT-2"
         )
-    if record["producer"] is not None and not isinstance(record["producer"], Mapping):
+    if record.producer is not None and not isinstance(record.producer, Mapping):
         raise InvalidStoreError(
             f"{objects.place}/{name}: producer must be null or an object", rule="R-COMMIT-2"
         )
-    if not _is_added_fvu(record["added_fvu"]):
+    if not _is_added_fvu(record.added_fvu):
         raise InvalidStoreError(
             f"{objects.place}/{name}: added_fvu must be null or map sites and layers to num_rows, "
             f"total and by_decile",
@@ -120,33 +188,31 @@ def read_commit(objects: Objects, plan_id: str, shard: int) -> dict[str, Any]:
     return record
 
 
-def _read(
-    objects: Objects, name: str, keys: frozenset[str], plan_id: str, rule: str
-) -> dict[str, Any]:
+def _read(objects: Objects, name: str, kind: type[AnyRecord], plan_id: str, rule: str) -> AnyRecord:
     try:
         record = read_sealed_object(objects, name)
     except FileNotFoundError:
         raise DamagedStoreError(
             f"{objects.place}: {name} is missing; restore it from a copy", rule=rule
         ) from None
-    return _checked(objects, name, record, keys, plan_id, rule)
+    return _checked(objects, name, record, kind, plan_id, rule)
 
 
 def _checked(
     objects: Objects,
     name: str,
-    record: dict[str, Any],
-    keys: frozenset[str],
+    record: Mapping[str, Any],
+    kind: type[AnyRecord],
     plan_id: str,
     rule: str,
-) -> dict[str, Any]:
+) -> AnyRecord:
     where = f"{objects.place}/{name}"
-    check_keys(record, keys, where, rule)
+    check_keys(record, kind.keys(), where, rule)
     if record["plan_id"] != plan_id:
         raise InvalidStoreError(
             f"{where} belongs to another plan; restore the store from a copy", rule="R-PLAN-3"
         )
-    return record
+    return kind.from_json(record)
 
 
 def _check_hashes(value: object, where: str, rule: str) -> None:

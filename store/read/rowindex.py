@@ -1,17 +1,13 @@
 """From a row to its token: index, flags, position and group of the rows of a store."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
 from mlsae.store.errors import InvalidStoreError
 from mlsae.store.format.moments import group_of_rows
-from mlsae.store.format.positions import num_rows_of, rows_per_sequence_of
 from mlsae.store.places.objects import Objects
-from mlsae.store.read.arrays import ArrayReader
-from mlsae.store.read.setup import setup_readers
+from mlsae.store.plan import Plan
+from mlsae.store.read.setup import token_readers
 from mlsae.store.schema import ROW_TOKEN
 
 _BLOCK_TOKENS = 1 << 20
@@ -20,12 +16,9 @@ _BLOCK_TOKENS = 1 << 20
 class RowIndex:
     """Reads the token arrays of a store by token and by row. Threads may share it."""
 
-    def __init__(self, objects: Objects, plan: Mapping[str, Any]) -> None:
-        self.readers: dict[str, ArrayReader] = setup_readers(objects, plan)
-        self.rows_per_sequence = rows_per_sequence_of(plan)
-        self.num_rows = num_rows_of(plan)
-        self._context_length: int = plan["context_length"]
-        self._num_tokens: int = plan["num_tokens"]
+    def __init__(self, objects: Objects, plan: Plan) -> None:
+        self.readers = token_readers(objects, plan)
+        self._plan = plan
         self._place = objects.place
 
     def tokens(self, start: int, stop: int) -> npt.NDArray[np.int64]:
@@ -36,7 +29,7 @@ class RowIndex:
         """
         if ROW_TOKEN in self.readers:
             tokens = self.readers[ROW_TOKEN].read(start, stop)
-            if tokens.max(initial=0) >= self._num_tokens:
+            if tokens.max(initial=0) >= self._plan.num_tokens:
                 raise InvalidStoreError(
                     f"{self._place}/{ROW_TOKEN}: rows {start} to {stop} name tokens that the store "
                     f"does not have; restore it from a copy",
@@ -48,14 +41,14 @@ class RowIndex:
 
     def positions(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """(stop − start,) position of each row's token within its sequence."""
-        return self.tokens(start, stop) % self._context_length
+        return self.tokens(start, stop) % self._plan.context_length
 
     def flags(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """(stop − start,) token_flags of each row's token."""
         if ROW_TOKEN not in self.readers:
             return self.readers["token_flags"].read(start, stop)
         flags = np.empty(stop - start, np.uint8)
-        block = max(1, _BLOCK_TOKENS // self._context_length) * self.rows_per_sequence
+        block = max(1, _BLOCK_TOKENS // self._plan.context_length) * self._plan.rows_per_sequence
         for first in range(start, stop, block):
             tokens = self.tokens(first, min(first + block, stop))
             low, high = int(tokens.min()), int(tokens.max())

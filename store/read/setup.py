@@ -1,86 +1,48 @@
 """A store before its first shard, read: token arrays, calibration, and how rows are held."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
 from mlsae.store.format.calibration import Calibration
 from mlsae.store.format.encoding import SiteCalibration, SiteCodec
-from mlsae.store.format.positions import setup_arrays
 from mlsae.store.places.objects import Objects
+from mlsae.store.plan import Plan
 from mlsae.store.read.arrays import ArrayReader
-from mlsae.store.schema import CHANNEL_MEAN, CHANNEL_SCALE, chunk_key
+from mlsae.store.schema import CHANNEL_MEAN, CHANNEL_SCALE
 
 
-def setup_keys(plan: Mapping[str, Any]) -> list[str]:
-    """Names of the shards that are written before the first activation."""
-    keys = []
-    for name, (_, length) in setup_arrays(plan).items():
-        num_shards = -(-length // plan["token_shard"])
-        keys += [f"{name}/{chunk_key(shard, 1)}" for shard in range(num_shards)]
-    if plan["calibration"] is not None:
-        for site in plan["sites"]:
-            keys += [f"{name}/{site}/{chunk_key(0, 2)}" for name in (CHANNEL_MEAN, CHANNEL_SCALE)]
-    return keys
-
-
-def setup_readers(objects: Objects, plan: Mapping[str, Any]) -> dict[str, ArrayReader]:
+def token_readers(objects: Objects, plan: Plan) -> dict[str, ArrayReader]:
     """Readers of tokens, documents and token_flags, and of row_token where there is one."""
-    return {
-        name: ArrayReader(
-            objects,
-            name,
-            num_rows=length,
-            row_shape=(),
-            dtype=np.dtype(dtype),
-            chunk_rows=plan["token_chunk"],
-            shard_rows=plan["token_shard"],
-        )
-        for name, (dtype, length) in setup_arrays(plan).items()
-    }
+    return {spec.name: ArrayReader(objects, spec) for spec in plan.token_arrays}
 
 
-def read_calibration(objects: Objects, plan: Mapping[str, Any]) -> Calibration | None:
+def read_calibration(objects: Objects, plan: Plan) -> Calibration | None:
     """The calibration of an int8 store; None for other encodings.
 
     Raises:
         DamagedStoreError: its arrays are not those that were written.
     """
-    if plan["calibration"] is None:
+    if plan.calibration is None:
         return None
-    shape = (len(plan["layers"]), plan["d_model"])
-
-    def read(name: str, site: str) -> npt.NDArray[np.float32]:
-        reader = ArrayReader(
-            objects,
-            f"{name}/{site}",
-            num_rows=shape[0],
-            row_shape=shape[1:],
-            dtype="<f4",
-            chunk_rows=shape[0],
-            shard_rows=shape[0],
-        )
-        values: npt.NDArray[np.float32] = reader.read()
-        return values
-
+    values: dict[str, npt.NDArray[np.float32]] = {
+        spec.name: ArrayReader(objects, spec).read() for spec in plan.calibration_arrays
+    }
     return Calibration(
-        num_rows=plan["calibration"]["num_rows"],
+        num_rows=plan.calibration.num_rows,
         sites={
-            site: SiteCalibration(read(CHANNEL_MEAN, site), read(CHANNEL_SCALE, site))
-            for site in plan["sites"]
+            site: SiteCalibration(
+                values[f"{CHANNEL_MEAN}/{site}"], values[f"{CHANNEL_SCALE}/{site}"]
+            )
+            for site in plan.sites
         },
     )
 
 
-def site_codecs(plan: Mapping[str, Any], calibration: Calibration | None) -> dict[str, SiteCodec]:
+def site_codecs(plan: Plan, calibration: Calibration | None) -> dict[str, SiteCodec]:
     """Site → how its rows are held."""
     return {
         site: SiteCodec(
-            plan["encoding"],
-            plan["d_model"],
-            None if calibration is None else calibration.sites[site],
+            plan.encoding, plan.d_model, None if calibration is None else calibration.sites[site]
         )
-        for site in plan["sites"]
+        for site in plan.sites
     }

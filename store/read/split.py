@@ -30,7 +30,7 @@ def validation_of(store: AnyStore, fraction: float, seed: int) -> npt.NDArray[np
     for member in store.stores:
         try:
             found = validation_sequences(
-                member.plan["tokens_sha256"], member.num_sequences, fraction, seed
+                member.plan.tokens_sha256, member.num_sequences, fraction, seed
             )
         except InputError as error:
             raise InputError(f"{member.place}: {error}") from None

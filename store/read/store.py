@@ -13,9 +13,7 @@ import numpy.typing as npt
 from mlsae.base.errors import InputError
 from mlsae.store.errors import DamagedStoreError, IncompleteStoreError, InvalidStoreError
 from mlsae.store.format.calibration import Calibration
-from mlsae.store.format.compression import compressor_of
-from mlsae.store.format.encoding import Part, Parts, check_encoding, parts_of
-from mlsae.store.format.metadata import zarr_metadata
+from mlsae.store.format.encoding import Part, Parts
 from mlsae.store.format.moments import (
     GroupMoments,
     Moments,
@@ -25,12 +23,17 @@ from mlsae.store.format.moments import (
 )
 from mlsae.store.places.objects import Descriptor, Objects
 from mlsae.store.places.remote import open_objects
-from mlsae.store.plan import plan_id_of
 from mlsae.store.read.arrays import ArrayReader
-from mlsae.store.read.commits import num_shards_of, pending_shards
-from mlsae.store.read.records import read_complete, read_plan, read_sealed_object, read_setup
+from mlsae.store.read.commits import pending_shards
+from mlsae.store.read.records import (
+    Completion,
+    read_complete,
+    read_plan,
+    read_sealed_object,
+    read_setup,
+)
 from mlsae.store.read.rowindex import RowIndex
-from mlsae.store.read.setup import read_calibration, setup_keys, site_codecs
+from mlsae.store.read.setup import read_calibration, site_codecs
 from mlsae.store.schema import (
     ARRAY_METADATA,
     COMPLETE,
@@ -136,11 +139,11 @@ class Store:
         self.objects = objects
         self.place = objects.place
         """Directory or URL."""
-        self.plan: dict[str, Any] = read_plan(objects)
-        self.plan_id = plan_id_of(self.plan)
+        self.plan = read_plan(objects)
+        self.plan_id = self.plan.id
         self.is_complete = objects.exists(COMPLETE)
         if not self.is_complete and not (incomplete and objects.exists(SETUP)):
-            total = num_shards_of(self.plan)
+            total = self.plan.num_shards
             done = total - len(pending_shards(objects, self.plan))
             raise IncompleteStoreError(
                 f"{self.place} is incomplete: {done} of {total} shards are committed; "
@@ -148,26 +151,26 @@ class Store:
                 rule="R-COMPLETE-1",
             )
         self._check_records()
-        self.schema_version: str = self.plan["schema_version"]
-        self.source: dict[str, Any] = self.plan["source"]
+        self.schema_version = self.plan.schema_version
+        self.source = self.plan.source
         """What made the values, as the producer gave it to `create`."""
-        self.num_tokens: int = self.plan["num_tokens"]
-        self.context_length: int = self.plan["context_length"]
-        self.num_sequences = self.num_tokens // self.context_length
-        self.sites: tuple[str, ...] = tuple(self.plan["sites"])
-        self.layers: tuple[int, ...] = tuple(self.plan["layers"])
-        self.d_model: int = self.plan["d_model"]
-        self.encoding = check_encoding(self.plan["encoding"])
-        self.is_compressed = self.plan["compression"] is not None
-        self.parts = parts_of(self.encoding, self.d_model)
+        self.num_tokens = self.plan.num_tokens
+        self.context_length = self.plan.context_length
+        self.num_sequences = self.plan.num_sequences
+        self.sites = self.plan.sites
+        self.layers = self.plan.layers
+        self.d_model = self.plan.d_model
+        self.encoding = self.plan.encoding
+        self.is_compressed = self.plan.compression is not None
+        self.parts = self.plan.parts
         """The arrays that hold a site and layer: one, and for int8 a second."""
         self.row_bytes = sum(part.row_bytes for part in self.parts)
         """Bytes of a stored row of one site and layer, before compression."""
-        self.chunk_rows: int = self.plan["chunk_rows"]
-        self.shard_rows: int = self.plan["shard_rows"]
+        self.chunk_rows = self.plan.chunk_rows
+        self.shard_rows = self.plan.shard_rows
         self._index = RowIndex(objects, self.plan)
-        self.num_rows = self._index.num_rows
-        self.rows_per_sequence = self._index.rows_per_sequence
+        self.num_rows = self.plan.num_rows
+        self.rows_per_sequence = self.plan.rows_per_sequence
         """Row r belongs to sequence r // rows_per_sequence."""
         self.calibration: Calibration | None = read_calibration(objects, self.plan)
         """Channel means and scales by site, leading axis as `layers`; for int8 alone."""
@@ -192,8 +195,7 @@ class Store:
     @property
     def store_id(self) -> str:
         """Hex SHA-256 that names this store's plan and content."""
-        self._require_complete()
-        return str(self._complete["store_id"])
+        return self._completion().store_id
 
     def provenance(self) -> list[dict[str, Any]]:
         """How the runs that wrote this store were made, as their producers said; oldest first.
@@ -281,23 +283,13 @@ class Store:
             InputError: the store has no such site or layer.
             IncompleteStoreError: the activations are not all there.
         """
-        self._require_complete()
+        self._completion()
         key = (self.check_site(site), self.check_layers([layer])[0])
         if key not in self._readers:
             self._readers[key] = RowReader(
                 self.parts,
                 tuple(
-                    ArrayReader(
-                        self.objects,
-                        part.array(*key),
-                        num_rows=self.num_rows,
-                        row_shape=(part.width,),
-                        dtype=part.dtype,
-                        chunk_rows=self.chunk_rows,
-                        shard_rows=self.shard_rows,
-                        compressor=compressor_of(self.plan["compression"], part.dtype),
-                    )
-                    for part in self.parts
+                    ArrayReader(self.objects, spec) for spec in self.plan.activation_arrays(*key)
                 ),
             )
         return self._readers[key]
@@ -338,13 +330,13 @@ class Store:
         return self._group_moments
 
     def _load_moments(self) -> dict[str, GroupMoments]:
-        self._require_complete()
+        completion = self._completion()
         limit = moments_bytes(len(self.layers), len(self.sites), self.d_model) + _HEADER_BYTES
         try:
             data = self.objects.read(MOMENTS, limit)
         except FileNotFoundError:
             data = b""
-        if hashlib.sha256(data).hexdigest() != self._complete["moments_sha256"]:
+        if hashlib.sha256(data).hexdigest() != completion.moments_sha256:
             raise DamagedStoreError(
                 f"{self.place}/{MOMENTS} is missing or damaged; restore it from a copy",
                 rule="R-MOMENT-2",
@@ -357,23 +349,24 @@ class Store:
                 rule="R-MOMENT-1",
             ) from None
 
-    def _require_complete(self) -> None:
-        if not self.is_complete:
+    def _completion(self) -> Completion:
+        if self._complete is None:
             raise IncompleteStoreError(f"{self.place} is incomplete: only its tokens can be read")
+        return self._complete
 
     def _check_records(self) -> None:
         setup = read_setup(self.objects, self.plan_id)
-        self._complete = read_complete(self.objects, self.plan_id) if self.is_complete else {}
-        expected = zarr_metadata(self.plan, self.plan_id)
+        self._complete = read_complete(self.objects, self.plan_id) if self.is_complete else None
+        expected = self.plan.metadata()
         # The plan says which names there are, so none that the record makes up becomes a path.
-        wrong = setup["metadata"].keys() ^ expected.keys()
+        wrong = setup.metadata.keys() ^ expected.keys()
         if wrong:
             raise InvalidStoreError(
                 f"{self.place}/{SETUP}: metadata must name every zarr.json of the plan and no "
                 f"other, not so {sorted(wrong)[0]!r}",
                 rule="R-ROW-2" if wrong == {f"{ROW_TOKEN}/{ARRAY_METADATA}"} else "R-META-1",
             )
-        if set(setup["objects"]) != set(setup_keys(self.plan)):
+        if set(setup.objects) != set(self.plan.setup_objects()):
             raise InvalidStoreError(
                 f"{self.place}/{SETUP}: objects must name every shard of the tokens and no other",
                 rule="R-SETUP-2",
@@ -381,7 +374,7 @@ class Store:
         with ThreadPoolExecutor(1 if self.objects.is_local else _REQUESTS) as pool:
             digests = pool.map(self._metadata_digest, expected)
             for name, digest in zip(expected, digests, strict=True):
-                if digest != setup["metadata"][name]:
+                if digest != setup.metadata[name]:
                     raise DamagedStoreError(
                         f"{self.place}/{name} is missing or damaged; restore it from a copy",
                         rule="R-META-1",

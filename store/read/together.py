@@ -36,7 +36,7 @@ def check_together(stores: Sequence[Store]) -> None:
                 f"Give stores of one model and the same sites and layers, over different text"
             )
     for one, other in combinations(stores, 2):
-        if one.plan["tokens_sha256"] == other.plan["tokens_sha256"]:
+        if one.plan.tokens_sha256 == other.plan.tokens_sha256:
             raise InputError(f"{one.place} and {other.place} hold the same text: give one of them")
         ours, theirs = _texts(one), _texts(other)
         for store_id in ours.keys() & theirs.keys():
@@ -53,7 +53,7 @@ def _texts(store: Store) -> dict[str, tuple[float, float]]:
     """Of this store and those that it was copied from: id → first sequence held here, and end."""
     first, end = 0.0, float(store.num_sequences)
     texts = {store.store_id: (first, end)}
-    origin = store.plan["derived_from"]
+    origin: object = store.plan.derived_from
     while isinstance(origin, Mapping) and isinstance(origin.get("store_id"), str):
         match origin.get("sequences"):
             case [int(start), int(_)]:

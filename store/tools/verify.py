@@ -16,13 +16,11 @@ from tqdm import tqdm
 from mlsae.store.errors import DamagedStoreError, RemoteError, StoreError
 from mlsae.store.format.accumulate import Accumulator
 from mlsae.store.format.encoding import MAX_QUANTUM, Parts
-from mlsae.store.format.metadata import zarr_metadata
 from mlsae.store.format.moments import GroupMoments, from_bytes, moments_bytes
-from mlsae.store.format.positions import planned_row_tokens
 from mlsae.store.read.arrays import ArrayReader
-from mlsae.store.read.commits import num_shards_of, store_id_of
+from mlsae.store.read.commits import store_id_of
 from mlsae.store.read.records import read_commit, read_complete, read_sealed_object, read_setup
-from mlsae.store.read.setup import setup_readers
+from mlsae.store.read.setup import token_readers
 from mlsae.store.read.store import Store, open_store
 from mlsae.store.schema import (
     ACTIVATIONS,
@@ -113,7 +111,7 @@ def verify(
         check.calibration()
         # Moments follow from rows and calibration: where those are wrong, they say nothing more.
         check.has_sound_rows = not check.problems
-        for shard in range(num_shards_of(check.plan)):
+        for shard in range(check.plan.num_shards):
             check.shard(shard)
         check.whole()
         check.others()
@@ -130,7 +128,7 @@ class _Verification:
         self.setup = read_setup(store.objects, store.plan_id)
         self.objects: dict[str, str] = {}
         self.total: dict[str, GroupMoments] = {}
-        self.expected = {PLAN, SETUP, COMPLETE, MOMENTS, *self.setup["metadata"]}
+        self.expected = {PLAN, SETUP, COMPLETE, MOMENTS, *self.setup.metadata}
         row_bytes = store.row_bytes * len(store.layers) * len(store.sites)
         self.bar = tqdm(
             total=store.num_rows * row_bytes,
@@ -144,7 +142,7 @@ class _Verification:
         self.problems.append(Problem(rule=rule, path=path, message=message))
 
     def metadata(self) -> None:
-        for name, expected in zarr_metadata(self.plan, self.store.plan_id).items():
+        for name, expected in self.plan.metadata().items():
             try:
                 theirs = json.loads(self.store.objects.read(name, len(expected) * 4 + 2**16))
             except (ValueError, RecursionError, DamagedStoreError):
@@ -153,31 +151,37 @@ class _Verification:
                 self.report(rule, name, "differs from what the plan asks for")
 
     def tokens(self) -> None:
-        if not self._have_hashes(SETUP, self.setup["objects"]):
+        if not self._have_hashes(SETUP, self.setup.objects):
             return
-        for name, reader in setup_readers(self.store.objects, self.plan).items():
+        planned = {
+            "tokens": self.plan.tokens_sha256,
+            "documents": self.plan.documents_sha256,
+            "token_flags": self.plan.token_flags_sha256,
+        }
+        for name, reader in token_readers(self.store.objects, self.plan).items():
             digest = hashlib.sha256()
             try:
-                for start in range(0, reader.num_rows, self.plan["token_chunk"]):
-                    stop = min(start + self.plan["token_chunk"], reader.num_rows)
+                for start in range(0, reader.num_rows, reader.chunk_rows):
+                    stop = min(start + reader.chunk_rows, reader.num_rows)
                     values = reader.read(start, stop)
                     digest.update(values.data)
                     if name == "token_flags" and values.max() > ALL_FLAGS:
                         self.report("R-TOKEN-3", name, f"tokens {start} to {stop}: unknown bits")
                     if name == ROW_TOKEN and not np.array_equal(
-                        values, planned_row_tokens(self.plan, start, stop)
+                        values, self.plan.row_tokens(start, stop)
                     ):
                         self.report("R-ROW-3", name, f"rows {start} to {stop} are not the plan's")
             except DamagedStoreError as error:
                 self._report(error, name)
                 continue
-            if name != ROW_TOKEN and digest.hexdigest() != self.plan[f"{name}_sha256"]:
+            if name in planned and digest.hexdigest() != planned[name]:
                 self.report("R-TOKEN-4", name, "the values differ from the hash in the plan")
 
     def calibration(self) -> None:
-        if (calibration := self.store.calibration) is None:
+        calibration, planned = self.store.calibration, self.plan.calibration
+        if calibration is None or planned is None:
             return
-        if calibration.sha256() != self.plan["calibration"]["sha256"]:
+        if calibration.sha256() != planned.sha256:
             self.report("R-INT8-2", PLAN, "the calibration's hash is not that of its arrays")
         for site, of_site in calibration.sites.items():
             if not np.isfinite(of_site.mean).all():
@@ -189,7 +193,7 @@ class _Verification:
 
     def shard(self, shard: int) -> None:
         name = commit_record(shard)
-        keys = self._keys(shard)
+        keys = self.plan.shard_objects(shard)
         self.expected |= {name, shard_moments(shard), *keys}
         try:
             record = read_commit(self.store.objects, self.store.plan_id, shard)
@@ -199,22 +203,22 @@ class _Verification:
         except StoreError as error:
             self._report(error, name)
             return
-        moments = self._moments_object(shard_moments(shard), record["moments_sha256"])
-        if set(record["objects"]) != set(keys):
-            wrong = sorted(set(record["objects"]) ^ set(keys))
+        moments = self._moments_object(shard_moments(shard), record.moments_sha256)
+        if set(record.objects) != set(keys):
+            wrong = sorted(set(record.objects) ^ set(keys))
             self.report("R-COMMIT-3", name, f"must name every object and no other: {wrong[:3]}")
             return
-        self.objects.update(record["objects"])
+        self.objects.update(record.objects)
         if moments is None:
-            self._have_hashes(name, record["objects"])
+            self._have_hashes(name, record.objects)
             return
         num_problems = len(self.problems)
         digests = {key: hashlib.sha256() for key in keys}
         recomputed = self._recompute(shard, digests)
         found = {key: digest.hexdigest() for key, digest in digests.items()}
-        if recomputed is None or found != record["objects"]:
+        if recomputed is None or found != record.objects:
             # Some objects were not read to their ends; each is looked at by itself now.
-            self._have_hashes(name, record["objects"])
+            self._have_hashes(name, record.objects)
         elif len(self.problems) == num_problems:
             if self.has_sound_rows:
                 self._compare(recomputed, moments, shard_moments(shard))
@@ -225,12 +229,12 @@ class _Verification:
 
     def whole(self) -> None:
         record = read_complete(self.store.objects, self.store.plan_id)
-        if record["num_shards"] != num_shards_of(self.plan):
-            self.report("R-COMPLETE-3", COMPLETE, f"num_shards must be {num_shards_of(self.plan)}")
-        moments = self._moments_object(MOMENTS, record["moments_sha256"])
+        if record.num_shards != self.plan.num_shards:
+            self.report("R-COMPLETE-3", COMPLETE, f"num_shards must be {self.plan.num_shards}")
+        moments = self._moments_object(MOMENTS, record.moments_sha256)
         if self.problems:
             return
-        if record["store_id"] != store_id_of(self.store.plan_id, self.objects):
+        if record.store_id != store_id_of(self.store.plan_id, self.objects):
             self.report("R-COMPLETE-2", COMPLETE, "store_id is not that of the recorded objects")
         if moments is not None:
             self._compare(self.total, moments, MOMENTS)
@@ -263,14 +267,6 @@ class _Verification:
 
     def _report(self, error: StoreError, name: str) -> None:
         self.report(error.rule or "R-SHARD-3", name, str(error))
-
-    def _keys(self, shard: int) -> list[str]:
-        return [
-            f"{part.array(site, layer)}/{chunk_key(shard, 2)}"
-            for site in self.store.sites
-            for layer in self.store.layers
-            for part in self.store.parts
-        ]
 
     def _have_hashes(self, record: str, objects: Mapping[str, str]) -> bool:
         """Whether each object is there with the hash that a record names."""
@@ -321,12 +317,12 @@ class _Verification:
         moments = {
             site: Accumulator(store.layers, store.d_model, codecs[site]) for site in store.sites
         }
-        stop = min((shard + 1) * store.shard_rows, store.num_rows)
+        rows = store.plan.shard(shard)
         readers = {
             site: [store.reader(site, layer) for layer in store.layers] for site in store.sites
         }
-        for start in range(shard * store.shard_rows, stop, store.chunk_rows):
-            end = min(start + store.chunk_rows, stop)
+        for start in rows[:: store.chunk_rows]:
+            end = min(start + store.chunk_rows, rows.stop)
             try:
                 groups = store.row_groups(start, end)
             except StoreError:

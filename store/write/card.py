@@ -12,8 +12,8 @@ from pathlib import PurePath
 from typing import Any
 
 from mlsae.base.units import format_bytes, format_count, format_ranges
-from mlsae.store.format.positions import num_rows_of
-from mlsae.store.read.commits import EncodingCost
+from mlsae.store.plan import Plan
+from mlsae.store.read.commits import LargestAddedFVU
 from mlsae.store.schema import activation_array
 
 MARK = b"mlsae-card"
@@ -31,19 +31,17 @@ Record = Mapping[str, Any]
 
 
 def card_of(
-    plan: Record,
+    plan: Plan,
     *,
-    plan_id: str,
     store_id: str,
     num_bytes: int,
-    cost: EncodingCost | None,
+    cost: LargestAddedFVU | None,
     provenance: Sequence[Record],
 ) -> bytes:
     """The card of a complete store: UTF-8, equal for equal arguments.
 
     Args:
         plan: of the store.
-        plan_id: of the plan.
         store_id: of the store.
         num_bytes: bytes of the objects that decide `store_id`.
         cost: what the encoding costs, where that was measured.
@@ -76,7 +74,7 @@ def card_of(
                 for name, value in _table(plan, model, text, licence, num_bytes, cost)
             ),
             f"| store_id | `{store_id}` |",
-            f"| plan_id | `{plan_id}` |",
+            f"| plan_id | `{plan.id}` |",
             "",
             *_how_to_open(plan),
             "",
@@ -99,9 +97,9 @@ def card_problem(data: bytes) -> str | None:
     )
 
 
-def _model(plan: Record, provenance: Sequence[Record]) -> str:
+def _model(plan: Plan, provenance: Sequence[Record]) -> str:
     place = _last(provenance, "model")
-    source = _mapping(plan["source"].get("model"))
+    source = _mapping(plan.source.get("model"))
     name = _name(_mapping(place).get("name"))
     revision, init = _mapping(place).get("revision"), source.get("init")
     details = [f"revision {revision}"] if isinstance(revision, str) else []
@@ -120,8 +118,8 @@ def _text(provenance: Sequence[Record]) -> str:
     return ", ".join(names) or "not recorded"
 
 
-def _licence(plan: Record, provenance: Sequence[Record]) -> str | None:
-    for given in (plan["source"], *reversed(provenance)):
+def _licence(plan: Plan, provenance: Sequence[Record]) -> str | None:
+    for given in (plan.source, *reversed(provenance)):
         if isinstance(licence := given.get("license"), str) and licence.strip():
             return licence.strip()
     return None
@@ -137,45 +135,45 @@ def _licence_keys(licence: str | None) -> list[str]:
 
 
 def _table(
-    plan: Record,
+    plan: Plan,
     model: str,
     text: str,
     licence: str | None,
     num_bytes: int,
-    cost: EncodingCost | None,
+    cost: LargestAddedFVU | None,
 ) -> list[tuple[str, str]]:
-    length, keep = plan["context_length"], plan["keep_positions"]
-    compression, derived = plan["compression"], plan["derived_from"]
-    rows = format_count(num_rows_of(plan))
+    length, keep = plan.context_length, plan.keep_positions
+    compression, derived = plan.compression, plan.derived_from
+    rows = format_count(plan.num_rows)
     if keep is not None:
-        rows += f": {keep['num']} positions of each sequence, seed {keep['seed']}"
-    encoding = plan["encoding"]
+        rows += f": {keep.num} positions of each sequence, seed {keep.seed}"
+    encoding: str = plan.encoding
     if compression is not None:
-        encoding += f", compressed ({compression['name']}, level {compression['level']})"
+        encoding += f", compressed ({compression.name}, level {compression.level})"
     found = [
         ("model", _plain(model)),
         ("text", _plain(text)),
         (
             "tokens",
-            f"{format_count(plan['num_tokens'])} in {format_count(plan['num_tokens'] // length)} "
+            f"{format_count(plan.num_tokens)} in {format_count(plan.num_sequences)} "
             f"sequences of {format_count(length)}",
         ),
         ("rows of each layer", rows),
-        ("layers (from 0)", format_ranges(plan["layers"])),
-        ("sites", ", ".join(plan["sites"])),
-        ("channels (d_model)", format_count(plan["d_model"])),
+        ("layers (from 0)", format_ranges(plan.layers)),
+        ("sites", ", ".join(plan.sites)),
+        ("channels (d_model)", format_count(plan.d_model)),
         ("encoding", encoding),
         ("FVU that the encoding adds", _added(cost)),
         ("size", format_bytes(num_bytes)),
         ("licence", _plain(licence or "not stated")),
-        ("schema", plan["schema_version"]),
+        ("schema", plan.schema_version),
     ]
     if derived is not None:
         found.append(("made from", _plain(_derived(derived))))
     return found
 
 
-def _added(cost: EncodingCost | None) -> str:
+def _added(cost: LargestAddedFVU | None) -> str:
     if cost is None:
         return "not recorded"
     shown = f"at most {cost.total:.2g} in a shard of a layer"
@@ -192,9 +190,9 @@ def _derived(derived: Record) -> str:
     return what
 
 
-def _how_to_open(plan: Record) -> list[str]:
-    site, layer = plan["sites"][0], plan["layers"][0]
-    stop = min(_SHOWN_ROWS, num_rows_of(plan))
+def _how_to_open(plan: Plan) -> list[str]:
+    site, layer = plan.sites[0], plan.layers[0]
+    stop = min(_SHOWN_ROWS, plan.num_rows)
     array = activation_array(site, layer)
     read = {
         "float32": [f'x = acts["{array}"][:{stop}]'],
@@ -209,10 +207,10 @@ def _how_to_open(plan: Record) -> list[str]:
             f'mean, scale = (acts[f"channel_{{name}}/{site}"][0] for name in ("mean", "scale"))',
             "x = q * np.repeat(np.exp2(e / 8), 64, axis=1)[:, : q.shape[1]] * scale + mean",
         ],
-    }[plan["encoding"]]
+    }[plan.encoding]
     tokens = (
         [f'token_ids = acts["tokens"][:{stop}]  # of these rows']
-        if plan["keep_positions"] is None
+        if plan.keep_positions is None
         else [
             f'rows = acts["row_token"][:{stop}]  # the token of each of them',
             'token_ids = acts["tokens"][: int(rows[-1]) + 1][rows]',
@@ -244,7 +242,7 @@ def _how_to_open(plan: Record) -> list[str]:
         "By any Zarr v3 library:",
         "",
         "```python",
-        *(["import numpy as np"] if plan["encoding"] == "int8" else []),
+        *(["import numpy as np"] if plan.encoding == "int8" else []),
         "import zarr",
         "",
         'acts = zarr.open_group(".", mode="r")',

@@ -1,7 +1,7 @@
 """Completing a store: its moments merged, its card, and the record that vouches for the whole."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,9 @@ from mlsae.base.files import DamagedFileError, read_sealed, seal, write_durably
 from mlsae.store.errors import DamagedStoreError
 from mlsae.store.format.moments import GroupMoments, from_bytes, to_bytes
 from mlsae.store.places.objects import LocalObjects, Objects
-from mlsae.store.plan import plan_id_of
-from mlsae.store.read.commits import largest_added_fvu, num_shards_of, store_id_of
-from mlsae.store.read.records import read_commit, read_setup
+from mlsae.store.plan import Plan
+from mlsae.store.read.commits import largest_added_fvu, store_id_of
+from mlsae.store.read.records import Completion, read_commit, read_setup
 from mlsae.store.schema import (
     CARD,
     COMMITS,
@@ -25,7 +25,7 @@ from mlsae.store.schema import (
 from mlsae.store.write.card import MARK, MAX_CARD_BYTES, card_of
 
 
-def complete(path: Path, plan: Mapping[str, Any]) -> None:
+def complete(path: Path, plan: Plan) -> None:
     """Merge the moments, write the card, and the record that makes the store complete.
 
     Every process that finds all shards committed may do so: the bytes are the same.
@@ -34,38 +34,36 @@ def complete(path: Path, plan: Mapping[str, Any]) -> None:
         DamagedStoreError: a shard's moments are not those that its record names, or an object that
             a record names is missing.
     """
-    plan_id = plan_id_of(plan)
     present = LocalObjects(path)
-    objects: dict[str, str] = dict(read_setup(present, plan_id)["objects"])
-    layers = tuple(plan["layers"])
-    total = {site: GroupMoments(layers, plan["d_model"]) for site in plan["sites"]}
-    for shard in range(num_shards_of(plan)):
-        record = read_commit(present, plan_id, shard)
-        objects.update(record["objects"])
+    objects = dict(read_setup(present, plan.id).objects)
+    total = {site: GroupMoments(plan.layers, plan.d_model) for site in plan.sites}
+    for shard in range(plan.num_shards):
+        record = read_commit(present, plan.id, shard)
+        objects.update(record.objects)
         data = (path / shard_moments(shard)).read_bytes()
-        if hashlib.sha256(data).hexdigest() != record["moments_sha256"]:
+        if hashlib.sha256(data).hexdigest() != record.moments_sha256:
             raise DamagedStoreError(
                 f"{path / shard_moments(shard)} is damaged: its hash is not the one its commit "
                 f"record names; delete {commit_record(shard)} and run the harvest again"
             )
-        for site, moments in from_bytes(data, plan["sites"], layers, plan["d_model"]).items():
+        for site, moments in from_bytes(data, plan.sites, plan.layers, plan.d_model).items():
             total[site].merge(moments)
     data = to_bytes(total)
     write_durably(path / MOMENTS, data)
-    store_id = store_id_of(plan_id, objects)
+    store_id = store_id_of(plan.id, objects)
     card = make_card(path, plan, store_id, objects)
     if not has_foreign_card(present):
         write_durably(path / CARD, card)
-    record = {
-        "plan_id": plan_id,
-        "store_id": store_id,
-        "num_shards": num_shards_of(plan),
-        "moments_sha256": hashlib.sha256(data).hexdigest(),
-    }
-    write_durably(path / COMPLETE, seal(record))
+    completion = Completion(
+        plan_id=plan.id,
+        store_id=store_id,
+        num_shards=plan.num_shards,
+        moments_sha256=hashlib.sha256(data).hexdigest(),
+    )
+    write_durably(path / COMPLETE, seal(completion.to_json()))
 
 
-def make_card(path: Path, plan: Mapping[str, Any], store_id: str, names: Iterable[str]) -> bytes:
+def make_card(path: Path, plan: Plan, store_id: str, names: Iterable[str]) -> bytes:
     """The card of a store in a directory, by what its records and provenance say.
 
     Args:
@@ -79,7 +77,6 @@ def make_card(path: Path, plan: Mapping[str, Any], store_id: str, names: Iterabl
     """
     return card_of(
         plan,
-        plan_id=plan_id_of(plan),
         store_id=store_id,
         num_bytes=_num_bytes(path, names),
         cost=largest_added_fvu(LocalObjects(path), plan),

@@ -17,8 +17,8 @@ from mlsae.store.format.added_fvu import MAX_ADDED_FVU
 from mlsae.store.format.calibration import Calibration
 from mlsae.store.format.encoding import check_encoding
 from mlsae.store.format.layout import SHARD_BYTES, plan_layout
-from mlsae.store.read.commits import Producer
-from mlsae.store.schema import PLAN, PROVENANCE, SETUP, describe_difference
+from mlsae.store.read.records import Producer
+from mlsae.store.schema import PLAN, PROVENANCE, SETUP
 from mlsae.store.write.plan import find_plan, make_plan
 from mlsae.store.write.setup import write_setup
 from mlsae.store.write.tokens import TokenArrays
@@ -119,13 +119,13 @@ def create(
         total_bytes = layout.total_bytes
         require_disk(path, total_bytes, "the store", "harvest fewer tokens or layers")
         path.mkdir(parents=True, exist_ok=True)
-        if not write_new_durably(path / PLAN, seal(plan)):
+        if not write_new_durably(path / PLAN, seal(plan.to_json())):
             present = find_plan(path)  # Of somebody who began in the same instant.
         # Whoever may write into a folder may not always look into it.
         with suppress(PermissionError):
             fsync_directory(path.parent)
     if present is not None and present != plan:
-        lines = describe_difference(plan, present)
+        lines = present.differences(plan)
         raise PlanMismatchError(
             f"{path} holds a store of another plan ({'; '.join(lines[:3])}); "
             f"give the settings it was made with, or another directory"

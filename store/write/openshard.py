@@ -15,15 +15,12 @@ import numpy.typing as npt
 
 from mlsae.store.errors import NotFiniteError
 from mlsae.store.format.accumulate import Accumulator
-from mlsae.store.format.compression import compressor_of
-from mlsae.store.format.encoding import Part, Parts, SiteCodec, parts_of
+from mlsae.store.format.encoding import Parts, SiteCodec
 from mlsae.store.format.moments import GroupMoments
-from mlsae.store.read.commits import Producer
-from mlsae.store.schema import chunk_key
+from mlsae.store.plan import Key, Plan
+from mlsae.store.read.records import Producer
 from mlsae.store.write.commit import commit_shard
 from mlsae.store.write.shardfile import ShardFile
-
-Key = tuple[str, int]
 
 
 class OpenShard:
@@ -33,7 +30,6 @@ class OpenShard:
         path: the store.
         plan: its plan.
         shard: index of the shard.
-        keys: (site, layer) of all, in the plan's order.
         codecs: site → how its rows are held.
         cached: as for a `ShardFile`.
     """
@@ -41,32 +37,24 @@ class OpenShard:
     def __init__(
         self,
         path: Path,
-        plan: Mapping[str, Any],
+        plan: Plan,
         shard: int,
-        keys: Sequence[Key],
         codecs: Mapping[str, SiteCodec],
         *,
         cached: bool,
     ) -> None:
         self.shard = shard
-        self._path, self._plan, self._keys = path, plan, keys
-        self._layers = tuple(plan["layers"])
-        self._parts = parts_of(plan["encoding"], plan["d_model"])
+        self._path, self._plan = path, plan
         self._moments = {
-            site: Accumulator(self._layers, plan["d_model"], codecs[site]) for site in plan["sites"]
+            site: Accumulator(plan.layers, plan.d_model, codecs[site]) for site in plan.sites
         }
-        self._files: dict[tuple[Key, Part], ShardFile] = {}
+        self._specs = {key: plan.activation_arrays(*key) for key in plan.keys}
+        self._files: dict[str, ShardFile] = {}
         try:
-            for key in keys:
-                for part in self._parts:
-                    self._files[key, part] = ShardFile(
-                        path / part.array(*key) / chunk_key(shard, 2),
-                        row_bytes=part.row_bytes,
-                        chunk_rows=plan["chunk_rows"],
-                        shard_rows=plan["shard_rows"],
-                        compressor=compressor_of(plan["compression"], part.dtype),
-                        cached=cached,
-                    )
+            for specs in self._specs.values():
+                for spec in specs:
+                    path_of_shard = path / spec.object(shard)
+                    self._files[spec.name] = ShardFile(path_of_shard, spec, cached=cached)
         except BaseException:
             self.abandon()
             raise
@@ -85,11 +73,11 @@ class OpenShard:
             # One thread a site, and first: two would spend on each other what they save, because
             # each step is so short.
             for site, of_site in self._moments.items():
-                stored_L = [stored[site, layer] for layer in self._layers]
+                stored_L = [stored[site, layer] for layer in self._plan.layers]
                 jobs.append(partial(_accumulate, of_site, groups, stored_L))
-        for key in self._keys:
-            for part, values in zip(self._parts, stored[key], strict=True):
-                jobs.append(partial(self._files[key, part].write, np.ascontiguousarray(values)))
+        for key, specs in self._specs.items():
+            for spec, values in zip(specs, stored[key], strict=True):
+                jobs.append(partial(self._files[spec.name].write, np.ascontiguousarray(values)))
         return jobs
 
     def commit(
@@ -110,12 +98,10 @@ class OpenShard:
         Returns:
             Bytes of the files.
         """
-        flushed = {at: pool.submit(file.commit) for at, file in self._files.items()}
-        wait(flushed.values())
-        objects = {
-            f"{part.array(*key)}/{chunk_key(self.shard, 2)}": future.result()
-            for (key, part), future in flushed.items()
-        }
+        flushed = [pool.submit(file.commit) for file in self._files.values()]
+        wait(flushed)
+        names = self._plan.shard_objects(self.shard)
+        objects = {name: done.result() for name, done in zip(names, flushed, strict=True)}
         for site, given in moments.items():
             self._moments[site].merge(given)
         commit_shard(

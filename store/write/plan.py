@@ -10,17 +10,17 @@ from mlsae.base.files import canonical_json
 from mlsae.base.words import SITES
 from mlsae.store.errors import NotAStoreError
 from mlsae.store.format.calibration import Calibration, check_calibration
-from mlsae.store.format.compression import plan_compression
+from mlsae.store.format.compression import compression_named
 from mlsae.store.format.encoding import check_encoding
 from mlsae.store.format.layout import plan_layout, token_rows_for
 from mlsae.store.places.objects import LocalObjects
+from mlsae.store.plan import KeptPositions, Plan, PlannedCalibration
 from mlsae.store.read.records import read_plan
 from mlsae.store.schema import (
     IGNORED,
     PARTIAL,
     PLAN,
     SCHEMA_VERSION,
-    TOKEN_ARRAYS,
 )
 from mlsae.store.write.tokens import TokenArrays
 
@@ -41,17 +41,17 @@ def make_plan(
     compression: str = "none",
     calibration: Calibration | None = None,
     derived_from: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Every key of a plan, defaults resolved.
+) -> Plan:
+    """Plan of a new store, defaults resolved.
 
     Raises:
         InputError: a value is out of range.
     """
-    layers, sites = [int(layer) for layer in layers], list(sites)
-    if not layers or layers != sorted(set(layers)) or layers[0] < 0:
-        raise InputError(f"layers must be ascending block indices from 0, got {layers}")
+    layers, sites = tuple(int(layer) for layer in layers), tuple(sites)
+    if not layers or layers != tuple(sorted(set(layers))) or layers[0] < 0:
+        raise InputError(f"layers must be ascending block indices from 0, got {list(layers)}")
     if not sites or len(set(sites)) < len(sites) or not set(sites) <= set(SITES):
-        raise InputError(f"sites must be different ones of {', '.join(SITES)}, got {sites}")
+        raise InputError(f"sites must be different ones of {', '.join(SITES)}, got {list(sites)}")
     for name, value in {"d_model": d_model, "batch_sequences": batch_sequences}.items():
         if value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
@@ -69,35 +69,37 @@ def make_plan(
         compressed=compression != "none",
     )
     check_calibration(calibration, encoding, sites, (len(layers), d_model))
-    keep = None if keep_positions is None else {"num": int(keep_positions), "seed": int(keep_seed)}
     token_chunk, token_shard = token_rows_for(num_tokens)
-    plan = {
-        "schema_version": SCHEMA_VERSION,
-        "num_tokens": num_tokens,
-        "context_length": context_length,
-        **{f"{name}_sha256": arrays.sha256(name) for name in TOKEN_ARRAYS},
-        "sites": sites,
-        "layers": layers,
-        "d_model": d_model,
-        "encoding": encoding,
-        "calibration": None
-        if calibration is None
-        else {"num_rows": calibration.num_rows, "sha256": calibration.sha256()},
-        "compression": plan_compression(compression),
-        "batch_sequences": batch_sequences,
-        "keep_positions": keep,
-        "chunk_rows": layout.chunk_rows,
-        "shard_rows": layout.shard_rows,
-        "token_chunk": token_chunk,
-        "token_shard": token_shard,
-        "derived_from": None if derived_from is None else dict(derived_from),
-        "source": dict(source),
-    }
     # A plan must equal what is read back, so tuples and the like take their JSON form here.
-    return dict(json.loads(canonical_json(plan)))
+    given = json.loads(canonical_json({"source": source, "derived_from": derived_from}))
+    return Plan(
+        schema_version=SCHEMA_VERSION,
+        num_tokens=num_tokens,
+        context_length=context_length,
+        tokens_sha256=arrays.sha256("tokens"),
+        documents_sha256=arrays.sha256("documents"),
+        token_flags_sha256=arrays.sha256("token_flags"),
+        sites=sites,
+        layers=layers,
+        d_model=d_model,
+        encoding=check_encoding(encoding),
+        calibration=None
+        if calibration is None
+        else PlannedCalibration(num_rows=calibration.num_rows, sha256=calibration.sha256()),
+        compression=compression_named(compression),
+        batch_sequences=batch_sequences,
+        keep_positions=None
+        if keep_positions is None
+        else KeptPositions(num=int(keep_positions), seed=int(keep_seed)),
+        chunk_rows=layout.chunk_rows,
+        shard_rows=layout.shard_rows,
+        token_chunk=token_chunk,
+        token_shard=token_shard,
+        **given,
+    )
 
 
-def find_plan(path: Path) -> dict[str, Any] | None:
+def find_plan(path: Path) -> Plan | None:
     """The plan at `path`, or None where a new store may be made.
 
     Raises:

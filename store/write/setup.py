@@ -1,7 +1,7 @@
 """A store before its first shard: Zarr metadata, tokens, documents, flags and their record."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from mlsae.base.files import fsync_directory, seal, write_durably
 from mlsae.store.format.calibration import Calibration
-from mlsae.store.format.metadata import zarr_metadata
-from mlsae.store.format.positions import planned_row_tokens, setup_arrays
-from mlsae.store.plan import plan_id_of
+from mlsae.store.format.metadata import ArraySpec
+from mlsae.store.plan import Plan
+from mlsae.store.read.records import SetupRecord
 from mlsae.store.schema import (
     CHANNEL_MEAN,
     CHANNEL_SCALE,
@@ -21,54 +21,43 @@ from mlsae.store.schema import (
     ROW_TOKEN,
     SETUP,
     SHARD_MOMENTS,
-    chunk_key,
 )
 from mlsae.store.write.shardfile import ShardFile
 from mlsae.store.write.tokens import BLOCK_TOKENS, TokenArrays
 
 
 def write_setup(
-    path: Path, plan: Mapping[str, Any], arrays: TokenArrays, calibration: Calibration | None
+    path: Path, plan: Plan, arrays: TokenArrays, calibration: Calibration | None
 ) -> None:
     """Write everything but activations; the record of it comes last."""
-    plan_id = plan_id_of(plan)
-    contents, metadata = zarr_metadata(plan, plan_id), {}
+    contents, metadata = plan.metadata(), {}
     names = [str(Path(name).parent) for name in contents]
     _make_folders(path, [*names, COMMITS, SHARD_MOMENTS, PROVENANCE])
     for name, data in contents.items():
         write_durably(path / name, data)
         metadata[name] = hashlib.sha256(data).hexdigest()
     objects = {}
-    for name, (dtype, length) in setup_arrays(plan).items():
-        for shard, start in enumerate(range(0, length, plan["token_shard"])):
-            stop = min(start + plan["token_shard"], length)
+    for spec in plan.token_arrays:
+        for shard in range(spec.num_shards):
+            start = shard * spec.shard_rows
+            stop = min(start + spec.shard_rows, spec.num_rows)
             blocks = (
-                planned_row_tokens(plan, first, min(first + BLOCK_TOKENS, stop)).astype(dtype)
-                if name == ROW_TOKEN
-                else arrays.block(name, first, min(first + BLOCK_TOKENS, stop))
+                plan.row_tokens(first, min(first + BLOCK_TOKENS, stop)).astype(spec.dtype)
+                if spec.name == ROW_TOKEN
+                else arrays.block(spec.name, first, min(first + BLOCK_TOKENS, stop))
                 for first in range(start, stop, BLOCK_TOKENS)
             )
-            key = f"{name}/{chunk_key(shard, 1)}"
-            objects[key] = _write(
-                path / key,
-                blocks,
-                np.dtype(dtype).itemsize,
-                plan["token_chunk"],
-                plan["token_shard"],
-            )
+            objects[spec.object(shard)] = _write(path, spec, shard, blocks)
     if calibration is not None:
+        values = {}
         for site, of_site in calibration.sites.items():
-            for name, values in {
-                CHANNEL_MEAN: of_site.mean,
-                CHANNEL_SCALE: of_site.scale,
-            }.items():
-                key = f"{name}/{site}/{chunk_key(0, 2)}"
-                rows = len(values)
-                stored = np.ascontiguousarray(values, "<f4")
-                objects[key] = _write(path / key, iter([stored]), 4 * plan["d_model"], rows, rows)
-    write_durably(
-        path / SETUP, seal({"plan_id": plan_id, "objects": objects, "metadata": metadata})
-    )
+            values[f"{CHANNEL_MEAN}/{site}"] = of_site.mean
+            values[f"{CHANNEL_SCALE}/{site}"] = of_site.scale
+        for spec in plan.calibration_arrays:
+            stored = np.ascontiguousarray(values[spec.name], spec.dtype)
+            objects[spec.object(0)] = _write(path, spec, 0, iter([stored]))
+    record = SetupRecord(plan_id=plan.id, objects=objects, metadata=metadata)
+    write_durably(path / SETUP, seal(record.to_json()))
 
 
 def _make_folders(path: Path, names: Iterable[str]) -> None:
@@ -80,14 +69,9 @@ def _make_folders(path: Path, names: Iterable[str]) -> None:
         fsync_directory(parent)
 
 
-def _write(
-    path: Path,
-    blocks: Iterator[npt.NDArray[Any]],
-    row_bytes: int,
-    chunk_rows: int,
-    shard_rows: int,
-) -> str:
-    writer = ShardFile(path, row_bytes=row_bytes, chunk_rows=chunk_rows, shard_rows=shard_rows)
+def _write(path: Path, spec: ArraySpec, shard: int, blocks: Iterator[npt.NDArray[Any]]) -> str:
+    """Write a shard; hex SHA-256 of its bytes."""
+    writer = ShardFile(path / spec.object(shard), spec)
     try:
         for block in blocks:
             writer.write(block)

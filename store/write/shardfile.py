@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.files import fsync_directory, full_disk_explained, partial_path
-from mlsae.store.format.compression import Compressor
+from mlsae.store.format.metadata import ArraySpec
 from mlsae.store.format.shard import Bytes, shard_index
 from mlsae.store.schema import CRC_BYTES
 
@@ -31,31 +31,19 @@ class ShardFile:
 
     Args:
         path: of the file.
-        row_bytes: bytes of a row, uncompressed.
-        chunk_rows: rows of a chunk.
-        shard_rows: rows of a full shard.
-        compressor: of the chunks; None to write them as they are.
+        spec: the array that the shard belongs to.
         cached: leave what is written in the page cache. Finding room for it there takes more of the
             CPU's time than the copy, where memory is full. Elsewhere than on Linux, and where the
             file system does not know how, it stays there all the same.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        row_bytes: int,
-        chunk_rows: int,
-        shard_rows: int,
-        compressor: Compressor | None = None,
-        cached: bool = True,
-    ) -> None:
+    def __init__(self, path: Path, spec: ArraySpec, *, cached: bool = True) -> None:
         self._path = path
-        self._chunk_bytes = row_bytes * chunk_rows
-        self._num_chunks = shard_rows // chunk_rows
-        self._compressor = compressor
+        self._chunk_bytes = spec.row_bytes * spec.chunk_rows
+        self._num_chunks = spec.shard_rows // spec.chunk_rows
+        self._compressor = spec.compressor
         # Only whole chunks can be compressed; others go to the file as they come.
-        self._whole = None if compressor is None else np.empty(self._chunk_bytes, np.uint8)
+        self._whole = None if self._compressor is None else np.empty(self._chunk_bytes, np.uint8)
         self._hash = hashlib.sha256()
         self._crc = 0
         self._in_chunk = 0

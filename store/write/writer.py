@@ -24,9 +24,9 @@ from mlsae.store.format.added_fvu import MAX_ADDED_FVU, AddedFVU, check_added_fv
 from mlsae.store.format.encoding import Parts
 from mlsae.store.format.moments import GROUPS, GroupMoments, eligible_groups
 from mlsae.store.places.objects import LocalObjects
-from mlsae.store.plan import plan_id_of
-from mlsae.store.read.commits import Producer, Producers, num_shards_of, pending_shards
-from mlsae.store.read.records import read_plan
+from mlsae.store.plan import Key
+from mlsae.store.read.commits import Producers, pending_shards
+from mlsae.store.read.records import Producer, read_plan
 from mlsae.store.read.rowindex import RowIndex
 from mlsae.store.read.setup import read_calibration, site_codecs
 from mlsae.store.schema import (
@@ -34,7 +34,7 @@ from mlsae.store.schema import (
     SETUP,
 )
 from mlsae.store.write.completion import complete
-from mlsae.store.write.openshard import Key, OpenShard
+from mlsae.store.write.openshard import OpenShard
 
 _LEAST_WRITER_THREADS, MOST_WRITER_THREADS = 2, 8
 """As many as there are cores, from the first to the second, hash and write. More would keep a fast
@@ -72,22 +72,22 @@ class Writer:
             raise NotAStoreError(f"{path}: the tokens are not all written; create the store first")
         self.path = path
         self.plan = plan
-        self.plan_id = plan_id_of(plan)
+        self.plan_id = plan.id
         self._index = RowIndex(self._objects, plan)
-        self.num_rows = self._index.num_rows
-        self.rows_per_sequence = self._index.rows_per_sequence
+        self.num_rows = plan.num_rows
+        self.rows_per_sequence = plan.rows_per_sequence
         """Row r belongs to sequence r // rows_per_sequence."""
-        self.shard_rows: int = plan["shard_rows"]
-        self.num_shards = num_shards_of(plan)
+        self.shard_rows = plan.shard_rows
+        self.num_shards = plan.num_shards
         self.bytes_written = 0
         """Bytes of activation objects this writer has committed."""
         self._producer = producer
         self._producers = None if allow_mixed else Producers(self._objects, plan)
         self._require_one_producer()
-        self._encoding: str = plan["encoding"]
-        self._keys: list[Key] = [(s, layer) for s in plan["sites"] for layer in plan["layers"]]
+        self._encoding = plan.encoding
+        self._keys = list(plan.keys)
         self._codecs = site_codecs(plan, read_calibration(self._objects, plan))
-        self._parts = self._codecs[plan["sites"][0]].parts
+        self._parts = plan.parts
         self._max_added_fvu = max_added_fvu
         self._cached = cached
         self._added: dict[Key, AddedFVU] = {}
@@ -124,7 +124,7 @@ class Writer:
 
     def shard_range(self, shard: int) -> range:
         """Rows of a shard."""
-        return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.num_rows))
+        return self.plan.shard(shard)
 
     def pending(self) -> list[int]:
         """Shards that no process has committed yet, as the disk says now.
@@ -304,7 +304,7 @@ class Writer:
             return tuple(values[some] for values in rows)
         site, layer = key
         values, codec = rows[some], self._codecs[site]
-        index = self.plan["layers"].index(layer)
+        index = self.plan.layers.index(layer)
         try:
             stored = codec.encode(values, index)
         except NotFiniteError:
@@ -330,9 +330,7 @@ class Writer:
         # Waiting here, and not after submitting, overlaps writing with the caller's next batch.
         self._finish_batch()
         if self._open is None:
-            self._open = OpenShard(
-                self.path, self.plan, shard, self._keys, self._codecs, cached=self._cached
-            )
+            self._open = OpenShard(self.path, self.plan, shard, self._codecs, cached=self._cached)
         if moments_follow:
             self._owed_G += np.bincount(groups, minlength=len(GROUPS))
         jobs = self._open.jobs(stored, None if moments_follow else groups)
@@ -341,7 +339,7 @@ class Writer:
         self._row = stop
 
     def _check_moments(self, moments: Mapping[str, GroupMoments], shard: int) -> None:
-        sites = set(self.plan["sites"]) if self._owed_G.any() else set()
+        sites = set(self.plan.sites) if self._owed_G.any() else set()
         if moments.keys() != sites:
             raise InputError(
                 f"{self.path}: expected moments of {sorted(sites)}, got {sorted(moments)}"
@@ -368,7 +366,7 @@ class Writer:
 
     def _explain_not_finite(self, batch: "_Batch | None", shard: int) -> NoReturn:
         for (site, layer), parts in () if batch is None else batch.stored.items():
-            values = self._codecs[site].decode(parts, self.plan["layers"].index(layer))
+            values = self._codecs[site].decode(parts, self.plan.layers.index(layer))
             if batch is not None and not np.isfinite(values).all():
                 raise self._not_finite((site, layer), values, batch.first_row)
         raise ActivationError(

@@ -158,7 +158,7 @@ def training_record(store: Store) -> dict[str, Any]:
     return {
         "store_id": store.store_id,
         "plan_id": store.plan_id,
-        "stores": [{"store_id": store.store_id, "tokens_sha256": store.plan["tokens_sha256"]}],
+        "stores": [{"store_id": store.store_id, "tokens_sha256": store.plan.tokens_sha256}],
         "model_fingerprint": store.source.get("model", {}).get("fingerprint"),
         "site": "resid_post",
         "layers": list(store.layers),

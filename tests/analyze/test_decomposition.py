@@ -208,7 +208,7 @@ def joint(world: Any, analyzed: tuple[Analysis, Path], dense: Callable[..., Any]
     """Token ids, and the values of every latent at the layers 0, 1, 3, dense in float64."""
     sae = dense(load_sae(analyzed[1]))
     plan = open_store(world.store).plan
-    covered = validation_sequences(plan["tokens_sha256"], 37, 0.2, 3)[:5]
+    covered = validation_sequences(plan.tokens_sha256, 37, 0.2, 3)[:5]
     row = np.arange(len(world.tokens))
     rows = row[np.isin(row // 24, covered) & (world.flags == 0) & (row % 24 >= 1)]
     x = [world.activations[n].astype(np.float64)[rows] for n in (0, 1, 3)]

@@ -95,16 +95,14 @@ def test_events_are_those_of_the_kept_tokens(both: Both) -> None:
     for name in ("token", "layer", "latent"):
         np.testing.assert_array_equal(kept[name], np.array(full[name])[wanted])
     np.testing.assert_allclose(kept["value"], np.array(full["value"])[wanted], rtol=1e-4)
-    held_out = validation_sequences(
-        open_store(both.full).plan["tokens_sha256"], NUM_SEQUENCES, 0.2, 3
-    )
+    held_out = validation_sequences(open_store(both.full).plan.tokens_sha256, NUM_SEQUENCES, 0.2, 3)
     assert set(np.array(kept["token"]) // LENGTH) == set(held_out[:3].tolist())
 
 
 def test_figures_of_rows_are_over_the_kept_ones(both: Both, dense: Any) -> None:
     """FVU and counts, with position 0 in and out, in float64."""
     store, sae = open_store(both.full), dense(load_sae(both.sae))
-    held_out = validation_sequences(store.plan["tokens_sha256"], NUM_SEQUENCES, 0.2, 3)
+    held_out = validation_sequences(store.plan.tokens_sha256, NUM_SEQUENCES, 0.2, 3)
     tokens = both.kept_tokens[np.isin(both.kept_tokens // LENGTH, held_out)]
     tokens = tokens[store.token_flags()[tokens] == 0]
     assert (tokens % LENGTH == 0).any()

@@ -37,7 +37,7 @@ def _tree(path: Path) -> list[str]:
 
 def _first_row(world: Any) -> int:
     plan = open_store(world.store).plan
-    held_out = validation_sequences(plan["tokens_sha256"], 37, 0.2, 3)
+    held_out = validation_sequences(plan.tokens_sha256, 37, 0.2, 3)
     return 24 * int(held_out[0])
 
 
@@ -122,7 +122,7 @@ def test_rows_tokens_and_events_are_limited_as_asked(
 
 def _train_sequences(world: Any) -> set[int]:
     plan = open_store(world.store).plan
-    return set(range(37)) - set(validation_sequences(plan["tokens_sha256"], 37, 0.2, 3).tolist())
+    return set(range(37)) - set(validation_sequences(plan.tokens_sha256, 37, 0.2, 3).tolist())
 
 
 def test_a_latent_planted_at_one_layer_has_no_layer_variance(tmp_path: Path) -> None:

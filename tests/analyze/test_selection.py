@@ -16,7 +16,7 @@ SPLIT = {"fraction": 0.2, "seed": 3}
 
 def test_validation_and_train_are_the_split_that_training_used(sample: Any) -> None:
     store = open_store(sample.path)
-    held_out = validation_sequences(store.plan["tokens_sha256"], 37, 0.2, 3)
+    held_out = validation_sequences(store.plan.tokens_sha256, 37, 0.2, 3)
     validation = choose_sequences(store, "validation", SPLIT, None)
     train = choose_sequences(store, "train", SPLIT, None)
     np.testing.assert_array_equal(validation, held_out)

@@ -43,8 +43,7 @@ def sae(stores: tuple[Path, Path], sae_maker: Callable[..., Path]) -> Path:
 
 def records(*stores: Store) -> list[dict[str, str]]:
     return [
-        {"store_id": store.store_id, "tokens_sha256": store.plan["tokens_sha256"]}
-        for store in stores
+        {"store_id": store.store_id, "tokens_sha256": store.plan.tokens_sha256} for store in stores
     ]
 
 
@@ -159,7 +158,7 @@ def test_what_was_trained_from_is_told_apart_from_what_is_analyzed(
         f"the SAE was trained from store {ids[0]} and is analyzed on stores {ids[0]}, {ids[1]}"
     )
     assert of_text.startswith(f"the text of store {ids[1]} is not that of training: the rows")
-    same_text = {"store_id": "d" * 64, "tokens_sha256": second.plan["tokens_sha256"]}
+    same_text = {"store_id": "d" * 64, "tokens_sha256": second.plan.tokens_sha256}
     of_copy = sae_maker(Path(first.place), store_id="d" * 64, stores=[same_text])
     assert notes(second.place, of_copy) == [
         f"the SAE was trained from store dddddddddddd and is analyzed on store {ids[1]}"
@@ -171,7 +170,7 @@ def test_an_sae_that_names_one_store_and_its_text_can_be_analyzed(
 ) -> None:
     """As they were recorded before there were corpora."""
     store = open_store(stores[0])
-    validation = {"fraction": 0.2, "seed": 3, "tokens_sha256": store.plan["tokens_sha256"]}
+    validation = {"fraction": 0.2, "seed": 3, "tokens_sha256": store.plan.tokens_sha256}
     directory = sae_maker(stores[0], validation=validation)
     record = directory / "training.json"
     content = read_sealed(record)

@@ -53,7 +53,7 @@ def case(
         AnalyzeConfig(figures=False, cache=world.store, sae=directory, out=out, batch_size=50)
     )
     store, sae = open_store(world.store), load_sae(directory)
-    held_out = validation_sequences(store.plan["tokens_sha256"], NUM_SEQUENCES, 0.2, 3)
+    held_out = validation_sequences(store.plan.tokens_sha256, NUM_SEQUENCES, 0.2, 3)
     every = np.arange(NUM_SEQUENCES * LENGTH)
     rows = every[np.isin(every // LENGTH, held_out) & (world.flags == 0)]
     dense = request.getfixturevalue("dense")(sae)

@@ -54,7 +54,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Analysis, Pat
         "site": "resid_post",
         "layers": [0, 2],
         "skip_positions": 1,
-        "validation": {"fraction": 0.1, "seed": 0, "tokens_sha256": store.plan["tokens_sha256"]},
+        "validation": {"fraction": 0.1, "seed": 0, "tokens_sha256": store.plan.tokens_sha256},
     }
     sae.save(root / "sae", record)
     config = AnalyzeConfig(

@@ -26,7 +26,7 @@ from mutations import BASES, KINDS, NEST, Edit, Files, make_store, mutate, paths
 
 from mlsae.base.errors import InputError
 from mlsae.store import Store, open_store
-from mlsae.store.tools.info import format_info, store_info
+from mlsae.store.tools.info import store_info
 from mlsae.store.tools.verify import verify
 
 MEMORY = 2**30
@@ -164,7 +164,7 @@ def examine(path: Path) -> str:
     store = attempt(lambda: open_store(path, incomplete=True))
     if store is not None:
         read_all(store, attempt)
-    attempt(lambda: format_info(store_info(path)))
+    attempt(lambda: str(store_info(path)))
     report = attempt(lambda: verify(path))
     if store is None or not store.is_complete:
         return "refused"

@@ -17,10 +17,7 @@ import numpy as np
 
 from mlsae.store import MASKED, PADDING, SPECIAL, Calibrator, create
 from mlsae.store.errors import StoreError
-from mlsae.store.format.metadata import zarr_metadata
-from mlsae.store.plan import plan_id_of
 from mlsae.store.plancheck import check_plan
-from mlsae.store.read.setup import setup_keys
 
 PLAN, SETUP, COMPLETE = "plan.json", "commits/setup.json", "complete.json"
 KINDS = ("nothing", "directory", "pipe", "zeros", "loop", "nowhere")
@@ -262,17 +259,17 @@ _BYTES: dict[str, Callable[..., bytes | bytearray]] = {
 def _follow(files: Files, records: dict[str, Any]) -> None:
     """Metadata, names and sparse objects that an altered plan asks for."""
     plan = records[PLAN]
-    check_plan(plan, "")
-    if len(plan["layers"]) * len(plan["sites"]) > 50:
+    sound = check_plan(plan, "")
+    if len(sound.keys) > 50:
         return
-    wanted = zarr_metadata(plan, plan_id_of(plan))
+    wanted = sound.metadata()
     for name in [name for name in records if name.endswith("zarr.json") and name not in wanted]:
         del records[name], files[name]
     for name, data in wanted.items():
         records[name] = json.loads(data)
         files[name] = data
     records[SETUP]["metadata"] = dict.fromkeys(wanted, "0" * 64)
-    records[SETUP]["objects"] = dict.fromkeys(setup_keys(plan), "0" * 64)
+    records[SETUP]["objects"] = dict.fromkeys(sound.setup_objects(), "0" * 64)
 
 
 def _reseal(files: Files, records: dict[str, Any]) -> None:

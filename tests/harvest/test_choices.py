@@ -183,7 +183,7 @@ def test_batch_size_is_found_once_and_then_the_plans(
 ) -> None:
     settings = config(batch_size=None, shard_size=40_000)
     first = run(settings)
-    chosen = open_store(settings.out).plan["batch_sequences"]
+    chosen = open_store(settings.out).plan.batch_sequences
     # A shard of 40,000 bytes holds 39 sequences of 16 rows of 64 bytes.
     assert chosen == 32
     assert "sequences a forward pass: 32" in capsys.readouterr().out

@@ -15,9 +15,9 @@ from mlsae.base.units import parse_bytes
 from mlsae.cli import main
 from mlsae.harvest import HarvestConfig, pipeline, run
 from mlsae.store import Calibration, PlanMismatchError, Store, open_store
-from mlsae.store.format.presets import PRESETS, preset_of
+from mlsae.store.format.presets import PRESETS
 from mlsae.store.schema import COMPLETE, PLAN, commit_record
-from mlsae.store.tools.info import format_info, store_info
+from mlsae.store.tools.info import store_info
 from mlsae.store.tools.verify import verify
 
 MakeConfig = Callable[..., HarvestConfig]
@@ -60,7 +60,7 @@ def test_store_holds_what_its_preset_names_in_the_bytes_of_the_dry_run(
     assert taken < 1.25 * size
     if not store.is_compressed:
         assert size < 1.25 * taken
-    assert preset_of(store.plan) == name
+    assert store.plan.preset.name == name
     assert (store.encoding, store.is_compressed) == (
         name.removesuffix("-zstd"), name.endswith("-zstd"),
     )  # fmt: skip
@@ -135,8 +135,9 @@ def test_int8_of_few_rows_sites_and_positions(
         f"int8 adds an FVU of at most {largest:.2g} to a shard (layer {layer}, {site}), "
     )
     info = store_info(both.place)
-    assert info["added_fvu"]["total"] == largest
-    assert f"added FVU   {largest:.2g} at most, in shard" in format_info(info)
+    assert info.added_fvu is not None
+    assert info.added_fvu.total == largest
+    assert f"added FVU   {largest:.2g} at most, in shard" in str(info)
 
 
 def test_resumed_int8_takes_its_scales_from_the_store(
@@ -244,4 +245,4 @@ def test_batch_size_is_found_for_the_bytes_of_the_preset(config: MakeConfig) -> 
     """A shard of 40,000 bytes holds 78 sequences of 16 rows of 32 bytes."""
     settings = config(batch_size=None, shard_size=40_000, encoding="int8", max_tokens=1600)
     run(settings)
-    assert open_store(settings.out).plan["batch_sequences"] == 64
+    assert open_store(settings.out).plan.batch_sequences == 64

@@ -8,6 +8,7 @@ import pytest
 from mlsae.base.errors import InputError
 from mlsae.store import Calibration, Calibrator, create, open_store
 from mlsae.store.format.encoding import SiteCalibration
+from mlsae.store.plan import PlannedCalibration
 
 KEYS = [("mlp_out", 1), ("mlp_out", 4), ("resid_post", 1), ("resid_post", 4)]
 SHAPE = {"context_length": 8, "layers": (1, 4), "d_model": 6, "sites": ("mlp_out", "resid_post")}
@@ -70,7 +71,7 @@ def test_what_was_calibrated_is_read_back(tmp_path: Path, rows):
     ) as writer:
         writer.append(rows)
     store = open_store(tmp_path / "a")
-    assert store.plan["calibration"] == {"num_rows": 64, "sha256": given.sha256()}
+    assert store.plan.calibration == PlannedCalibration(num_rows=64, sha256=given.sha256())
     for site in ("mlp_out", "resid_post"):
         assert np.array_equal(store.calibration.sites[site].mean, given.sites[site].mean)
         assert np.array_equal(store.calibration.sites[site].scale, given.sites[site].scale)

@@ -11,10 +11,12 @@ import pytest
 import yaml
 
 from mlsae.store import Calibrator, create, open_store
-from mlsae.store.read.commits import EncodingCost
+from mlsae.store.read.commits import LargestAddedFVU
 from mlsae.store.tools.verify import verify
 from mlsae.store.write.card import card_of
 from mlsae.store.write.completion import complete
+from mlsae.store.write.plan import make_plan
+from mlsae.store.write.tokens import TokenArrays
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 HARVESTED = {
@@ -196,23 +198,22 @@ def test_equal_content_gives_equal_cards(sample_maker):
 
 def test_the_weights_and_the_shares_of_a_mixture_are_named():
     """Random weights must not pass for the trained ones."""
-    plan = {
-        "source": {"model": {"init": "rerandomized", "init_seed": 7}},
-        **dict.fromkeys(("keep_positions", "compression"), None),
-        "derived_from": {"store_id": 64 * "e", "sequences": [8, 16], "encoding": "bfloat16"},
-        "context_length": 4,
-        "num_tokens": 8,
-        "layers": [0],
-        "sites": ["mlp_out"],
-        "encoding": "float32",
-        "d_model": 2,
-        "schema_version": "1.0",
-    }
+    plan = make_plan(
+        TokenArrays(np.arange(8), None, None, 4),
+        context_length=4,
+        layers=[0],
+        d_model=2,
+        sites=["mlp_out"],
+        encoding="float32",
+        batch_sequences=1,
+        shard_bytes=2**20,
+        source={"model": {"init": "rerandomized", "init_seed": 7}},
+        derived_from={"store_id": 64 * "e", "sequences": [8, 16], "encoding": "bfloat16"},
+    )
     datasets = [{"name": "a/b", "share": 0.75}, {"name": "c", "share": 0.25}]
-    cost = EncodingCost(total=1.23e-5, site="mlp_out", layer=0, shard=0, decile=None)
+    cost = LargestAddedFVU(total=1.23e-5, site="mlp_out", layer=0, shard=0, decile=None)
     card = card_of(
         plan,
-        plan_id=64 * "1",
         store_id=64 * "2",
         num_bytes=10**9,
         cost=cost,

@@ -179,7 +179,7 @@ def test_moments_are_those_of_all_rows(corpus: Corpus) -> None:
 def test_the_split_is_the_union_of_the_stores_own(corpus: Corpus) -> None:
     expected, first = [], 0
     for store in corpus.stores:
-        own = validation_sequences(store.plan["tokens_sha256"], store.num_sequences, 0.3, 7)
+        own = validation_sequences(store.plan.tokens_sha256, store.num_sequences, 0.3, 7)
         np.testing.assert_array_equal(validation_of(store, 0.3, 7), own)
         expected += (own + first).tolist()
         first += store.num_sequences

@@ -27,6 +27,7 @@ from mlsae.store import (
     open_store,
 )
 from mlsae.store.copying.copy import CopyConfig, CopyResult, copy
+from mlsae.store.plan import KeptPositions
 from mlsae.store.tools.verify import verify
 
 SIGNALLED = """
@@ -104,8 +105,9 @@ def test_some_layers_sites_and_rows(two_sites, tmp_path):
         by_row = {"start": 120, "stop": 600}
         assert np.array_equal(getattr(part, name)(), getattr(source, name)(**by_row)), name
     kept = ("source", "context_length", "batch_sequences", "encoding", "compression", "shard_rows")
-    assert {key: part.plan[key] for key in kept} == {key: source.plan[key] for key in kept}
-    assert part.plan["derived_from"] == {
+    for name in kept:
+        assert getattr(part.plan, name) == getattr(source.plan, name), name
+    assert part.plan.derived_from == {
         "store_id": source.store_id,
         "sequences": [5, 25],
         "encoding": "float32",
@@ -131,7 +133,7 @@ def test_where_a_copy_comes_from_is_recorded(two_sites, tmp_path):
     copies = {run["source"] for run in runs if run.get("kind") == "copy"}
     assert copies == {str(two_sites), str(tmp_path / "one")}
     assert len(runs) == 3
-    chain = store.plan["derived_from"]
+    chain = store.plan.derived_from
     assert (chain["store_id"], chain["derived_from"]["store_id"]) == (one.store_id, source.store_id)
     card = (tmp_path / "two layers down/README.md").read_text()
     assert "| model | someone/some-model |" in card
@@ -156,7 +158,7 @@ def test_kept_positions_stay_those_of_their_sequence(tmp_path):
     copied(tmp_path / "kept", tmp_path / "part", rows=(0, 60))
     source, part = open_store(tmp_path / "kept"), open_store(tmp_path / "part")
     assert verify(part.place).problems == []
-    assert part.plan["keep_positions"] == {"num": 5, "seed": 3}
+    assert part.plan.keep_positions == KeptPositions(num=5, seed=3)
     assert np.array_equal(part.row_tokens(), source.row_tokens(0, 60))
     assert np.array_equal(part.read("resid_post", 0), source.read("resid_post", 0, 0, 60))
     refused(
@@ -211,7 +213,7 @@ def test_int8_is_calibrated_by_the_first_eligible_rows_of_the_copy(sample_maker,
     made = sample_maker(num_sequences=300, encoding="float32", shard_bytes=40_000)
     copied(made.path, tmp_path / "int8", encoding="int8", rows=(240, 7200))
     source, store = open_store(made.path), open_store(tmp_path / "int8")
-    num_rows = store.plan["calibration"]["num_rows"]
+    num_rows = store.plan.calibration.num_rows
     assert 4096 <= num_rows <= 4096 + source.chunk_rows
     keys = [("resid_post", layer) for layer in source.layers]
     calibrator = Calibrator(keys, 20)
@@ -228,7 +230,7 @@ def test_int8_is_calibrated_by_the_first_eligible_rows_of_the_copy(sample_maker,
     np.testing.assert_array_equal(found.scale, expected.scale)
     copied(made.path, tmp_path / "few", encoding="int8", rows=(0, 48))
     few = open_store(tmp_path / "few")
-    assert few.plan["calibration"]["num_rows"] == source.eligible()[:48].sum()
+    assert few.plan.calibration.num_rows == source.eligible()[:48].sum()
 
 
 def test_parts_of_an_int8_store_are_not_quantised_again(sample_maker, tmp_path):
@@ -413,7 +415,7 @@ def test_parts_of_a_store_elsewhere(two_sites, tmp_path, web):
 def test_tokens_are_read_in_pieces(sample, tmp_path, monkeypatch):
     """A text may be longer than memory: none of its arrays is asked for whole."""
     for module in ("tokens", "setup"):
-        monkeypatch.setattr(f"mlsae.store.{module}.BLOCK_TOKENS", 100)
+        monkeypatch.setattr(f"mlsae.store.write.{module}.BLOCK_TOKENS", 100)
     asked = []
     read = Store.tokens
 

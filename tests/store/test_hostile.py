@@ -16,7 +16,7 @@ from mlsae.store.format.layout import plan_layout
 from mlsae.store.format.moments import GroupMoments, to_bytes
 from mlsae.store.format.positions import check_num_positions
 from mlsae.store.plancheck import check_plan
-from mlsae.store.tools.info import format_info, store_info
+from mlsae.store.tools.info import store_info
 from mlsae.store.tools.verify import verify
 from mlsae.store.write.plan import make_plan
 from mlsae.store.write.tokens import TokenArrays
@@ -143,7 +143,7 @@ def rewrite_moments(path: Path, data: bytes) -> None:
 )
 def test_info_takes_whatever_a_producer_recorded(sample, model: object):
     (sample.path / "provenance/run.json").write_bytes(seal({"model": model}))
-    assert "  model       (not recorded)\n" in format_info(store_info(sample.path))
+    assert "  model       (not recorded)\n" in str(store_info(sample.path))
 
 
 def plan_of(**changes: Any) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def plan_of(**changes: Any) -> dict[str, Any]:
         shard_bytes=64,
         source={},
     )
-    return plan | changes
+    return plan.to_json() | changes
 
 
 def test_a_plan_has_no_more_layers_than_a_folder_holds():

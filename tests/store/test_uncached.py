@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mlsae.store import create, open_store
+from mlsae.store.format.metadata import ArraySpec
 from mlsae.store.tools.verify import verify
 from mlsae.store.write.shardfile import ShardFile
 
@@ -27,7 +28,16 @@ def memory_directory() -> Iterator[Path]:
 
 
 def write(path: Path, *, cached: bool, piece: int) -> str:
-    file = ShardFile(path, row_bytes=128, chunk_rows=1024, shard_rows=4096, cached=cached)
+    spec = ArraySpec(
+        name="activations",
+        num_rows=len(ROWS),
+        row_shape=(64,),
+        dtype=ROWS.dtype,
+        chunk_rows=1024,
+        shard_rows=4096,
+        dimensions=("row", "channel"),
+    )
+    file = ShardFile(path, spec, cached=cached)
     for start in range(0, len(ROWS), piece):
         file.write(ROWS[start : start + piece])
     digest = file.commit()

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -209,8 +210,8 @@ def made_carelessly(path: Path, changes: dict[str, object]) -> None:
         shard_bytes=2**20,
         source={},
     )
-    plan.update(changes)
-    (path / "plan.json").write_bytes(seal(plan))
+    plan = replace(plan, **changes)
+    (path / "plan.json").write_bytes(seal(plan.to_json()))
     write_setup(path, plan, arrays, None)
 
 

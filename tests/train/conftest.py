@@ -48,7 +48,7 @@ def thinned() -> Callable[..., Path]:
             documents=sample.documents,
             token_flags=sample.token_flags,
             encoding=full.encoding,
-            batch_sequences=full.plan["batch_sequences"],
+            batch_sequences=full.plan.batch_sequences,
             keep_positions=num,
             keep_seed=seed,
             shard_bytes=3000,
@@ -86,7 +86,7 @@ def encoded() -> Callable[..., Path]:
             compression=compression,
             calibration=calibrator.result() if encoding == "int8" else None,
             max_added_fvu=1,
-            batch_sequences=full.plan["batch_sequences"],
+            batch_sequences=full.plan.batch_sequences,
             shard_bytes=3000,
         ) as writer:
             writer.append(rows)

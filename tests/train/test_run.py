@@ -88,7 +88,7 @@ def test_a_run_leaves_an_sae_its_record_a_log_and_curves(finished: Path, sample:
         {
             "store_id": store.store_id,
             "plan_id": store.plan_id,
-            "tokens_sha256": store.plan["tokens_sha256"],
+            "tokens_sha256": store.plan.tokens_sha256,
             "num_sequences": 37,
         }
     ]

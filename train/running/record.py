@@ -36,7 +36,7 @@ def training_record(
             {
                 "store_id": member.store_id,
                 "plan_id": member.plan_id,
-                "tokens_sha256": member.plan["tokens_sha256"],
+                "tokens_sha256": member.plan.tokens_sha256,
                 "num_sequences": member.num_sequences,
             }
             for member in store.stores
