@@ -8,9 +8,9 @@ import click
 from mlsae import __version__
 from mlsae.base.errors import MlsaeError
 from mlsae.base.interruption import InterruptedWorkError
-from mlsae.commands.activations import activations
 from mlsae.commands.analyze import analyze
 from mlsae.commands.demo import demo
+from mlsae.commands.events import events
 from mlsae.commands.examples import examples
 from mlsae.commands.export import export
 from mlsae.commands.harvest import harvest
@@ -52,6 +52,6 @@ def main() -> None:
 
 
 for command in (
-    harvest, train, analyze, activations, latents, examples, export, import_, demo, store
+    harvest, train, analyze, events, latents, examples, export, import_, demo, store
 ):  # fmt: skip
     main.add_command(command)

@@ -2,7 +2,7 @@
 
 ```python
 analysis = mlsae.analyze.load("analysis")
-analysis.layers.to_pylist()  # or .latents, .latent_layers; .activations is a data set
+analysis.layers.to_pylist()  # or .latents, .latent_layers; .events is a data set
 analysis.figure("layer_distribution").savefig("layers.pdf")  # analysis.figures are the names
 ```
 """
@@ -10,23 +10,23 @@ analysis.figure("layer_distribution").savefig("layers.pdf")  # analysis.figures 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlsae.analyze.config import ActivationsConfig, AnalyzeConfig
+from mlsae.analyze.config import AnalyzeConfig, EventsConfig
 from mlsae.analyze.results.analysis import Analysis, load
-from mlsae.analyze.results.events import Activations, latent_events, load_activations
+from mlsae.analyze.results.events import Events, latent_events, load_events
 
 if TYPE_CHECKING:
     from mlsae.analyze.interop.delphi import DelphiCache
 
 __all__ = [
-    "Activations",
-    "ActivationsConfig",
     "Analysis",
     "AnalyzeConfig",
+    "Events",
+    "EventsConfig",
     "latent_events",
     "load",
-    "load_activations",
+    "load_events",
     "run",
-    "run_activations",
+    "run_events",
     "to_delphi",
 ]
 
@@ -60,7 +60,7 @@ def to_delphi(
     return write(analysis, out, model=model)
 
 
-def run_activations(config: ActivationsConfig) -> Activations:
+def run_events(config: EventsConfig) -> Events:
     """Write every active latent of a store's rows, or go on where a run of this was stopped.
 
     Under torchrun or accelerate launch every rank calls this; rank r of w writes the parts r,
@@ -68,7 +68,7 @@ def run_activations(config: ActivationsConfig) -> Activations:
 
     Raises:
         InputError: store and SAE are not what they should be, `out` holds something else or
-            activations of other settings, or a part in it is damaged.
+            events of other settings, or a part in it is damaged.
         ResourceError: too little disk, the directory cannot be written, or no such device.
         InterruptedWorkError: SIGINT or SIGTERM came; the parts that are written stay.
     """

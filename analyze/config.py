@@ -163,7 +163,7 @@ class AnalyzeConfig(OverRows):
 
 
 @settings
-class ActivationsConfig(OverRows):
+class EventsConfig(OverRows):
     """Settings of the events alone.
 
     Raises:

@@ -30,7 +30,7 @@ from mlsae.analyze.origin import origin
 from mlsae.analyze.pairing import Pairing, fingerprint, pair, provenance_of
 from mlsae.analyze.results.analysis import Analysis, load
 from mlsae.analyze.results.directory import (
-    ACTIVATIONS,
+    EVENTS,
     FIGURES,
     KIND,
     PAGE,
@@ -87,7 +87,7 @@ def run(config: AnalyzeConfig) -> Analysis:
                     sequences,
                     batch_rows=config.batch_size,
                     events=events,
-                    directory=directory / ACTIVATIONS,
+                    directory=directory / EVENTS,
                     progress=progress,
                 )
                 for layer in pairing.layers
@@ -180,10 +180,10 @@ def _plan_events(
     require_disk(
         directory,
         sum(estimate_bytes(plan, config.batch_size).values()),
-        "the table of activations",
+        "the table of events",
         "lower --max-tokens or choose another --out",
     )
-    (directory / ACTIVATIONS).mkdir()
+    (directory / EVENTS).mkdir()
     return plan
 
 
@@ -265,7 +265,7 @@ def _what(
             "ce_store was not measured: it takes the stored activations of every eligible token; "
             "ce_sae, delta_ce and kl splice them all, recomputed by the transformer"
         )
-    activations = totals_of([record for of in sums.values() for record in of.events])
+    events = totals_of([record for of in sums.values() for record in of.events])
     return {
         **provenance_of(pairing),
         "cache": [member.place for member in pairing.store.stores],
@@ -283,8 +283,8 @@ def _what(
         "num_sequences": len(sequences),
         "num_rows": sum(of.eligible.num_rows for of in sums.values()),
         "num_latents": pairing.sae.config.num_latents,
-        "num_events": activations["num_events"],
-        "activations": activations,
+        "num_events": events["num_events"],
+        "events": events,
         "notes": notes,
     }
 

@@ -32,11 +32,11 @@ class Events:
 
 
 def events_by_layer(directory: Path) -> dict[int, Events]:
-    """Layer → its events, from the table `activations`."""
+    """Layer → its events, from the table `events`."""
     analysis = load(directory)
     found = {}
     for layer in analysis.summary["layers"]:
-        table = analysis.activations.to_table(
+        table = analysis.events.to_table(
             columns=["token", "latent", "value"], filter=pd.field("layer") == layer
         )
         found[layer] = Events(

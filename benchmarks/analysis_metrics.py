@@ -156,7 +156,7 @@ def _caution(study: dict[str, Any]) -> str:
 def _entropy_text(study: dict[str, Any]) -> str:
     fewest = min(at for sae in study["saes"] for at in at_layers(sae, "num_latents_with_entropy"))
     return paragraph(
-        "Token entropy by layer is taken from the table `activations`: −Σ p ln p over token ids, p "
+        "Token entropy by layer is taken from the table `events`: −Σ p ln p over token ids, p "
         "the share of an id in the latent's values at that layer; mean over latents with at least "
         f"40 activations there (at least {fewest:,} of them). Over all its activations a latent "
         "that is often active can have more ids; over its 40 strongest, all have an equal number "

@@ -98,7 +98,7 @@ def _recomputed(content: dict[str, Any]) -> str:
     worst = max(sae["recomputed_within"] for sae in saes)
     return paragraph(
         "The script computes the ratios by mass and pair-uniform once more, from the table "
-        "`activations`, by the definition of a variance: over all "
+        "`events`, by the definition of a variance: over all "
         f"{len(saes)} analyses of this page they differ from `summary.json` by "
         f"{worst:.0e} of themselves at most."
     )

@@ -31,7 +31,7 @@ def layers_section(study: dict[str, Any]) -> str:
     about = paragraph(
         "`layers of a pair`: mean number of layers at which a latent is active for a token, where "
         "it is active for it at any (`layers_of_a_pair` of `summary.json`; the shares beside it "
-        "are from `activations`). `latents at all layers`: living latents whose `num_layers` is "
+        "are from `events`). `latents at all layers`: living latents whose `num_layers` is "
         "all. `effective layers`: exp of `layer_entropy`, mean over living latents. `layer std`: "
         "mean of `layer_std`. `> 90% at one layer`: living latents with P(layer | latent) above "
         "0.9 somewhere (`latent_layers.parquet`). `MMCS`: mean of the largest decoder cosine with "

@@ -1,4 +1,4 @@
-"""A part of the table `activations`: a file with the events of some rows at a layer, by latent.
+"""A part of the table `events`: a file with the events of some rows at a layer, by latent.
 
 Shapes: N rows of a batch, K slots a row, E events held.
 """

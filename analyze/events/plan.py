@@ -1,4 +1,4 @@
-"""Which rows the table `activations` covers, and how they are cut into parts."""
+"""Which rows the table `events` covers, and how they are cut into parts."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -125,7 +125,7 @@ def plan_events(
         pairing=pairing,
         runs=tuple(np.array_split(sequences, max(1, -(-len(sequences) // most)))),
         part_events=part_events,
-        schema=schema("activations", provenance),
+        schema=schema("events", provenance),
     )
 
 

@@ -1,4 +1,4 @@
-"""`mlsae activations`: every active latent of every row, by one process or several."""
+"""`mlsae events`: every active latent of every row, by one process or several."""
 
 import time
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from mlsae.analyze.config import ActivationsConfig
+from mlsae.analyze.config import EventsConfig
 from mlsae.analyze.events.plan import EventsPlan, Part, estimate_bytes, plan_events
 from mlsae.analyze.pairing import pair, provenance_of
-from mlsae.analyze.results.events import Activations, load_activations
-from mlsae.analyze.results.events_directory import KIND, ActivationsDirectory
+from mlsae.analyze.results.events import Events, load_events
+from mlsae.analyze.results.events_directory import KIND, EventsDirectory
 from mlsae.analyze.results.parts import describe
 from mlsae.analyze.results.tables import TABLES_VERSION
 from mlsae.analyze.selection import Int, choose_sequences, read_rows
@@ -23,8 +23,8 @@ from mlsae.base.units import format_count
 STOPPING = "finishing the part in hand, then stopping; press Ctrl-C again to stop at once"
 
 
-def run(config: ActivationsConfig) -> Activations:
-    """See `mlsae.analyze.run_activations`."""
+def run(config: EventsConfig) -> Events:
+    """See `mlsae.analyze.run_events`."""
     with interruptible() as interruption:
         try:
             return _run(config, interruption)
@@ -32,9 +32,9 @@ def run(config: ActivationsConfig) -> Activations:
             raise _stopped(config, interruption) from None
 
 
-def _run(config: ActivationsConfig, interruption: Interruption) -> Activations:
+def _run(config: EventsConfig, interruption: Interruption) -> Events:
     ranks = Ranks.from_environment()
-    directory = ActivationsDirectory(config.out)
+    directory = EventsDirectory(config.out)
     if ranks.is_first:
         directory.check_usable()
     require_writable(config.out, "--out")
@@ -70,14 +70,14 @@ def _run(config: ActivationsConfig, interruption: Interruption) -> Activations:
         if interruption.requested:
             raise _stopped(config, interruption)
         _await_others(directory, paths, ranks)
-    found = load_activations(config.out)
+    found = load_events(config.out)
     if was_complete:
         ranks.say(f"{config.out} is finished and every byte of it sound: nothing to do")
-    ranks.say(f"activations {found.path}: {describe(found.summary['activations'])}")
+    ranks.say(f"events {found.path}: {describe(found.summary['events'])}")
     return found
 
 
-def _content(config: ActivationsConfig, plan: EventsPlan, sequences: Int) -> dict[str, Any]:
+def _content(config: EventsConfig, plan: EventsPlan, sequences: Int) -> dict[str, Any]:
     """What the directory is of: whatever decides its bytes, and where the inputs lay."""
     pairing = plan.pairing
     return {
@@ -111,9 +111,7 @@ def _own(paths: list[str], ranks: Ranks) -> list[str]:
     return [paths[index] for index in ranks.own(list(range(len(paths))))]
 
 
-def _require_room(
-    config: ActivationsConfig, plan: EventsPlan, directory: ActivationsDirectory
-) -> None:
+def _require_room(config: EventsConfig, plan: EventsPlan, directory: EventsDirectory) -> None:
     """Refuse what the disk cannot hold beside the parts that are there."""
     sizes = estimate_bytes(plan, config.batch_size)
     require_disk(
@@ -124,7 +122,7 @@ def _require_room(
     )
 
 
-def _check(directory: ActivationsDirectory, paths: list[str], ranks: Ranks) -> None:
+def _check(directory: EventsDirectory, paths: list[str], ranks: Ranks) -> None:
     """Read every byte of parts that are there."""
     hidden = None if ranks.is_first else True
     for path in tqdm(paths, desc="check", unit="part", disable=hidden if paths else True):
@@ -135,8 +133,8 @@ def _check(directory: ActivationsDirectory, paths: list[str], ranks: Ranks) -> N
 def _write(
     plan: EventsPlan,
     parts: list[Part],
-    directory: ActivationsDirectory,
-    config: ActivationsConfig,
+    directory: EventsDirectory,
+    config: EventsConfig,
     ranks: Ranks,
     interruption: Interruption,
 ) -> None:
@@ -144,7 +142,7 @@ def _write(
     pairing, began, num_events = plan.pairing, time.monotonic(), 0
     with (
         tqdm(
-            desc="activations",
+            desc="events",
             total=sum(part.num_rows for part in parts),
             unit="row",
             unit_scale=True,
@@ -183,7 +181,7 @@ def _write(
                 break
 
 
-def _await_others(directory: ActivationsDirectory, paths: list[str], ranks: Ranks) -> None:
+def _await_others(directory: EventsDirectory, paths: list[str], ranks: Ranks) -> None:
     """Until every part is there; whoever sees it says so in the directory."""
     if others := directory.pending(paths):
         ranks.say(
@@ -194,10 +192,10 @@ def _await_others(directory: ActivationsDirectory, paths: list[str], ranks: Rank
     directory.complete(paths)
 
 
-def _stopped(config: ActivationsConfig, interruption: Interruption) -> InterruptedWorkError:
+def _stopped(config: EventsConfig, interruption: Interruption) -> InterruptedWorkError:
     """What is kept and how to go on, in one line."""
     assert interruption.signal_number is not None
-    directory = ActivationsDirectory(config.out)
+    directory = EventsDirectory(config.out)
     line = "stopped before anything was written; run the same command to begin again"
     if directory.is_begun:
         there, total = directory.progress()

@@ -1,4 +1,4 @@
-"""The table `activations` of an analysis: the events of a layer, from part to part.
+"""The table `events` of an analysis: the events of a layer, from part to part.
 
 Shapes: N rows of a batch, K slots a row.
 """

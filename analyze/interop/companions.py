@@ -72,7 +72,7 @@ def dists(latent_layers: pa.Table) -> pa.Table:
 
 
 def examples(examples: pa.Table) -> pa.Table:
-    """The largest activations of each latent at each layer: the columns of `EXAMPLES`.
+    """The largest events of each latent at each layer: the columns of `EXAMPLES`.
 
     By latent, layer and falling `act`. `layer` is the layer's id. `tokens` are the texts of tokens,
     where the published data sets have the vocabulary's spelling (`Ġthe`), and `token` and `tokens`

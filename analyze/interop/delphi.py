@@ -55,7 +55,7 @@ class DelphiCache:
     """Folders, one a layer."""
 
     num_events: int
-    """Activations, over all modules."""
+    """Events, over all modules."""
 
     num_sequences: int
     """Sequences whose tokens the cache holds: those that the events of the analysis cover."""
@@ -72,8 +72,8 @@ class DelphiCache:
         tokens = format_count(self.num_sequences * self.context_length)
         return [
             f"delphi    {self.path} ({len(self.modules)} modules, "
-            f"{format_count(self.num_events)} events of the {tokens} tokens that the table of "
-            f"activations covers)",
+            f"{format_count(self.num_events)} events of the {tokens} tokens that the table "
+            f"`events` covers)",
             *(f"note: {note}" for note in self.notes),
         ]
 
@@ -117,7 +117,7 @@ def to_delphi(
         layer: LayerEvents(analysis=analysis, layer=layer, sequences=sequences)
         for layer in summary["layers"]
     }
-    num_events = analysis.activations.count_rows()
+    num_events = analysis.events.count_rows()
     bar = tqdm(total=2 * num_events, desc="delphi", unit="event", unit_scale=True)
     with bar, full_disk_explained(out):
         num_latents = len(analysis.latents)
@@ -217,7 +217,7 @@ def _is_module(folder: Path) -> bool:
 
 
 def _covered(summary: Mapping[str, Any], store: AnyStore) -> Int:
-    """The sequences that the table of activations covers."""
+    """The sequences that the table `events` covers."""
     sequences = choose_sequences(
         store, summary["rows"], summary["validation"], summary["max_tokens"]
     )
@@ -225,7 +225,7 @@ def _covered(summary: Mapping[str, Any], store: AnyStore) -> Int:
     num_tokens = len(sequences) * store.context_length
     if not 0 < num_tokens <= _MOST_TOKENS:
         raise InputError(
-            f"the table of activations covers {num_tokens} tokens, expected at least a sequence, "
+            f"the table `events` covers {num_tokens} tokens, expected at least a sequence, "
             f"{store.context_length}, and at most {_MOST_TOKENS}: analyze again with another "
             f"AnalyzeConfig.events_max_tokens"
         )
@@ -248,7 +248,7 @@ class LayerEvents:
     def __iter__(self) -> Iterator[Batch]:
         """Place in the cache's tokens, latent and value of each event, batch by batch."""
         length = self.analysis.summary["context_length"]
-        batches = self.analysis.activations.to_batches(
+        batches = self.analysis.events.to_batches(
             columns=["token", "latent", "value"],
             filter=pc.field("layer") == self.layer,
             batch_size=_EVENTS_AT_ONCE,
@@ -267,7 +267,7 @@ class LayerEvents:
             if (found != tokens // length).any():
                 token = int(tokens[found != tokens // length][0])
                 raise InputError(
-                    f"{self.analysis.path} is damaged: token {token} of its table of activations "
+                    f"{self.analysis.path} is damaged: token {token} of its table `events` "
                     f"is none of those that it covers; make it again with mlsae analyze"
                 )
             yield places * length + tokens % length, latents.astype(np.int64), values

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from mlsae.analyze.results.directory import EXAMPLES, PAGE, read_summary
 from mlsae.analyze.results.events import open_events
-from mlsae.analyze.results.tables import TABLES_VERSION
+from mlsae.analyze.results.tables import check_version, read_table, with_later_columns
 from mlsae.base.errors import InputError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Analysis:
     """Strongest and random events of each latent, by latent; not in memory until it is scanned.
     None of an analysis without."""
 
-    activations: pd.Dataset
+    events: pd.Dataset
     """One row an active latent of a row and layer; not in memory until it is scanned."""
 
     @property
@@ -110,28 +110,30 @@ class Analysis:
 
 
 def load(directory: str | Path) -> Analysis:
-    """Open an analysis directory.
+    """Open an analysis directory, of any minor version.
+
+    Columns that are not known here stay in their tables; those that an earlier version lacks are
+    null.
 
     Raises:
-        InputError: it is no analysis, of another version, or a part of it is missing or damaged.
+        InputError: the directory is no analysis, of another major version, or a part of it is
+            missing or damaged.
     """
     directory = Path(directory)
     summary = read_summary(directory)
-    if summary["tables_version"] != TABLES_VERSION:
-        raise InputError(
-            f"{directory} holds tables of version {summary['tables_version']}, this mlsae reads "
-            f"{TABLES_VERSION}: analyze again"
-        )
+    check_version(summary["tables_version"], directory, "analyze again")
     try:
-        tables = {name: pq.read_table(directory / f"{name}.parquet") for name in _WHOLE}
-        activations = open_events(directory, summary["activations"])
-        has_examples = summary["examples"] is not None
-        examples = pd.dataset(directory / EXAMPLES, format="parquet") if has_examples else None
+        tables = {name: read_table(directory / f"{name}.parquet", name) for name in _WHOLE}
+        events = open_events(directory, summary["events"])
+        examples = None if summary["examples"] is None else _open_examples(directory / EXAMPLES)
     except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
             f"the analysis {directory} is damaged ({reason}): make it again with mlsae analyze"
         ) from None
-    return Analysis(
-        path=directory, summary=summary, examples=examples, activations=activations, **tables
-    )
+    return Analysis(path=directory, summary=summary, examples=examples, events=events, **tables)
+
+
+def _open_examples(path: Path) -> pd.Dataset:
+    schema = with_later_columns("examples", pq.read_schema(path))
+    return pd.dataset(path, schema=schema, format="parquet")

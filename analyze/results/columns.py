@@ -136,7 +136,7 @@ EXAMPLES = (
     Column("low", _S, "latent value", "lower end of that range, which does not belong to it"),
     Column("high", _S, "latent value", "its upper end, which does"),
     Column("row", _I, "row", "row of the store's activations that the peak is"),
-    Column("token", _I, "token", "the row's token, as in activations"),
+    Column("token", _I, "token", "the row's token, as in events"),
     Column("token_ids", pa.list_(_L), "token id", "the window: the tokens around the peak"),
     Column("peak", _L, "token", "place of the peak in the window, from 0"),
     Column(
@@ -161,7 +161,7 @@ EXAMPLES = (
     Column("value", _S, "latent value", "its value at the peak, above 0"),
 )
 
-ACTIVATIONS = (
+EVENTS = (
     Column("row", _I, "row", "row of the store's activations"),
     Column(
         "token",

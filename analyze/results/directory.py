@@ -13,7 +13,9 @@ from mlsae.base.files import DamagedFileError, fsync_directory, read_sealed
 
 KIND = "mlsae analysis"
 SUMMARY = "summary.json"
-ACTIVATIONS = "activations"
+EVENTS = "events"
+FORMERLY = "activations"
+"""Name of the events in analyses and directories of version 0.4, which are read as well."""
 EXAMPLES = "examples.parquet"
 FIGURES = "figures"
 PAGE = "index.html"
@@ -27,7 +29,8 @@ _OURS = frozenset(
         "histograms.parquet",
         "layer_cosine.parquet",
         "prompts.parquet",
-        ACTIVATIONS,
+        EVENTS,
+        FORMERLY,
         EXAMPLES,
         FIGURES,
         PAGE,
@@ -55,7 +58,15 @@ def read_summary(directory: Path) -> dict[str, Any]:
             f"{directory} is no analysis: the kind in its {SUMMARY} is "
             f"{summary.get('kind')!r}, expected {KIND!r}"
         )
+    if FORMERLY in summary:
+        summary[EVENTS] = summary.pop(FORMERLY)
     return summary
+
+
+def events_folder(directory: Path) -> Path:
+    """Folder of the events in an analysis, or in a directory of `mlsae events`."""
+    former = directory / FORMERLY
+    return former if former.is_dir() else directory / EVENTS
 
 
 def check_replaceable(out: Path) -> None:

@@ -1,4 +1,4 @@
-"""Opening the events of an analysis or of `mlsae activations`, and reading those of one latent."""
+"""Opening the events of an analysis or of `mlsae events`, and reading those of one latent."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pd
 import pyarrow.parquet as pq
 
-from mlsae.analyze.results.directory import ACTIVATIONS
-from mlsae.analyze.results.events_directory import ActivationsDirectory
-from mlsae.analyze.results.parts import PartRecord, check_part
-from mlsae.analyze.results.tables import TABLES_VERSION
+from mlsae.analyze.results.directory import EVENTS, events_folder
+from mlsae.analyze.results.events_directory import EventsDirectory
+from mlsae.analyze.results.parts import PartRecord, check_part, part_record
+from mlsae.analyze.results.tables import check_version, with_later_columns
 from mlsae.base.errors import InputError
 
 _PARTITIONING = pd.partitioning(pa.schema([("layer", pa.int32())]), flavor="hive")
 
 
 class HasEvents(Protocol):
-    """An `Analysis` or `Activations`."""
+    """An `Analysis` or `Events`."""
 
     @property
     def path(self) -> Path:
@@ -28,57 +28,52 @@ class HasEvents(Protocol):
 
     @property
     def summary(self) -> Mapping[str, Any]:
-        """With `layers`, `num_latents` and, under `activations`, the parts."""
+        """With `layers`, `num_latents` and, under `events`, the parts."""
 
     @property
-    def activations(self) -> pd.Dataset:
+    def events(self) -> pd.Dataset:
         """The events."""
 
 
 @dataclass(frozen=True, eq=False)
-class Activations:
-    """What `mlsae activations` wrote."""
+class Events:
+    """What `mlsae events` wrote."""
 
     path: Path
     """Its directory."""
 
     summary: Mapping[str, Any]
-    """What it is of and, under `activations`, its numbers of events and bytes, and its parts."""
+    """What it is of and, under `events`, its numbers of events and bytes, and its parts."""
 
-    activations: pd.Dataset
+    events: pd.Dataset
     """One row an active latent of a row and layer; not in memory until it is scanned."""
 
 
-def load_activations(directory: str | Path) -> Activations:
-    """Open a directory that `mlsae activations` has finished.
+def load_events(directory: str | Path) -> Events:
+    """Open a directory that `mlsae events` has finished.
 
     Raises:
-        InputError: it is none, unfinished, of another version, or a part is missing or damaged.
+        InputError: it is none, unfinished, of another major version, or a part is missing or
+            damaged.
     """
-    of = ActivationsDirectory(Path(directory))
+    of = EventsDirectory(Path(directory))
     summary = of.plan()
-    if summary["tables_version"] != TABLES_VERSION:
-        raise InputError(
-            f"{directory} holds tables of version {summary['tables_version']}, this mlsae reads "
-            f"{TABLES_VERSION}: make them again with mlsae activations"
-        )
-    summary["activations"] = of.totals()
-    return Activations(
-        path=of.path, summary=summary, activations=open_events(of.path, summary["activations"])
-    )
+    check_version(summary["tables_version"], of.path, "make them again with mlsae events")
+    summary[EVENTS] = of.totals()
+    return Events(path=of.path, summary=summary, events=open_events(of.path, summary[EVENTS]))
 
 
 def open_events(directory: Path, totals: Mapping[str, Any]) -> pd.Dataset:
     """The events in `directory` as a data set, its files by layer, then row.
 
     Args:
-        directory: that holds the folder `activations`.
+        directory: that holds the folder of the events.
         totals: with the parts under `parts`.
 
     Raises:
         InputError: a part is missing, or has not the size that it was written with.
     """
-    folder = directory / ACTIVATIONS
+    folder = events_folder(directory)
     records = records_of(totals)
     for record in records:
         check_part(folder, record, every_byte=False)
@@ -87,7 +82,7 @@ def open_events(directory: Path, totals: Mapping[str, Any]) -> pd.Dataset:
     options = pd.ParquetFragmentScanOptions(page_checksum_verification=True)
     return pd.dataset(
         files,
-        schema=pq.read_schema(files[0]),
+        schema=with_later_columns("events", pq.read_schema(files[0])),
         format=pd.ParquetFileFormat(default_fragment_scan_options=options),
         partitioning=_PARTITIONING,
         partition_base_dir=str(folder),
@@ -96,7 +91,7 @@ def open_events(directory: Path, totals: Mapping[str, Any]) -> pd.Dataset:
 
 def records_of(totals: Mapping[str, Any]) -> list[PartRecord]:
     """The parts that `totals_of` listed."""
-    return [PartRecord(**record) for record in totals["parts"]]
+    return [part_record(record) for record in totals["parts"]]
 
 
 def latent_events(
@@ -108,7 +103,7 @@ def latent_events(
     is at least one; every page is checked.
 
     Args:
-        source: what `load` or `load_activations` gave.
+        source: what `load` or `load_events` gave.
         latent: its index.
         layers: layer ids; all if not given.
 
@@ -129,10 +124,10 @@ def latent_events(
     if layers is not None:
         wanted &= pc.field("layer").isin(list(layers))
     try:
-        found = source.activations.to_table(filter=wanted)
+        found = source.events.to_table(filter=wanted)
     except (OSError, pa.ArrowException) as error:
-        for record in records_of(source.summary["activations"]):
-            check_part(source.path / ACTIVATIONS, record, every_byte=True)
+        for record in records_of(source.summary[EVENTS]):
+            check_part(events_folder(source.path), record, every_byte=True)
         reason = str(error).splitlines()[0]
         raise InputError(f"the events in {source.path} cannot be read: {reason}") from None
     return found.sort_by([("layer", "ascending"), ("row", "ascending")])

@@ -1,9 +1,11 @@
-"""The directory of `mlsae activations`: what it is of, which parts are there, whether all are.
+"""The directory of `mlsae events`: what it is of, which parts are there, whether all are.
 
-    activations.json             what it is of; fixed before the first part, sealed
-    activations/layer=<l>/part-<first row>.parquet
+    events.json                  what it is of; fixed before the first part, sealed
+    events/layer=<l>/part-<first row>.parquet
     parts/layer=<l>/part-<first row>.json   a part's record, written when the part is durable
     complete.json                all records and their sums
+
+Version 0.4 had activations.json and the folder activations, which are read as well.
 
 Nothing in it depends on who wrote it, on how many processes, or on when.
 """
@@ -13,8 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mlsae.analyze.results.directory import ACTIVATIONS
-from mlsae.analyze.results.parts import PartRecord, check_part, totals_of
+from mlsae.analyze.results.directory import EVENTS, FORMERLY
+from mlsae.analyze.results.parts import PartRecord, check_part, part_record, totals_of
 from mlsae.base.errors import InputError
 from mlsae.base.files import (
     DamagedFileError,
@@ -26,26 +28,28 @@ from mlsae.base.files import (
     write_new_durably,
 )
 
-KIND = "mlsae activations"
-PLAN = "activations.json"
+KIND = "mlsae events"
 COMPLETE = "complete.json"
 RECORDS = "parts"
 _PLACES = ("cache", "sae")
 """Keys of the plan that say where its inputs lay, which may change."""
 
 
-class ActivationsDirectory:
+class EventsDirectory:
     """The directory at `path`, which need not be there yet."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.data = path / ACTIVATIONS
+        self._name = FORMERLY if (path / f"{FORMERLY}.json").exists() else EVENTS
+        self.data = path / self._name
         """Folder of the data set."""
+        self.plan_file = path / f"{self._name}.json"
+        """File that says what the events are of."""
 
     @property
     def is_begun(self) -> bool:
         """Whether it says what it is of."""
-        return (self.path / PLAN).exists()
+        return self.plan_file.exists()
 
     @property
     def is_complete(self) -> bool:
@@ -56,17 +60,17 @@ class ActivationsDirectory:
         """Make the directory, or see that it is of the same plan.
 
         Raises:
-            InputError: it holds something else, or activations of another plan.
+            InputError: it holds something else, or events of another plan.
         """
         self.check_usable()
         if not self.is_begun:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_new_durably(self.path / PLAN, seal(plan))
+            write_new_durably(self.plan_file, seal(plan))
         remove_stale_partials(self.path)
         self.check_plan(plan)
 
     def check_usable(self) -> None:
-        """See that it is absent, empty, or holds activations.
+        """See that it is absent, empty, or holds events.
 
         Raises:
             InputError: it holds something else.
@@ -81,7 +85,7 @@ class ActivationsDirectory:
         )
         if names and not self.is_begun:
             raise InputError(
-                f"--out {self.path} holds other things than activations ({names[0]}); give a "
+                f"--out {self.path} holds other things than events ({names[0]}); give a "
                 f"directory that is empty or absent"
             )
 
@@ -93,14 +97,14 @@ class ActivationsDirectory:
         """
         if not self.is_begun:
             raise InputError(
-                f"{self.path} holds no activations: it has no {PLAN}; make them with mlsae "
-                f"activations"
+                f"{self.path} holds no events: it has no {self.plan_file.name}; make them with "
+                f"mlsae events"
             )
-        plan = _read(self.path / PLAN)
-        if plan.get("kind") != KIND:
+        plan, kind = _read(self.plan_file), f"mlsae {self._name}"
+        if plan.get("kind") != kind:
             raise InputError(
-                f"{self.path} holds no activations: the kind in its {PLAN} is "
-                f"{plan.get('kind')!r}, expected {KIND!r}"
+                f"{self.path} holds no events: the kind in its {self.plan_file.name} is "
+                f"{plan.get('kind')!r}, expected {kind!r}"
             )
         return plan
 
@@ -111,6 +115,12 @@ class ActivationsDirectory:
             InputError: naming every setting that differs.
         """
         there = self.plan()
+        if there["tables_version"] != plan["tables_version"]:
+            raise InputError(
+                f"--out {self.path} was begun with tables of version {there['tables_version']}, "
+                f"this mlsae writes {plan['tables_version']}: go on with the mlsae that began it, "
+                f"or give another directory"
+            )
         # What follows from the others comes last.
         keys = sorted(
             (there.keys() | plan.keys()) - set(_PLACES), key=lambda key: ("num_" in key, key)
@@ -129,7 +139,7 @@ class ActivationsDirectory:
         """What is recorded of a part, or None if it has not been written.
 
         Raises:
-            InputError: the record is damaged, or of a part of other activations.
+            InputError: the record is damaged, or of a part of other events.
         """
         place = self._place(path)
         if not place.exists():
@@ -137,10 +147,10 @@ class ActivationsDirectory:
         content = _read(place)
         if content["plan"] != self._digest() or content["part"]["path"] != path:
             raise InputError(
-                f"{place} is the record of a part of other activations; remove it and run the same "
+                f"{place} is the record of a part of other events; remove it and run the same "
                 f"command again"
             )
-        return PartRecord(**content["part"])
+        return part_record(content["part"])
 
     def keep(self, record: PartRecord) -> None:
         """Record a part that is durable."""
@@ -171,7 +181,7 @@ class ActivationsDirectory:
         for file in sorted(self.data.rglob("*")):
             if file.is_file() and file not in known:
                 raise InputError(
-                    f"{file} is no part of the activations in {self.path}: move it away and run "
+                    f"{file} is no part of the events in {self.path}: move it away and run "
                     f"the same command again"
                 )
 
@@ -189,41 +199,41 @@ class ActivationsDirectory:
         records = [record for path in paths if (record := self.record(path)) is not None]
         write_durably(
             self.path / COMPLETE,
-            seal({"plan": self._digest(), "activations": totals_of(records)}),
+            seal({"plan": self._digest(), EVENTS: totals_of(records)}),
         )
 
     def totals(self) -> dict[str, Any]:
         """Sums over the parts, and the parts, once all are there.
 
         Raises:
-            InputError: they are not, or the record is damaged or of other activations.
+            InputError: they are not, or the record is damaged or of other events.
         """
         if not self.is_complete:
             there, total = self.progress()
             raise InputError(
                 f"{self.path} is unfinished: {there} of {total} parts are there; run the same "
-                f"mlsae activations again to go on"
+                f"mlsae events again to go on"
             )
         content = _read(self.path / COMPLETE)
         if content["plan"] != self._digest():
             raise InputError(
-                f"{self.path / COMPLETE} is of other activations; remove it and run the same "
+                f"{self.path / COMPLETE} is of other events; remove it and run the same "
                 f"command again"
             )
-        return dict(content["activations"])
+        return dict(content[self._name])
 
     def _place(self, path: str) -> Path:
         return (self.path / RECORDS / path).with_suffix(".json")
 
     def _digest(self) -> str:
-        return sha256_file(self.path / PLAN)
+        return sha256_file(self.plan_file)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         return read_sealed(path)
     except DamagedFileError as error:
-        raise InputError(f"{error} with mlsae activations") from None
+        raise InputError(f"{error} with mlsae events") from None
 
 
 def _brief(value: object) -> str:

@@ -1,7 +1,7 @@
 """Records of the parts of a table of events: one Parquet file of some rows at a layer each."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,11 @@ class PartRecord:
 
     sha256: str
     """Hex SHA-256 of the file."""
+
+
+def part_record(content: Mapping[str, Any]) -> PartRecord:
+    """A record read back; keys that a later minor version added are left out."""
+    return PartRecord(**{field.name: content[field.name] for field in fields(PartRecord)})
 
 
 def totals_of(records: Sequence[PartRecord]) -> dict[str, Any]:

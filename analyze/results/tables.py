@@ -1,11 +1,13 @@
 """Every table of an analysis: columns and version. docs/reference/tables.md is made from them."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from mlsae.analyze.results.columns import (
-    ACTIVATIONS,
+    EVENTS,
     EXAMPLES,
     HISTOGRAMS,
     LATENT_LAYERS,
@@ -15,9 +17,16 @@ from mlsae.analyze.results.columns import (
     Column,
 )
 from mlsae.analyze.results.metric_columns import LAYERS, OVERALL
+from mlsae.base.errors import InputError
 
-TABLES_VERSION = "0.4"
-"""Version of these columns, in every file's schema metadata; a minor one only adds."""
+TABLES_VERSION = "1.0"
+"""Version of these columns, in every file's schema metadata.
+
+A minor version only adds columns and tables: readers take any minor version of their major one.
+"""
+
+_FORMER = "0.4"
+"""The version before, in which `events` was named `activations`; the columns were those of 1.0."""
 
 TABLES: Mapping[str, tuple[Column, ...]] = {
     "layers": LAYERS,
@@ -27,7 +36,7 @@ TABLES: Mapping[str, tuple[Column, ...]] = {
     "histograms": HISTOGRAMS,
     "layer_cosine": LAYER_COSINE,
     "examples": EXAMPLES,
-    "activations": ACTIVATIONS,
+    "events": EVENTS,
     "prompts": PROMPTS,
 }
 """Every table of an analysis."""
@@ -42,3 +51,47 @@ def schema(table: str, provenance: Mapping[str, str]) -> pa.Schema:
     whole = {"mlsae.table": table, "mlsae.tables_version": TABLES_VERSION}
     whole |= {f"mlsae.{key}": value for key, value in provenance.items()}
     return pa.schema(fields, metadata=whole)
+
+
+def check_version(version: object, directory: Path, remedy: str) -> None:
+    """See that the tables in a directory can be read, by their version.
+
+    Args:
+        version: as recorded in the directory.
+        directory: named in the message.
+        remedy: how tables of an older version are made again.
+
+    Raises:
+        InputError: the major version is another one, and not that of the tables' former names.
+    """
+    major, ours = (str(of).split(".")[0] for of in (version, TABLES_VERSION))
+    if major == ours or version == _FORMER:
+        return
+    is_newer = major.isdecimal() and int(major) > int(ours)
+    raise InputError(
+        f"{directory} holds tables of version {version}, this mlsae reads {TABLES_VERSION}: "
+        f"{'read them with a newer mlsae' if is_newer else remedy}"
+    )
+
+
+def with_later_columns(table: str, found: pa.Schema) -> pa.Schema:
+    """The schema of a file of a table, and after it the columns that an earlier version lacks.
+
+    Columns that are not known here stay as they are.
+    """
+    known = schema(table, {})
+    return pa.schema([*found, *(f for f in known if f.name not in found.names)], found.metadata)
+
+
+def read_table(path: Path, table: str) -> pa.Table:
+    """A table in memory; null in columns that the version of its file lacks.
+
+    Raises:
+        OSError: the file cannot be read.
+        pyarrow.ArrowException: likewise.
+    """
+    found = pq.read_table(path)
+    for field in with_later_columns(table, found.schema):
+        if field.name not in found.column_names:
+            found = found.append_column(field, pa.nulls(len(found), field.type))
+    return found

@@ -1,8 +1,8 @@
-"""Run by torchrun: `mlsae activations` as a rank, which says how many parts it wrote."""
+"""Run by torchrun: `mlsae events` as a rank, which says how many parts it wrote."""
 
 import sys
 
-from mlsae.analyze.results.events_directory import ActivationsDirectory
+from mlsae.analyze.results.events_directory import EventsDirectory
 from mlsae.analyze.results.parts import PartRecord
 from mlsae.base.ranks import Ranks
 from mlsae.cli import main
@@ -12,13 +12,13 @@ def run() -> None:
     ranks = Ranks.from_environment()
     assert ranks.world_size == 2, f"{ranks.world_size} ranks, not 2"
     written: list[str] = []
-    keep = ActivationsDirectory.keep
+    keep = EventsDirectory.keep
 
-    def keep_and_count(self: ActivationsDirectory, record: PartRecord) -> None:
+    def keep_and_count(self: EventsDirectory, record: PartRecord) -> None:
         written.append(record.path)
         keep(self, record)
 
-    ActivationsDirectory.keep = keep_and_count  # type: ignore[method-assign]
+    EventsDirectory.keep = keep_and_count  # type: ignore[method-assign]
     main(sys.argv[1:], standalone_mode=False)
     print(f"rank {ranks.rank} of {ranks.world_size} wrote {len(written)} parts", flush=True)
 

@@ -280,5 +280,5 @@ def test_too_little_disk_for_the_events(
     )
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
-    assert line.startswith("Error: not enough disk for the table of activations at ")
+    assert line.startswith("Error: not enough disk for the table of events at ")
     assert "B free; lower --max-tokens or choose another --out" in line

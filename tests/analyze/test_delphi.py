@@ -59,14 +59,14 @@ def cache(analysis: Analysis, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _sequences(analysis: Analysis) -> list[int]:
     """Those with events, in order; here every sequence has some."""
-    tokens = analysis.activations.to_table(columns=["token"])["token"].to_numpy()
+    tokens = analysis.events.to_table(columns=["token"])["token"].to_numpy()
     return sorted(set((tokens // LENGTH).tolist()))
 
 
 def _events(analysis: Analysis, layer: int) -> Counter[Event]:
     """What the cache is to hold of a layer, by a loop over the table."""
     place = {sequence: n for n, sequence in enumerate(_sequences(analysis))}
-    table = analysis.activations.to_table(filter=pc.field("layer") == layer)
+    table = analysis.events.to_table(filter=pc.field("layer") == layer)
     return Counter(
         (place[e["token"] // LENGTH], e["token"] % LENGTH, e["latent"], np.float16(e["value"]))
         for e in table.to_pylist()
@@ -159,7 +159,7 @@ def test_the_order_of_the_events_does_not_matter(
     analysis: Analysis, cache: Path, tmp_path: Path
 ) -> None:
     """Nor how they lie in files and row groups: the bytes are the same."""
-    table = analysis.activations.to_table()
+    table = analysis.events.to_table()
     shuffled = table.take(np.random.default_rng(0).permutation(len(table)))
     pd.write_dataset(
         shuffled,
@@ -168,7 +168,7 @@ def test_the_order_of_the_events_does_not_matter(
         max_rows_per_file=999,
         max_rows_per_group=99,
     )
-    mixed = replace(analysis, activations=pd.dataset(tmp_path / "events", format="parquet"))
+    mixed = replace(analysis, events=pd.dataset(tmp_path / "events", format="parquet"))
     to_delphi(mixed, tmp_path / "out")
     for path in cache.rglob("*.*"):
         if path.is_file():
@@ -279,7 +279,7 @@ def test_reading_the_events_holds_no_whole_file(analysis: Analysis, tmp_path: Pa
     path = tmp_path / "events.parquet"
     pq.write_table(table, path, row_group_size=1 << 17)
     del table
-    large = replace(analysis, activations=pd.dataset(path))
+    large = replace(analysis, events=pd.dataset(path))
     events = LayerEvents(analysis=large, layer=0, sequences=np.array(_sequences(analysis)))
     before = pa.total_allocated_bytes()
     most = max(pa.total_allocated_bytes() - before for _ in events)
@@ -298,7 +298,7 @@ def test_the_command_writes_it_beside_the_analysis(
     assert done.exit_code == 0, done.output
     assert sorted(p.name for p in (tmp_path / "latents").iterdir()) == ["layers.0", "layers.2"]
     assert f"delphi    {tmp_path / 'latents'} (2 modules, " in done.output
-    assert "events of the 480 tokens that the table of activations covers)" in done.output
+    assert "events of the 480 tokens that the table `events` covers)" in done.output
     assert (
         "note: Delphi cuts sequences into examples of 32 tokens, which does not divide 24: give it "
         "ConstructorConfig(example_ctx_len=24)"

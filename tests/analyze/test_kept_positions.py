@@ -86,7 +86,7 @@ def test_rows_and_their_tokens_are_the_kept_ones_of_the_full_store(both: Both) -
 def test_events_are_those_of_the_kept_tokens(both: Both) -> None:
     """Of the same tokens as in the full store, and each with its token."""
     full, kept = (
-        analysis.activations.to_table().to_pydict() for analysis in (both.of_full, both.of_kept)
+        analysis.events.to_table().to_pydict() for analysis in (both.of_full, both.of_kept)
     )
     assert full["row"] == full["token"]
     np.testing.assert_array_equal(both.kept_tokens[kept["row"]], kept["token"])

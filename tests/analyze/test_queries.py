@@ -53,7 +53,7 @@ def _by_latent(analysis: Analysis) -> list[list[dict[str, Any]]]:
 
 
 def _events(analysis: Analysis) -> list[dict[str, Any]]:
-    return list(analysis.activations.to_table().to_pylist())
+    return list(analysis.events.to_table().to_pylist())
 
 
 def _shared(analysis: Analysis) -> Rows:

@@ -51,7 +51,7 @@ def test_an_analysis_is_complete_and_says_what_it_found(
     out = tmp_path / "deep" / "out"
     found = run(AnalyzeConfig(cache=world.store, sae=directory, out=out))
     assert _tree(out) == [
-        *(f"activations/layer={n}/part-{_first_row(world):012d}.parquet" for n in (0, 1, 3)),
+        *(f"events/layer={n}/part-{_first_row(world):012d}.parquet" for n in (0, 1, 3)),
         "examples.parquet",
         *(f"figures/{name}" for name in PICTURES),
         *sorted([*(f"{name}.parquet" for name in TABLES), "index.html", "summary.json"]),
@@ -73,7 +73,7 @@ def test_an_analysis_is_complete_and_says_what_it_found(
     )
     assert re.search(r"a latent that is active for a token is so at [12]\.\d\d layers", text)
     assert f"{out / 'figures'}/{{{','.join(FIGURES)}}}.{{png,svg}}" in text
-    assert str(out / "activations") in text
+    assert str(out / "events") in text
     assert f"page      {out / 'index.html'}" in text
     assert "note:" not in text
 
@@ -86,7 +86,7 @@ def test_provenance_is_in_every_file(
         AnalyzeConfig(figures=False, cache=world.store, sae=directory, out=tmp_path / "out")
     )
     store = open_store(world.store)
-    for table in (found.layers, found.latents, found.latent_layers, found.activations):
+    for table in (found.layers, found.latents, found.latent_layers, found.events):
         metadata = {k.decode(): v.decode() for k, v in table.schema.metadata.items()}
         assert metadata["mlsae.store_id"] == store.store_id
         assert metadata["mlsae.plan_id"] == store.plan_id
@@ -114,7 +114,7 @@ def test_rows_tokens_and_events_are_limited_as_asked(
     trained = [n for n in range(37) if n in _train_sequences(world)][:10]
     rows = (world.flags == 0).reshape(37, 24)[trained].sum()
     assert found.layers["num_rows"].to_pylist() == [rows] * 3
-    events = np.unique(found.activations.to_table()["row"].to_numpy()) // 24
+    events = np.unique(found.events.to_table()["row"].to_numpy()) // 24
     assert trained[5] == trained[4] + 1
     assert sorted(set(events.tolist())) == trained[:5]
     assert 0 < found.layers["num_ce_tokens"][0].as_py() <= 3 * 23

@@ -106,7 +106,7 @@ def test_the_tables_of_a_corpus_are_of_all_its_rows(
                 figures=False, cache=store.place, sae=sae, out=tmp_path / f"{i}", rows="all"
             )
         )
-        table = alone.activations.to_table()
+        table = alone.events.to_table()
         for name in ("row", "token"):
             at = table.schema.get_field_index(name)
             table = table.set_column(at, name, pc.add(table[name], first))
@@ -114,7 +114,7 @@ def test_the_tables_of_a_corpus_are_of_all_its_rows(
         first += store.num_tokens
     key = [("layer", "ascending"), ("row", "ascending"), ("latent", "ascending")]
     expected = pa.concat_tables(table.replace_schema_metadata() for table in events).sort_by(key)
-    of_both = found.activations.to_table().replace_schema_metadata().sort_by(key)
+    of_both = found.events.to_table().replace_schema_metadata().sort_by(key)
     assert of_both.select(["row", "token", "layer", "latent"]).equals(
         expected.select(["row", "token", "layer", "latent"])
     )

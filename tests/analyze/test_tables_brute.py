@@ -156,7 +156,7 @@ def test_latents_and_latent_layers(case: Case) -> None:
 
 
 def test_activations_are_every_latent_read_back(case: Case) -> None:
-    found = case.analysis.activations.to_table()
+    found = case.analysis.events.to_table()
     dense = {n: np.zeros((len(case.rows), 160)) for n in LAYERS}
     place = {int(row): n for n, row in enumerate(case.rows)}
     for event in found.to_pylist():

@@ -159,7 +159,7 @@ def test_an_encoder_has_every_table_but_no_cross_entropy(
     assert f"kl were not measured: {reason}" in capsys.readouterr().out
     assert all(found.layers[name].null_count == 2 for name in CE_COLUMNS)
     assert found.layers["num_rows"].to_pylist() == [150, 150]
-    assert found.activations.count_rows() > 0
+    assert found.events.count_rows() > 0
     with pytest.raises(InputError, match=rf"--model .*/model: {reason}; leave it out"):
         run(AnalyzeConfig(figures=False, **settings, out=tmp_path / "given", model=model))
 

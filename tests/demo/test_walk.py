@@ -60,7 +60,7 @@ def test_walk_ends_with_the_table_and_the_figures(walked: Walked) -> None:
 
 def test_dead_latents_of_a_layer_are_those_no_event_names(walked: Walked) -> None:
     """The table's count of dead latents agrees with the latents read back one by one."""
-    events = walked.analysis.activations.to_table().to_pylist()
+    events = walked.analysis.events.to_table().to_pylist()
     num_latents = len(walked.analysis.latents)
     rows = render(walked.analysis).splitlines()[1:7]
     for layer, row in enumerate(rows):

@@ -75,7 +75,7 @@ def _generator() -> torch.Generator:
 
 def _dense(analysis: Analysis, layer: int) -> tuple[np.ndarray, np.ndarray]:
     """Values (sequences, positions, latents) of the events, and the sequences' indices."""
-    table = analysis.activations.to_table()
+    table = analysis.events.to_table()
     sequences = np.unique(table["token"].to_numpy() // LENGTH)
     table = table.filter(pc.field("layer") == layer)
     tokens, latents = table["token"].to_numpy(), table["latent"].to_numpy()

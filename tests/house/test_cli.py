@@ -26,8 +26,7 @@ OPTIONS = {
     "analyze": "cache cache-dir cache-size sae out rows max-tokens model batch-size "
     "examples samples context-tokens examples-seed decomposition-max-tokens prompt "
     "prompt-file figures device to-delphi",
-    "activations": "cache cache-dir cache-size sae out rows max-tokens batch-size "
-    "part-events device",
+    "events": "cache cache-dir cache-size sae out rows max-tokens batch-size part-events device",
     "latents": "analysis where sort limit columns out",
     "examples": "analysis latent layer limit",
     "export": "run out to model",

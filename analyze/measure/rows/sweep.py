@@ -33,7 +33,7 @@ class LayerSums:
     """Of the eligible rows."""
 
     events: tuple[PartRecord, ...]
-    """The parts of the table `activations` that were written."""
+    """The parts of the table `events` that were written."""
 
 
 @torch.no_grad()

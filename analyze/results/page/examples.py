@@ -22,6 +22,20 @@ BEFORE, AFTER = 24, 8
 
 _AT_ONCE = 2048
 _ORDER = ("top", "sample", "top_layer")
+_READ = (
+    "latent",
+    "layer",
+    "kind",
+    "rank",
+    "quantile",
+    "token",
+    "token_ids",
+    "peak",
+    "pieces",
+    "values",
+    "layer_values",
+    "value",
+)
 
 
 def examples_data(examples: pd.Dataset, chosen: Int, most_bytes: int) -> dict[str, Any]:
@@ -65,8 +79,7 @@ def _chosen(examples: pd.Dataset, chosen: Int) -> pa.Table:
     wanted = ((kind == "top") & (rank < TOP)) | (kind == "sample")
     wanted = wanted | ((kind == "top_layer") & (rank == 0))
     of_chosen = pc.field("latent").isin(pa.array(chosen, pa.int32()))
-    names = [name for name in examples.schema.names if name != "row"]
-    table = examples.to_table(columns=names, filter=wanted & of_chosen)
+    table = examples.to_table(columns=list(_READ), filter=wanted & of_chosen)
     latent, kinds = table["latent"].to_numpy(), pc.index_in(table["kind"], pa.array(_ORDER))
     kinds, rank = kinds.to_numpy(), table["rank"].to_numpy()
     part = pc.fill_null(table["quantile"], 0).to_numpy()

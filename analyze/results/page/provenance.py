@@ -91,7 +91,7 @@ def _setting(value: object) -> str:
 def commands(found: Mapping[str, Sequence[str] | str]) -> list[tuple[str, list[str], str]]:
     """Stage, its commands, and why there are none; in the order in which they are run."""
     rows: list[tuple[str, list[str], str]] = []
-    for stage in sorted(found, key=_STAGES.index):
+    for stage in (stage for stage in _STAGES if stage in found):
         lines = found[stage]
         if isinstance(lines, str):
             rows.append((stage, [], lines))

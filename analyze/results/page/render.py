@@ -16,10 +16,12 @@ from mlsae.analyze.results.page.json import as_json
 from mlsae.analyze.results.page.latents import COLUMNS, choose, latents_data
 from mlsae.analyze.results.page.provenance import commands, provenance, settings
 from mlsae.analyze.results.page.tables import (
+    definitions,
     headline,
     layer_table,
     missing,
     number,
+    numbers,
     variance_table,
 )
 from mlsae.base.files import write_durably
@@ -70,7 +72,11 @@ def render(analysis: Analysis) -> str:
             notes.append(f"Examples are token ids without text: {told['no_text_because']}")
         room = MAX_BYTES - _FRAME_BYTES - num_bytes - len(as_json(data).encode())
         data |= examples_data(examples, chosen, min(EXAMPLE_BYTES, room))
-    described = {name: about for name, about in _definitions(analysis) if name in data["columns"]}
+    described = {
+        name: f"{text} ({unit})" if unit else text
+        for name, (unit, text) in definitions(analysis.latents.schema).items()
+        if name in data["columns"]
+    }
     data |= {
         "names": dict(COLUMNS),
         "about": described,
@@ -99,7 +105,7 @@ def render(analysis: Analysis) -> str:
         prompts=[figure for figure in figures if figure["is_prompt"]],
         table=layer_table(analysis),
         variance=variance_table(summary),
-        decoder=[(name, number(value)) for name, value in summary["decoder"].items()],
+        decoder=numbers(summary["decoder"]),
         rule=rule,
         examples_left_out=not data.get("complete", True),
         num_shown=len(chosen),
@@ -128,14 +134,3 @@ def _title(summary: Mapping[str, Any]) -> str:
         f"{number(summary['overall']['num_latents'])} latents on {layers} "
         f"layer{'' if layers == 1 else 's'} of {name}"
     )
-
-
-def _definitions(analysis: Analysis) -> list[tuple[str, str]]:
-    """Name and definition of each column of `latents`, as its file says."""
-    found = []
-    for field in analysis.latents.schema:
-        about = {k.decode(): v.decode() for k, v in (field.metadata or {}).items()}
-        unit = about.get("unit", "")
-        text = about.get("description", "")
-        found.append((field.name, f"{text} ({unit})" if unit not in {"", "1"} else text))
-    return found

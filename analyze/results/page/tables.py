@@ -6,7 +6,6 @@ from typing import Any
 import pyarrow as pa
 
 from mlsae.analyze.results.analysis import Analysis
-from mlsae.analyze.results.tables import TABLES
 from mlsae.base.units import format_count
 
 Row = Mapping[str, Any]
@@ -60,6 +59,11 @@ def number(value: float | None, digits: int = 4) -> str:
     if isinstance(value, int):
         return format_count(value)
     return f"{value:.{digits}g}".replace("-", "−")
+
+
+def numbers(found: Row) -> list[tuple[str, str]]:
+    """Name and text of each number among some values, and of None."""
+    return [(k, number(v)) for k, v in found.items() if v is None or isinstance(v, int | float)]
 
 
 def interval(row: Row, name: str, digits: int = 4) -> str:
@@ -135,6 +139,16 @@ def headline(analysis: Analysis) -> list[dict[str, str]]:
     ]
 
 
+def definitions(schema: pa.Schema) -> dict[str, tuple[str, str]]:
+    """Unit, empty for pure numbers, and definition of each column, as its file says."""
+    found = {}
+    for field in schema:
+        about = {k.decode(): v.decode() for k, v in (field.metadata or {}).items()}
+        unit = about.get("unit", "")
+        found[field.name] = ("" if unit == "1" else unit, about.get("description", ""))
+    return found
+
+
 def layer_table(analysis: Analysis) -> dict[str, Any]:
     """Every figure of the tables `layers` and `overall`, a row a figure, a column a layer.
 
@@ -144,11 +158,13 @@ def layer_table(analysis: Analysis) -> dict[str, Any]:
         were measured nowhere are left out.
     """
     layers, (mean, together) = analysis.layers.to_pylist(), analysis.overall.to_pylist()
-    about = {column.name: column for column in (*TABLES["overall"], *TABLES["layers"])}
+    about = definitions(analysis.overall.schema) | definitions(analysis.layers.schema)
     plain = [
-        name
-        for name in analysis.layers.column_names
-        if name != "layer" and not name.endswith(("_low", "_high"))
+        field.name
+        for field in analysis.layers.schema
+        if field.name != "layer"
+        and not field.name.endswith(("_low", "_high"))
+        and (pa.types.is_integer(field.type) or pa.types.is_floating(field.type))
     ]
     named = {name for names in _GROUPS.values() for name in names}
     groups = {**_GROUPS, _REST: tuple(name for name in plain if name not in named)}
@@ -159,15 +175,8 @@ def layer_table(analysis: Analysis) -> dict[str, Any]:
             cells = [_cell(row, name) for row in (mean, together, *layers)]
             if all(value == "–" for value, _ in cells):
                 continue
-            of = about.get(name)
-            rows.append(
-                {
-                    "name": name,
-                    "unit": "" if of is None or of.unit == "1" else of.unit,
-                    "text": "" if of is None else of.text,
-                    "cells": cells,
-                }
-            )
+            unit, text = about.get(name, ("", ""))
+            rows.append({"name": name, "unit": unit, "text": text, "cells": cells})
         if rows:
             found.append({"name": group, "rows": rows})
     return {"layers": [row["layer"] for row in layers], "groups": found}

@@ -153,7 +153,14 @@ class _Reader:
             return pa.scalar(_CONSTANTS[name])
         check_columns("--where", self._table, [name])
         column = self._table[name]
-        return column if pa.types.is_boolean(column.type) else column.cast(pa.float64())
+        if pa.types.is_boolean(column.type):
+            return column
+        if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+            raise InputError(
+                f"--where: the column {name!r} holds neither numbers nor true and false, so no "
+                f"condition can name it"
+            )
+        return column.cast(pa.float64())
 
     def _of(self, node: ast.expr) -> str:
         return repr(ast.get_source_segment(self._text, node))

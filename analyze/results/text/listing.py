@@ -58,6 +58,8 @@ def choose(
     if sort is not None:
         name = sort.removeprefix("-")
         check_columns("--sort", latents, [name])
+        if pa.types.is_nested(latents.schema.field(name).type):
+            raise InputError(f"--sort: the column {name!r} holds lists, which have no order")
         keys = {name: "ascending" if name == sort else "descending"} | (
             {} if name == "latent" else {"latent": "ascending"}
         )
@@ -112,7 +114,9 @@ def _text(table: pa.Table) -> str:
     )
 
 
-def _cell(value: float | bool | None) -> str:
+def _cell(value: object) -> str:
     if value is None:
         return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value).lower()
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

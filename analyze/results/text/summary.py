@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mlsae.analyze.results.analysis import Analysis
-from mlsae.analyze.results.directory import ACTIVATIONS, EXAMPLES, FIGURES
+from mlsae.analyze.results.directory import EXAMPLES, FIGURES, events_folder
 from mlsae.analyze.results.parts import describe
 from mlsae.base.units import format_count
 
@@ -93,7 +93,7 @@ def render(analysis: Analysis) -> str:
     lines += [
         "",
         f"tables    {tables}",
-        f"events    {analysis.path / ACTIVATIONS} ({describe(summary['activations'])})",
+        f"events    {events_folder(analysis.path)} ({describe(summary['events'])})",
         *_of_examples(analysis),
         *_figures_at(analysis),
         f"page      {analysis.page}",

@@ -1,14 +1,14 @@
-"""The table `activations` at size: events a second, bytes an event, memory, and one latent's bytes.
+"""The table `events` at size: events a second, bytes an event, memory, and one latent's bytes.
 
 A store of random rows in float16, and a TopK SAE with random weights whose encoder bias makes some
-latents far more frequent than others. `mlsae activations` runs as a process of its own, watched
+latents far more frequent than others. `mlsae events` runs as a process of its own, watched
 from here ten times a second: its anonymous and shared memory. At 25M events there is one whole part
 a layer; below, parts are smaller. Then, each in a process of its own, every event is read and the
 events of two latents, the median one by frequency and the most frequent; what was read is what the
 system counted (`rchar` of /proc/self/io), from opening the directory on. The rows of a latent that
 are read are checked against those that the full scan saw.
 
-    python benchmarks/activations.py [--events 10M,25M,100M] [--work DIR]
+    python benchmarks/events.py [--events 10M,25M,100M] [--work DIR]
 """
 
 import argparse
@@ -35,13 +35,13 @@ BATCH_SEQUENCES = 64
 FULL = """
 import json, sys
 import numpy as np
-from mlsae.analyze import load_activations
+from mlsae.analyze import load_events
 def read(): return int(open("/proc/self/io").readline().split()[1])
 before = read()
-found = load_activations(sys.argv[1])
+found = load_events(sys.argv[1])
 counts = np.zeros(int(sys.argv[2]), dtype=np.int64)
 rows = np.zeros(int(sys.argv[2]), dtype=np.int64)
-for batch in found.activations.to_batches():
+for batch in found.events.to_batches():
     latent = batch["latent"].to_numpy()
     counts += np.bincount(latent, minlength=len(counts))
     np.add.at(rows, latent, batch["row"].to_numpy())
@@ -55,10 +55,10 @@ print(json.dumps({"bytes": num_bytes, "num_events": int(counts.sum()), "latents"
 ONE = """
 import json, sys, time
 import pyarrow.compute as pc
-from mlsae.analyze import latent_events, load_activations
+from mlsae.analyze import latent_events, load_events
 def read(): return int(open("/proc/self/io").readline().split()[1])
 before, began = read(), time.perf_counter()
-events = latent_events(load_activations(sys.argv[1]), int(sys.argv[2]))
+events = latent_events(load_events(sys.argv[1]), int(sys.argv[2]))
 seconds, num_bytes = time.perf_counter() - began, read() - before
 print(json.dumps({"bytes": num_bytes, "num_events": len(events), "seconds": seconds,
                   "sum_of_rows": pc.sum(events["row"]).as_py()}))
@@ -124,7 +124,7 @@ def memory_of(pid: int) -> int | None:
 
 def write_events(work: Path) -> dict[str, Any]:
     """Run the command and watch it."""
-    command = [sys.executable, "-m", "mlsae", "activations", "--rows", "all", "--device", "cpu"]
+    command = [sys.executable, "-m", "mlsae", "events", "--rows", "all", "--device", "cpu"]
     command += ["--cache", str(work / "acts"), "--sae", str(work / "sae")]
     began, seen = time.perf_counter(), []
     with subprocess.Popen([*command, "--out", str(work / "events")]) as process:
@@ -133,7 +133,7 @@ def write_events(work: Path) -> dict[str, Any]:
                 seen.append(now)
             time.sleep(0.1)
     if process.returncode:
-        raise SystemExit(f"mlsae activations failed with {process.returncode}")
+        raise SystemExit(f"mlsae events failed with {process.returncode}")
     return {
         "seconds": round(time.perf_counter() - began, 1),
         "peak_memory_bytes": max(seen),
@@ -211,7 +211,7 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "benchmark": "activations",
+                "benchmark": "events",
                 "shape": {
                     "d_model": D_MODEL,
                     "num_layers": NUM_LAYERS,

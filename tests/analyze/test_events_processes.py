@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mlsae.analyze import ActivationsConfig, load_activations, run_activations
+from mlsae.analyze import EventsConfig, load_events, run_events
 from mlsae.base.errors import InputError
 
 PATIENCE_SECONDS = 120
@@ -26,9 +26,9 @@ Start = Callable[..., "subprocess.Popen[str]"]
 @pytest.fixture(scope="module")
 def alone(
     world: Any, sae_maker: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> ActivationsConfig:
+) -> EventsConfig:
     """What one process wrote that nobody disturbed."""
-    config = ActivationsConfig(
+    config = EventsConfig(
         cache=world.store,
         sae=sae_maker(world.store),
         out=tmp_path_factory.mktemp("alone") / "events",
@@ -36,18 +36,18 @@ def alone(
         part_events=100,
         device="cpu",
     )
-    run_activations(config)
+    run_events(config)
     return config
 
 
-def at(config: ActivationsConfig, out: Path) -> ActivationsConfig:
-    return ActivationsConfig(**vars(config) | {"out": out})
+def at(config: EventsConfig, out: Path) -> EventsConfig:
+    return EventsConfig(**vars(config) | {"out": out})
 
 
-def command(config: ActivationsConfig) -> list[str]:
+def command(config: EventsConfig) -> list[str]:
     """After the interpreter."""
     return [
-        "-m", "mlsae", "activations", "--cache", str(config.cache), "--sae", str(config.sae),
+        "-m", "mlsae", "events", "--cache", str(config.cache), "--sae", str(config.sae),
         "--out", str(config.out), "--rows", "all", "--part-events", "100", "--device", "cpu",
     ]  # fmt: skip
 
@@ -57,7 +57,7 @@ def start() -> Iterator[Start]:
     """The real command in another process; none outlives its test."""
     with ExitStack() as processes:
 
-        def begin(config: ActivationsConfig, **environment: str) -> "subprocess.Popen[str]":
+        def begin(config: EventsConfig, **environment: str) -> "subprocess.Popen[str]":
             process = subprocess.Popen(
                 [sys.executable, *command(config)],
                 env={**os.environ, **environment},
@@ -89,7 +89,7 @@ def contents(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in files}
 
 
-def assert_same(out: Path, alone: ActivationsConfig) -> None:
+def assert_same(out: Path, alone: EventsConfig) -> None:
     """Every file, to the byte, and no other."""
     ours, theirs = (contents(path) for path in (out, alone.out))
     assert ours.keys() == theirs.keys()
@@ -99,7 +99,7 @@ def assert_same(out: Path, alone: ActivationsConfig) -> None:
 
 @pytest.mark.parametrize("num_kills", [2, pytest.param(6, marks=pytest.mark.slow)])
 def test_killed_at_random_instants_it_ends_as_the_same_bytes(
-    num_kills: int, alone: ActivationsConfig, start: Start, tmp_path: Path
+    num_kills: int, alone: EventsConfig, start: Start, tmp_path: Path
 ) -> None:
     """Killed without warning, begun again, several times; a last run finishes."""
     generator, config = random.Random(0), at(alone, tmp_path / "events")
@@ -112,18 +112,16 @@ def test_killed_at_random_instants_it_ends_as_the_same_bytes(
         assert process.returncode == -signal.SIGKILL, errors
         assert there < num_recorded(config.out) < NUM_PARTS
         with pytest.raises(InputError, match=r"is unfinished: \d+ of 111 parts are there; run the"):
-            load_activations(config.out)
+            load_events(config.out)
     before = {file: file.stat().st_ino for file in config.out.rglob("*.parquet")}
     recorded = num_recorded(config.out)
-    run_activations(config)
+    run_events(config)
     assert_same(config.out, alone)
     kept = sum(file.stat().st_ino == inode for file, inode in before.items())
     assert recorded <= kept
 
 
-def test_two_ranks_of_torchrun_write_the_same_bytes(
-    alone: ActivationsConfig, tmp_path: Path
-) -> None:
+def test_two_ranks_of_torchrun_write_the_same_bytes(alone: EventsConfig, tmp_path: Path) -> None:
     """Each of them its half, in a world that is asserted to be of two."""
     config = at(alone, tmp_path / "events")
     script = str(Path(__file__).with_name("ranks_write.py"))
@@ -139,11 +137,11 @@ def test_two_ranks_of_torchrun_write_the_same_bytes(
     assert_same(config.out, alone)
     said = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
     assert said == ["rank 0 of 2 wrote 56 parts", "rank 1 of 2 wrote 55 parts"]
-    assert done.stdout.count("activations ") == 1
+    assert done.stdout.count("events ") == 1
 
 
 def test_what_a_killed_rank_leaves_is_written_by_a_rerun(
-    alone: ActivationsConfig, start: Start, tmp_path: Path
+    alone: EventsConfig, start: Start, tmp_path: Path
 ) -> None:
     """Rank 0 waits and says for what, and what to do; stopped, it says what is safe."""
     config = at(alone, tmp_path / "events")
@@ -168,7 +166,7 @@ def test_what_a_killed_rank_leaves_is_written_by_a_rerun(
         f"stopped: {there} of 111 parts are safe in {config.out}; run the same command to go on"
     )
     assert 56 <= there < NUM_PARTS
-    run_activations(config)
+    run_events(config)
     assert_same(config.out, alone)
 
 
@@ -176,7 +174,7 @@ def test_what_a_killed_rank_leaves_is_written_by_a_rerun(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
 def test_stopped_it_finishes_its_part_and_says_how_to_go_on(
-    number: signal.Signals, alone: ActivationsConfig, start: Start, tmp_path: Path
+    number: signal.Signals, alone: EventsConfig, start: Start, tmp_path: Path
 ) -> None:
     config = at(alone, tmp_path / "events")
     process = start(config)
@@ -190,6 +188,6 @@ def test_stopped_it_finishes_its_part_and_says_how_to_go_on(
     assert errors.splitlines()[-1] == (
         f"stopped: {there} of 111 parts are safe in {config.out}; run the same command to go on"
     )
-    assert len(list((config.out / "activations").rglob("*.parquet"))) == there
-    run_activations(config)
+    assert len(list((config.out / "events").rglob("*.parquet"))) == there
+    run_events(config)
     assert_same(config.out, alone)

@@ -1,4 +1,4 @@
-"""The command `mlsae activations`."""
+"""The command `mlsae events`."""
 
 from typing import Any
 
@@ -8,18 +8,18 @@ from mlsae.commands.options import SettingsCommand
 
 
 def _settings() -> type[Any]:
-    from mlsae.analyze.config import ActivationsConfig
+    from mlsae.analyze.config import EventsConfig
 
-    return ActivationsConfig
+    return EventsConfig
 
 
 @click.command(cls=SettingsCommand, settings=_settings)
-def activations(**settings: Any) -> None:
+def events(**settings: Any) -> None:
     """Write every active latent of every row as a Parquet data set.
 
     Run again it goes on where it was stopped; torchrun or accelerate launch start several processes
     on one --out.
     """
-    from mlsae.analyze import ActivationsConfig, run_activations
+    from mlsae.analyze import EventsConfig, run_events
 
-    run_activations(ActivationsConfig(**settings))
+    run_events(EventsConfig(**settings))
