@@ -89,12 +89,12 @@ class PartWriter:
         values_NK: npt.NDArray[np.float32],
         indices_NK: npt.NDArray[np.int64],
     ) -> None:
-        """Add the active latents (value > 0) of the next rows, which belong to `tokens_N`.
+        """Add the active latents (value not 0) of the next rows, which belong to `tokens_N`.
 
         Raises:
             ResourceError: the disk is full.
         """
-        active = values_NK > 0
+        active = values_NK != 0
         counts_N = active.sum(axis=1)
         latents_E = indices_NK[active].astype(np.int32)
         self._held.append((rows_N, tokens_N, counts_N, latents_E, values_NK[active]))

@@ -114,12 +114,12 @@ class Examples:
             torch.stack([torch.nn.functional.pad(t, (0, widest - t.shape[1])) for t in of], dim=1)
             for of in zip(*latents.values(), strict=True)
         )
-        place_E = (values > 0).view(-1).nonzero()[:, 0]
+        place_E = (values != 0).view(-1).nonzero()[:, 0]
         self._events.append(
             (
                 place_E // widest + self._num_rows * len(latents),
                 indices.view(-1)[place_E],
-                values.view(-1)[place_E],
+                values.view(-1)[place_E].abs(),
             )
         )
         self._rows.append((rows_N, tokens_N))

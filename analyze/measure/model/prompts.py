@@ -164,7 +164,7 @@ def _events(
         x_TD = live[pairing.site, layer][0].float().to(pairing.device)
         encoded = pairing.sae.encode(x_TD, layer)
         values, latents = encoded.values.cpu().numpy(), encoded.indices.cpu().numpy()
-        positions, slots = np.nonzero(values > 0)
+        positions, slots = np.nonzero(values)
         at = (positions, slots)
         found.append((positions, np.full_like(positions, layer), latents[at], values[at]))
     positions, layers, latents, values = (np.concatenate(of) for of in zip(*found, strict=True))

@@ -51,9 +51,9 @@ def pairs_of(latents: Mapping[int, tuple[Tensor, Tensor]], num_latents: int) -> 
     keys, values, ids = [], [], []
     for layer, (values_NK, indices_NK) in latents.items():
         token_N1 = torch.arange(len(values_NK), device=values_NK.device)[:, None]
-        active = values_NK > 0
+        active = values_NK != 0
         keys.append((token_N1 * num_latents + indices_NK)[active])
-        values.append(values_NK[active].double())
+        values.append(values_NK[active].double().abs())
         ids.append(torch.full_like(values[-1], layer))
     pair_P, pair_E = torch.unique(torch.cat(keys), return_inverse=True)
     z_E, l_E = torch.cat(values), torch.cat(ids)

@@ -92,7 +92,7 @@ class RowSums:
 
 SCALARS = ("rows", "about", "error", "cosine", "dot", "square", "active", "value")
 """Sums over rows of 1, ‖x − c‖², ‖x − x̂‖², cos(x, x̂), ⟨x, x̂⟩, ‖x̂‖², the number of active latents
-and the sum of their values."""
+and the sum of their sizes |z|."""
 
 
 class GroupedRows:
@@ -109,7 +109,7 @@ class GroupedRows:
         centred = x - self._reference
         square, dot = _dot(x_hat, x_hat), _dot(x, x_hat)
         norms = (_dot(x, x) * square).sqrt()
-        values = values_NK.clamp(min=0)
+        values = values_NK.abs()
         scalars_NC = torch.stack(
             [
                 torch.ones_like(dot),
@@ -151,6 +151,7 @@ class LatentSums:
 
     def add(self, values_NK: Tensor, indices_NK: Tensor) -> None:
         """Count the rows of `values_NK` at the latents `indices_NK`; a value of 0 is inactive."""
+        values_NK = values_NK.abs()
         active = values_NK > 0
         indices = indices_NK[active]
         self.largest.scatter_reduce_(0, indices, values_NK[active].float(), "amax")
