@@ -20,10 +20,10 @@ class Decoder:
     """Makes floats of the stored rows of some layers.
 
     Args:
-        store: that holds them.
-        site: of it.
-        layers: of it, in the order of the run.
-        device: to decode on.
+        store: store of the rows.
+        site: a site of the store.
+        layers: layers of the store, in the order of the run.
+        device: device that decodes.
     """
 
     def __init__(

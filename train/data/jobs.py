@@ -1,4 +1,4 @@
-"""What to read for each step, and where it goes: settled many steps at a time.
+"""Reads of each step and their destinations, settled many steps at a time.
 
 A slice is read when the first of its rows is due, and each of its rows goes to its place in the
 batch that will hold it. Nothing here reads an activation.
@@ -23,28 +23,28 @@ class Share:
     """One rank's share of a batch."""
 
     step: int
-    """Counted over epochs."""
+    """Number of the step, counted over epochs."""
     num_rows: int
     """Rows of the whole batch, over ranks."""
     num_jobs: int
-    """Jobs that are still to be done of those that begin with this step; may be 0."""
+    """Jobs that begin with this step and are still to be done; may be 0."""
     layer: Int64 = field(repr=False)
     """(n,) index into the layers of each row of the share; n may be 0."""
 
 
 class Job(NamedTuple):
-    """What one thread reads at once."""
+    """Rows that one thread reads at once."""
 
     share: Share
-    """The first step that needs some of it."""
+    """First step that needs some of the rows."""
     until: int
-    """The last step that does."""
+    """Last step that needs some of the rows."""
     runs: Runs
-    """Readers are those of the layers of the run."""
+    """Rows and their destinations; readers are those of the layers of the run."""
 
 
 class Planned(NamedTuple):
-    """Some steps, and what to read for them.
+    """Some steps, and the reads that they need.
 
     A batch is complete when its step's jobs and those of all steps before it are done.
     """
@@ -65,7 +65,7 @@ def plan(
         mixture: the rows and their order.
         start: first step, counted over epochs.
         stop: step before which to end.
-        rank: of this process.
+        rank: rank of this process.
         world_size: number of ranks.
         job_runs: most slices of a job.
     """
@@ -109,7 +109,7 @@ class _Epoch:
         opens, closes = block.opens.tolist(), block.closes + self._epoch_start
         while first < len(opens):
             share = shares[opens[first] - steps.start]
-            # What needs a batch that the job's own step must free first is another job's.
+            # A part that needs a batch which the job's own step must free first is another job's.
             some = slice(first, first + self._job_runs)
             too_late = np.flatnonzero(closes[some] >= share.step + self._mixture.num_batches)
             stop = first + int(too_late[0]) if len(too_late) else min(some.stop, len(opens))
@@ -119,7 +119,7 @@ class _Epoch:
         return shares, jobs
 
     def _runs(self, block: Block) -> Runs:
-        """The runs of rows of a block's parts, and where each row goes."""
+        """Runs of rows of a block's parts, and the destination of each row."""
         mixture, parts, size = self._mixture, block.parts, self._mixture.slice_rows
         # (n, width) which row of its slice each visit is of.
         row = self._walk.order.part_order(parts)
@@ -143,7 +143,7 @@ class _Epoch:
         return Runs(parts.layer, starts + first, num_rows, place[:-1].reshape(len(row), width))
 
     def _places(self, block: Block, width: int) -> Int64:
-        """(n, width) where the row of each visit to a part goes."""
+        """(n, width) destination of the row of each visit to a part."""
         step, row = self._walk.visits(block, width)
         first = int(step.min())
         steps = np.arange(first, int(step.max()) + 1)

@@ -26,9 +26,9 @@ class Batch(NamedTuple):
     num_rows: int
     """Rows of the whole batch, over ranks."""
     more: Parts = ()
-    """(n, width) for each further part of a stored row: of int8 the exponents."""
+    """(n, width) for each further part of a stored row, such as the exponents of int8."""
     origin: torch.Tensor | None = None
-    """(n,) int64 which of the store's `stores` each row is of, where decoding asks for it."""
+    """(n,) int64 index into the store's `stores` of each row, where decoding asks for it."""
 
 
 def num_threads(store: AnyStore) -> int:
@@ -56,10 +56,10 @@ class Loader:
         mixture: the rows and their order.
         start: first step, counted over epochs.
         stop: step before which to end.
-        rank: of this process.
+        rank: rank of this process.
         world_size: number of ranks.
         pin: put batches in page-locked memory, for a faster way to a GPU.
-        threads: that read; None for as many as pay. Batches do not depend on it.
+        threads: number of reading threads; None for as many as pay. Batches do not depend on it.
     """
 
     def __init__(

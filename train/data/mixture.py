@@ -53,9 +53,9 @@ class Mixture:
         Args:
             store: the store.
             site: one of its sites.
-            layers: of its layers.
+            layers: some of its layers.
             batch_rows: rows of a batch, over layers and ranks.
-            seed: of the order.
+            seed: seed of the order.
             skip_positions: first positions of a sequence that are left out.
             validation: ascending indices of sequences held out.
             window: bytes of rows in memory, over ranks, by way of the slice; None for slices of
@@ -118,7 +118,7 @@ class Mixture:
 
     def rank_slots(self, rank: int, world_size: int) -> int:
         """Slots of one rank, over layers: the most rows of a batch that it gets."""
-        # Of the slots j, those with (j + layer) mod world_size = rank: see `owned_slots`.
+        # The rank owns slots j with (j + layer) mod world_size = rank: see `owned_slots`.
         first = [(rank - layer) % world_size for layer in range(len(self.layers))]
         return sum(max(0, -(-(self.num_slots - start) // world_size)) for start in first)
 

@@ -13,7 +13,7 @@ Task = Callable[[], None]
 
 
 class Reading:
-    """Does jobs in threads, and gives the steps in order, each once its batch is complete.
+    """Jobs done in threads, and steps given in order, each once its batch is complete.
 
     Each thread does what is most urgent: it plans, if no more jobs wait than were planned last;
     else it reads, once the batches that the next job goes to are free. What a batch holds does not
@@ -22,7 +22,7 @@ class Reading:
     Args:
         plan: steps and jobs, in order; asked for the next by one thread at a time.
         read: does the reads of a job; several threads call it at once.
-        num_threads: how many.
+        num_threads: number of threads.
         num_batches: batches in memory, as many as a job is spread over or more: that of a step is
             free once the consumer has asked for a step after the one that had it before.
         start: first step.
@@ -47,7 +47,7 @@ class Reading:
         self._is_planning = self._is_planned = False
         self._shares: deque[Share] = deque()
         self._asked = start - 1
-        """The step that the consumer was the last to ask for."""
+        """Step that the consumer asked for last."""
         self._num_threads = num_threads
         self._closed = False
         self._error: BaseException | None = None

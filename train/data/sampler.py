@@ -79,7 +79,7 @@ def check_world_size(world_size: int, num_lanes: int = NUM_LANES) -> None:
 def owned_slots(
     layer: Int64, slot: Int64, rank: int, world_size: int, num_lanes: int = NUM_LANES
 ) -> npt.NDArray[np.bool_]:
-    """Whether each (layer, slot) lies in a lane of this rank; the arguments broadcast."""
+    """True for each (layer, slot) in a lane of this rank; the arguments broadcast."""
     owned: npt.NDArray[np.bool_] = (slot + layer) % num_lanes % world_size == rank
     return owned
 
@@ -91,7 +91,7 @@ class Order:
         counts: (num_slices,) eligible rows of each slice, any unsigned integer type; kept.
         num_layers: layers of the run.
         batch_rows: rows of a batch, over all layers and ranks.
-        seed: of the run.
+        seed: seed of the run.
         epoch: from 0; every epoch has its own permutations.
         num_lanes: shares into which the order can be cut.
 

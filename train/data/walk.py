@@ -1,4 +1,4 @@
-"""An order walked step by step: which parts of slices a rank needs, from when to when.
+"""An order walked step by step: the parts of slices that a rank needs, and from when to when.
 
 Each slot of each layer gives one row a *round*. A rank's *places* are its slots of all layers in
 the order in which a round visits them, so its share of a step is a run of places, which may go on
@@ -23,9 +23,9 @@ class Block:
     """Neighbouring steps, and the parts that one of them is the first to need."""
 
     steps: range
-    """Of the epoch, from 0."""
+    """Steps of the epoch, from 0."""
     parts: Parts
-    """By the step that needs them first."""
+    """Parts, in the order of the steps that need them first."""
     opens: Int64
     """(n,) step of the walk that needs the part first: ascending."""
     closes: Int64
@@ -41,9 +41,9 @@ class Walk:
     """The steps of a rank, from any step of the epoch to its end; iterates over blocks of them.
 
     Args:
-        order: of the epoch.
+        order: order of the epoch.
         start: step to begin with; it opens every part that is under way there.
-        rank: of this process.
+        rank: rank of this process.
         world_size: number of ranks.
 
     Raises:
@@ -89,10 +89,10 @@ class Walk:
         return self._layers[place : place + stop - start]
 
     def visits(self, block: Block, width: int) -> tuple[Int64, Int64]:
-        """When the rows of parts are visited.
+        """Times at which the rows of parts are visited.
 
         Args:
-            block: of the walk.
+            block: block of the walk.
             width: visits of each part; those beyond its number of rows mean nothing.
 
         Returns:
@@ -107,7 +107,7 @@ class Walk:
     def _block(self, steps: range) -> Block:
         place, parts, first_round = self._cursors.open_before(self._first_round(steps.stop))
         opened = self._step_of(place, first_round)
-        # The same however many of them were opened before the walk began.
+        # Sorted, parts come in one order however many were opened before the walk began.
         by_opening = np.lexsort((first_round, place, opened))
         place, first_round, opened = place[by_opening], first_round[by_opening], opened[by_opening]
         parts = Parts(*(column[by_opening] for column in parts))
@@ -130,10 +130,10 @@ class Walk:
 
 
 class _Cursors:
-    """Where each place is in its layer's permuted order: at its next slice.
+    """Position of each place in its layer's permuted order: at its next slice.
 
     Args:
-        order: of the epoch.
+        order: order of the epoch.
         layer: (num_places,)
         slot: (num_places,)
         first_round: (num_places,) rounds that each place has behind it.

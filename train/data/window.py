@@ -17,7 +17,7 @@ class Window:
 
     Args:
         mixture: the rows and their order.
-        rank: of the process.
+        rank: rank of the process.
         world_size: number of ranks.
         pin: lock their pages, so that a GPU can copy from them by itself.
     """

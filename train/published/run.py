@@ -32,13 +32,13 @@ def run_paper(sweep: Sweep) -> Mapping[str, Any] | None:
     A micro-batch is a sequence at every layer; a step has as many as fit into the batch size.
 
     Args:
-        sweep: of one SAE.
+        sweep: a sweep of one SAE.
 
     Returns:
         Metrics of the validation rows; None without any.
 
     Raises:
-        InputError: it asks for what the preset has not.
+        InputError: the sweep asks for something that the preset lacks.
         DivergedError: the loss became infinite or no number.
     """
     if not sweep.is_single:

@@ -41,7 +41,7 @@ _COEFFICIENT = 1 / 32
 
 
 class PaperResult(NamedTuple):
-    """What a step saw: means over its micro-batches."""
+    """Measurements of a step: means over its micro-batches."""
 
     loss: float
     """Both terms."""

@@ -38,8 +38,8 @@ class Checkpoints:
     """The checkpoints of one SAE of a run.
 
     Args:
-        directory: holds nothing else.
-        keep: how many `prune` leaves.
+        directory: directory that holds nothing else.
+        keep: number of checkpoints that `prune` leaves.
     """
 
     directory: Path
@@ -49,8 +49,8 @@ class Checkpoints:
         """Write the state after the last step durably.
 
         Args:
-            trainer: whose state.
-            progress: what `restore` gives back, as JSON.
+            trainer: trainer whose state is kept.
+            progress: JSON value that `restore` gives back.
 
         Raises:
             ResourceError: the disk is full; earlier checkpoints are as they were.
@@ -98,7 +98,7 @@ class Checkpoints:
         """Put the state after a step into a fresh trainer, and give what was saved with it.
 
         Raises:
-            DamagedCheckpointError: its bytes are not those that were written.
+            DamagedCheckpointError: the checkpoint's bytes are not those that were written.
         """
         record_path = self.directory / f"{_name(step)}.json"
         tensors = record_path.with_suffix(".safetensors")
@@ -143,7 +143,7 @@ def _write(state: dict[str, torch.Tensor], path: Path) -> None:
     try:
         safetensors.torch.save_file(state, path)
     except safetensors.SafetensorError as error:
-        # It tells what the system said in words alone.
+        # The library repeats the system's error in words alone.
         if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
             raise
         number = int(found[1])

@@ -31,7 +31,7 @@ class Alone:
     """Stands in an Accelerator's place where a rank trains SAEs of its own.
 
     Args:
-        device: of the rank.
+        device: device of the rank.
     """
 
     num_processes = 1

@@ -1,4 +1,4 @@
-"""How well an SAE reconstructs the held-out rows, layer by layer, exactly encoded.
+"""Reconstruction of the held-out rows by an SAE, layer by layer, exactly encoded.
 
 FVU = Σ‖x − x̂‖² / Σ‖x − μ_l‖², with μ_l the mean of layer l over the evaluated rows; sums over the
 data set, never means of ratios. Special tokens are always out; position 0 is counted in and out.
@@ -72,10 +72,10 @@ def evaluate(
     """Reconstruct all rows of the given sequences but those with a flag.
 
     Args:
-        sae: on its device.
+        sae: an SAE on its device.
         store: the store.
-        site: of it.
-        layers: of it.
+        site: site of the store.
+        layers: layers of the store.
         sequences: (n,) the sequences to evaluate, over all ranks.
         skip_positions: rows at these first positions count as position 0 does.
         rank: this rank takes every world_size-th sequence.

@@ -14,7 +14,7 @@ LINES = 1000
 
 
 class Averages:
-    """What happened since the last line of the log."""
+    """Sums over the steps since the last line of the log."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Any] = {}
@@ -37,7 +37,7 @@ class Averages:
         self._sums["num_dead"] = result.num_dead
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint has to keep, as JSON."""
+        """State for a checkpoint, as JSON."""
         return self._sums
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -70,7 +70,7 @@ class Log:
     """log.jsonl of a run; a resumed run goes on where its checkpoint was made.
 
     Args:
-        path: of the file.
+        path: the log file.
         step: lines of later steps are taken off.
     """
 

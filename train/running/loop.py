@@ -21,12 +21,12 @@ STOPPING = "stopping after this step, once its checkpoint is written; again to s
 
 
 class Done(NamedTuple):
-    """How far a pass went."""
+    """End of a pass."""
 
     step: int
     seconds: float
     was_stopped: bool
-    """Whether the user stopped it; its checkpoints are written."""
+    """True if the user stopped the pass; its checkpoints are written."""
 
 
 class Pass:
@@ -35,9 +35,9 @@ class Pass:
     Args:
         members: the SAEs that this process trains, at least one.
         accelerator: this process and its peers.
-        decode: of the rows of the pass; None where the one SAE does so itself, piece by piece.
+        decode: decoder of the rows of the pass; None where the one SAE decodes, piece by piece.
         team: takes the steps of the SAEs.
-        shares_rows: whether peers share each batch; else each has SAEs of its own.
+        shares_rows: peers share each batch; else each has SAEs of its own.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Pass:
         shares_rows: bool,
     ) -> None:
         self.members = list(members)
-        """Those that have neither diverged nor been taken off."""
+        """Members that have neither diverged nor been taken off."""
         self._plan = members[0].plan
         self._accelerator = accelerator
         self._decode = decode
@@ -122,7 +122,7 @@ class Pass:
         self.members = [m for m, well in zip(self.members, goes_on, strict=True) if well]
 
     def _agree(self, *said: bool) -> tuple[bool, ...]:
-        """Whether any rank says each of these: they must leave off at one step."""
+        """True for each of `said` that any rank says, so that all ranks stop at one step."""
         if self._accelerator.num_processes == 1:
             return said
         device = self._accelerator.device

@@ -1,4 +1,4 @@
-"""One SAE of a pass: what is trained, and where its log and its checkpoints go."""
+"""One SAE of a pass, with its log and its checkpoints."""
 
 from typing import Any
 
@@ -23,10 +23,10 @@ class Member:
     """An SAE in training.
 
     Args:
-        plan: of it.
-        ranks: that share its batches.
-        decode: of the store's rows; None where batches hold floats.
-        writes: whether this process keeps its log and its checkpoints.
+        plan: plan of the SAE.
+        ranks: processes that share its batches.
+        decode: decoder of the store's rows; None where batches hold floats.
+        writes: True for the process that keeps its log and its checkpoints.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Member:
         self.checkpoints = Checkpoints(plan.config.out / CHECKPOINTS, plan.config.keep)
         self.writes = writes
         self.last_line: dict[str, Any] | None = None
-        """Of the log."""
+        """Last line of the log."""
         self._averages = Averages()
         self._log: Log | None = None
         self._tracker: Tracker | None = None
@@ -64,7 +64,7 @@ class Member:
                 )
 
     def close(self) -> None:
-        """Send what is left to where the log goes besides."""
+        """Send the rest of the log to the tracker."""
         if self._tracker is not None:
             self._tracker.close()
 
@@ -101,8 +101,8 @@ class Member:
         """Write a line of the log: means over the steps since the last one.
 
         Args:
-            epoch: of the last step, from 0.
-            seconds: since `begin`.
+            epoch: epoch of the last step, from 0.
+            seconds: time since `begin`.
         """
         means = self._averages.take()
         if means is None:
@@ -134,12 +134,12 @@ class Member:
 
 
 def is_finished(plan: Plan) -> bool:
-    """Whether the SAE is there already."""
+    """True where the SAE is there already."""
     return (plan.config.out / CONFIG).is_file()
 
 
 def divergence(plan: Plan) -> DivergedError | None:
-    """What ended the SAE's training before its end, if anything did: it would again."""
+    """Error that ended an earlier training of the SAE and would end it again; None without one."""
     try:
         found = read_sealed(plan.config.out / DIVERGED)
     except FileNotFoundError:

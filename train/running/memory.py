@@ -1,4 +1,4 @@
-"""What a run will hold in memory, refused before anything is written if it is too much."""
+"""Memory that a run will hold; a run that needs too much is refused before anything is written."""
 
 import math
 import os
@@ -24,9 +24,9 @@ def estimate(
     """Bytes by purpose of one rank: the `window` on the host, the rest on the device.
 
     Args:
-        plans: of the SAEs that the rank trains, of one pass.
-        rank: among those that share the rows of a batch.
-        world_size: number of those.
+        plans: plans of the SAEs that the rank trains in one pass.
+        rank: rank among the processes that share the rows of a batch.
+        world_size: number of those processes.
         num_workers: SAEs that take a step at the same time.
     """
     mixture = plans[0].mixture
@@ -41,7 +41,7 @@ def estimate(
             world_size=world_size,
         )
         for name, size in parts.items():
-            # What SAEs keep adds up; what a step takes is there for those at work.
+            # Every SAE keeps its own; a step's memory is needed for each SAE at work.
             kept = name in ("weights", "Adam and gradients")
             before = total.get(name, 0)
             total[name] = before + size if kept else max(before, num_workers * size)
@@ -56,10 +56,10 @@ def step_memory(
     """Bytes by purpose of a step: none grows with rows times latents.
 
     Args:
-        sae: what is trained.
-        rows: whose activations are in memory at once.
+        sae: the SAE in training.
+        rows: number of rows whose activations are in memory at once.
         sampled_rows: rows that AuxK sees.
-        mixed: whether the encoder's product is in bfloat16.
+        mixed: the encoder's product is in bfloat16.
         world_size: number of ranks.
     """
     architecture = sae.architecture
@@ -95,14 +95,14 @@ def require_training_memory(
     """Refuse a run that this machine's memory, or its GPU's, cannot hold.
 
     Args:
-        plans: of the SAEs that this process trains.
-        accelerator: its device.
-        rank: as for `estimate`.
-        world_size: as for `estimate`.
-        num_workers: as for `estimate`.
+        plans: plans of the SAEs that this process trains.
+        accelerator: accelerator with the device.
+        rank: argument of `estimate`.
+        world_size: argument of `estimate`.
+        num_workers: argument of `estimate`.
 
     Raises:
-        ResourceError: with the number of bytes for each purpose.
+        ResourceError: too little memory; the message has the bytes of each purpose.
     """
     parts = estimate(plans, rank, world_size, num_workers)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

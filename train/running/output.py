@@ -23,8 +23,8 @@ def check_output(
 
     Args:
         out: the directory.
-        settings: of the run.
-        resume: whether to go on with this very run.
+        settings: settings of the run.
+        resume: continue this very run.
         record: file that says whose the directory is.
         last: file that is written last.
 

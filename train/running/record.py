@@ -1,4 +1,4 @@
-"""What a run says of itself at its end: training.json, the summary by layer, the sweep's table."""
+"""Records of a finished run: training.json, the summary by layer, the sweep's table."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -90,8 +90,8 @@ def sweep_entry(plan: Plan, training: Mapping[str, Any] | str) -> dict[str, Any]
     """An SAE's line of summary.json.
 
     Args:
-        plan: of the SAE.
-        training: its training.json, or why there is none.
+        plan: plan of the SAE.
+        training: content of training.json, or the reason why there is none.
     """
     entry: dict[str, Any] = {
         "name": plan.name,

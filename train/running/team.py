@@ -18,7 +18,7 @@ R = TypeVar("R")
 
 
 class Shape(NamedTuple):
-    """Of a team."""
+    """Shape of a team."""
 
     num_workers: int
     """SAEs that take a step at the same time."""
@@ -27,11 +27,11 @@ class Shape(NamedTuple):
 
 
 def team_shape(num_saes: int, device: torch.device, num_ranks: int) -> Shape:
-    """How the threads of a process are shared by its SAEs.
+    """Share the threads of a process among its SAEs.
 
     Args:
-        num_saes: of the process.
-        device: one that is no CPU takes steps one after another.
+        num_saes: number of SAEs of the process.
+        device: device of the SAEs; any but a CPU takes steps one after another.
         num_ranks: processes that share each batch: their sums come in one order.
     """
     threads = torch.get_num_threads()
@@ -40,10 +40,10 @@ def team_shape(num_saes: int, device: torch.device, num_ranks: int) -> Shape:
 
 
 class Team:
-    """Does work for each of several SAEs. A context manager: leaving it ends the threads.
+    """Threads that work for several SAEs. A context manager: leaving it ends the threads.
 
     Args:
-        shape: of the team; with one worker there are no threads but the caller's.
+        shape: shape of the team; with one worker there are no threads but the caller's.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -76,7 +76,7 @@ class Team:
         if self._pool is None:
             return [work(item) for item in items]
         if self._is_first:
-            # What is set up once a process, such as what torch warns of, is so without a race.
+            # Things set up once a process, such as torch's warnings, are set up without a race.
             self._is_first = False
             return [self._pool.submit(work, item).result() for item in items]
         return list(self._pool.map(work, items))

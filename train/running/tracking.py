@@ -1,4 +1,4 @@
-"""What a run's log says, sent to TensorBoard or Weights & Biases as well.
+"""Log of a run, sent to TensorBoard or Weights & Biases as well.
 
 Both are optional: `pip install 'mlsae[tensorboard]'` or `'mlsae[wandb]'`.
 """
@@ -26,10 +26,10 @@ class Tracker(Protocol):
 
 
 def check_tracker(kind: str) -> None:
-    """See whether what a tracker needs is installed.
+    """Check that the library of a tracker is installed.
 
     Raises:
-        InputError: it is not.
+        InputError: the tracker is not installed.
     """
     try:
         importlib.import_module(kind)
@@ -47,8 +47,8 @@ def open_tracker(
     Args:
         kind: `tensorboard` or `wandb`.
         out: the SAE's directory.
-        name: of the run.
-        settings: what decides the result.
+        name: name of the run.
+        settings: settings that decide the result.
         step: lines of later steps will come again.
     """
     if kind == "tensorboard":

@@ -36,7 +36,7 @@ _ROWS = 4096
 
 
 class Residual(NamedTuple):
-    """What the live latents leave of the sampled rows; neither carries a gradient."""
+    """Residual of the live latents on the sampled rows; no tensor carries a gradient."""
 
     u: torch.Tensor
     """(S, D) standardised rows."""
@@ -51,7 +51,7 @@ def default_k_aux(d_in: int) -> int:
 
 
 def sample(x_BD: torch.Tensor, batch_rows: int, seed: int, step: int) -> torch.Tensor:
-    """Which rows AuxK sees: (B,) bool.
+    """Rows that AuxK sees: (B,) bool.
 
     A row is chosen by a hash of its own values, so the choice is the same however a batch is cut
     between ranks. Source of the hash: multiply-shift for vectors, Dietzfelbinger (1996).
@@ -59,7 +59,7 @@ def sample(x_BD: torch.Tensor, batch_rows: int, seed: int, step: int) -> torch.T
     Args:
         x_BD: (B, D) rows as stored.
         batch_rows: rows of the whole batch.
-        seed: of the run.
+        seed: seed of the run.
         step: another one sees other rows.
     """
     share = max(SAMPLE_SHARE, SAMPLE_ROWS / batch_rows)
@@ -83,8 +83,8 @@ def accumulate(
     """One rank's share of aux, (); its gradient is added to the parameters'.
 
     Args:
-        sae: its parameters have a `.grad`.
-        residuals: of the pieces of this rank's share.
+        sae: SAE whose parameters have a `.grad`.
+        residuals: residuals of the pieces of this rank's share.
         dead: (num_dead,) indices of the dead latents, the same on every rank; not empty.
         k_aux: latents that may explain a row.
         sum_over_ranks: called once.

@@ -1,4 +1,4 @@
-"""Which latents are dead: those that no row of the last so many has used, over layers and ranks."""
+"""Dead latents: those that no row of the last so many has used, over layers and ranks."""
 
 import torch
 
@@ -16,7 +16,7 @@ class DeadLatents:
     Args:
         num_latents: N.
         dead_after: rows without use after which a latent is dead.
-        device: of the counters.
+        device: device of the counters.
     """
 
     def __init__(self, num_latents: int, dead_after: int, device: torch.device) -> None:

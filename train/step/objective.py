@@ -1,4 +1,4 @@
-"""What training minimises: reconstruction in units of each layer's variance, and what latents cost.
+"""Loss of training: reconstruction in units of each layer's variance, and a penalty on latents.
 
 (1/B) Σ_rows [w_l ‖u − û‖² / V_l + λ_l penalty] + aux, with V_l = Σ_d Var(u_d) over all eligible
 rows of layer l, and weights w_l that are 1 unless asked for. The penalty is the architecture's,
@@ -44,7 +44,7 @@ class Losses(NamedTuple):
     fired: torch.Tensor
     """(N,) 1 for a latent with a value above 0 on any row, else 0."""
     residual: Residual | None
-    """What AuxK will explain; None without dead latents."""
+    """Residual that AuxK will explain; None without dead latents."""
     candidates: Candidates | None
     """Rows for dead latents to be drawn from; None where none are resampled."""
 
@@ -77,11 +77,11 @@ class Objective:
     """The loss of a batch, and its gradient.
 
     Args:
-        sae: what is trained.
-        variances: (L,) what `layer_variances` gives.
+        sae: the SAE in training.
+        variances: (L,) result of `layer_variances`.
         loss_space: `standardized` or `raw`: where the main term is measured.
         mixed: select latents by a bfloat16 product.
-        seed: of the rows that AuxK sees, and that resampling draws.
+        seed: seed of the rows that AuxK sees and that resampling draws.
         layer_weights: (L,) w_l; None for 1.
         extra: further term of the architecture; None for none.
         resampling: when dead latents are drawn anew; None for never.
@@ -120,7 +120,7 @@ class Objective:
 
     @property
     def has_auxiliary(self) -> bool:
-        """Whether AuxK revives dead latents."""
+        """True where AuxK revives dead latents."""
         return self._sae.architecture.revival == "auxk"
 
     def accumulate(
@@ -140,8 +140,8 @@ class Objective:
             layer_B: (B,) their layers' indices.
             batch_rows: rows of the whole batch.
             aux_step: the step, where some latent is dead and AuxK will follow; else None.
-            step: of the run, from 0.
-            num_candidates: how many rows resampling asks for.
+            step: step of the run, from 0.
+            num_candidates: number of rows that resampling asks for.
         """
         sae = self._sae
         u_BD, _, scale_B1 = sae.standardize(x_BD, layer_B)
@@ -188,7 +188,7 @@ class Objective:
         """AuxK of this rank's share, coefficient included; its gradient is added, too.
 
         Args:
-            residuals: of all its pieces.
+            residuals: residuals of all its pieces.
             dead: indices of the dead latents, the same on every rank; not empty.
             sum_over_ranks: called equally often on every rank.
         """

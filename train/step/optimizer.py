@@ -25,7 +25,7 @@ class Optimizer:
     arXiv 1211.5063.
 
     Args:
-        sae: its parameters are trained; they must not move to another device any more.
+        sae: SAE whose parameters are trained; they must not move to another device any more.
         max_norm: largest L2 norm of all gradients together, summed over ranks; None for any.
     """
 
@@ -74,7 +74,7 @@ class Optimizer:
     def _adam(self, parameter: torch.nn.Parameter, rows: slice, lr: float) -> None:
         assert parameter.grad is not None
         state = self.state[parameter]
-        fused: Any = torch._fused_adam_  # Of the kernels that torch.optim.Adam has, the one.
+        fused: Any = torch._fused_adam_  # Kernel of torch.optim.Adam(fused=True).
         fused(
             [parameter.detach()[rows]],
             [parameter.grad[rows]],

@@ -36,7 +36,7 @@ class Resampling:
     """Steps of the run; after the half of them there is no more of it."""
 
     def due(self, step: int) -> bool:
-        """Whether it follows this step, counted from 0."""
+        """True where resampling follows this step, counted from 0."""
         done = step + 1
         return done % self.every == 0 and 2 * done <= self.num_steps
 
@@ -79,12 +79,12 @@ def resample(
     """Draw dead latents anew, equally on every rank.
 
     Args:
-        sae: what is trained.
-        optimizer: of it.
-        dead: (num_dead,) their indices, the same on every rank.
+        sae: the SAE in training.
+        optimizer: optimizer of the SAE.
+        dead: (num_dead,) indices of the dead latents, the same on every rank.
         pieces: the candidates of this rank; with as many rows as there are dead latents, none are
             missed.
-        rank: of this process.
+        rank: rank of this process.
         world_size: number of ranks.
         sum_over_ranks: called twice.
 

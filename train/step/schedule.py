@@ -19,7 +19,7 @@ class Schedule:
     decay: float
     """Last share of the steps, over which it falls; the step after the last would have 0."""
     shape: str = "linear"
-    """How it falls: `linear` or `cosine`; with `constant` it does not."""
+    """Shape of the fall: `linear` or `cosine`; `constant` does not fall."""
 
     def __call__(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

@@ -25,8 +25,8 @@ class DivergedError(MlsaeError, ArithmeticError):
     """The loss is no longer a finite number.
 
     Args:
-        loss: what it is.
-        step: in which it came about, counted from 0.
+        loss: value of the loss.
+        step: step of that loss, counted from 0.
         lr: learning rate of that step.
         layers: those whose errors are not finite, by number or, as the trainer has them, by index.
     """
@@ -43,7 +43,7 @@ class DivergedError(MlsaeError, ArithmeticError):
 
 
 class StepResult(NamedTuple):
-    """What a step saw, over all ranks."""
+    """Measurements of a step, over all ranks."""
 
     loss: float
     """Reconstruction and penalty plus AuxK."""
@@ -58,7 +58,7 @@ class StepResult(NamedTuple):
     num_dead: int
     """Dead latents before the step."""
     penalty: float = 0.0
-    """What latents cost, λ included."""
+    """Penalty on latents, λ included."""
 
 
 class Trainer:
@@ -69,7 +69,7 @@ class Trainer:
         objective: the loss.
         schedule: learning rates.
         dead: the dead latents.
-        accelerator: how ranks add up.
+        accelerator: ranks, and their sums.
         micro_batch: rows whose activations are in memory at once; None for a rank's whole share.
         decode: decoder of the store's rows; None where batches hold floats.
         max_norm: largest L2 norm of a step's gradient; None for any.
