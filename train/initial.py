@@ -28,9 +28,9 @@ def sae_config(config: TrainConfig, d_in: int, layers: tuple[int, ...]) -> SAECo
     """The SAE that is asked for.
 
     Args:
-        config: what is asked for.
+        config: settings of the SAE.
         d_in: channels of a row.
-        layers: that it is trained on.
+        layers: layers that the SAE is trained on.
 
     Raises:
         InputError: there is no such SAE.
@@ -81,10 +81,10 @@ def initial_sae(sae: SAEConfig, moments: Moments, layers: tuple[int, ...], seed:
     """The SAE before its first step: random directions, b at the mean of normalised rows.
 
     Args:
-        sae: of it.
-        moments: of the rows that it is trained on.
-        layers: of it.
-        seed: of the directions.
+        sae: the SAE.
+        moments: moments of the rows that the SAE is trained on.
+        layers: layers of the SAE.
+        seed: seed of the directions.
 
     Raises:
         InputError: as of `layer_factors`.
@@ -152,11 +152,11 @@ def of_sae(
 
 
 def objective_settings(config: TrainConfig, num_steps: int) -> dict[str, Any]:
-    """What decides the loss beside the SAE itself, as JSON: nothing of what is not asked for.
+    """Settings that decide the loss beside the SAE itself, as JSON, without those not asked for.
 
     Args:
-        config: of one SAE, as of `of_sae`.
-        num_steps: of the run.
+        config: settings of one SAE, as from `of_sae`.
+        num_steps: steps of the run.
     """
     kind = get(config.architecture)
     # Settings that the architecture keeps are in the SAE's own configuration.
@@ -181,11 +181,11 @@ def make_objective(
     """The loss that is asked for.
 
     Args:
-        sae: on its device.
-        config: of the SAE, as of `of_sae`.
-        moments: of the rows that it is trained on.
-        layers: of the SAE.
-        num_steps: of the run.
+        sae: the SAE, on its device.
+        config: settings of the SAE, as from `of_sae`.
+        moments: moments of the rows that the SAE is trained on.
+        layers: layers of the SAE.
+        num_steps: steps of the run.
     """
     every = resample_every(config, num_steps)
     return Objective(

@@ -42,12 +42,12 @@ from mlsae.train.sweep import SUMMARY, SWEEP, Sweep
 
 
 class DivergedSAEsError(MlsaeError, ArithmeticError):
-    """Of some SAEs of a sweep the loss is no longer a finite number."""
+    """The loss of some SAEs of a sweep is no longer a finite number."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run made."""
+    """Result of a run: one SAE."""
 
     directory: Path
     """The SAE directory."""
@@ -61,10 +61,10 @@ def run(config: TrainConfig) -> TrainResult:
     Under torchrun or `accelerate launch` every process calls this, once; they share each batch.
 
     Args:
-        config: what to do.
+        config: settings of the run.
 
     Returns:
-        Where the SAE is and how good it is.
+        Directory and quality of the SAE.
 
     Raises:
         InputError: something asked for cannot be done, or `config.out` holds another run.
@@ -83,13 +83,13 @@ def run_sweep(sweep: Sweep) -> list[TrainResult]:
     settings has the same weights, bit for bit, on one rank.
 
     Args:
-        sweep: what to do.
+        sweep: settings of the run, and the values to sweep.
 
     Returns:
-        Of each SAE, in the order of the values, where it is and how good it is.
+        Directory and quality of each SAE, in the order of the values.
 
     Raises:
-        DivergedSAEsError: of some SAEs the loss became infinite or no number; the others are there.
+        DivergedSAEsError: the loss of some SAEs became infinite or no number; the others are there.
         Exception: as `run`.
     """
     if sweep.config.preset is not None:
@@ -155,7 +155,7 @@ class _Run:
                 f"{world_size} ranks cannot share {len(left)} SAEs: start at most {len(left)}, "
                 f"or give --distribute rows"
             )
-        # Of all SAEs of the run, so that one that goes on after others has as many threads.
+        # Counts all SAEs of the run, so that one that goes on after others has as many threads.
         num_saes = len(plans) if shares else -(-len(plans) // world_size)
         shape = team_shape(num_saes, accelerator.device, ranks.num_processes)
         require_training_memory(
@@ -260,7 +260,7 @@ class _Run:
 
 
 def _evaluate(member: Member) -> Mapping[str, Any] | None:
-    """How well an SAE does on the rows held out; None if there are none."""
+    """Metrics of an SAE on the rows held out; None if there are none."""
     plan, ranks = member.plan, member.ranks
     if not len(plan.validation):
         return None
@@ -282,7 +282,7 @@ def _checkpoints(plan: Plan) -> Checkpoints:
 
 
 def _stopped(interruption: Interruption, how_far: str) -> InterruptedWorkError:
-    """What the user is told, in one line."""
+    """Error for a run that the user stopped, in one line."""
     # A signal to one of several processes stops them all.
     number = interruption.signal_number or signal.SIGTERM
     return InterruptedWorkError(f"{how_far}: add --resume to the same command to go on", number)

@@ -31,7 +31,7 @@ class Plan:
 
     config: TrainConfig
     name: str
-    """Of the SAE among those of its run; empty where there is no other."""
+    """Name of the SAE among those of its run; empty where there is no other."""
     store: AnyStore
     site: str
     layers: tuple[int, ...]
@@ -74,7 +74,7 @@ class Plan:
         return max(0, -((self.only - item) // len(self.mixture.layers)))
 
     def objective_settings(self) -> dict[str, Any]:
-        """What decides the loss beside the SAE itself, as JSON."""
+        """Settings that decide the loss beside the SAE itself, as JSON."""
         return objective_settings(self.config, self.num_steps)
 
     def settings(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def make_plan(config: TrainConfig, store: AnyStore) -> Plan:
     """Resolve the configuration of one SAE.
 
     Raises:
-        InputError: it asks for what cannot be, or for what the store does not hold.
+        InputError: the configuration asks for something impossible, or absent from the store.
     """
     return make_plans(Sweep(config=config), store)[0]
 
