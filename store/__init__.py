@@ -15,7 +15,8 @@ from mlsae.store.errors import (
 from mlsae.store.format.calibration import Calibration, Calibrator
 from mlsae.store.format.encoding import Encoding
 from mlsae.store.format.moments import GroupMoments, Moments
-from mlsae.store.read.corpus import AnyStore, Corpus, open_corpus
+from mlsae.store.read.corpus import Corpus, open_corpus
+from mlsae.store.read.interface import AnyStore
 from mlsae.store.read.store import Store, open_store
 from mlsae.store.schema import MASKED, PADDING, SCHEMA_VERSION, SPECIAL
 from mlsae.store.write.create import create, resume

@@ -103,8 +103,8 @@ def _mirror(
     is_local = not is_remote(config.target)
     target: Target
     if is_local:
-        target = DirectoryTarget(_directory(config.target), is_source_local=source.objects.is_local)
-    elif not source.objects.is_local:
+        target = DirectoryTarget(_directory(config.target), is_source_local=source.is_local)
+    elif not source.is_local:
         raise InputError(
             f"neither {config.source} nor {config.target} is on this machine; copy to a directory "
             f"first, and from there"

@@ -120,7 +120,7 @@ class Manifest:
         """SHA-256 of every commit record, once they are found to make up this store."""
         objects = dict(setup)
         digests = []
-        with ThreadPoolExecutor(1 if self.store.objects.is_local else _REQUESTS) as pool:
+        with ThreadPoolExecutor(1 if self.store.is_local else _REQUESTS) as pool:
             for shard, record in enumerate(pool.map(self._read, range(self.num_shards))):
                 if set(record.objects) != set(self.store.plan.shard_objects(shard)):
                     raise InvalidStoreError(

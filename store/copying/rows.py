@@ -39,7 +39,7 @@ class ChosenRows:
         self._keys: list[Key] = [(s, layer) for s in selection.sites for layer in selection.layers]
         chunk_bytes = source.chunk_rows * source.d_model * 4 * len(self._keys)
         self._step = max(1, _BYTES_AT_ONCE // chunk_bytes) * source.chunk_rows
-        self._pool = ThreadPoolExecutor(2 if source.objects.is_local else 8)
+        self._pool = ThreadPoolExecutor(2 if source.is_local else 8)
 
     def __enter__(self) -> "ChosenRows":
         return self

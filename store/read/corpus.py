@@ -7,7 +7,6 @@ import hashlib
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from mlsae.base.files import Location, canonical_json
 from mlsae.store.format.calibration import Calibration
 from mlsae.store.format.encoding import Parts
 from mlsae.store.format.moments import GroupMoments, Moments, eligible_groups
+from mlsae.store.read.interface import AnyStore
 from mlsae.store.read.store import RowReader, Store, open_store
 from mlsae.store.read.together import check_together
 
@@ -31,7 +31,7 @@ def open_corpus(
     *,
     cache_dir: Path | None = None,
     cache_bytes: int | None = None,
-) -> "AnyStore":
+) -> AnyStore:
     """Open one store, or several as one.
 
     Args:
@@ -110,16 +110,11 @@ class CorpusReader:
 
     @property
     def segments(self) -> list[tuple[int, RowReader]]:
-        """First row and reader of each store that the rows are of."""
+        """See `AnyReader`."""
         return list(zip(self._borders.starts, self._readers, strict=False))
 
     def read(self, start: int = 0, stop: int | None = None) -> Parts:
-        """Rows start … stop − 1: for each part an array (stop − start, width).
-
-        Raises:
-            InputError: there are no such rows.
-            DamagedStoreError: a chunk's bytes are missing or differ from its checksum.
-        """
+        """See `AnyReader`."""
         pieces = [
             self._readers[at].read(first, end)
             for at, first, end in self._borders.spans(start, stop)
@@ -127,28 +122,12 @@ class CorpusReader:
         return tuple(_joined(parts) for parts in zip(*pieces, strict=True))
 
     def read_into(self, out: Sequence[Array], start: int) -> None:
-        """Fill arrays with the rows from `start` on, across stores.
-
-        Args:
-            out: for each part (n, width) of its data type, C-contiguous.
-            start: first row; start + n may not pass the end.
-
-        Raises:
-            DamagedStoreError: a chunk's bytes are missing or differ from its checksum.
-        """
+        """See `AnyReader`."""
         done = 0
         for at, first, end in self._borders.spans(start, start + len(out[0])):
             pieces = [part[done : done + end - first] for part in out]
             self._readers[at].read_into(pieces, first)
             done += end - first
-
-
-@dataclass(frozen=True)
-class _Places:
-    """As far as `Objects` of several stores go."""
-
-    place: str
-    is_local: bool
 
 
 class Corpus:
@@ -172,12 +151,12 @@ class Corpus:
         first = self.stores[0]
         self.place = " + ".join(store.place for store in self.stores)
         """Directories and URLs."""
-        self.objects = _Places(self.place, all(store.objects.is_local for store in self.stores))
+        self.is_local = all(store.is_local for store in self.stores)
         self.store_id = combined_id(store.store_id for store in self.stores)
         """Hex SHA-256 of the canonical JSON of the list of the stores' ids, sorted."""
         self.plan_id = combined_id(store.plan_id for store in self.stores)
         """The same of the stores' plan ids."""
-        self.source: dict[str, Any] = {
+        self.source: Mapping[str, Any] = {
             key: value
             for key, value in first.source.items()
             if all(store.source.get(key) == value for store in self.stores)
@@ -206,27 +185,27 @@ class Corpus:
 
     @property
     def calibrations(self) -> tuple[Calibration | None, ...]:
-        """That of each of `stores`."""
+        """See `AnyStore`."""
         return tuple(store.calibration for store in self.stores)
 
     def row_origin(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """(n,) index into `stores`, and so into `calibrations`, for each of (n,) rows."""
+        """See `AnyStore`."""
         return self._rows.origin(rows)
 
     def tokens(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint32]:
-        """(stop − start,) token ids, by token."""
+        """See `AnyStore`."""
         return self._read(self._tokens, Store.tokens, start, stop)
 
     def documents(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint32]:
-        """(stop − start,) index of each token's document in its own store, by token."""
+        """See `AnyStore`."""
         return self._read(self._tokens, Store.documents, start, stop)
 
     def token_flags(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
-        """(stop − start,) bits SPECIAL, PADDING, MASKED, by token."""
+        """See `AnyStore`."""
         return self._read(self._tokens, Store.token_flags, start, stop)
 
     def row_tokens(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int64]:
-        """(stop − start,) index of the token that each row belongs to."""
+        """See `AnyStore`."""
         return _joined(
             [
                 self.stores[at].row_tokens(first, end) + self._tokens.starts[at]
@@ -235,21 +214,21 @@ class Corpus:
         )
 
     def row_flags(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
-        """(stop − start,) bits SPECIAL, PADDING, MASKED of each row's token."""
+        """See `AnyStore`."""
         return self._read(self._rows, Store.row_flags, start, stop)
 
     def row_groups(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int8]:
-        """(stop − start,) index into `mlsae.store.format.moments.GROUPS` of each row."""
+        """See `AnyStore`."""
         return self._read(self._rows, Store.row_groups, start, stop)
 
     def positions(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int64]:
-        """(stop − start,) position of each row within its sequence."""
+        """See `AnyStore`."""
         return self._read(self._rows, Store.positions, start, stop)
 
     def eligible(
         self, skip_positions: int = 1, start: int = 0, stop: int | None = None
     ) -> npt.NDArray[np.bool_]:
-        """(stop − start,) whether each row has no flag set and a position ≥ skip_positions."""
+        """See `AnyStore`."""
         return self._read(
             self._rows,
             lambda store, first, end: store.eligible(skip_positions, first, end),
@@ -258,19 +237,15 @@ class Corpus:
         )
 
     def check_site(self, site: str | None) -> str:
-        """The site asked for, or the only one; as for a `Store`."""
+        """See `AnyStore`."""
         return self.stores[0].check_site(site)
 
     def check_layers(self, layers: Iterable[int] | None) -> tuple[int, ...]:
-        """The layers asked for, ascending, or all; as for a `Store`."""
+        """See `AnyStore`."""
         return self.stores[0].check_layers(layers)
 
     def reader(self, site: str, layer: int) -> CorpusReader:
-        """Rows of one site and layer as they are stored.
-
-        Raises:
-            InputError: the stores have no such site or layer.
-        """
+        """See `AnyStore`."""
         key = (self.check_site(site), self.check_layers([layer])[0])
         if key not in self._readers:
             self._readers[key] = CorpusReader(
@@ -281,32 +256,18 @@ class Corpus:
     def read(
         self, site: str, layer: int, start: int = 0, stop: int | None = None
     ) -> npt.NDArray[np.float32]:
-        """(stop − start, d_model) float32: stored values, each decoded as its own store says.
-
-        Raises:
-            InputError: no such site, layer or rows.
-            DamagedStoreError: a chunk's bytes are missing or differ from its checksum.
-        """
+        """See `AnyStore`."""
         return self._read(
             self._rows, lambda store, first, end: store.read(site, layer, first, end), start, stop
         )
 
     def moments(self, site: str | None = None, skip_positions: int = 1) -> Moments:
-        """Moments of the eligible rows of a site over all stores, every layer, merged exactly.
-
-        Raises:
-            InputError: no such site, or skip_positions is not in 0 … 16.
-            DamagedStoreError: a store's moments object is missing or damaged.
-        """
+        """See `AnyStore`."""
         groups = eligible_groups(skip_positions)
         return self.group_moments()[self.check_site(site)].select(groups)
 
     def group_moments(self) -> Mapping[str, GroupMoments]:
-        """Site → moments of every row, by group; not to be changed.
-
-        Raises:
-            DamagedStoreError: a store's moments object is missing or damaged.
-        """
+        """See `AnyStore`."""
         if self._group_moments is None:
             merged = {site: GroupMoments(self.layers, self.d_model) for site in self.sites}
             for store in self.stores:
@@ -325,10 +286,6 @@ class Corpus:
         return _joined(
             [read(self.stores[at], first, end) for at, first, end in borders.spans(start, stop)]
         )
-
-
-AnyStore = Store | Corpus
-"""What is trained from and analyzed: one store, or several as one."""
 
 
 def combined_id(ids: Iterable[str]) -> str:

@@ -17,8 +17,7 @@ import numpy.typing as npt
 from mlsae.store.format.encoding import Part
 from mlsae.store.format.layout import chunk_offset
 from mlsae.store.read.aio import MOST_READS, MOST_VECTORS, Queue, open_queue
-from mlsae.store.read.corpus import CorpusReader
-from mlsae.store.read.store import RowReader
+from mlsae.store.read.interface import AnyReader
 
 Array = npt.NDArray[Any]
 Int64 = npt.NDArray[np.int64]
@@ -65,7 +64,7 @@ class ScatteredRows:
         num_rows: places. There is one more, the last, for rows that nobody wants.
     """
 
-    def __init__(self, readers: Sequence[RowReader | CorpusReader], num_rows: int) -> None:
+    def __init__(self, readers: Sequence[AnyReader], num_rows: int) -> None:
         self._parts: Sequence[Part] = readers[0].parts
         self.rows: list[Array] = [
             np.zeros((num_rows + 1, part.width), part.dtype) for part in self._parts

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.errors import InputError
-from mlsae.store.read.corpus import AnyStore
+from mlsae.store.read.interface import AnyStore
 
 
 def validation_of(store: AnyStore, fraction: float, seed: int) -> npt.NDArray[np.int64]:

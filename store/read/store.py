@@ -139,6 +139,8 @@ class Store:
         self.objects = objects
         self.place = objects.place
         """Directory or URL."""
+        self.is_local = objects.is_local
+        """Whether the bytes lie on this machine."""
         self.plan = read_plan(objects)
         self.plan_id = self.plan.id
         self.is_complete = objects.exists(COMPLETE)
@@ -152,7 +154,7 @@ class Store:
             )
         self._check_records()
         self.schema_version = self.plan.schema_version
-        self.source = self.plan.source
+        self.source: Mapping[str, Any] = self.plan.source
         """What made the values, as the producer gave it to `create`."""
         self.num_tokens = self.plan.num_tokens
         self.context_length = self.plan.context_length

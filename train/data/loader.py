@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 
 def num_threads(store: AnyStore) -> int:
     """Threads that pay for reading slices of a store: more where each read waits for a network."""
-    return _THREADS if store.objects.is_local else _THREADS_REMOTE
+    return _THREADS if store.is_local else _THREADS_REMOTE
 
 
 def job_runs(mixture: Mixture, rank: int, world_size: int) -> int:
@@ -42,7 +42,7 @@ def job_runs(mixture: Mixture, rank: int, world_size: int) -> int:
     So few that three jobs fit into what may be read ahead, for two threads not to wait for each
     other; fewer where each takes long, so that all threads read.
     """
-    most = _JOB_RUNS if mixture.store.objects.is_local else _JOB_RUNS_REMOTE
+    most = _JOB_RUNS if mixture.store.is_local else _JOB_RUNS_REMOTE
     rows_ahead = mixture.num_ahead * mixture.rank_rows(rank, world_size)
     return max(1, min(most, rows_ahead // (3 * mixture.slice_rows)))
 
