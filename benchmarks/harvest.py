@@ -91,7 +91,7 @@ class Rounds:
         self.size, self.encoding, self.work = size, encoding, work
         self.tokens = np.random.default_rng(0).integers(0, 50_000, size.tokens, dtype=np.uint32)
         self.turn = 0
-        batches = Batches(
+        self.batches = Batches(
             tokens=lambda start, stop: self.tokens[start:stop],
             documents=None,
             token_flags=None,
@@ -99,13 +99,13 @@ class Rounds:
             batch_sequences=BATCH,
         )
         self.inputs = [
-            batches.batch(start, BATCH) for start in range(0, size.tokens // CONTEXT, BATCH)
+            self.batches.batch(start, BATCH) for start in range(0, size.tokens // CONTEXT, BATCH)
         ]
         self.calibration = None
         if encoding == "int8":
             flags = np.zeros(size.tokens, np.uint8)
             self.calibration = calibrate(
-                self.model, batches, flags, range(size.num_layers), ("resid_post",)
+                self.model, self.batches, flags, range(size.num_layers), ("resid_post",)
             )
         row_bytes = sum(part.row_bytes for part in parts_of(check_encoding(encoding), size.d_model))
         self.num_bytes = size.tokens * row_bytes * size.num_layers
@@ -154,7 +154,7 @@ class Rounds:
     def harvest(self) -> None:
         """Every shard computed and committed."""
         with interruptible() as interruption, self.writer as writer:
-            harvest_shards(self.model, writer, Ranks(0, 1), interruption)
+            harvest_shards(self.model, writer, self.batches, Ranks(0, 1), interruption)
 
     def disk(self) -> None:
         """Equal bytes to that disk, durably, with nothing else."""

@@ -3,7 +3,9 @@
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy.typing as npt
 from tqdm.auto import tqdm
 
 from mlsae.base.devices import resolve_device
@@ -16,7 +18,7 @@ from mlsae.base.interruption import (
 from mlsae.base.ranks import Ranks, wait_until
 from mlsae.base.resources import require_writable
 from mlsae.harvest.compute.batch_size import choose_batch_size
-from mlsae.harvest.compute.batches import Batches
+from mlsae.harvest.compute.batches import Batches, Slice
 from mlsae.harvest.compute.calibrate import calibrate
 from mlsae.harvest.compute.forward import choose_encoding, preflight
 from mlsae.harvest.config import HarvestConfig
@@ -110,13 +112,14 @@ def _run(config: HarvestConfig, interruption: Interruption) -> HarvestResult | N
         blocks=config.blocks,
         device_map=config.device_map,
     )
+    batches = None
     if packed is None:
         writer = _join(config, model, ranks)
     else:
-        writer = _begin(request, model, packed, ranks)
+        writer, batches = _begin(request, model, packed, ranks)
         del packed
     with writer:
-        harvest_shards(model, writer, ranks, interruption)
+        harvest_shards(model, writer, batches, ranks, interruption)
     if interruption.requested:
         raise _stopped(config, interruption)
     _await_others(writer, ranks)
@@ -165,7 +168,9 @@ def _pack_and_check_room(request: Request, model: Transformer, ranks: Ranks) -> 
     return packed
 
 
-def _begin(request: Request, model: Transformer, packed: PackedText, ranks: Ranks) -> Writer:
+def _begin(
+    request: Request, model: Transformer, packed: PackedText, ranks: Ranks
+) -> tuple[Writer, Batches]:
     """Try one batch, then fix the plan and write the tokens, unless they are there already."""
     config, length = request.config, request.context_length
     sites = check_sites(model, request.sites)
@@ -181,27 +186,25 @@ def _begin(request: Request, model: Transformer, packed: PackedText, ranks: Rank
         )
         ranks.say(f"sequences a forward pass: {batch_sequences}")
     batches = Batches(
-        tokens=lambda start, stop: packed.tokens[start:stop],
-        documents=(lambda start, stop: packed.documents[start:stop])
-        if config.isolate_documents
-        else None,
-        token_flags=(lambda start, stop: packed.token_flags[start:stop])
-        if config.packing == "document"
-        else None,
+        tokens=_slices(packed.tokens),
+        documents=_slices(packed.documents) if config.isolate_documents else None,
+        token_flags=_slices(packed.token_flags) if config.packing == "document" else None,
         context_length=length,
         batch_sequences=batch_sequences,
+        keep=None if config.keep_positions is None else (config.keep_positions, config.keep_seed),
     )
-    first = batches.batch(0, min(batch_sequences, len(packed.tokens) // length))
-    largest = preflight(model, first, request.layers, sites)
+    num_sequences = min(batch_sequences, len(packed.tokens) // length)
+    # All positions are looked at, those that are not stored too.
+    largest = preflight(
+        model, replace(batches, keep=None).batch(0, num_sequences), request.layers, sites
+    )
     preset = choose_encoding(config.encoding, model.dtype, largest)
     calibration = None
     if preset.encoding == "int8":
-        if config.keep_positions is not None:
-            batches = replace(batches, keep=(config.keep_positions, config.keep_seed))
         calibration = _written_calibration(config.out) or calibrate(
             model, batches, packed.token_flags, request.layers, sites
         )
-    return create(
+    writer = create(
         config.out,
         tokens=packed.tokens,
         documents=packed.documents,
@@ -224,6 +227,11 @@ def _begin(request: Request, model: Transformer, packed: PackedText, ranks: Rank
         allow_mixed=config.allow_mixed_hardware,
         cached=keeps_cached(model),
     )
+    return writer, batches
+
+
+def _slices(values: npt.NDArray[Any]) -> Slice:
+    return lambda start, stop: values[start:stop]
 
 
 def keeps_cached(model: Transformer) -> bool:

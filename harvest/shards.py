@@ -17,7 +17,7 @@ STOPPING = "finishing the shard in hand, then stopping; press Ctrl-C again to st
 
 
 def batches_of(store: Store) -> Batches:
-    """The batches of a store whose tokens are written."""
+    """Batches of a store whose tokens are written."""
     packing = store.source["packing"]
     keep = store.plan.keep_positions
     return Batches(
@@ -31,9 +31,21 @@ def batches_of(store: Store) -> Batches:
 
 
 def harvest_shards(
-    model: Transformer, writer: Writer, ranks: Ranks, interruption: Interruption
+    model: Transformer,
+    writer: Writer,
+    batches: Batches | None,
+    ranks: Ranks,
+    interruption: Interruption,
 ) -> None:
-    """Compute this rank's pending shards, in order, until all are done or a signal asks to stop."""
+    """Compute this rank's pending shards, in order, until all are done or a signal asks to stop.
+
+    Args:
+        model: the loaded transformer.
+        writer: writer of a store whose tokens are written.
+        batches: the text, in the rank that packed it; None to read it from the store.
+        ranks: this rank, which tells its shards.
+        interruption: deferred until a shard is done.
+    """
     pending = writer.pending()
     if len(pending) < writer.num_shards:
         ranks.say(
@@ -54,7 +66,7 @@ def harvest_shards(
         ),
         batch_rows=batch_rows,
     )
-    work = _Work(store, writer, forward)
+    work = _Work(store, writer, forward, batches or batches_of(store))
     row_bytes = store.row_bytes * len(store.layers) * len(store.sites)
     num_rows = sum(len(writer.shard_range(shard)) for shard in shards)
     with (
@@ -93,9 +105,9 @@ class _Work:
     beside the next pass.
     """
 
-    def __init__(self, store: Store, writer: Writer, forward: Forward) -> None:
+    def __init__(self, store: Store, writer: Writer, forward: Forward, batches: Batches) -> None:
         self._store, self._writer, self._forward = store, writer, forward
-        self._batches = batches_of(store)
+        self._batches = batches
         self._underway: Computed | None = None
 
     def begin(self, start: int, stop: int, *, is_last: bool) -> None:

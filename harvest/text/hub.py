@@ -56,9 +56,7 @@ def hub_rows(name: str, split: str, subset: str | None, shuffle_seed: int | None
             f"cannot reach data set {name!r}: no such file or directory here, and the hub did not "
             f"answer ({_first_line(error)}); give a local .txt, .jsonl or .parquet file"
         ) from error
-    except (
-        Exception
-    ) as error:  # Errors of the libraries for tables, file systems and HTTP under it.
+    except Exception as error:  # Libraries for tables, file systems and HTTP raise many kinds.
         which = f"split {split!r}" if subset is None else f"subset {subset!r}, split {split!r}"
         raise InputError(
             f"data set {name}, {which}, cannot be read: {_first_line(error)}"
