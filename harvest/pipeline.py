@@ -25,6 +25,7 @@ from mlsae.harvest.config import HarvestConfig
 from mlsae.harvest.plan import (
     Request,
     check_vocabulary,
+    kept_by,
     layouts,
     producer_of,
     provenance_of,
@@ -191,7 +192,7 @@ def _begin(
         token_flags=_slices(packed.token_flags) if config.packing == "document" else None,
         context_length=length,
         batch_sequences=batch_sequences,
-        keep=None if config.keep_positions is None else (config.keep_positions, config.keep_seed),
+        keep=kept_by(config),
     )
     num_sequences = min(batch_sequences, len(packed.tokens) // length)
     # All positions are looked at, those that are not stored too.

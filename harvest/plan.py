@@ -25,7 +25,7 @@ from mlsae.store.format.compression import compression_named
 from mlsae.store.format.encoding import parts_of
 from mlsae.store.format.layout import Layout, plan_layout
 from mlsae.store.format.presets import PRESETS, resolve_preset
-from mlsae.store.plan import Plan
+from mlsae.store.plan import KeptPositions, Plan
 from mlsae.store.write.plan import find_plan
 
 
@@ -63,14 +63,13 @@ def resolve(config: HarvestConfig, model: Transformer, device_kind: str) -> Requ
             f"--keep-positions {config.keep_positions} is more than the {context_length} positions "
             "of a sequence; use fewer, or leave it out to keep all"
         )
+    keep = kept_by(config)
     asked: dict[str, Any] = {
         "context_length": context_length,
         "layers": list(layers),
         "sites": list(sites),
         "d_model": model.d_model,
-        "keep_positions": None
-        if config.keep_positions is None
-        else {"num": config.keep_positions, "seed": config.keep_seed},
+        "keep_positions": None if keep is None else asdict(keep),
     }
     compression = compression_named(resolve_preset(config.sized_as).compression)
     asked["compression"] = None if compression is None else asdict(compression)
@@ -79,7 +78,7 @@ def resolve(config: HarvestConfig, model: Transformer, device_kind: str) -> Requ
     if config.batch_size is not None:
         asked["batch_sequences"] = config.batch_size
     parts = parts_of(resolve_preset(config.sized_as).encoding, model.d_model)
-    kept = context_length if config.keep_positions is None else config.keep_positions
+    kept = context_length if keep is None else keep.num
     shard_sequences = config.shard_bytes // (kept * parts[0].row_bytes)
     present = find_plan(config.out)
     if present is not None:
@@ -95,6 +94,13 @@ def resolve(config: HarvestConfig, model: Transformer, device_kind: str) -> Requ
         batch_is_free=config.batch_size is None and present is None,
         row_bytes=sum(part.row_bytes for part in parts),
     )
+
+
+def kept_by(config: HarvestConfig) -> KeptPositions | None:
+    """Positions whose activations are to be stored; None for all."""
+    if config.keep_positions is None:
+        return None
+    return KeptPositions(num=config.keep_positions, seed=config.keep_seed)
 
 
 def _refuse_difference(out: Path, asked: dict[str, Any], present: Plan) -> None:

@@ -19,14 +19,13 @@ STOPPING = "finishing the shard in hand, then stopping; press Ctrl-C again to st
 def batches_of(store: Store) -> Batches:
     """Batches of a store whose tokens are written."""
     packing = store.source["packing"]
-    keep = store.plan.keep_positions
     return Batches(
         tokens=store.tokens,
         documents=store.documents if packing["isolate_documents"] else None,
         token_flags=store.token_flags if packing["packing"] == "document" else None,
         context_length=store.context_length,
         batch_sequences=store.plan.batch_sequences,
-        keep=None if keep is None else (keep.num, keep.seed),
+        keep=store.plan.keep_positions,
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from mlsae.models.inputs import Inputs
 from mlsae.store import PADDING
 from mlsae.store.format.positions import kept_positions
+from mlsae.store.plan import KeptPositions
 
 Slice = Callable[[int, int], npt.NDArray[Any]]
 
@@ -45,8 +46,8 @@ class Batches:
     """Tokens of a sequence."""
     batch_sequences: int
     """Sequences of a forward pass."""
-    keep: tuple[int, int] | None = None
-    """Positions of each sequence whose activations are stored, and the seed of their choice."""
+    keep: KeptPositions | None = None
+    """Positions of each sequence whose activations are stored; None for all."""
 
     def batch(self, first_sequence: int, num_sequences: int) -> TextBatch:
         """The batch that begins at a sequence."""
@@ -55,8 +56,9 @@ class Batches:
         if self.keep is None:
             rows = np.arange(stop - start)
         else:
-            num, seed = self.keep
-            positions = kept_positions(seed, first_sequence, num_sequences, length, num)
+            positions = kept_positions(
+                self.keep.seed, first_sequence, num_sequences, length, self.keep.num
+            )
             rows = (positions + np.arange(num_sequences)[:, None] * length).reshape(-1)
         return TextBatch(
             inputs=Inputs(
@@ -68,7 +70,7 @@ class Batches:
                 first_token=start,
             ),
             rows=rows,
-            first_row=first_sequence * (length if self.keep is None else self.keep[0]),
+            first_row=first_sequence * (length if self.keep is None else self.keep.num),
         )
 
     def _tensor(self, values: npt.NDArray[Any]) -> torch.Tensor:

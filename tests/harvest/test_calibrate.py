@@ -17,6 +17,7 @@ from mlsae.models.capture import capture
 from mlsae.models.inputs import Inputs
 from mlsae.store import SPECIAL, Calibration, Calibrator
 from mlsae.store.format.positions import kept_positions
+from mlsae.store.plan import KeptPositions
 
 LENGTH, SEQUENCES = 16, 20
 TOKENS = np.random.default_rng(0).integers(1, 52, LENGTH * SEQUENCES, dtype=np.uint32)
@@ -95,7 +96,7 @@ def test_first_batches_are_enough_and_the_last_is_sampled_evenly(
 
 
 def test_only_stored_positions_count(transformer: Transformer, rows: np.ndarray) -> None:
-    kept = replace(BATCHES, keep=(5, 7))
+    kept = replace(BATCHES, keep=KeptPositions(num=5, seed=7))
     found = calibrate(transformer, kept, FLAGS, (1, 3), ("resid_post",))
     positions = kept_positions(7, 0, SEQUENCES, LENGTH, 5)
     tokens = (positions + LENGTH * np.arange(SEQUENCES)[:, None]).reshape(-1)

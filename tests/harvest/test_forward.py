@@ -23,6 +23,7 @@ from mlsae.models.capture import capture
 from mlsae.store import PADDING, SPECIAL, ActivationError, Calibrator
 from mlsae.store.format.encoding import decode
 from mlsae.store.format.positions import kept_positions
+from mlsae.store.plan import KeptPositions
 
 TOKENS = np.random.default_rng(0).integers(0, 52, (4, 16), dtype=np.uint32)
 DOCUMENTS = np.sort(np.random.default_rng(1).integers(0, 9, 64)).astype(np.uint32)
@@ -141,7 +142,7 @@ def test_batches_carry_what_the_pass_needs() -> None:
         token_flags=lambda start, stop: FLAGS[start:stop],
         context_length=16,
         batch_sequences=3,
-        keep=(5, 7),
+        keep=KeptPositions(num=5, seed=7),
     )
     some = cut.batch(2, 2)
     inputs = some.inputs
@@ -166,7 +167,7 @@ def test_kept_positions_are_those_rows_of_the_whole(transformer: Transformer) ->
         token_flags=None,
         context_length=16,
         batch_sequences=4,
-        keep=(3, 0),
+        keep=KeptPositions(num=3, seed=0),
     )
     some = cut.batch(0, 4)
     kept = stored(transformer, some, (0,), "float32")["resid_post", 0]
