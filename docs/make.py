@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import click
 
@@ -25,7 +26,7 @@ SETTINGS = """\
 Counts are accepted as `10M` or `1e7`, bytes as `200GB`, layers as `0-5` or `0,2,4`. `mlsae train`
 also reads its options from YAML ([training](../training.md#settings-in-a-file)). In Python the
 fields of `HarvestConfig`, `TrainConfig` and `AnalyzeConfig` are these ([Python](api.md))."""
-WRAP = {"break_long_words": False, "break_on_hyphens": False}
+WRAP: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 SECTION = re.compile(r"^(Args|Returns|Yields|Raises):$", re.M)
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -7,7 +7,7 @@ class StoreError(InputError):
     """Base class of everything that can be wrong with a store.
 
     Args:
-        message: what is wrong, in one line.
+        message: description of the fault, in one line.
         rule: number of the rule of storage_schema.md that the store breaks, where it is one.
     """
 

@@ -53,7 +53,7 @@ def check_version(version: object, place: str) -> None:
 
 
 def is_ignorable(value: object) -> bool:
-    """Whether a value says that a reader who does not know it may pass it by."""
+    """True for a value that a reader who does not know it may pass by."""
     return isinstance(value, Mapping) and value.get("must_understand") is False
 
 
@@ -74,7 +74,7 @@ def check_keys(record: Mapping[str, Any], known: frozenset[str], where: str, rul
 
 
 def is_sha256(value: object) -> bool:
-    """Whether a value is a hexadecimal SHA-256 in lower case."""
+    """True for a hexadecimal SHA-256 in lower case."""
     return isinstance(value, str) and _SHA256.fullmatch(value) is not None
 
 

@@ -52,7 +52,7 @@ def shard_moments(shard: int) -> str:
 
 
 def is_provenance(name: str) -> bool:
-    """Whether an object of this name, which anybody may have chosen, is a record of a run."""
+    """True for the name of a record of a run; anybody may have chosen the name."""
     return re.fullmatch(rf"{PROVENANCE}/[^/\0]+\.json", name) is not None
 
 

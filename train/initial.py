@@ -81,7 +81,7 @@ def initial_sae(sae: SAEConfig, moments: Moments, layers: tuple[int, ...], seed:
     """The SAE before its first step: random directions, b at the mean of normalised rows.
 
     Args:
-        sae: the SAE.
+        sae: configuration of the SAE.
         moments: moments of the rows that the SAE is trained on.
         layers: layers of the SAE.
         seed: seed of the directions.

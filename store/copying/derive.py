@@ -46,7 +46,7 @@ def derive(
     Args:
         source: complete.
         path: directory of the new store.
-        selection: what of the source, and how.
+        selection: part of the source to copy, and its encoding.
         interruption: says between shards whether to stop.
         max_added_fvu: most that another encoding may add to a shard.
         progress: show a bar, where there is a terminal.
@@ -118,7 +118,7 @@ def _begin(
         encoding=selection.encoding,
         compression=selection.compression,
         calibration=chosen.calibration(),
-        # What values cost that are kept as they are was accepted when they were made.
+        # The cost of values that are kept as they are was accepted when they were made.
         max_added_fvu=math.inf if chosen.keeps_values else max_added_fvu,
         batch_sequences=source.plan.batch_sequences,
         keep_positions=None if keep is None else keep.num,

@@ -38,12 +38,12 @@ STOPPING = "finishing the files in hand, then stopping; press Ctrl-C again to st
 
 @dataclass(frozen=True, kw_only=True)
 class Mirrored:
-    """What an exact copy did."""
+    """Result of an exact copy."""
 
     num_bytes: int
-    """Bytes that it wrote; 0 where the whole store was there."""
+    """Bytes written; 0 where the whole store was there."""
     notes: tuple[str, ...]
-    """What could not be copied, and what was made anew."""
+    """Things that could not be copied, and things made anew."""
 
 
 def mirror(
@@ -52,7 +52,7 @@ def mirror(
     """Copy every byte of a store, or go on with a copy that was stopped.
 
     Args:
-        manifest: of the store.
+        manifest: manifest of the store.
         target: empty, or holding what an earlier copy of this store has left.
         interruption: says between objects whether to stop.
         progress: show a bar, where there is a terminal.
@@ -95,7 +95,7 @@ class _Copy:
         self.notes: list[str] = []
 
     def is_there(self) -> bool:
-        """Whether the whole store is at the target; what is committed there is noted.
+        """True if the whole store is at the target; shards committed there are noted.
 
         Raises:
             NotAStoreError, PlanMismatchError: something else is.
@@ -220,10 +220,10 @@ class _Copy:
             )
 
     def _has_same(self, name: str, digest: str) -> bool:
-        """Whether the target has this record.
+        """True if the target has this record.
 
         Raises:
-            PlanMismatchError: it has another one of that name.
+            PlanMismatchError: the target has another record of that name.
         """
         try:
             data = self._target.objects.read(name, MAX_RECORD_BYTES)

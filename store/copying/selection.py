@@ -1,4 +1,4 @@
-"""What of a store a copy holds: layers, sites, whole sequences, an encoding."""
+"""Part of a store that a copy holds: layers, sites, whole sequences, an encoding."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from mlsae.store.read.store import Store
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What of a store a copy holds, and how."""
+    """Part of a store that a copy holds, and its encoding."""
 
     layers: tuple[int, ...]
     sites: tuple[str, ...]

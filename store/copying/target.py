@@ -41,7 +41,7 @@ class Target(Protocol):
     """A place that objects are copied to. Threads may share it."""
 
     objects: Objects
-    """What is there."""
+    """Objects at the target."""
     workers: int
     """Objects to copy at once."""
 
@@ -115,7 +115,7 @@ class DirectoryTarget:
         """See `Target`."""
         path = self.path / item.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Of a copy that was killed: whole under its name, but its shard has no record yet.
+        # A killed copy left it: whole under its name, but its shard has no record yet.
         if path.exists() and sha256_file(path) == item.sha256:
             progress(path.stat().st_size)
             return
@@ -206,6 +206,6 @@ def _damage(source: Objects, item: Item, what: str) -> DamagedStoreError:
 
 
 def _identity(path: Path) -> tuple[int, int, int]:
-    """What changes when a file does: its number, bytes and time."""
+    """Number, bytes and time of a file, which change when the file does."""
     found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns

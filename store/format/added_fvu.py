@@ -86,7 +86,7 @@ def _fvu(error: float, square: float, sum_D: Array, count: int) -> float | None:
     if not count:
         return None
     variance = float(square) - float(np.square(sum_D).sum()) / count
-    # What rounding leaves of rows that are all alike is no variance.
+    # Rounding errors of rows that are all alike are no variance.
     return float(error) / variance if variance > 1e-12 * float(square) else None
 
 
@@ -96,7 +96,7 @@ def check_added_fvu(added: Mapping[str, Any], shard: int, encoding: str, most: f
     Args:
         added: site → layer (decimal) → the mapping that `added_fvu` gives.
         shard: index of the shard.
-        encoding: of the store.
+        encoding: encoding of the store.
         most: largest FVU that may be added, in total and, from 1,000 rows on, in each decile.
 
     Raises:

@@ -28,10 +28,10 @@ Key = tuple[str, int]
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Of every site of a store."""
+    """Calibration of every site of a store."""
 
     num_rows: int
-    """Rows that were looked at."""
+    """Rows that the calibration was computed from."""
     sites: Mapping[str, SiteCalibration]
 
     def sha256(self) -> str:
@@ -60,7 +60,7 @@ class Calibrator:
 
     @property
     def is_ready(self) -> bool:
-        """Whether there are enough rows."""
+        """True once there are enough rows."""
         return self.num_rows >= CALIBRATION_ROWS
 
     def add(self, rows: Mapping[Key, npt.NDArray[Any]]) -> None:

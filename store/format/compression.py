@@ -49,8 +49,8 @@ class Compressor:
     """Compresses and decompresses the chunks of one array.
 
     Args:
-        compression: of the plan.
-        dtype: of the array: values of several bytes are shuffled bit by bit, so that sign and
+        compression: compression of the plan.
+        dtype: dtype of the array. Values of several bytes are shuffled bit by bit, so that sign and
             exponent bits of many lie together; single bytes are left as they are.
     """
 

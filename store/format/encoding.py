@@ -1,4 +1,4 @@
-"""How an activation is held in bytes: float32, float16, bfloat16 bit patterns, or int8 with scales.
+"""Bytes of an activation: float32, float16, bfloat16 bit patterns, or int8 with scales.
 
 Shape suffixes: L layers, N rows, D channels, B blocks of channels.
 """
@@ -57,7 +57,7 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class SiteCalibration:
-    """What int8 knows of the channels of a site, fixed before the first row is stored."""
+    """Means and scales of a site's channels for int8, fixed before the first row is stored."""
 
     mean: npt.NDArray[np.float32]
     """(L, D)"""
@@ -93,9 +93,9 @@ class SiteCodec:
     """From floats to stored values of one site and back. Threads may share it.
 
     Args:
-        encoding: of the store.
+        encoding: encoding of the store.
         d_model: channels.
-        calibration: of the site; for int8 alone.
+        calibration: calibration of the site; for int8 alone.
     """
 
     def __init__(

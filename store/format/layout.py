@@ -1,4 +1,4 @@
-"""How many rows a chunk and a shard hold and what a store will weigh, before it is written."""
+"""Rows of a chunk and of a shard, and bytes of a store, computed before the store is written."""
 
 import math
 from collections.abc import Sequence

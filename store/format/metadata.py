@@ -61,7 +61,7 @@ def zarr_metadata(arrays: Iterable[ArraySpec], about: Mapping[str, Any]) -> dict
     """Path inside the store → bytes of its zarr.json, for every group and array.
 
     Args:
-        arrays: of the store; those in one folder differ in name and attributes alone.
+        arrays: arrays of the store; those in one folder differ in name and attributes alone.
         about: attributes of the whole store, under the key `mlsae`.
     """
     memory: dict[str, Any] = {}

@@ -223,7 +223,7 @@ class GroupMoments:
         )
 
     def is_finite(self) -> bool:
-        """Whether every number is; the moments of finite rows are."""
+        """True if every number is finite, as the moments of finite rows are."""
         return all(bool(np.isfinite(values).all()) for values in self.tensors().values())
 
     def select(self, groups: Iterable[int]) -> Moments:

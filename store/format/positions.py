@@ -1,4 +1,4 @@
-"""Which tokens are rows: all of them, or a seeded choice of positions in every sequence.
+"""Tokens that are rows: all of them, or a seeded choice of positions in every sequence.
 
 Written out in storage_schema.md (R-ROW-3), because it decides bytes: it may never change.
 """

@@ -12,7 +12,7 @@ from mlsae.store.format.encoding import STORED_DTYPE, Encoding, check_encoding
 
 @dataclass(frozen=True)
 class Preset:
-    """What a name stands for; `create` takes both."""
+    """Encoding and compression behind a name; `create` takes both."""
 
     encoding: Encoding
     compression: str

@@ -27,18 +27,18 @@ class Objects(Protocol):
     place: str
     """Directory or URL, as messages name it."""
     is_local: bool
-    """Whether a part of an object is as cheap to read as its bytes are few."""
+    """True where the cost of reading a part of an object is that of its bytes alone."""
 
     def read(self, name: str, limit: int) -> bytes:
         """All bytes of an object.
 
         Args:
-            name: of the object.
+            name: name of the object.
             limit: most bytes that it may have.
 
         Raises:
             FileNotFoundError: there is no such object.
-            DamagedStoreError: it is larger than `limit`; nothing was read then.
+            DamagedStoreError: the object is larger than `limit`; nothing was read then.
             RemoteError: the place cannot be reached.
         """
         ...
@@ -73,7 +73,7 @@ class Objects(Protocol):
         ...
 
     def exists(self, name: str) -> bool:
-        """Whether there is such an object.
+        """True if there is such an object.
 
         Raises:
             RemoteError: the place cannot be reached.

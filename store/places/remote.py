@@ -22,7 +22,7 @@ _FORMS = (
 
 
 def is_remote(location: str | os.PathLike[str]) -> bool:
-    """Whether a location names a place elsewhere: a URL that is not of a file."""
+    """True for a location elsewhere: a URL of another scheme than `file`."""
     return _scheme(os.fspath(location)) not in (None, "file")
 
 
@@ -64,7 +64,7 @@ def open_objects(
             take credentials, endpoint and region from where their own tools do.
         cache_dir: where parts of a remote store are kept; `default_cache_dir()` if not given.
         cache_bytes: most bytes kept there; 10 GiB if not given, and 0 keeps and uses none.
-        patience: how long to go on where a request fails.
+        patience: limits on trying a failed request again.
 
     Raises:
         InputError: `location` is of no such form.
@@ -88,7 +88,7 @@ def open_writable(location: str, *, patience: Patience | None = None) -> Writabl
 
     Args:
         location: `s3://bucket/prefix`.
-        patience: how long to go on where a request fails.
+        patience: limits on trying a failed request again.
 
     Raises:
         InputError: nothing can be written there.

@@ -21,11 +21,11 @@ class RequestError(Exception):
     """A request that failed.
 
     Args:
-        cause: what happened, as a clause: `it answered 503 Service Unavailable`.
-        passes: whether the same request may well succeed later.
-        is_busy: whether the server asked for fewer requests.
-        is_past_end: whether the object has none of the bytes asked for.
-        remedy: what the user can do, where it is not to try again.
+        cause: the event, as a clause: `it answered 503 Service Unavailable`.
+        passes: a second try may well succeed later.
+        is_busy: the server asked for fewer requests.
+        is_past_end: the object has none of the bytes asked for.
+        remedy: advice to the user, other than to try again.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class RequestError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
-    """How often and how long a request is tried again."""
+    """Limits on the number and the time of tries of a request."""
 
     tries: int = 6
     """Tries in a row that may bring nothing."""
@@ -120,11 +120,11 @@ _KIND = re.compile(r"kind: (Connect|Request|Timeout|Interrupted|Decode|Unknown)\
 
 
 def understand(error: Exception, credentials: str) -> RequestError:
-    """What an error of the network library means; its classes tell only a few failures apart.
+    """Translate an error of the network library, whose classes tell only a few failures apart.
 
     Args:
         error: a BaseError of obstore.
-        credentials: what to do where credentials are missing or refused.
+        credentials: remedy where credentials are missing or refused.
     """
     text = str(error)
     # The machine's role is what the library asks for last.

@@ -45,8 +45,8 @@ class RemoteObjects:
     Args:
         place: URL, as messages name it.
         client: the library's handle.
-        credentials: what to do where credentials are missing or refused.
-        patience: how long to go on where a request fails.
+        credentials: remedy where credentials are missing or refused.
+        patience: limits on trying a failed request again.
     """
 
     is_local = False
@@ -111,7 +111,7 @@ class RemoteObjects:
         """Take the bytes start … stop − 1 of an object, as far as it has them.
 
         Args:
-            name: of the object.
+            name: name of the object.
             start: first byte.
             stop: end of the bytes, after `start`.
             allocate: (bytes that will come, bytes of the whole object) → where to put them, at
@@ -164,9 +164,9 @@ class WebObjects(RemoteObjects):
     """A store on a web server, which answers requests for parts of its files.
 
     Args:
-        url: of the store, without a / at its end.
+        url: URL of the store, without a / at its end.
         login: user and password, each percent-encoded, `user:password`; empty for none.
-        patience: how long to go on where a request fails.
+        patience: limits on trying a failed request again.
     """
 
     def __init__(self, url: str, login: str, patience: Patience) -> None:

@@ -30,7 +30,7 @@ _INDEXES_BYTES = 2**22
 
 @dataclass(frozen=True)
 class _Shard:
-    """What is known of a shard whose index was checked."""
+    """A shard whose index was checked."""
 
     number: int
     name: str
@@ -136,7 +136,7 @@ class ArrayReader:
         """Read the index of a shard once more, for `digest`.
 
         Raises:
-            DamagedStoreError: it is missing.
+            DamagedStoreError: the shard is missing.
         """
         opened = self._open(shard)
         index = np.empty(index_bytes(self.chunks_per_shard), np.uint8)

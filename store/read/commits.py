@@ -27,8 +27,8 @@ class Producers:
     """The producers that the commit records of a store name, each record read once.
 
     Args:
-        objects: of the store.
-        plan: its plan.
+        objects: objects of the store.
+        plan: plan of the store.
     """
 
     def __init__(self, objects: Objects, plan: Plan) -> None:

@@ -94,7 +94,7 @@ def read_sealed_object(objects: Objects, name: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such object.
-        DamagedStoreError: it is not what was written.
+        DamagedStoreError: the record differs from the one that was written.
     """
     data = objects.read(name, MAX_RECORD_BYTES)
     try:

@@ -20,7 +20,7 @@ def read_calibration(objects: Objects, plan: Plan) -> Calibration | None:
     """The calibration of an int8 store; None for other encodings.
 
     Raises:
-        DamagedStoreError: its arrays are not those that were written.
+        DamagedStoreError: the arrays differ from those that were written.
     """
     if plan.calibration is None:
         return None

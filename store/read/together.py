@@ -1,4 +1,4 @@
-"""Which stores may be read as one: those of one model, cut alike, over different text."""
+"""Stores that may be read as one: of one model, cut alike, over different text."""
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -50,7 +50,7 @@ def check_together(stores: Sequence[Store]) -> None:
 
 
 def _texts(store: Store) -> dict[str, tuple[float, float]]:
-    """Of this store and those that it was copied from: id → first sequence held here, and end."""
+    """Id of this store and of those it was copied from → first sequence held here, and end."""
     first, end = 0.0, float(store.num_sequences)
     texts = {store.store_id: (first, end)}
     origin: object = store.plan.derived_from
@@ -66,7 +66,7 @@ def _texts(store: Store) -> dict[str, tuple[float, float]]:
 
 
 def _facts(store: Store) -> dict[str, Any]:
-    """What stores of one corpus have in common; by name, as messages say it."""
+    """Facts that stores of one corpus have in common, by the name that messages give them."""
     return {
         **_entries("model", store.source.get("model")),
         "sites": sorted(store.sites),

@@ -45,7 +45,7 @@ class StoreInfo:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all shards are there."""
+        """True if all shards are there."""
         return self.store_id is not None
 
     def to_json(self) -> dict[str, Any]:

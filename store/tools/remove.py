@@ -65,14 +65,14 @@ class Removable:
     folders: tuple[str, ...]
     """Names, inner ones first."""
     description: str
-    """What it is, for the question whether to remove it."""
+    """Description of the store, for the question whether to remove it."""
 
 
 def find_removable(location: str | os.PathLike[str]) -> Removable:
     """Look at a store that is to be removed, complete or not, sound or damaged; change nothing.
 
     Raises:
-        InputError: it is not on this machine, or is a link.
+        InputError: the location is not on this machine, or is a link.
         NotAStoreError: the directory is no store, or holds other files too; they are named.
     """
     if is_remote(location):
@@ -131,7 +131,7 @@ def remove(found: Removable) -> None:
     for name in found.folders:
         (found.path / name).rmdir()
     (found.path / PLAN).unlink()
-    # Of the directory that a process is in the system takes the name only.
+    # The working directory of a process loses its name only.
     found.path.resolve().rmdir()
 
 
@@ -154,7 +154,7 @@ def _plan(path: Path) -> dict[str, Any]:
 
 
 def _has_our_group(path: Path) -> bool:
-    """Whether the Zarr metadata say that this is a store, where the plan cannot."""
+    """True if the Zarr metadata say that this is a store, where the plan cannot."""
     try:
         return "plan_id" in json.loads((path / ARRAY_METADATA).read_bytes())["attributes"]["mlsae"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -59,7 +59,7 @@ class Problem:
     path: str
     """Object inside the store."""
     message: str
-    """What is wrong, in one line."""
+    """Description of the fault, in one line."""
 
     def __str__(self) -> str:
         return f"{self.rule} {self.path}: {self.message}"
@@ -67,12 +67,12 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a verification found."""
+    """Findings of a verification."""
 
     problems: list[Problem] = field(default_factory=list)
     """Broken rules; empty for a sound store."""
     notes: list[str] = field(default_factory=list)
-    """What could not be looked at."""
+    """Parts that could not be checked."""
 
 
 def verify(
@@ -87,8 +87,8 @@ def verify(
     Args:
         location: the store's directory or URL.
         progress: show a bar of the activation bytes read.
-        cache_dir: as for `open_store`.
-        cache_bytes: as for `open_store`.
+        cache_dir: argument of `open_store`.
+        cache_bytes: argument of `open_store`.
 
     Returns:
         What is wrong. Where the plan, a record or the Zarr metadata is, that alone: nothing else
@@ -269,7 +269,7 @@ class _Verification:
         self.report(error.rule or "R-SHARD-3", name, str(error))
 
     def _have_hashes(self, record: str, objects: Mapping[str, str]) -> bool:
-        """Whether each object is there with the hash that a record names."""
+        """True if each object is there with the hash that a record names."""
         self.expected |= set(objects)
         self.objects.update(objects)
         num_problems = len(self.problems)

@@ -41,10 +41,10 @@ def card_of(
     """The card of a complete store: UTF-8, equal for equal arguments.
 
     Args:
-        plan: of the store.
-        store_id: of the store.
+        plan: plan of the store.
+        store_id: `store_id` of the store.
         num_bytes: bytes of the objects that decide `store_id`.
-        cost: what the encoding costs, where that was measured.
+        cost: cost of the encoding, where it was measured.
         provenance: records of the runs, oldest first; their keys may be absent.
     """
     model, text = _model(plan, provenance), _text(provenance)
@@ -84,7 +84,7 @@ def card_of(
 
 
 def card_problem(data: bytes) -> str | None:
-    """What is wrong with the bytes of a README.md; None for a sound card, and for what is none."""
+    """Fault in the bytes of a README.md; None for a sound card, and for any other text."""
     if MARK not in data:
         return None
     body, line = data[: data.rfind(b"\n", 0, -1) + 1], data[data.rfind(b"\n", 0, -1) + 1 :]
@@ -253,7 +253,7 @@ def _how_to_open(plan: Plan) -> list[str]:
 
 
 def _last(provenance: Sequence[Record], key: str) -> object:
-    """What the latest run that says it says."""
+    """Value under a key in the latest record that has it."""
     return next((record[key] for record in reversed(provenance) if record.get(key)), None)
 
 

@@ -1,4 +1,4 @@
-"""What vouches for a shard: its record, written when all that it names is durable."""
+"""Record of a shard, which vouches for it: written when all that the record names is durable."""
 
 import hashlib
 from collections.abc import Mapping

@@ -68,9 +68,9 @@ def make_card(path: Path, plan: Plan, store_id: str, names: Iterable[str]) -> by
 
     Args:
         path: the directory; all of the store is there but the card and `complete.json`.
-        plan: of the store.
-        store_id: of the store.
-        names: of the objects that decide it.
+        plan: plan of the store.
+        store_id: `store_id` of the store.
+        names: names of the objects that decide `store_id`.
 
     Raises:
         DamagedStoreError: one of them is missing.
@@ -85,12 +85,12 @@ def make_card(path: Path, plan: Plan, store_id: str, names: Iterable[str]) -> by
 
 
 def has_foreign_card(objects: Objects) -> bool:
-    """Whether the owner of a store has put a README.md there that is not ours."""
+    """True if the owner of a store has put a README.md there that is not ours."""
     try:
         return MARK not in objects.read(CARD, MAX_CARD_BYTES)
     except FileNotFoundError:
         return False
-    except DamagedStoreError:  # It is longer than any card.
+    except DamagedStoreError:  # Longer than any card.
         return True
 
 

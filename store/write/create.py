@@ -64,13 +64,13 @@ def create(
         token_flags: (num_tokens,) bits SPECIAL, PADDING, MASKED; 0 if not given.
         encoding: float16, bfloat16, float32 or int8.
         compression: none or zstd, of the activations.
-        calibration: what a `Calibrator` made of the first eligible rows; for int8 alone.
+        calibration: result of a `Calibrator` on the first eligible rows; for int8 alone.
         max_added_fvu: the encoding may add so much FVU to a shard, in total and in each decile of
             row norm; measured where floats are appended that the encoding changes.
         batch_sequences: sequences that the producer computes at once; shards hold whole batches.
         keep_positions: store only so many positions of each sequence, chosen by `keep_seed`; all
             if not given. `Writer.row_tokens` says which tokens the rows belong to.
-        keep_seed: of that choice.
+        keep_seed: seed of that choice.
         source: JSON that says what made the values; it belongs to the plan and so to `plan_id`.
         derived_from: for a store made from another, an object with its `store_id`.
         provenance: JSON that says how this run was made; recorded outside `plan_id`.
@@ -120,7 +120,7 @@ def create(
         require_disk(path, total_bytes, "the store", "harvest fewer tokens or layers")
         path.mkdir(parents=True, exist_ok=True)
         if not write_new_durably(path / PLAN, seal(plan.to_json())):
-            present = find_plan(path)  # Of somebody who began in the same instant.
+            present = find_plan(path)  # Another process began in the same instant.
         # Whoever may write into a folder may not always look into it.
         with suppress(PermissionError):
             fsync_directory(path.parent)
@@ -155,10 +155,10 @@ def resume(
 
     Args:
         path: the store's directory.
-        producer: as for `create`.
-        allow_mixed: as for `create`.
-        max_added_fvu: as for `create`.
-        cached: as for `create`.
+        producer: argument of `create`.
+        allow_mixed: argument of `create`.
+        max_added_fvu: argument of `create`.
+        cached: argument of `create`.
 
     Raises:
         NotAStoreError: there is no store, or its tokens are not all written yet.

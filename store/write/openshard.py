@@ -28,10 +28,10 @@ class OpenShard:
 
     Args:
         path: the store.
-        plan: its plan.
+        plan: plan of the store.
         shard: index of the shard.
         codecs: site → how its rows are held.
-        cached: as for a `ShardFile`.
+        cached: argument of `ShardFile`.
     """
 
     def __init__(
@@ -90,8 +90,8 @@ class OpenShard:
         """Make the files durable, several at a time, then the record of the shard.
 
         Args:
-            pool: its threads wait for the disk.
-            producer: what computed the rows, for the record.
+            pool: threads that wait for the disk.
+            producer: device and versions that computed the rows, for the record.
             moments: site → moments of the rows that were not summed here.
             added_fvu: cost of the encoding, for the record.
 

@@ -22,7 +22,7 @@ from mlsae.store.format.shard import Bytes, shard_index
 from mlsae.store.schema import CRC_BYTES
 
 _RWF_DONTCACHE = 0x80
-"""Of Linux 6.14's uapi/linux/fs.h: pages leave the page cache once they are on disk."""
+"""Flag from uapi/linux/fs.h, Linux 6.14: pages leave the page cache once they are on disk."""
 _UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.EINVAL})
 
 
@@ -30,7 +30,7 @@ class ShardFile:
     """One shard being written, piece by piece, under a temporary name until `commit`.
 
     Args:
-        path: of the file.
+        path: the file.
         spec: the array that the shard belongs to.
         cached: leave what is written in the page cache. Finding room for it there takes more of the
             CPU's time than the copy, where memory is full. Elsewhere than on Linux, and where the

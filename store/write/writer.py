@@ -96,7 +96,7 @@ class Writer:
         self._pool = ThreadPoolExecutor(
             num_threads, thread_name_prefix="store-write", initializer=yield_to_others
         )
-        # Of their own, so that waiting for the disk never holds up the next shard's rows.
+        # Threads apart, so that waiting for the disk never holds up the next shard's rows.
         self._flushers = ThreadPoolExecutor(_FLUSHING_THREADS, thread_name_prefix="store-flush")
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="store-commit")
         self._batch: _Batch | None = None
@@ -187,7 +187,7 @@ class Writer:
         """Add rows as `append` does, but of the shard in hand alone, and leave it open.
 
         Args:
-            activations: as for `append`; no more rows than the shard has room for.
+            activations: argument of `append`; no more rows than the shard has room for.
             moments_follow: `end_shard` will be given the moments of these rows; they are computed
                 here otherwise.
 
@@ -251,7 +251,7 @@ class Writer:
         if not self._closed:
             try:
                 if not self.pending():
-                    # Of processes that shared the work and were killed meanwhile.
+                    # Files of processes that shared the work and were killed meanwhile.
                     remove_stale_partials(self.path)
                     if not (self.path / COMPLETE).exists():
                         complete(self.path, self.plan)
@@ -355,7 +355,7 @@ class Writer:
                 self._explain_not_finite(self._batch, shard)
 
     def _measured(self) -> dict[str, dict[str, Any]] | None:
-        """What the encoding costs the shard, where floats were appended."""
+        """Cost of the encoding in the shard, where floats were appended."""
         if not self._added:
             return None
         added: dict[str, dict[str, Any]] = {}
