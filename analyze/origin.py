@@ -3,7 +3,7 @@
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import mlsae
 from mlsae.analyze.config import AnalyzeConfig
 from mlsae.analyze.pairing import Pairing
 from mlsae.base.settings import words_of
+from mlsae.sae import SAEConfig
 from mlsae.store import RemoteError, Store
 
 RUN_FILE = "run.yaml"
@@ -46,9 +47,7 @@ def origin(pairing: Pairing, config: AnalyzeConfig) -> dict[str, Any]:
         },
         "text": record.get("datasets") or [],
         "encoding": pairing.store.stores[0].plan.preset.name,
-        "sae_config": {
-            key: value for key, value in asdict(pairing.sae.config).items() if value is not None
-        },
+        "sae_config": _flat(pairing.sae.config),
         "training": {key: training.get(key) for key in ("settings", "environment")},
         "device": str(pairing.device),
         "versions": {
@@ -58,6 +57,13 @@ def origin(pairing: Pairing, config: AnalyzeConfig) -> dict[str, Any]:
         },
         "commands": commands(pairing, config),
     }
+
+
+def _flat(config: SAEConfig) -> dict[str, Any]:
+    """Fields and, beside them, those of the architecture, which is named; without None."""
+    content = {field.name: getattr(config, field.name) for field in fields(config)}
+    content |= config.architecture.to_dict() | {"architecture": config.architecture.name}
+    return {key: value for key, value in content.items() if value is not None}
 
 
 def _last_run(pairing: Pairing) -> dict[str, Any]:

@@ -472,7 +472,15 @@ def test_the_summary_stays_sealed(analysis: Analysis) -> None:
     assert summary == analysis.summary
     assert seal(summary) == (analysis.path / "summary.json").read_bytes()
     assert summary["model"]["name"]
-    assert summary["sae_config"]["num_latents"] == 48
+    assert summary["sae_config"] == {
+        "architecture": "topk",
+        "d_in": 16,
+        "encoder_bias": False,
+        "k": 4,
+        "layer_scale": "none",
+        "normalize": "standardize",
+        "num_latents": 48,
+    }
 
 
 def test_prompts_have_a_section_of_their_own(analysis: Analysis, tmp_path: Path) -> None:
