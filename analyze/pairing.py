@@ -24,7 +24,7 @@ _IMPORTED = "imported"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pairing:
-    """What an analysis is of."""
+    """A store and an SAE that are analyzed together."""
 
     store: AnyStore
     """The store that is read, or several as one."""
@@ -51,10 +51,10 @@ class Pairing:
     """Where the work is done."""
 
     notes: tuple[str, ...]
-    """What the reader of a summary must know about this pairing; one line each."""
+    """Notes on this pairing for the reader of a summary; one line each."""
 
     warnings: tuple[str, ...]
-    """Those of `notes` that say that store and SAE may not be meant for each other."""
+    """Some of `notes`: store and SAE may not be meant for each other."""
 
 
 def pair(
@@ -69,10 +69,10 @@ def pair(
 
     Args:
         cache: directory or URL of the store, or several.
-        directory: of the SAE.
+        directory: directory of the SAE.
         device: where the work will be done.
-        cache_dir: as for `open_store`.
-        cache_bytes: as for `open_store`.
+        cache_dir: argument of `open_store`.
+        cache_bytes: argument of `open_store`.
 
     Raises:
         InputError: width, site, layers or transformer differ; or either cannot be read.
@@ -126,7 +126,7 @@ def pair(
 
 
 def provenance_of(pairing: Pairing) -> dict[str, str]:
-    """What every file made of it says that it is of."""
+    """Ids of store and SAE, for every file made from this pairing."""
     return {
         "store_id": pairing.store.store_id,
         "plan_id": pairing.store.plan_id,

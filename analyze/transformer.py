@@ -72,7 +72,7 @@ def place_of_transformer(store: AnyStore) -> str | None:
 
 
 def find_pieces(store: AnyStore, given: Path | None) -> tuple[Pieces | None, str | None]:
-    """What gives tokens their text, or None and the reason.
+    """Find the function that gives tokens their text, or None and the reason.
 
     Args:
         store: the store.

@@ -14,13 +14,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Field:
-    """What is kept of every event."""
+    """Numbers that are kept of every event."""
 
     width: int
     """Numbers an event."""
 
     dtype: torch.dtype
-    """Their type."""
+    """Type of the numbers."""
 
 
 class Best:
@@ -34,8 +34,8 @@ class Best:
     Args:
         num_groups: G.
         size: S, events kept a group.
-        fields: what is kept of an event, by name.
-        device: where.
+        fields: numbers kept of an event, by name.
+        device: device of the tensors.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Best:
         }
 
     def passes(self, groups_E: Tensor, scores_E: Tensor) -> Tensor:
-        """Which of some later events would be kept if it came alone, (E,) bool."""
+        """True for each of some later events that would be kept if it came alone, (E,) bool."""
         return -scores_E < self._costs_GS[:, -1][groups_E]
 
     def place(self, groups_C: Tensor, scores_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,7 +103,7 @@ class Best:
             self._fields[name][places_A] = values
 
     def read(self, first: int, last: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Of the groups from `first` to before `last`: which there are, and what is known of them.
+        """Read the events of groups from `first` to before `last`.
 
         Returns:
             (groups, S) bool, and (groups, S, width) of each field; the best of a group first.

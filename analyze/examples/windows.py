@@ -1,4 +1,4 @@
-"""What stands around an event: the tokens of its window, and its latent's values there.
+"""Window around an event: tokens, and the values of its latent there.
 
 Shapes: E events (token, layer, latent), P pairs (token, latent) active at any layer, T tokens, L
 layers, A events of which it is asked, W = before + 1 + after places of a window.
@@ -29,7 +29,7 @@ class Text:
     """Number of the stretch of one document in one sequence, (T,) int64; padding is in none."""
 
     eligible: Tensor
-    """Whether the token is an eligible row, (T,) bool."""
+    """True for each token that is an eligible row, (T,) bool."""
 
 
 def read_text(
@@ -61,7 +61,7 @@ class Joined:
     """The events of some tokens, by latent, then token."""
 
     pairs: Tensor
-    """Which pair each event belongs to, (E,) int64."""
+    """Index of the pair of each event, (E,) int64."""
 
     keys: Tensor
     """latent · T + token of each pair, (P,) ascending."""

@@ -1,4 +1,4 @@
-"""How far a figure would move on other text: percentile bootstrap over sequences.
+"""Variation of a number on other text: percentile bootstrap over sequences.
 
 Tokens of a sequence are alike, so sequences are resampled and never tokens. Every figure is a ratio
 of sums over sequences; a resample weights each sequence's part of the sums by how often it was
@@ -52,7 +52,7 @@ def group_of(places_N: Int, num_sequences: int) -> Int:
 
 
 def resample(num_groups: int) -> Float:
-    """How often each group counts, (1 + R, G): once each in the first row, then the resamples.
+    """Weight of each group, (1 + R, G): one each in the first row, then the resamples.
 
     A pure function of `num_groups`, so that figures of other layers, measured on the same
     sequences, are resampled alike. R is 0 for fewer than two groups, which say nothing of others.

@@ -1,4 +1,4 @@
-"""What an analysis says of an SAE's decoder: columns of `latents`, histograms, figures of merit."""
+"""Geometry of an SAE's decoder: columns of `latents`, histograms, overall numbers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Decoder:
     """An SAE's decoder directions, among themselves and beside the embeddings."""
 
     pairs: DecoderPairs
-    """Of two decoder directions."""
+    """Cosines of two decoder directions."""
 
     embedding: Nearest | None
     """Rows of the token embedding; None where no transformer is at hand, or of another width."""
@@ -60,7 +60,7 @@ def describe_decoder(
     """Compare the decoder's directions with each other, and with the transformer's embeddings.
 
     Args:
-        pairing: of the SAE.
+        pairing: pairing of the SAE.
         layer_means_M: mean layer of each latent; NaN for a dead one.
         transformer: the one that the store was made with, if it is at hand.
         progress: told the number of pairs of latents of each finished block.

@@ -1,4 +1,4 @@
-"""How decoder directions lie to one another and to the transformer's embeddings, block by block.
+"""Cosines of decoder directions with one another and with embeddings, block by block.
 
 Shapes: M = num_latents, D = d_in, V rows of an embedding, C bins of cosines, S bins of distances.
 """
@@ -48,16 +48,16 @@ class Nearest:
 
 @dataclass(frozen=True, eq=False)
 class DecoderPairs:
-    """What the cosines of all pairs of a decoder's directions come to."""
+    """Summary of the cosines of all pairs of a decoder's directions."""
 
     nearest: Nearest
-    """Of the other directions."""
+    """Nearest of the other directions."""
 
     mmcs: float | None
     """Mean over latents of the largest cosine with another; None where there is no other."""
 
     mmcs_published: float
-    """The same with earlier latents only, and 0 at least (tim-lawson/mlsae, figures/mmcs.py)."""
+    """Mean largest cosine with earlier latents, 0 at least (tim-lawson/mlsae, figures/mmcs.py)."""
 
     counts: Int
     """(S + 1, C) pairs by distance of their mean layers, and by cosine. The last of the distances
@@ -68,7 +68,7 @@ def check_memory(decoder_MD: Tensor) -> None:
     """See, before hours of work, that the cosines of all pairs can be had at all.
 
     Raises:
-        ResourceError: as for `block_size`.
+        ResourceError: too little memory even for a block of one row.
     """
     _block_size(decoder_MD)
 
@@ -129,7 +129,7 @@ def decoder_pairs(
         progress: told the number of pairs of each finished block.
 
     Raises:
-        ResourceError: as for `block_size`.
+        ResourceError: too little memory even for a block of one row.
     """
     block = _block_size(decoder_MD)
     unit_MD, device = unit_rows(decoder_MD), decoder_MD.device
@@ -193,7 +193,7 @@ def nearest_rows(decoder_MD: Tensor, rows_VD: Tensor) -> Nearest:
     """The row of an embedding that each direction has the largest cosine with.
 
     Raises:
-        ResourceError: as for `block_size`.
+        ResourceError: too little memory even for a block of one row.
     """
     block = _block_size(decoder_MD)
     unit_MD = unit_rows(decoder_MD)

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from english import OPENINGS, refused, rooms, texts
 
 CEILING = {
-    "analyze": 165,
+    "analyze": 125,
     "commands": 12,
     "sae": 60,
     "store": 40,

@@ -1,4 +1,4 @@
-"""What reconstructions cost the transformer: cross-entropy, KL and agreement with layers spliced.
+"""Cost of reconstructions to the transformer: cross-entropy, KL and agreement, layers spliced.
 
 Shapes: B sequences, T = context length, V = vocabulary, D = d_model, N counted tokens, L layers,
 G groups of sequences. Figures are means over counted tokens; sums are float64 over the whole set,
@@ -44,7 +44,7 @@ class CrossEntropy:
     eligible token has stored ones."""
 
     added: Float
-    """What −log p(target) gains by the SAE's reconstruction in place of the live activations."""
+    """Increase of −log p(target) with the SAE's reconstruction in place of the live activations."""
 
     divergence: Float
     """KL(untouched ‖ SAE spliced) of the next-token distributions."""
@@ -56,7 +56,7 @@ class CrossEntropy:
     """−log p(target) with zeros in place of the live activations."""
 
     mean: Float
-    """The same with the mean over the store's eligible rows of the layer."""
+    """Increase of −log p(target) with the mean over the store's eligible rows of the layer."""
 
     @property
     def num_tokens(self) -> int:
@@ -65,7 +65,7 @@ class CrossEntropy:
 
     @property
     def ce(self) -> float:
-        """Of the untouched transformer, nats per counted token."""
+        """Cross-entropy of the untouched transformer, nats per counted token."""
         return float(self.untouched.sum() / self.num_tokens)
 
     @property
@@ -278,7 +278,7 @@ def _means(pairing: Pairing, device: torch.device) -> dict[int, Tensor]:
 
 
 def _stored(pairing: Pairing, layer: int, sequences: Int) -> Tensor:
-    """What a store of every position holds of the sequences, decoded: (B, T, D)."""
+    """Stored activations of the sequences, decoded: (B, T, D); the store has every position."""
     store, length = pairing.store, pairing.store.context_length
     spans = [(start, start + length) for start in (sequences * length).tolist()]
     return torch.from_numpy(np.stack([store.read(pairing.site, layer, *span) for span in spans]))

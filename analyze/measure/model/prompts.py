@@ -77,9 +77,9 @@ def prepare(
     """Tokenise prompts as the harvest tokenised documents.
 
     Args:
-        texts: what to call each prompt → its text; may be empty.
-        transformer: the store's.
-        reason: why there is none.
+        texts: name of each prompt → its text; may be empty.
+        transformer: transformer of the store.
+        reason: reason why there is no transformer.
         store: says how sequences open.
         skip_positions: tokens at positions below are not eligible.
 

@@ -37,7 +37,7 @@ class Sequences:
 def counted_targets(
     documents_BT: npt.NDArray[np.uint32], flags_BT: npt.NDArray[np.uint8]
 ) -> npt.NDArray[np.bool_]:
-    """Which positions' next tokens are scored: (B, T − 1).
+    """Positions whose next token is scored: (B, T − 1) bool.
 
     The next token lies in the same document and carries no flag, and the position itself is no
     padding. A separator is never a target: whether a model was taught to predict what the packing
@@ -60,7 +60,7 @@ def read_sequences(
         sequences: sorted indices.
         skip_positions: tokens at positions below are not eligible.
         at_once: sequences of a batch; the last may have fewer.
-        device: of the tensors.
+        device: device of the tensors.
     """
     length = store.context_length
     packing = store.source.get("packing")
@@ -74,7 +74,7 @@ def read_sequences(
         flags = np.stack([store.token_flags(*span) for span in spans])
         eligible = flags == 0
         eligible[:, :skip_positions] = False
-        # What a transformer was given may depend on where a token lies in the text of its store.
+        # The input of a transformer may depend on the place of a token in the text of its store.
         _, own = sequence_origin(store, numbers)
         inputs = Inputs(
             tokens=torch.from_numpy(tokens.astype(np.int64)).to(device),

@@ -1,4 +1,4 @@
-"""How much of the spread of latents over layers there is at single tokens: variances of the layer.
+"""Share of the spread of latents over layers at single tokens: variances of the layer.
 
 With L, J, T the layer, latent and token of a joint distribution,
 Var(L) = E Var(L | J, T) + E_J Var_T E(L | J, T) + Var_J E(L | J) (the law of total variance,

@@ -1,4 +1,4 @@
-"""Which token ids a latent is active for: the entropy of its totals by token id.
+"""Token ids that a latent is active for: the entropy of its totals by token id.
 
 Shapes: P pairs (token, latent), M = num_latents.
 """
