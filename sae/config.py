@@ -1,4 +1,4 @@
-"""What an SAE is: its shape, its architecture, and how it normalises a row."""
+"""Configuration of an SAE: shape, architecture, and normalisation of rows."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -32,14 +32,14 @@ class SAEConfig:
     num_latents: int
     """Latents, shared by every layer."""
     architecture: Architecture
-    """How rows become latents, such as `TopK(k=32)` or `ReLU()`."""
+    """Map from rows to latents, such as `TopK(k=32)` or `ReLU()`."""
     normalize: str = "standardize"
-    """How a row is normalised before encoding: `standardize`, `none` for rows as they are, `scale`
+    """Normalisation of a row before encoding: `standardize`, `none` for rows as they are, `scale`
     by one factor a layer, or `center` by the mean of its layer."""
     encoder_bias: bool = False
-    """Whether each latent has a bias of its own, added to its pre-activation."""
+    """True where each latent has a bias of its own, added to its pre-activation."""
     layer_scale: str = "none"
-    """How rows were put on one scale by the mean norms of layers: `log`, `sqrt` or `linear`."""
+    """Function of mean norms that put layers on one scale: `none`, `log`, `sqrt` or `linear`."""
     layers: tuple[int, ...] | None = None
     """The block index of each row of the state that depends on the layer; None without any."""
 
@@ -79,7 +79,7 @@ class SAEConfig:
 
     @property
     def depends_on_layer(self) -> bool:
-        """Whether encoding a row takes its layer."""
+        """True where encoding a row takes its layer."""
         return self.normalize in ("scale", "center") or self.layer_scale != "none"
 
     def to_dict(self) -> dict[str, Any]:

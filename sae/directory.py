@@ -20,7 +20,7 @@ from mlsae.sae.errors import DamagedSAEError, NotAnSAEError
 WEIGHTS, CONFIG, TRAINING = "sae.safetensors", "config.json", "training.json"
 FILES = (WEIGHTS, CONFIG, TRAINING)
 _PREFIX = "mlsae/"
-"""What stands before an architecture's name."""
+"""Prefix of an architecture's name in config.json."""
 
 
 def write(

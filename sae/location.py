@@ -74,10 +74,10 @@ def nothing_at(place: str, files: Iterable[str], names: Collection[str], prefix:
     """The message for a place that holds no SAE itself, with folders below that may.
 
     Args:
-        place: where it was looked for.
-        files: what lies there, as paths with `/`.
+        place: place that was searched.
+        files: files there, as paths with `/`.
         names: files that an SAE has.
-        prefix: what comes before the first folder in what is to be typed.
+        prefix: text before the first folder in the location to be typed.
     """
     paths = [PurePosixPath(file) for file in files]
     folders = sorted({str(p.parent) for p in paths if p.name in names and len(p.parts) > 1})

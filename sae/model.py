@@ -27,7 +27,7 @@ from mlsae.sae.normalize import Standardized, by_layer, restore, standardize
 
 
 class Latents(NamedTuple):
-    """What rows become: a few latents each, and the row statistics that decoding needs.
+    """Encoded rows: a few latents each, and the row statistics that decoding needs.
 
     K is k of a topk SAE; of a relu SAE, the most latents that any of the rows uses.
     """
@@ -83,7 +83,7 @@ class SAE(torch.nn.Module):
 
     @property
     def architecture(self) -> Architecture:
-        """How rows become latents."""
+        """Map from rows to latents."""
         return self.config.architecture
 
     @property
@@ -115,7 +115,7 @@ class SAE(torch.nn.Module):
 
         Args:
             x_BD: (B, D) rows, any floating dtype.
-            at: their layers as indices into `config.layers`, (B,) or one for them all; needed where
+            at: layers of the rows as indices into `config.layers`, (B,) or one for all; needed if
                 the normalisation depends on the layer.
         """
         x_BD = x_BD.to(self.W_enc.dtype)
@@ -220,7 +220,7 @@ class SAE(torch.nn.Module):
 
         Args:
             directory: made if it is not there; files of an SAE already there are replaced.
-            training: how the SAE came about, as JSON.
+            training: record of the training, as JSON.
         """
         write(directory, self.config, self.state_dict(), training)
 
@@ -229,9 +229,9 @@ def load(path_or_hub_id: str | Path, device: str | torch.device = "cpu") -> SAE:
     """Read an SAE directory, checking every byte of it.
 
     Args:
-        path_or_hub_id: what `SAE.save` or `mlsae train` wrote: a directory, or, as a `str`, where
-            it lies on the Hugging Face hub: `owner/name[/folder][@revision]`.
-        device: where the weights go.
+        path_or_hub_id: directory that `SAE.save` or `mlsae train` wrote, or, as a `str`, a
+            place on the Hugging Face hub: `owner/name[/folder][@revision]`.
+        device: device of the weights.
 
     Returns:
         The SAE in float32, in evaluation mode, its training.json in `training_record`.
@@ -239,7 +239,7 @@ def load(path_or_hub_id: str | Path, device: str | torch.device = "cpu") -> SAE:
     Raises:
         NotAnSAEError: there is no SAE there.
         DamagedSAEError: a file is missing or does not hold the bytes that were written.
-        InputError: its configuration is not one this version knows.
+        InputError: this version does not know such a configuration.
     """
     config, tensors, training = read(find(path_or_hub_id, FILES).directory)
     with torch.device("meta"):

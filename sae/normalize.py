@@ -55,7 +55,7 @@ def by_layer(
 
     Args:
         x_BD: (B, D) rows.
-        at: which row of the state is their layer's: (B,), or one for them all.
+        at: row of the state for the layer of each row: (B,), or one for all.
         shift_LD: (L, D); None for 0.
         factor_L: (L,); None for 1.
     """

@@ -38,7 +38,7 @@ class Shape(Protocol):
 
     @property
     def encoder_bias(self) -> bool:
-        """Whether there is a `b_enc`."""
+        """True where there is a `b_enc`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +50,9 @@ class Parameter:
     shape: tuple[int, ...]
     """Shape."""
     by_latent: bool = True
-    """Whether the first axis is that of the latents."""
+    """True where the first axis is that of the latents."""
     unit_rows: bool = False
-    """Whether each row has unit length after every step."""
+    """True where each row has unit length after every step."""
 
 
 class Encoded(NamedTuple):
@@ -74,10 +74,10 @@ ExtraLoss = Callable[[Encoded, Weights], torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """How an architecture stands in the files of another tool."""
+    """Form of an architecture in the files of another tool."""
 
     name: str = ""
-    """Its name there; empty where the format has no word for it."""
+    """Name of the architecture there; empty where the format has none."""
     settings: tuple[str, ...] = ()
     """Fields, whole numbers, that the configuration there has under the same names."""
     constants: Mapping[str, object] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Architecture(ABC):
-    """How rows become latents; the fields of a subclass are its settings."""
+    """Map from rows to latents; the fields of a subclass are its settings."""
 
     name: ClassVar[str]
     """Name on the command line and, after `mlsae/`, in config.json."""
@@ -99,11 +99,11 @@ class Architecture(ABC):
 
     Where `revival` is `resample`, `resample_every` is one of them."""
     encoder_bias: ClassVar[bool] = False
-    """Whether an SAE in training has a bias for each latent."""
+    """True where an SAE in training has a bias for each latent."""
     unit_decoder: ClassVar[bool] = True
-    """Whether training keeps decoder rows at unit length."""
+    """True where training keeps decoder rows at unit length."""
     revival: ClassVar[Revival | None] = None
-    """How training brings dead latents back."""
+    """Revival of dead latents in training; None for none."""
     precisions: ClassVar[tuple[str, ...]] = ("float32",)
     """Precisions of the encoder product in training."""
     conversions: ClassVar[Mapping[str, Conversion]] = {}
@@ -202,7 +202,7 @@ class Architecture(ABC):
         num_steps: int,  # noqa: ARG002
         like: torch.Tensor,  # noqa: ARG002
     ) -> ExtraLoss | None:
-        """What training minimises beside the reconstruction error; None for nothing.
+        """Term that training minimises beside the reconstruction error; None for nothing.
 
         Args:
             settings: training settings; values by layer are those of the SAE's layers.

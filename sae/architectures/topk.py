@@ -102,5 +102,5 @@ class TopK(Architecture):
         return preactivations(u_BD, W_enc, b, pre_BK, support).relu(), support
 
     def describe(self) -> str:
-        """Its k alone, because it is what is meant where no architecture is named."""
+        """State k alone: TopK is meant where no architecture is named."""
         return f"k {self.k}"

@@ -1,4 +1,4 @@
-"""What the formats of other tools have in common: what is read, what is written, what is checked.
+"""Common parts of the formats of other tools: reading, writing and checks.
 
 Shape suffixes: D channels, N latents.
 """
@@ -33,12 +33,12 @@ class ConversionError(InputError):
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What an SAE was trained on, as far as it is known."""
+    """Training data of an SAE, as far as it is known."""
 
     site: str | None = None
-    """Which activations of a block."""
+    """Site in a block."""
     layers: tuple[int, ...] | None = None
-    """Of which blocks, from 0."""
+    """Blocks, from 0."""
     model: str | None = None
     """Name of the transformer."""
 
@@ -52,17 +52,17 @@ class Foreign:
     tensors: Tensors
     """W_enc (N, D), W_dec (N, D), b (D,) and b_enc (N,) where it has one; float32, on the CPU."""
     origin: Origin
-    """What it was trained on, as far as it says so."""
+    """Training data, as far as the files name it."""
     changes: tuple[str, ...] = ()
-    """What was done to its numbers; empty where they are as they were."""
+    """Changes of the numbers; empty where they are as they were."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """How another tool saves an SAE."""
+    """Format in which another tool saves an SAE."""
 
     name: str
-    """What `--to` takes."""
+    """Name of the format, for `--to`."""
     config_file: str
     """Name of its JSON file."""
     weights_file: str
@@ -83,7 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of another tool; numbers that are not finite become text.
 
     Raises:
-        ConversionError: it is none.
+        ConversionError: the file is no such JSON.
     """
     try:
         content = json.loads(path.read_bytes(), parse_constant=str, parse_float=_finite)
@@ -102,7 +102,7 @@ def require(config: Mapping[str, Any], key: str, path: Path, kind: type) -> Any:
     """The value of a key.
 
     Raises:
-        ConversionError: it is absent, or of another kind.
+        ConversionError: the value is absent, or of another kind.
     """
     value = config.get(key)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -160,12 +160,12 @@ def take(
 
 
 def conversions(form: str) -> dict[type[Architecture], Conversion]:
-    """How a format has the architectures that it knows."""
+    """Form of each architecture that a format knows."""
     return {kind: kind.conversions[form] for kind in registered() if form in kind.conversions}
 
 
 def conversion(sae: SAE, form: str) -> Conversion:
-    """How a format has the architecture of an SAE for which `no_place` is None."""
+    """Form of an SAE's architecture in a format; `no_place` must be None for the SAE."""
     return conversions(form)[type(sae.architecture)]
 
 
@@ -252,7 +252,7 @@ def no_place(sae: SAE, form: str, *, normalize: Collection[str]) -> str | None:
 
 
 def trained_on(record: object, model: str | None, fallback: Origin) -> Origin:
-    """What our own record in a configuration says, or `fallback` where there is none."""
+    """Training data from our own record in a configuration, or `fallback` where there is none."""
     if not isinstance(record, Mapping):
         return Origin(site=fallback.site, layers=fallback.layers, model=model)
     site = record.get("site")

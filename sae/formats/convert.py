@@ -30,7 +30,7 @@ FORMATS: dict[str, Format] = {
 
 _FILES = sorted({name for f in FORMATS.values() for name in (f.config_file, f.weights_file)})
 _SKIP_POSITIONS = 1
-"""What analyze leaves out for an SAE that does not say which positions it was trained on."""
+"""First positions that analyze leaves out for an SAE that does not name those of training."""
 
 
 def export_sae(run: str | Path, to: str, out: Path, *, model: str | None = None) -> list[Path]:
@@ -98,16 +98,16 @@ def import_sae(
     Args:
         source: a directory, or `owner/name[/folder][@revision]` on the hub.
         out: directory to be made; absent or empty.
-        site: the site it was trained on, where its files do not say.
-        layers: its layers, where its files do not say.
+        site: site that the SAE was trained on, where its files do not say.
+        layers: layers of the SAE, where its files do not say.
 
     Returns:
         The SAE, loaded from `out`.
 
     Raises:
-        ConversionError: it is of an architecture that is not known here, it is damaged, or it says
+        ConversionError: the SAE is of an architecture unknown here, is damaged, or names
             another site or other layers than these.
-        NotAnSAEError: there is none.
+        NotAnSAEError: there is no SAE.
         InputError: `out` is in use.
     """
     if site is not None and site not in SITES:
@@ -127,7 +127,7 @@ def import_sae(
 
 
 def format_imported(sae: SAE, out: Path) -> str:
-    """What was imported, for people."""
+    """Summary of an imported SAE, for people."""
     config, record = sae.config, sae.training_record
     imported = record["imported"]
     lines = [
@@ -216,14 +216,14 @@ def _claim(out: Path) -> None:
     """See that an output directory is free.
 
     Raises:
-        InputError: it holds something.
+        InputError: the directory holds something.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is in use already: give a directory that is absent or empty")
 
 
 def _repeat(first: Path, path: Path) -> None:
-    """The same weights under another name: no second copy of gigabytes where a link will do."""
+    """Give the weights another name: no second copy of gigabytes where a link will do."""
     try:
         os.link(first, path)
     except OSError:

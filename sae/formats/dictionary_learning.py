@@ -91,7 +91,7 @@ def _load(path: Path) -> Tensors:
     """Tensors by name; nothing in the file is executed."""
     try:
         with warnings.catch_warnings():
-            # Of a pickle that torch did not write: what is said below is all there is to say.
+            # torch warns of a pickle that it did not write: the error below says enough.
             warnings.simplefilter("ignore", UserWarning)
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # Bytes that are no pickle raise whatever they happen to lead to.

@@ -114,7 +114,7 @@ def _configuration(sae: SAE, origin: Origin, _layer: int | None) -> dict[str, An
         "n_inputs": sae.config.d_in,
         "n_latents": sae.config.num_latents,
         **settings_of(sae, _NAME),
-        # Of training alone, but the module cannot be made without them.
+        # Settings of training alone, but the module cannot be made without them.
         "dead_steps_threshold": 10_000_000,
         "dead_threshold": 1e-3,
         "auxk": min(256, sae.config.num_latents),

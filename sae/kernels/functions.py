@@ -82,8 +82,8 @@ def preactivations(
         W_enc_ND: (N, D) encoder directions.
         b_D: (D,) the bias that is subtracted.
         values_BK: (B, K) the pre-activations themselves, which selection has computed already.
-        support: their places.
-        b_enc_N: (N,) what is added to each latent's; None for nothing.
+        support: places of the pre-activations.
+        b_enc_N: (N,) bias of each latent; None for none.
     """
     apply: Callable[..., torch.Tensor] = _Preactivations.apply  # torch leaves it untyped
     return apply(u_BD, W_enc_ND, b_D, b_enc_N, values_BK, support)

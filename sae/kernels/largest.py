@@ -25,7 +25,7 @@ _KEY_BITS = {np.dtype(np.int16): (np.int32, 16), np.dtype(np.float32): (np.int64
 
 
 def supports(pre_BN: torch.Tensor) -> bool:
-    """Whether `largest` takes this tensor: bfloat16 or float32, on a CPU, not too wide."""
+    """True for a tensor that `largest` takes: bfloat16 or float32, on a CPU, not too wide."""
     return (
         pre_BN.device.type == "cpu"
         and pre_BN.dtype in (torch.bfloat16, torch.float32)
@@ -41,8 +41,8 @@ def largest(pre_BN: torch.Tensor, k: int, pool: ThreadPoolExecutor, out_BK: torc
 
     Args:
         pre_BN: (B, N) float32 or bfloat16, contiguous, on the CPU.
-        k: how many, at most N.
-        pool: its threads share the rows.
+        k: number of indices, at most N.
+        pool: threads that share the rows.
         out_BK: (B, K) int64.
     """
     bits = pre_BN.view(torch.int16) if pre_BN.dtype == torch.bfloat16 else pre_BN

@@ -1,4 +1,4 @@
-"""How far a product of bfloat16 numbers can be from that of the numbers they were rounded from.
+"""Bound on the error of a product of numbers rounded to bfloat16.
 
 With c = c̃ + δc and w = w̃ + δw, rounded values with a tilde: c·w = c̃·w̃ + δc·w̃ + c·δw, so by
 Cauchy and Schwarz |c·w − c̃·w̃| ≤ |δc||w̃| + |c||δw|. Both norms of differences are computed, not
@@ -15,7 +15,7 @@ import torch
 _UNIT = 2.0**-8
 """Largest relative error of a number rounded to bfloat16."""
 _LEAST_NORM = 2.0**-60
-"""Of rows and of the longest direction: far below, products of parts are flushed to 0."""
+"""Least norm of rows and of the longest direction: far below, products are flushed to 0."""
 _CHUNK = 256
 """Directions at once: in the cache of a core."""
 

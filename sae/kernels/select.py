@@ -1,4 +1,4 @@
-"""Which latents a row uses: the k largest pre-activations, found block by block of rows.
+"""Latents that a row uses: the k largest pre-activations, found block by block of rows.
 
 Shape suffixes: B rows, D channels, N latents, K selected latents.
 """
@@ -63,7 +63,7 @@ def select_screened(
         scores = Support(found, num_latents).sampled_product(c_BD[rows], W_enc_ND)
         values_BK[rows], chosen = torch.topk(scores, k, dim=1, sorted=False)
         indices_BK[rows] = found.gather(1, chosen)
-        # What is not above 0 comes in no order.
+        # Values that are not above 0 come in no order.
         others_B = screen.most(c_BD[rows], c16_BD, seen.amin(dim=1).clamp(min=0))
         open_B[rows] = ~(values_BK[rows].amin(dim=1) >= others_B)
         # Directions so much alike, or rows with so few above 0, are no better further on.
@@ -88,7 +88,7 @@ def _screening_pays(c_BD: torch.Tensor, W_enc_ND: torch.Tensor, k: int) -> bool:
 
 
 def _num_candidates(k: int, W_enc_ND: torch.Tensor) -> int:
-    """So many that the last of them is clearly below the k-th.
+    """Number of candidates of which the last is clearly below the k-th.
 
     Rounding errors grow with the square root of the channels, measured in the spread of a row's
     products.

@@ -70,7 +70,7 @@ class FullSupport(Support):
     Args:
         num_rows: B.
         num_latents: N, which is K, too.
-        device: of the products.
+        device: device of the products.
     """
 
     def __init__(self, num_rows: int, num_latents: int, device: torch.device) -> None:

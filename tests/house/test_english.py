@@ -11,7 +11,6 @@ from english import OPENINGS, refused, rooms, texts
 CEILING = {
     "analyze": 125,
     "commands": 12,
-    "sae": 60,
     "store": 40,
     "train": 30,
 }
