@@ -9,7 +9,6 @@ import click
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from tqdm import tqdm
 
 from mlsae import __version__
@@ -23,8 +22,8 @@ from mlsae.analyze.measure.directions import check_memory
 from mlsae.analyze.measure.histograms import histograms_table, layer_cosine_table
 from mlsae.analyze.measure.model.cross_entropy import CrossEntropy, measure
 from mlsae.analyze.measure.model.prompts import prepare, prompts_table, read_texts
-from mlsae.analyze.measure.rows.joint import Joint, sweep_tokens
-from mlsae.analyze.measure.rows.sweep import LayerSums, sweep_layer
+from mlsae.analyze.measure.rows.joint import Joint
+from mlsae.analyze.measure.rows.walk import LayerSums, walk
 from mlsae.analyze.measure.tables import latents_tables, layer_means, layers_tables
 from mlsae.analyze.origin import origin
 from mlsae.analyze.pairing import Pairing, fingerprint, pair, provenance_of
@@ -79,24 +78,19 @@ def run(config: AnalyzeConfig) -> Analysis:
         provenance = provenance_of(pairing)
         events = _plan_events(pairing, sequences, config, directory, provenance)
         examples_plan = plan_examples(pairing, num_rows, config, directory)
+        examples = None if examples_plan is None else Examples(pairing, examples_plan)
+        joint = Joint(pairing, _end_of_joint(pairing, sequences, config))
         with _bar("rows", num_rows * len(pairing.layers), "row") as progress:
-            sums = {
-                layer: sweep_layer(
-                    pairing,
-                    layer,
-                    sequences,
-                    batch_rows=config.batch_size,
-                    events=events,
-                    directory=directory / EVENTS,
-                    progress=progress,
-                )
-                for layer in pairing.layers
-            }
-        examples = None
-        if examples_plan is not None:
-            largest = torch.stack([of.latents.largest for of in sums.values()]).amax(dim=0)
-            examples = Examples(pairing, examples_plan, largest)
-        joint = _joint(pairing, sequences, config, examples)
+            sums = walk(
+                pairing,
+                sequences,
+                batch_rows=config.batch_size,
+                events=events,
+                directory=directory / EVENTS,
+                joint=joint,
+                examples=examples,
+                progress=progress,
+            )
         entropy = None
         if transformer is not None:
             length = pairing.store.context_length
@@ -187,22 +181,11 @@ def _plan_events(
     return plan
 
 
-def _joint(
-    pairing: Pairing, sequences: Int, config: AnalyzeConfig, examples: Examples | None
-) -> Joint:
+def _end_of_joint(pairing: Pairing, sequences: Int, config: AnalyzeConfig) -> int:
+    """The token before which tokens are added up over all layers."""
     length = pairing.store.context_length
     covered = first_tokens(sequences, max(config.decomposition_max_tokens, length), length)
-    swept = covered if examples is None else sequences
-    num_rows = len(swept) * pairing.store.rows_per_sequence * len(pairing.layers)
-    with _bar("all layers of a token", num_rows, "row") as progress:
-        return sweep_tokens(
-            pairing,
-            swept,
-            end_token=(int(covered[-1]) + 1) * length,
-            examples=examples,
-            batch_rows=config.batch_size,
-            progress=progress,
-        )
+    return (int(covered[-1]) + 1) * length
 
 
 def _tables(

@@ -12,6 +12,9 @@ from mlsae.store.read.split import validation_of
 
 Int = npt.NDArray[np.int64]
 Single = npt.NDArray[np.float32]
+_Rows = tuple[Int, Int, Single]
+"""Row numbers, the index of each one's token, activations."""
+
 _ROWS_AT_ONCE = 2**20
 """Rows whose flags are read at once."""
 
@@ -59,7 +62,7 @@ def first_tokens(sequences: Int, max_tokens: int, context_length: int) -> Int:
 
 def read_rows(
     store: AnyStore, site: str, layer: int, sequences: Int, batch_rows: int
-) -> Iterator[tuple[Int, Int, Single]]:
+) -> Iterator[_Rows]:
     """The unflagged rows of `sequences`, every stored position, in the order of the store.
 
     Chunks that hold none of them are not read. Memory: one chunk, one batch, and the flags and
@@ -69,31 +72,38 @@ def read_rows(
         Row numbers (N,), the index of each one's token (N,) and decoded activations (N, d_model),
         0 < N ≤ `batch_rows`.
     """
-    held: list[tuple[Int, Int, Single]] = []
+    held: list[_Rows] = []
     num_held = 0
     for chunk in _chunks(store, site, layer, sequences):
         held.append(chunk)
         num_held += len(chunk[0])
         if num_held < batch_rows:
             continue
-        rows, tokens, x = _joined(held)
-        whole = num_held - num_held % batch_rows
-        for first in range(0, whole, batch_rows):
-            batch = slice(first, first + batch_rows)
-            yield rows[batch], tokens[batch], x[batch]
-        held, num_held = [(rows[whole:], tokens[whole:], x[whole:])], num_held - whole
+        *batches, rest = _cut(_joined(held), batch_rows)
+        held, num_held = [rest], len(rest[0])
+        # Readers of many layers wait for one another, and none of them holds what it has yielded.
+        while batches:
+            yield batches.pop(0)
     if num_held:
         yield _joined(held)
 
 
-def _joined(held: list[tuple[Int, Int, Single]]) -> tuple[Int, Int, Single]:
+def _cut(rows: _Rows, size: int) -> Iterator[_Rows]:
+    """Batches of `size` rows, and a copy of the rest, which may be empty."""
+    numbers, tokens, x = rows
+    whole = len(numbers) - len(numbers) % size
+    for first in range(0, whole, size):
+        own = slice(first, first + size)
+        yield numbers[own], tokens[own], x[own]
+    yield numbers[whole:].copy(), tokens[whole:].copy(), x[whole:].copy()
+
+
+def _joined(held: list[_Rows]) -> _Rows:
     rows, tokens, x = zip(*held, strict=True)
     return np.concatenate(rows), np.concatenate(tokens), np.concatenate(x)
 
 
-def _chunks(
-    store: AnyStore, site: str, layer: int, sequences: Int
-) -> Iterator[tuple[Int, Int, Single]]:
+def _chunks(store: AnyStore, site: str, layer: int, sequences: Int) -> Iterator[_Rows]:
     """Of each chunk, the unflagged rows of `sequences`, their tokens and activations."""
     first = 0
     for member in store.stores:

@@ -1,4 +1,4 @@
-"""The pass that finds each latent's examples, against encoding alone and the original's code.
+"""Finding each latent's examples, against encoding alone and the original's code.
 
 Contenders take the same rows of all layers in turn, round after round: `examples` encodes them and
 keeps the strongest and random events of every latent with their windows; `encode only` encodes them
@@ -34,7 +34,6 @@ from benchmarks.rounds import Contender, alternate
 from mlsae.analyze import AnalyzeConfig, run
 from mlsae.analyze.examples.collect import Examples, ExamplesPlan
 from mlsae.analyze.examples.table import write_examples
-from mlsae.analyze.measure.rows.joint import blocks, encode_rows
 from mlsae.analyze.pairing import Pairing, pair
 from mlsae.analyze.results.tables import schema
 from mlsae.analyze.selection import Int, read_rows
@@ -125,18 +124,36 @@ class Turns:
         return np.arange(first, self._next)
 
 
+@torch.no_grad()
+def encoded(
+    pairing: Pairing, sequences: Int
+) -> Iterator[tuple[Int, Int, dict[int, tuple[torch.Tensor, torch.Tensor]]]]:
+    """Eligible rows of each batch, their tokens, and layer → values and indices of latents."""
+    readers = {
+        layer: read_rows(pairing.store, pairing.site, layer, sequences, BATCH_ROWS)
+        for layer in pairing.layers
+    }
+    while True:
+        latents = {}
+        for layer, reader in readers.items():
+            if (batch := next(reader, None)) is None:
+                return
+            rows, tokens, x = batch
+            eligible = tokens % CONTEXT_LENGTH >= pairing.skip_positions
+            of = pairing.sae.encode(torch.from_numpy(x[eligible]), layer)
+            latents[layer] = of.values, of.indices
+        yield rows[eligible], tokens[eligible], latents
+
+
 def finder(pairing: Pairing, shape: Shape) -> tuple[Examples, Contender]:
     """Ours."""
-    # Half of what the largest is likely to be: ranges of all sizes get their share.
-    largest = torch.full((shape.num_latents,), 3.0)
-    examples, turns = Examples(pairing, PLAN, largest), Turns(shape)
+    examples, turns = Examples(pairing, PLAN), Turns(shape)
 
     def work() -> int:
         done = 0
-        with torch.no_grad():
-            for rows, tokens, latents in blocks(pairing, turns.next(), BATCH_ROWS):
-                examples.add(rows, tokens, latents)
-                done += len(rows)
+        for rows, tokens, latents in encoded(pairing, turns.next()):
+            examples.add(rows, tokens, latents)
+            done += len(rows)
         examples.finish()
         return done
 
@@ -148,17 +165,7 @@ def encoder(pairing: Pairing, shape: Shape) -> Contender:
     turns = Turns(shape)
 
     def work() -> int:
-        sequences, done = turns.next(), 0
-        with torch.no_grad():
-            for layer in pairing.layers:
-                done = 0
-                for _, tokens, x in read_rows(
-                    pairing.store, pairing.site, layer, sequences, BATCH_ROWS
-                ):
-                    x = x[tokens % CONTEXT_LENGTH >= pairing.skip_positions]
-                    encode_rows(pairing.sae, x, layer, batch_rows=BATCH_ROWS, device=pairing.device)
-                    done += len(x)
-        return done
+        return sum(len(rows) for rows, _, _ in encoded(pairing, turns.next()))
 
     return Contender("encode only", work)
 

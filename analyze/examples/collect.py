@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from mlsae.analyze.examples.best import Best, Field
+from mlsae.analyze.examples.sample import RANGES, Sample
 from mlsae.analyze.examples.windows import Joined, Text, join_layers, read_text, windows
 from mlsae.analyze.pairing import Pairing
 from mlsae.analyze.selection import Int
-
-RANGES = 4
-"""Equal parts of a latent's range of values, from 0 to its largest."""
 
 _EVENTS = 2**20
 """Events that are gathered before they are looked at; those of one sequence at least."""
@@ -66,8 +64,8 @@ class ExamplesPlan:
     def num_bytes(self, num_latents: int, num_layers: int) -> int:
         """Memory of all examples."""
         fields = self.fields(num_layers)
-        return Best.num_bytes(num_latents * num_layers, self.top, fields) + Best.num_bytes(
-            num_latents * RANGES, self.samples, fields
+        return Best.num_bytes(num_latents * num_layers, self.top, fields) + Sample.num_bytes(
+            num_latents, self.samples, fields
         )
 
 
@@ -80,23 +78,19 @@ class Examples:
     Args:
         pairing: store and SAE.
         plan: what is kept.
-        largest_M: the largest value of each latent, float32; the ranges are parts of it.
     """
 
-    def __init__(self, pairing: Pairing, plan: ExamplesPlan, largest_M: Tensor) -> None:
+    def __init__(self, pairing: Pairing, plan: ExamplesPlan) -> None:
         self.plan = plan
         self.layers = pairing.layers
-        self.num_latents = len(largest_M)
+        self.num_latents = pairing.sae.config.num_latents
         self._store = pairing.store
         self._device = pairing.device
         fields = plan.fields(len(self.layers))
         self.top = Best(self.num_latents * len(self.layers), plan.top, fields, pairing.device)
         """Group latent · L + index of the layer: the strongest of the layer."""
-        self.samples = Best(self.num_latents * RANGES, plan.samples, fields, pairing.device)
-        """Group latent · RANGES + range."""
-        parts = torch.arange(1, RANGES, device=pairing.device)[:, None] / RANGES
-        self.edges = largest_M * parts
-        """(RANGES − 1, M) float32; a range holds its upper end, and not its lower."""
+        self.samples = Sample(self.num_latents, plan.samples, fields, pairing.device)
+        """Random ones of each range."""
         self._rows: list[tuple[Int, Int]] = []
         self._events: list[tuple[Tensor, Tensor, Tensor]] = []
         self._num_rows = self._num_events = 0
@@ -179,26 +173,22 @@ class Examples:
             num_layers=num_layers,
         )
         event_E = token_E * num_layers + held.layers
-        range_E = torch.zeros_like(held.latents)
-        for edge_M in self.edges:
-            range_E += held.values > edge_M[held.latents]
-        for best, group_E, score_E in (
-            (self.top, held.latents * num_layers + held.layers, held.values.view(torch.int32)),
-            (
-                self.samples,
-                held.latents * RANGES + range_E,
-                random_scores(event_E, held.latents, self.plan.seed),
-            ),
-        ):
-            if best.size == 0:
-                continue
-            offered = best.passes(group_E, score_E).nonzero()[:, 0]
-            if len(offered) == 0:
-                continue
-            kept, places_A = best.place(group_E[offered], score_E[offered])
-            for first in range(0, len(kept), _AT_ONCE):
-                some = slice(first, first + _AT_ONCE)
-                best.write(places_A[some], **self._known(held, joined, offered[kept[some]]))
+        if self.plan.samples:
+            scores_E = random_scores(event_E, held.latents, self.plan.seed)
+            kept, places_A = self.samples.place(held.latents, held.values, scores_E)
+            self._write(self.samples, held, joined, kept, places_A)
+        group_E, score_E = held.latents * num_layers + held.layers, held.values.view(torch.int32)
+        offered = self.top.passes(group_E, score_E).nonzero()[:, 0]
+        if len(offered):
+            kept, places_A = self.top.place(group_E[offered], score_E[offered])
+            self._write(self.top, held, joined, offered[kept], places_A)
+
+    def _write(
+        self, kept: Best | Sample, held: "_Held", joined: Joined, at_A: Tensor, places_A: Tensor
+    ) -> None:
+        for first in range(0, len(at_A), _AT_ONCE):
+            some = slice(first, first + _AT_ONCE)
+            kept.write(places_A[some], **self._known(held, joined, at_A[some]))
 
     def _known(self, held: "_Held", joined: Joined, at_A: Tensor) -> dict[str, Tensor]:
         """The fields of events."""

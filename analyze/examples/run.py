@@ -8,7 +8,8 @@ import torch
 from tqdm import tqdm
 
 from mlsae.analyze.config import AnalyzeConfig
-from mlsae.analyze.examples.collect import RANGES, Examples, ExamplesPlan
+from mlsae.analyze.examples.collect import Examples, ExamplesPlan
+from mlsae.analyze.examples.sample import RANGES
 from mlsae.analyze.examples.table import write_examples
 from mlsae.analyze.pairing import Pairing
 from mlsae.analyze.results.directory import EXAMPLES

@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from torch import Tensor
 
-from mlsae.analyze.examples.collect import RANGES, Examples
+from mlsae.analyze.examples.collect import Examples
+from mlsae.analyze.examples.sample import RANGES
 from mlsae.analyze.examples.windows import OUTSIDE
 from mlsae.analyze.results.columns import KINDS, SAMPLE
 
@@ -77,8 +79,11 @@ def _columns(
     """Columns by name, arrays (R,) or Arrow arrays."""
     plan, num_layers, num_latents = examples.plan, len(examples.layers), last - first
     known = [
-        _by_latent(best, first * groups, last * groups, num_latents)
-        for best, groups in ((examples.top, num_layers), (examples.samples, RANGES))
+        _by_latent(*of, num_latents)
+        for of in (
+            examples.top.read(first * num_layers, last * num_layers),
+            examples.samples.read(first, last),
+        )
     ]
     (top_has, top), (sample_has, sample) = known
     num_top = top_has.shape[1]
@@ -118,7 +123,7 @@ def _columns(
     latent, column = (value > 0).nonzero()
     place = chosen[latent, column]
     edges = np.zeros((num_latents, RANGES + 1), dtype=np.float32)
-    edges[:, 1:RANGES] = examples.edges[:, first:last].cpu().numpy().T
+    edges[:, 1:RANGES] = examples.samples.edges[:, first:last].cpu().numpy().T
     edges[:, RANGES] = value[:, 0]
     is_sample = kind[column] == KINDS.index(SAMPLE)
     part = quantile[column].astype(np.int32)
@@ -146,10 +151,9 @@ def _columns(
 
 
 def _by_latent(
-    best: Any, first: int, last: int, num_latents: int
+    has: Tensor, fields: Mapping[str, Tensor], num_latents: int
 ) -> tuple[Array, Mapping[str, Array]]:
-    """(m, groups · size) and the same with the width of each field behind."""
-    has, fields = best.read(first, last)
+    """(m, groups · size), and (m, groups · size, width) of each field."""
     return has.reshape(num_latents, -1).cpu().numpy(), {
         name: values.reshape(num_latents, -1, values.shape[2]).cpu().numpy()
         for name, values in fields.items()

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from mlsae.analyze.measure.bootstrap import Float, estimate, ratio, resample
 from mlsae.analyze.measure.model.cross_entropy import CrossEntropy
 from mlsae.analyze.measure.rows.sums import Ratio
-from mlsae.analyze.measure.rows.sweep import LayerSums
+from mlsae.analyze.measure.rows.walk import LayerSums
 
 FREQUENT = 0.1
 """A latent is frequent if it is active on a larger share of the rows (SAEBench's 10 percent)."""

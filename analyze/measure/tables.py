@@ -14,7 +14,7 @@ from mlsae.analyze.measure.decoder import Decoder
 from mlsae.analyze.measure.metrics import describe
 from mlsae.analyze.measure.model.cross_entropy import CrossEntropy
 from mlsae.analyze.measure.rows.joint import Joint
-from mlsae.analyze.measure.rows.sweep import LayerSums
+from mlsae.analyze.measure.rows.walk import LayerSums
 from mlsae.analyze.results.columns import LATENTS
 from mlsae.analyze.results.distribution import Float, LayerDistribution, layer_distribution
 from mlsae.analyze.results.tables import schema

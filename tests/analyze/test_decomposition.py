@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from mlsae.analyze import Analysis, AnalyzeConfig, run
-from mlsae.analyze.measure.rows import joint as joint_sweep
+from mlsae.analyze.events.plan import plan_events
+from mlsae.analyze.measure.rows import joint as joint_sums
 from mlsae.analyze.measure.rows.decomposition import Decomposition, pairs_of
+from mlsae.analyze.measure.rows.joint import Joint
+from mlsae.analyze.measure.rows.walk import walk
 from mlsae.analyze.pairing import pair
 from mlsae.sae import SAE, ReLU, SAEConfig
 from mlsae.sae import load as load_sae
@@ -246,24 +249,33 @@ def test_the_entropy_over_token_ids_is_that_of_totals_over_all_layers(
 
 @pytest.mark.parametrize("block", [5, 23, 2048])
 def test_blocks_of_any_number_of_tokens_add_up_to_the_same(
-    block: int, world: Any, sae_maker: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    block: int,
+    world: Any,
+    sae_maker: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """Of a block of 5 rows, some have none that is eligible; some blocks are covered in part."""
-    monkeypatch.setattr(joint_sweep, "PUBLISHED_BATCH", block)
-    directory = sae_maker(world.store, num_latents=160, skip_positions=20)
+    monkeypatch.setattr(joint_sums, "PUBLISHED_BATCH", block)
+    directory = sae_maker(world.store, num_latents=160, skip_positions=16)
     cpu = torch.device("cpu")
     told: list[int] = []
-    found = joint_sweep.sweep_tokens(
-        pair(world.store, directory, cpu),
+    pairing = pair(world.store, directory, cpu)
+    found = Joint(pairing, 12 * 24)
+    walk(
+        pairing,
         np.arange(3, 14),
-        end_token=12 * 24,
-        examples=None,
         batch_rows=4,
+        # Parts of the events end in the midst of batches and blocks.
+        events=plan_events(pairing, np.arange(3, 9), 1000, {}),
+        directory=tmp_path,
+        joint=found,
+        examples=None,
         progress=told.append,
     )
     row = np.arange(len(world.tokens))
     rows = row[np.isin(row // 24, range(3, 12)) & (world.flags == 0)]
-    eligible = rows % 24 >= 20
+    eligible = rows % 24 >= 16
     sae = load_sae(directory)
     x = np.stack([world.activations[n][rows[eligible]] for n in (0, 1, 3)])
     encoded = sae.encode(torch.from_numpy(x))
@@ -277,7 +289,7 @@ def test_blocks_of_any_number_of_tokens_add_up_to_the_same(
     assert found.decomposition.num_tokens == eligible.sum()
     # What is not covered was read too.
     swept = row[np.isin(row // 24, range(3, 14)) & (world.flags == 0)]
-    assert sum(told) == 3 * (swept % 24 >= 20).sum()
+    assert sum(told) == 3 * len(swept)
     blocks = [eligible[n : n + block] for n in range(0, len(eligible), block)]
     summary = found.decomposition.summary()
     assert summary is not None
@@ -295,10 +307,11 @@ def test_rows_of_a_relu_sae_have_as_many_slots_as_any_of_them_needs(batch_rows: 
     x = np.random.default_rng(0).normal(size=(10, 6)).astype(np.float32)
     dense = torch.relu(sae.standardize(torch.from_numpy(x))[0] @ sae.W_enc.T).double()
     with torch.no_grad():
-        block = joint_sweep.encode_rows(sae, x, 0, batch_rows=batch_rows, device=sae.b.device)
-        nothing = joint_sweep.encode_rows(sae, x[:0], 0, batch_rows=batch_rows, device=sae.b.device)
+        parts = [sae.encode(of) for of in torch.from_numpy(x).split(batch_rows)]
+        nothing = sae.encode(torch.from_numpy(x[:0]))
+    block = joint_sums.joined([(of.values, of.indices) for of in (*parts, nothing)])
     pairs = pairs_of({0: block}, 20)
     found = torch.zeros(10, 20, dtype=torch.float64)
     found[pairs.tokens, pairs.latents] = pairs.totals
     torch.testing.assert_close(found, dense.detach(), rtol=1e-5, atol=1e-6)
-    assert len(pairs_of({0: nothing}, 20).totals) == 0
+    assert len(pairs_of({0: (nothing.values, nothing.indices)}, 20).totals) == 0

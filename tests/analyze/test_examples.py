@@ -17,9 +17,11 @@ import pytest
 import torch
 
 import mlsae.analyze.examples.collect as collecting
-import mlsae.analyze.measure.rows.joint as joint
+from mlsae.analyze.events.plan import plan_events
 from mlsae.analyze.examples.collect import Examples, ExamplesPlan, random_scores
 from mlsae.analyze.examples.table import write_examples
+from mlsae.analyze.measure.rows.joint import Joint
+from mlsae.analyze.measure.rows.walk import walk
 from mlsae.analyze.pairing import Pairing, pair
 from mlsae.analyze.results.tables import schema
 from mlsae.sae import SAE, ReLU, SAEConfig, TopK
@@ -224,16 +226,23 @@ def collect(
     sequences: npt.NDArray[np.int64],
     path: Path,
     *,
-    largest: npt.NDArray[np.float64],
     plan: ExamplesPlan = PLAN,
     batch_rows: int = 4096,
 ) -> list[dict[str, Any]]:
     """The table of a store, through the file."""
-    examples = Examples(pairing, plan, torch.from_numpy(largest).float())
-    with torch.no_grad():
-        for block in joint.blocks(pairing, sequences, batch_rows):
-            examples.add(*block)
-    examples.finish()
+    examples = Examples(pairing, plan)
+    events = path.with_suffix(".events")
+    events.mkdir(exist_ok=True)
+    walk(
+        pairing,
+        sequences,
+        batch_rows=batch_rows,
+        events=plan_events(pairing, sequences[:3], 100, {}),
+        directory=events,
+        joint=Joint(pairing, 0),
+        examples=examples,
+        progress=lambda _: None,
+    )
     told: list[int] = []
     num_rows = write_examples(path, schema("examples", {}), examples, None, told.append)
     assert sum(told) == NUM_LATENTS
@@ -244,14 +253,13 @@ def collect(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("batch_rows", "block", "events"),
-    [(1, 1, 1), (5, 7, 30), (4096, 2048, 2**20)],
+    ("batch_rows", "events"),
+    [(1, 1), (5, 30), (4096, 2**20)],
     ids=["one by one", "odd", "all at once"],
 )
 def test_the_table_is_what_sorting_all_values_gives(
     kind: str,
     batch_rows: int,
-    block: int,
     events: int,
     make_pairing: Callable[..., Pairing],
     tmp_path: Path,
@@ -259,17 +267,13 @@ def test_the_table_is_what_sorting_all_values_gives(
 ) -> None:
     """Whatever is read, encoded and gathered at once; windows end with documents, sequences and
     text; a latent that is never active has no rows."""
-    monkeypatch.setattr(joint, "PUBLISHED_BATCH", block)
     monkeypatch.setattr(collecting, "_EVENTS", events)
     monkeypatch.setattr(collecting, "_AT_ONCE", 10 if events < 100 else 2**16)
     pairing = make_pairing(kind)
     sequences = np.array([0, 1, 3, 4, 5, 8, 9, 10, 13])
     truth = Truth.of(pairing, sequences)
     expected = list(truth.rows(PLAN))
-    largest = truth.z.max(axis=(0, 1))
-    found = collect(
-        pairing, sequences, tmp_path / "t.parquet", largest=largest, batch_rows=batch_rows
-    )
+    found = collect(pairing, sequences, tmp_path / "t.parquet", batch_rows=batch_rows)
     assert found == expected
     _see_that_it_has_every_case(expected)
 
@@ -303,9 +307,7 @@ def test_positions_that_a_store_does_not_keep_have_no_value(
     sequences = np.arange(NUM_SEQUENCES)
     truth = Truth.of(pairing, sequences)
     expected = list(truth.rows(PLAN))
-    found = collect(
-        pairing, sequences, tmp_path / "t.parquet", largest=truth.z.max(axis=(0, 1)), batch_rows=5
-    )
+    found = collect(pairing, sequences, tmp_path / "t.parquet", batch_rows=5)
     assert found == expected
     assert any(row["row"] != row["token"] for row in found)
     assert any(
@@ -320,9 +322,7 @@ def test_several_stores_are_counted_through(
     pairing = make_pairing("topk", num_stores=2)
     sequences = np.arange(2 * NUM_SEQUENCES)
     truth = Truth.of(pairing, sequences)
-    found = collect(
-        pairing, sequences, tmp_path / "t.parquet", largest=truth.z.max(axis=(0, 1)), batch_rows=11
-    )
+    found = collect(pairing, sequences, tmp_path / "t.parquet", batch_rows=11)
     assert found == list(truth.rows(PLAN))
     assert {row["token"] // (NUM_SEQUENCES * LENGTH) for row in found} == {0, 1}
 
@@ -339,18 +339,15 @@ def test_any_number_of_examples_and_any_window(
     pairing = make_pairing("relu")
     sequences = np.arange(NUM_SEQUENCES)
     truth = Truth.of(pairing, sequences)
-    found = collect(
-        pairing, sequences, tmp_path / "t.parquet", largest=truth.z.max(axis=(0, 1)), plan=plan
-    )
+    found = collect(pairing, sequences, tmp_path / "t.parquet", plan=plan)
     assert found == list(truth.rows(plan))
 
 
 def test_another_seed_draws_others(make_pairing: Callable[..., Pairing], tmp_path: Path) -> None:
     pairing = make_pairing("topk")
     sequences = np.arange(NUM_SEQUENCES)
-    largest = Truth.of(pairing, sequences).z.max(axis=(0, 1))
     found = [
-        collect(pairing, sequences, tmp_path / "t.parquet", largest=largest, plan=plan)
+        collect(pairing, sequences, tmp_path / "t.parquet", plan=plan)
         for plan in (PLAN, replace(PLAN, seed=-12), PLAN)
     ]
     assert found[0] == found[2]

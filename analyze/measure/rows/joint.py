@@ -1,136 +1,102 @@
-"""One pass over tokens with the latents of all their layers at hand.
+"""Sums over tokens that take the latents of all layers at once.
 
-Shapes: N tokens of a block, P active pairs (token, latent).
+Shapes: N rows of a batch, E of them eligible, K active slots a row.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from mlsae.analyze.examples.collect import Examples
 from mlsae.analyze.measure.rows.decomposition import Decomposition, pairs_of
 from mlsae.analyze.measure.rows.token_totals import TokenTotals
 from mlsae.analyze.pairing import Pairing
-from mlsae.analyze.selection import Int, Single, read_rows
-from mlsae.sae import SAE
+from mlsae.analyze.selection import Int
 from mlsae.store import AnyStore
 
 PUBLISHED_BATCH = 2048
 """Tokens of a batch in the published code, and of a block here."""
 
+Latents = Mapping[int, tuple[Tensor, Tensor]]
+"""Layer → (rows, K) values and (rows, K) indices of latents; K may differ between layers."""
 
-@dataclass(frozen=True, eq=False)
+
 class Joint:
-    """What the tokens add up to."""
+    """Adds up tokens, block by block of rows, whatever batches they come in.
 
-    decomposition: Decomposition
-    """Variances of the layer."""
-
-    token_totals: TokenTotals
-    """Totals by latent and token id, over all layers."""
-
-
-@torch.no_grad()
-def sweep_tokens(
-    pairing: Pairing,
-    sequences: Int,
-    *,
-    end_token: int,
-    examples: Examples | None,
-    batch_rows: int,
-    progress: Callable[[int], object],
-) -> Joint:
-    """Encode the eligible rows of `sequences` at all layers, block by block of tokens.
-
-    Memory: a chunk and a block of every layer, and what `Joint` and `examples` hold.
+    Memory: a block, and what latents and token ids need.
 
     Args:
         pairing: store and SAE.
-        sequences: sorted indices.
-        end_token: what is returned covers the tokens before this one; the end of a sequence.
-        examples: gets every block; None for none.
-        batch_rows: rows encoded at once.
-        progress: told the number of rows, over all layers, of each finished block.
+        end_token: only tokens before this one are added up; the end of a sequence.
     """
-    num_latents = pairing.sae.config.num_latents
-    joint = Joint(Decomposition(pairing.layers, num_latents, pairing.device), TokenTotals())
-    for rows_N, tokens_N, latents in blocks(pairing, sequences, batch_rows):
-        if examples is not None:
-            examples.add(rows_N, tokens_N, latents)
-        covered = int(np.searchsorted(tokens_N, end_token))
-        if covered:
-            _add(
-                joint,
-                pairing,
-                tokens_N[:covered],
-                {n: (z[:covered], indices[:covered]) for n, (z, indices) in latents.items()},
+
+    def __init__(self, pairing: Pairing, end_token: int) -> None:
+        num_latents = pairing.sae.config.num_latents
+        self.decomposition = Decomposition(pairing.layers, num_latents, pairing.device)
+        """Variances of the layer."""
+        self.token_totals = TokenTotals()
+        """Totals by latent and token id, over all layers."""
+        self._store, self._num_latents, self._end_token = pairing.store, num_latents, end_token
+        self._held: list[tuple[Int, Latents]] = []
+        self._num_held = 0
+
+    def add(self, tokens_N: Int, eligible_N: npt.NDArray[np.bool_], latents: Latents) -> None:
+        """Add rows that come after those of earlier batches.
+
+        Args:
+            tokens_N: index of the token of each unflagged row, ascending.
+            eligible_N: whether the row is eligible; a block is so many rows, eligible or not.
+            latents: of the E eligible rows, in order.
+        """
+        end = int(np.searchsorted(tokens_N, self._end_token))
+        before_N = np.concatenate([[0], eligible_N.cumsum()])
+        first = 0
+        while first < end:
+            last = min(end, first + PUBLISHED_BATCH - self._num_held)
+            own = slice(int(before_N[first]), int(before_N[last]))
+            self._held.append(
+                (
+                    tokens_N[first:last][eligible_N[first:last]],
+                    {layer: (z[own], indices[own]) for layer, (z, indices) in latents.items()},
+                )
             )
-        progress(len(tokens_N) * len(latents))
-    if examples is not None:
-        examples.finish()
-    return joint
+            self._num_held += last - first
+            if self._num_held == PUBLISHED_BATCH:
+                self._add_block()
+            first = last
+
+    def finish(self) -> None:
+        """Add the last block; there are no more rows."""
+        if self._held:
+            self._add_block()
+
+    def _add_block(self) -> None:
+        tokens = np.concatenate([tokens for tokens, _ in self._held])
+        blocks = [latents for _, latents in self._held]
+        self._held, self._num_held = [], 0
+        if len(tokens) == 0:
+            return
+        latents = {layer: joined([block[layer] for block in blocks]) for layer in blocks[0]}
+        pairs = pairs_of(latents, self._num_latents)
+        self.decomposition.add(pairs, len(tokens))
+        ids = token_ids(self._store, tokens)
+        self.token_totals.add(
+            pairs.latents.cpu().numpy(),
+            ids[pairs.tokens.cpu().numpy()],
+            pairs.totals.cpu().numpy(),
+        )
 
 
-def _add(
-    joint: Joint,
-    pairing: Pairing,
-    tokens_N: Int,
-    latents: dict[int, tuple[torch.Tensor, torch.Tensor]],
-) -> None:
-    pairs = pairs_of(latents, pairing.sae.config.num_latents)
-    joint.decomposition.add(pairs, len(tokens_N))
-    ids_N = token_ids(pairing.store, tokens_N)
-    joint.token_totals.add(
-        pairs.latents.cpu().numpy(),
-        ids_N[pairs.tokens.cpu().numpy()],
-        pairs.totals.cpu().numpy(),
-    )
-
-
-def blocks(
-    pairing: Pairing, sequences: Int, batch_rows: int
-) -> Iterator[tuple[Int, Int, dict[int, tuple[torch.Tensor, torch.Tensor]]]]:
-    """Eligible rows (N,) of each block, N ≥ 0, the token of each, and layer → their latents' values
-    and indices.
-    """
-    store, length = pairing.store, pairing.store.context_length
-    # Flags and chunks are those of rows, whatever the layer: every reader gives the same rows.
-    readers = {
-        layer: read_rows(store, pairing.site, layer, sequences, PUBLISHED_BATCH)
-        for layer in pairing.layers
-    }
-    while True:
-        latents = {}
-        for layer, reader in readers.items():
-            if (block := next(reader, None)) is None:
-                return
-            rows, tokens, x = block
-            eligible = tokens % length >= pairing.skip_positions
-            latents[layer] = encode_rows(
-                pairing.sae, x[eligible], layer, batch_rows=batch_rows, device=pairing.device
-            )
-        yield rows[eligible], tokens[eligible], latents
-
-
-def encode_rows(
-    sae: SAE, x_ND: Single, layer: int, *, batch_rows: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and indices (N, K) of rows of a layer, `batch_rows` at once; N may be 0."""
-    rows = torch.from_numpy(x_ND).to(device)
-    encoded = [
-        sae.encode(rows[first : first + batch_rows], layer)
-        for first in range(0, max(1, len(rows)), batch_rows)
-    ]
-    width = max(part.values.shape[1] for part in encoded)
+def joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Values and indices of rows, one part after another, in as many slots as the widest has."""
+    width = max(values.shape[1] for values, _ in parts)
     # The slots that a part has too few of hold the value 0, which is no activation.
     values, indices = (
         torch.cat([torch.nn.functional.pad(t, (0, width - t.shape[1])) for t in of])
-        for of in (
-            [part.values for part in encoded],
-            [part.indices for part in encoded],
-        )
+        for of in zip(*parts, strict=True)
     )
     return values, indices
 

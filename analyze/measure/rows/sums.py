@@ -142,19 +142,17 @@ def _dot(a_ND: Tensor, b_ND: Tensor) -> Tensor:
 
 
 class LatentSums:
-    """How often each latent is active (value > 0) at one layer, its values' total and largest."""
+    """How often each latent is active (value > 0) at one layer, and its values' total."""
 
     def __init__(self, num_latents: int, device: torch.device) -> None:
         self.count = torch.zeros(num_latents, dtype=torch.int64, device=device)
         self.total = torch.zeros(num_latents, dtype=torch.float64, device=device)
-        self.largest = torch.zeros(num_latents, device=device)
 
     def add(self, values_NK: Tensor, indices_NK: Tensor) -> None:
         """Count the rows of `values_NK` at the latents `indices_NK`; a value of 0 is inactive."""
         values_NK = values_NK.abs()
         active = values_NK > 0
         indices = indices_NK[active]
-        self.largest.scatter_reduce_(0, indices, values_NK[active].float(), "amax")
         num_latents = len(self.count)
         self.count += torch.bincount(indices, minlength=num_latents)
         self.total += torch.bincount(

@@ -1,0 +1,189 @@
+"""The walk over a store's rows: each is read and encoded once, beside its token's other layers.
+
+Shapes: N rows of a batch, E of them eligible, D = d_model, K active slots a row.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mlsae.analyze.events.plan import EventsPlan
+from mlsae.analyze.events.writer import EventsWriter
+from mlsae.analyze.examples.collect import Examples
+from mlsae.analyze.measure.bootstrap import count_groups, group_of
+from mlsae.analyze.measure.rows.joint import Joint
+from mlsae.analyze.measure.rows.sums import GroupedRows, LatentSums, RowSums
+from mlsae.analyze.pairing import Pairing
+from mlsae.analyze.results.parts import PartRecord
+from mlsae.analyze.selection import Int, Single
+
+Bool = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerSums:
+    """Sums over the evaluated rows of a layer, by group of sequences."""
+
+    eligible: RowSums
+    """Unflagged rows at positions ≥ the SAE's `skip_positions`."""
+
+    position_0_in: RowSums
+    """Unflagged rows at every position."""
+
+    position_0_out: RowSums
+    """Unflagged rows at positions ≥ 1."""
+
+    latents: LatentSums
+    """Latents of the eligible rows."""
+
+    events: tuple[PartRecord, ...]
+    """Parts of the table `events` that were written."""
+
+
+@torch.no_grad()
+def walk(
+    pairing: Pairing,
+    sequences: Int,
+    *,
+    batch_rows: int,
+    events: EventsPlan,
+    directory: Path,
+    joint: Joint,
+    examples: Examples | None,
+    progress: Callable[[int], object],
+) -> dict[int, LayerSums]:
+    """Add up every unflagged row of `sequences` at every layer, in memory that does not grow.
+
+    Memory: of each layer a chunk, the latents of a batch, the sums, and the events of a part.
+
+    Args:
+        pairing: store and SAE.
+        sequences: sorted indices.
+        batch_rows: rows of a layer encoded at once.
+        events: what is written of the latents as they are read back; its rows come first.
+        directory: existing folder for the events.
+        joint: given every batch.
+        examples: given the eligible rows of every batch; None for none.
+        progress: told the number of rows, over all layers, of each finished batch.
+
+    Returns:
+        Sums by layer id.
+    """
+    with ExitStack() as stack:
+        layers = [
+            _Layer(
+                pairing,
+                layer,
+                sequences,
+                events.read(layer, sequences, batch_rows),
+                stack.enter_context(EventsWriter(directory, events, layer)),
+            )
+            for layer in pairing.layers
+        ]
+        for rows, tokens, eligible, latents in _batches(layers, events.end_row):
+            joint.add(tokens, eligible, latents)
+            if examples is not None and eligible.any():
+                examples.add(rows[eligible], tokens[eligible], latents)
+            progress(len(rows) * len(layers))
+    joint.finish()
+    if examples is not None:
+        examples.finish()
+    return {of.layer: of.sums() for of in layers}
+
+
+def _batches(
+    layers: list["_Layer"], end_row: int
+) -> Iterator[tuple[Int, Int, Bool, dict[int, tuple[Tensor, Tensor]]]]:
+    """Rows (N,), their tokens, whether each is eligible, and layer → latents of those that are."""
+    while True:
+        latents = {}
+        # Flags and chunks are those of rows, whatever the layer: every reader gives the same rows.
+        for of in layers:
+            if (batch := of.add_next(end_row)) is None:
+                return
+            rows, tokens, eligible, latents[of.layer] = batch
+        yield rows, tokens, eligible, latents
+
+
+class _Layer:
+    """Sums and events of one layer.
+
+    Args:
+        pairing: store and SAE.
+        layer: a layer id.
+        sequences: sorted indices of all that will be added.
+        reader: batches of rows, of their tokens, and of activations.
+        writer: of its events.
+    """
+
+    def __init__(
+        self,
+        pairing: Pairing,
+        layer: int,
+        sequences: Int,
+        reader: Iterator[tuple[Int, Int, Single]],
+        writer: EventsWriter,
+    ) -> None:
+        self.layer = layer
+        self._pairing, self._sequences = pairing, sequences
+        self._reader, self._writer = reader, writer
+        # Disjoint sets of rows: position 0, skipped after it, the rest. Every filter that is
+        # reported is a union of them.
+        self._num_groups = count_groups(len(sequences))
+        moments = pairing.store.moments(pairing.site, pairing.skip_positions)
+        mean = moments.mean[moments.layers.index(layer)]
+        self._rows = GroupedRows(3 * self._num_groups, mean, pairing.device)
+        self._latents = LatentSums(pairing.sae.config.num_latents, pairing.device)
+
+    def add_next(self, end_row: int) -> tuple[Int, Int, Bool, tuple[Tensor, Tensor]] | None:
+        """Encode the next batch and add it up; write the events of its rows before `end_row`.
+
+        Returns:
+            Rows (N,), their tokens, whether each is eligible, and (E, K) values and indices of the
+            latents of those that are; None when there are no more.
+        """
+        if (batch := next(self._reader, None)) is None:
+            return None
+        rows_N, tokens_N, x_ND = batch
+        sae, device, length = self._pairing.sae, self._pairing.device, len(self._sequences)
+        x = torch.from_numpy(x_ND).to(device)
+        encoded = sae.encode(x, self.layer)
+        x_hat = sae.decode(encoded)
+        sequences_N, positions = np.divmod(tokens_N, self._pairing.store.context_length)
+        eligible_N = positions >= self._pairing.skip_positions
+        places = np.searchsorted(self._sequences, sequences_N)
+        part = np.where(positions == 0, 0, np.where(eligible_N, 2, 1))
+        keys = torch.from_numpy(part * self._num_groups + group_of(places, length))
+        self._rows.add(keys.to(device), x, x_hat, encoded.values)
+        eligible = torch.from_numpy(eligible_N).to(device)
+        values, indices = encoded.values[eligible], encoded.indices[eligible]
+        self._latents.add(values, indices)
+        # Rows ascend, so those that the events cover come first.
+        covered = int((rows_N[eligible_N] < end_row).sum())
+        self._writer.append(
+            rows_N[eligible_N][:covered],
+            tokens_N[eligible_N][:covered],
+            values[:covered].cpu().numpy(),
+            indices[:covered].cpu().numpy(),
+        )
+        return rows_N, tokens_N, eligible_N, (values, indices)
+
+    def sums(self) -> LayerSums:
+        """All sums, once the writer has been closed."""
+        first, skipped, rest = (
+            self._rows.sums(n * self._num_groups, (n + 1) * self._num_groups) for n in range(3)
+        )
+        later = skipped + rest
+        return LayerSums(
+            eligible=first + later if self._pairing.skip_positions == 0 else rest,
+            position_0_in=first + later,
+            position_0_out=later,
+            latents=self._latents,
+            events=tuple(self._writer.records),
+        )
