@@ -69,7 +69,8 @@ def _demo_sentence(saes: Sequence[dict[str, Any]]) -> str:
     uniform = spread([ratio("pair_uniform")(sae) for sae in saes], ".2f")
     coded = spread([ratio("as_coded")(sae) for sae in saes], ".2f")
     return paragraph(
-        f"Its layers are alike (adjacent cosine {mean(map(adjacent_cosine, saes)):.3f} on "
+        "The layers of the demo model are alike (adjacent cosine "
+        f"{mean(map(adjacent_cosine, saes)):.3f} on "
         f"average), and a latent that is active for a token is so at "
         f"{mean(sae['layer_variance']['layers_of_a_pair'] for sae in saes):.2f} of "
         f"{len(saes[0]['layers'])} layers, at one alone in "

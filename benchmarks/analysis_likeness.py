@@ -51,8 +51,9 @@ def similarity_section(content: dict[str, Any]) -> str:
         "of 0.05; all seeds, the figure of seed 0."
     )
     what = paragraph(
-        "What two layers of one token share, over bins that hold at least 30 pairs of either kind, "
-        "and what pairs of different tokens as alike share, weighed by the cosines of the first; "
+        "Latents shared by two layers of one token, over bins that hold at least 30 pairs of "
+        "either kind, and by pairs of different tokens as alike, weighed by the cosines of the "
+        "first; "
         "`covered` is the share of the first in those bins. Adjacent cosine: the store's, about "
         "the layers' means (`adjacent_cosine` of `layers.parquet`), mean over layers."
     )

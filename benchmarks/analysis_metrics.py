@@ -179,7 +179,7 @@ def heap_section(study: dict[str, Any], vocabulary: int) -> str:
     ]
     about = paragraph(
         "Heap et al. ([arXiv 2501.17727](https://arxiv.org/abs/2501.17727)) train an SAE for each "
-        "layer of Pythia models, trained and randomised in these ways. Their re-randomised models "
+        "layer of Pythia models, trained and randomised in these ways. The re-randomised ones "
         "are `rerandomized` and `rerandomized-keep-embeddings` here, their step 0 is nearest to "
         "`random`, the control is `control`. Here one SAE is for all layers, the model is tiny, "
         "and their main result, scores of automated explanations, is not measured. Token entropies "

@@ -49,7 +49,7 @@ def analysis_page(content: dict[str, Any]) -> str:
         latents_section(study),
         demo_section(content["demo"]),
     )
-    return f"""# What analyses say: a trained transformer and its random variants
+    return f"""# Analyses of a trained transformer and its random variants
 
 <!-- Made by `make results-analysis` from analysis.json; edit benchmarks/analysis_page.py. -->
 

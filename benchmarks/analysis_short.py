@@ -52,7 +52,7 @@ def short_section(content: dict[str, Any]) -> str:
         "**It follows how alike the layers are.** Over the variants and the demo model its "
         f"correlation with the cosine of adjacent layers is {pearson(*points):.2f}. Two layers of "
         f"one token share {shares[0]:.0%} of their active latents; two different tokens at one "
-        f"layer, as alike by cosine, {shares[1]:.0%}. So that a latent here is active at several "
+        f"layer, as alike by cosine, {shares[1]:.0%}. That a latent here is active at several "
         "layers of a token says little more than that the residual stream is nearly the same "
         "there.",
         "**It depends on the dictionary**: "

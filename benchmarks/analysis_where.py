@@ -78,7 +78,7 @@ def _layers_sentence(study: dict[str, Any]) -> str:
         f"(`{least}`) to {one[most]:.0%} (`{most}`) over the variants. Over the data set nearly "
         f"all are active at every layer at least once, {everywhere['trained']:.0%} of the trained "
         f"model's; in `{fewest}` {everywhere[fewest]:.0%}, in the others {min(rest):.0%} or more. "
-        "So the answer to the question is yes to both halves, and it is so with random weights too."
+        "The answer to the question is yes to both halves, with random weights too."
     )
 
 
@@ -159,7 +159,7 @@ def _kinds_sentence(study: dict[str, Any]) -> str:
         f"median token entropy of {medians('trained', 1, 'token_entropy')} nats, and their median "
         f"mean layer is {medians('trained', 1, 'layer_mean')}; those of three layers and more have "
         f"{medians('trained', 2, 'token_entropy')} and {medians('trained', 2, 'layer_mean')}. "
-        "Their largest cosine with a token embedding is "
+        "The largest cosine of these with a token embedding is "
         f"{medians('trained', 1, 'embedding_cosine')} and "
         f"{medians('trained', 2, 'embedding_cosine')}."
     )

@@ -46,7 +46,7 @@ def reliability(record: dict[str, Any]) -> str:
         KeyError: a count of a campaign is missing.
     """
     campaigns = {name: of for run in record.values() for name, of in run["campaigns"].items()}
-    rows = [("what was done", "times", "what came of it"), ("---", "---:", "---")]
+    rows = [("harm", "times", "outcome"), ("---", "---:", "---")]
     about = paragraph(
         "A store takes days of GPU time and is trained on for months, so this project breaks it on "
         "purpose: real processes are killed, real files damaged, real disks filled, real servers "

@@ -30,7 +30,7 @@ def training_page(content: dict[str, Any]) -> str:
         "short: what is seen here need not hold for a large one."
     )
     parts = [section(content[name]) for name, section in SECTIONS.items() if name in content]
-    return f"""# What training choices do, on stories260k
+    return f"""# Training choices on stories260k
 
 <!-- Made by `make results-training` from training.json; edit benchmarks/training_page.py. -->
 
@@ -114,7 +114,7 @@ def _sweep_sentence(saes: Sequence[dict[str, Any]], study: dict[str, Any]) -> st
     layers = " In every one of them FVU rises from each layer to the next." if rising else ""
     dead = max(saes, key=lambda sae: sae["dead_fraction"])
     text = (
-        f"Of {_listed(sizes)} latents the lowest FVU is reached {winners}.{layers} All "
+        f"Among SAEs of {_listed(sizes)} latents the lowest FVU is reached {winners}.{layers} All "
         f"{len(saes)} SAEs took the same {study['num_steps']:,} steps on the same "
         f"{study['num_rows']:,} rows at one learning rate, with one seed: it is what they reach "
         "on equal rows, and says nothing of where longer training would end. Most dead latents: "
@@ -240,7 +240,7 @@ def _tokens(study: dict[str, Any]) -> str:
     )
     return f"""## FVU against unique tokens
 
-What it costs to go over a small store several times, where a run with the transformer in the loop
+Cost of going over a small store several times, where a run with the transformer in the loop
 would see new text at each step: equally many steps on 1/16 to all of the store.
 
 {_commands(study)}
