@@ -45,11 +45,11 @@ class MixedProducersError(StoreError):
 
 
 class InvalidStoreError(StoreError):
-    """The store's records are whole, but say what the specification does not allow."""
+    """The store's records are whole, but break the specification."""
 
 
 class RemoteError(StoreError):
-    """A place elsewhere cannot be reached, or refuses what is asked of it."""
+    """A place elsewhere cannot be reached, or refuses a request."""
 
 
 class NotFiniteError(Exception):

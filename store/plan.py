@@ -96,7 +96,7 @@ class Plan:
     derived_from: Mapping[str, Any] | None
     """JSON object with the `store_id` of the store that this one was made from, if any."""
     source: Mapping[str, Any]
-    """JSON object that says what made the values, as the producer gave it."""
+    """JSON object on the origin of the values, as the producer gave it."""
     extensions: Mapping[str, Any] = field(default_factory=dict)
     """Keys of a later minor version that a reader may pass by; they belong to `id` too."""
 

@@ -29,7 +29,7 @@ from mlsae.store.schema import SETUP
 
 @dataclass(frozen=True, kw_only=True)
 class CopyConfig:
-    """What is to be copied where."""
+    """Settings of a copy."""
 
     source: str
     """Directory or URL of a complete store."""
@@ -42,7 +42,7 @@ class CopyConfig:
     rows: tuple[int, int] | None = None
     """First row to keep and the row after the last, whole sequences; None for all."""
     encoding: str | None = None
-    """What to hold activations in, such as int8 or float16-zstd; None for what the source has."""
+    """Preset that holds activations, such as int8 or float16-zstd; None for that of the source."""
     max_encoding_fvu: float = MAX_ADDED_FVU
     """Most FVU that another encoding may add to a shard, in total and in each decile of norm."""
 
@@ -52,11 +52,11 @@ class CopyResult:
     """A finished copy."""
 
     store_id: str
-    """Of the copy; that of the source where nothing was chosen."""
+    """Id of the copy; that of the source where nothing was chosen."""
     line: str
-    """What was made, for people."""
+    """Summary of the copy, for people."""
     notes: tuple[str, ...]
-    """What was not copied, or not as it was."""
+    """Things that were not copied, or were changed."""
 
 
 def copy(config: CopyConfig, *, progress: bool = False) -> CopyResult:
@@ -188,7 +188,7 @@ def _content(store: Store) -> str:
 
 
 def _stopped(config: CopyConfig, interruption: Interruption) -> InterruptedWorkError:
-    """What is kept and how to go on, in one line."""
+    """Error for a stopped copy: the objects that are kept, and the way to go on, in one line."""
     assert interruption.signal_number is not None
     objects: Objects
     if is_remote(config.target):

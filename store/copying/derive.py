@@ -1,7 +1,7 @@
 """A store made from another: some layers, sites and sequences of it, or another encoding.
 
 It is written as any producer's store is, so it can be killed and gone on with; it has a plan and a
-store_id of its own, and says what it was derived from.
+store_id of its own, and names the store it was derived from.
 """
 
 import math
@@ -52,7 +52,7 @@ def derive(
         progress: show a bar, where there is a terminal.
 
     Returns:
-        What could not be copied.
+        Things that could not be copied.
 
     Raises:
         StoreError: another store is at `path`; the source is damaged, or changed meanwhile; the
@@ -164,12 +164,12 @@ class _Tokens:
         return self._read(self._first + start, self._first + stop)
 
     def array(self) -> npt.NDArray[Any]:
-        """Itself, as what it is used for."""
+        """Itself, as an array."""
         return cast("npt.NDArray[Any]", self)
 
 
 def _copy_provenance(source: Store, path: Path) -> tuple[str, ...]:
-    """Copy the records of the runs that made the source; what hinders it, if anything."""
+    """Copy the records of the runs that made the source; return obstacles, if any."""
     try:
         names = [name for name, _ in source.objects.walk() if is_provenance(name)]
     except RemoteError as error:

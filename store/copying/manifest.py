@@ -1,4 +1,4 @@
-"""What an exact copy of a store is made of: every object, with the SHA-256 that a record names."""
+"""Objects of an exact copy of a store, each with the SHA-256 that a record names."""
 
 import hashlib
 from collections.abc import Mapping
@@ -65,7 +65,7 @@ class Manifest:
         """The objects and moments of a shard, and its commit record.
 
         Raises:
-            DamagedStoreError: the record is no longer what it was.
+            DamagedStoreError: the record has changed.
         """
         try:
             record = self._read(shard)

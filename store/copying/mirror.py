@@ -53,7 +53,7 @@ def mirror(
 
     Args:
         manifest: manifest of the store.
-        target: empty, or holding what an earlier copy of this store has left.
+        target: empty, or with the objects of an earlier copy of this store.
         interruption: says between objects whether to stop.
         progress: show a bar, where there is a terminal.
 
@@ -61,7 +61,7 @@ def mirror(
         NotAStoreError, PlanMismatchError: something else is at the target.
         DamagedStoreError: the source does not have the bytes that its records name.
         ResourceError, RemoteError: the disk is full, a place cannot be reached.
-        StoppedError: the user asked to stop; what is copied stays.
+        StoppedError: the user asked to stop; copied objects stay.
     """
     copy = _Copy(manifest, target, interruption)
     if copy.is_there():
@@ -129,7 +129,7 @@ class _Copy:
         return left
 
     def run(self, bar: Any) -> None:
-        """Copy what is not there, `complete.json` last."""
+        """Copy the missing objects, `complete.json` last."""
         self._bar = bar
         manifest, target = self._manifest, self._target
         target.begin()

@@ -25,7 +25,7 @@ class ChosenRows:
 
     Args:
         source: the store.
-        selection: what of it.
+        selection: part of the store to read.
     """
 
     def __init__(self, source: Store, selection: Selection) -> None:
@@ -35,7 +35,7 @@ class ChosenRows:
         self._first = selection.sequences[0] * per_sequence
         self.num_rows = selection.sequences[1] * per_sequence - self._first
         self.keeps_values = selection.encoding == source.encoding
-        """Whether stored values go into the copy as they are."""
+        """True where stored values go into the copy as they are."""
         self._keys: list[Key] = [(s, layer) for s in selection.sites for layer in selection.layers]
         chunk_bytes = source.chunk_rows * source.d_model * 4 * len(self._keys)
         self._step = max(1, _BYTES_AT_ONCE // chunk_bytes) * source.chunk_rows
@@ -72,7 +72,7 @@ class ChosenRows:
         return dict(zip(self._keys, self._pool.map(stored, self._keys), strict=True))
 
     def known_cost(self, rows: range) -> dict[str, dict[str, Any]] | None:
-        """What the encoding cost these rows, where they are a shard of the source as it is."""
+        """Cost of the encoding of these rows, where they are a shard of the source as it is."""
         source = self._source
         start, stop = self._first + rows.start, self._first + rows.stop
         shard, rest = divmod(start, source.shard_rows)
@@ -88,7 +88,7 @@ class ChosenRows:
         }
 
     def calibration(self) -> Calibration | None:
-        """Of int8: the source's where it is int8 too, else by the first eligible rows."""
+        """Calibration for int8: the source's if it is int8 too, else by the first eligible rows."""
         if self._selection.encoding != "int8":
             return None
         known = self._source.calibration

@@ -28,14 +28,14 @@ def select(
     rows: tuple[int, int] | None = None,
     encoding: str | None = None,
 ) -> Selection | None:
-    """Hold what is asked for against a store.
+    """Check a selection against a store.
 
     Args:
         store: to be copied.
         layers: to keep; None for all.
         sites: to keep; None for all.
         rows: first row and the row after the last; None for all.
-        encoding: name of a preset; None for what the store has.
+        encoding: name of a preset; None for that of the store.
 
     Returns:
         The choice; None where it is the whole store as it is.

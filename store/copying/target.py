@@ -1,4 +1,4 @@
-"""Where an exact copy goes, a directory or a bucket: nothing but what was checked arrives there."""
+"""Target of an exact copy, a directory or a bucket: only checked objects arrive there."""
 
 import hashlib
 import os
@@ -62,7 +62,7 @@ class Target(Protocol):
         ...
 
     def begin(self) -> None:
-        """Make ready, and remove what killed copies of this machine had in hand."""
+        """Make ready, and remove partial files of killed copies of this machine."""
         ...
 
     def put(self, name: str, data: bytes) -> None:
@@ -87,7 +87,7 @@ class DirectoryTarget:
     def __init__(self, path: Path, *, is_source_local: bool) -> None:
         self.path = path
         self.objects: Objects = LocalObjects(path)
-        # Hashing is what takes time here, waiting for answers elsewhere.
+        # Time goes into hashing here, into waiting for answers elsewhere.
         self.workers = 3 if is_source_local else 8
 
     def plan(self) -> Plan | None:

@@ -162,7 +162,7 @@ class _Sums:
         x_ND -= mean_N[:, None]
         mean_square_N = np.einsum("nd,nd->n", x_ND, x_ND) / num_channels
         if (np.square(mean_N) > MAX_MEAN_TO_STD**2 * mean_square_N).any():
-            # Channels nearly alike: what rounding left of the row's mean would show in u.
+            # Channels nearly alike: the rounding error of the row's mean would show in u.
             rest_N = np.einsum("nd->n", x_ND) / num_channels
             x_ND -= rest_N[:, None]
             mean_square_N = np.einsum("nd,nd->n", x_ND, x_ND) / num_channels

@@ -37,7 +37,7 @@ class AddedFVU:
         self._sum_QD: Array = np.zeros((NUM_DECILES, 1))
 
     def add(self, x_ND: Array, decoded_ND: Array) -> None:
-        """Add eligible rows: floats before encoding, and what their stored values decode to."""
+        """Add eligible rows: floats before encoding, and their stored values, decoded."""
         if not len(x_ND):
             return
         x_ND = x_ND.astype(np.float64)
@@ -100,7 +100,7 @@ def check_added_fvu(added: Mapping[str, Any], shard: int, encoding: str, most: f
         most: largest FVU that may be added, in total and, from 1,000 rows on, in each decile.
 
     Raises:
-        ActivationError: naming the layer, the rows and what to do.
+        ActivationError: the encoding adds too much; the message has layer, rows and remedy.
     """
     for site, layers in added.items():
         for layer, found in layers.items():

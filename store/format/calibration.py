@@ -133,7 +133,7 @@ def check_calibration(
     """Refuse a calibration that int8 cannot use, or that no other encoding needs.
 
     Raises:
-        InputError: naming what is wrong.
+        InputError: the calibration does not fit; the message names the fault.
     """
     if encoding != "int8":
         if calibration is not None:

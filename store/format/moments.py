@@ -287,7 +287,7 @@ def from_bytes(
         KeyError, ValueError: the bytes are no moments of these sites, layers and width.
     """
     sites = list(sites)
-    # Memory is taken by what is there, and not by what a plan says.
+    # Memory is taken by the bytes that are there, whatever a plan says.
     if len(data) < moments_bytes(len(layers), len(sites), d_model):
         raise ValueError(f"{len(data)} bytes are too few")
     try:

@@ -1,7 +1,7 @@
-"""A bounded copy on this machine of what was read of remote stores.
+"""A bounded copy on this machine of the parts read of remote stores.
 
     <directory>/chunks/lock                    bytes held by all files below, in decimal digits
-    <directory>/chunks/partial                 what is being written
+    <directory>/chunks/partial                 bytes being written
     <directory>/chunks/<store>/<xx>/<key>      bytes of one part of an object, then their checksum
 
 Whoever adds or makes room holds the lock; a process that is killed lets go of it, and the next one
@@ -58,10 +58,10 @@ class ChunkCache:
         self._is_writable = True
 
     def get(self, store: str, key: str, out: npt.NDArray[np.uint8]) -> bool:
-        """Fill `out` with what was put under a key.
+        """Fill `out` with the bytes put under a key.
 
         Returns:
-            False where nothing is there, or not what was put; `out` then holds anything.
+            False where nothing is there, or other bytes; `out` then holds anything.
         """
         try:
             fd = os.open(self._path(store, key), os.O_RDONLY)
@@ -104,7 +104,7 @@ class ChunkCache:
                 )
 
     def forget(self, store: str, key: str) -> bool:
-        """Drop what was put under a key; whether there was anything."""
+        """Drop the bytes put under a key; True if there were any."""
         try:
             self._path(store, key).unlink()
         except OSError:
@@ -149,13 +149,13 @@ class ChunkCache:
             raise
 
     def _make_room(self, max_bytes: int) -> int:
-        """Remove what was used longest ago until at most `max_bytes` are held.
+        """Remove the least recently used parts until at most `max_bytes` are held.
 
         Returns:
             Bytes that are held then.
         """
         found = []
-        # Nothing but what was put here is ever removed.
+        # Only files that were put here are ever removed.
         for path in self._root.glob(f"{'[0-9a-f]' * 16}/[0-9a-f][0-9a-f]/*"):
             with suppress(FileNotFoundError):
                 status = path.stat()

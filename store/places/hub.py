@@ -24,7 +24,7 @@ _CREDENTIALS = "log in with `hf auth login` or set HF_TOKEN, with access to the 
 
 
 class HubObjects(RemoteObjects):
-    """A store in a data set of the hub. What a branch or tag names is looked up once, when opened.
+    """A store in a data set of the hub. A branch or tag is resolved once, when opened.
 
     Endpoint and token are those of the hub's own tools (`HF_ENDPOINT`, `HF_TOKEN`,
     `hf auth login`).
@@ -103,7 +103,7 @@ class HubObjects(RemoteObjects):
 
 
 def _understand(error: Exception) -> RequestError | None:
-    """None for what is a defect of a program."""
+    """Explain an error of the hub; None for a defect of a program."""
     hub = constants.ENDPOINT
     if isinstance(error, errors.GatedRepoError):
         return RequestError(
@@ -126,7 +126,7 @@ def _understand(error: Exception) -> RequestError | None:
             is_busy=status == 429,
             remedy=_CREDENTIALS if status in (401, 403) else "check the address",
         )
-    # The HTTP client's own: what it is has changed, and may again.
+    # Errors of the HTTP client, which has changed and may again.
     if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests"):
         return RequestError(f"{hub} cannot be reached ({error})", passes=True)
     return None

@@ -56,7 +56,7 @@ class Objects(Protocol):
         ...
 
     def forget(self, name: str, offset: int, num_bytes: int) -> bool:
-        """Drop a copy that was kept of these bytes, because they are not what they should be.
+        """Drop a copy that was kept of these bytes, because they are wrong.
 
         Returns:
             Whether there was one, so that reading again may help.
@@ -84,7 +84,7 @@ class Objects(Protocol):
         """(name, bytes) of every object, in no order.
 
         Raises:
-            RemoteError: the place cannot be reached, or does not list what it holds.
+            RemoteError: the place cannot be reached, or does not list its objects.
         """
         ...
 
@@ -124,7 +124,7 @@ class LocalObjects:
         return done
 
     def forget(self, name: str, offset: int, num_bytes: int) -> bool:  # noqa: ARG002
-        """Nothing is kept of what lies on this machine."""
+        """Nothing is kept of objects on this machine."""
         return False
 
     def size(self, name: str) -> int:

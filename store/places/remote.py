@@ -27,9 +27,9 @@ def is_remote(location: str | os.PathLike[str]) -> bool:
 
 
 class WritableObjects(Objects, Protocol):
-    """Objects of a store elsewhere that can be added to. What was there of that name is replaced.
+    """Objects of a store elsewhere that can be added to, or replaced by name.
 
-    The place checks what arrives, and an object appears whole or not at all.
+    The place checks incoming bytes, and an object appears whole or not at all.
     """
 
     def put(self, name: str, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Asking again: what a failed request means, and how long to go on."""
+"""Tries of a request: meaning of a failure, and limits on trying again."""
 
 import logging
 import random
@@ -14,7 +14,7 @@ T = TypeVar("T")
 log = logging.getLogger("mlsae")
 
 _PROGRESS_BYTES = 2**16
-"""A try that brought as many bytes was no failure: what follows it is counted anew."""
+"""A try that brought as many bytes was no failure: tries are counted anew after it."""
 
 
 class RequestError(Exception):
@@ -127,7 +127,7 @@ def understand(error: Exception, credentials: str) -> RequestError:
         credentials: remedy where credentials are missing or refused.
     """
     text = str(error)
-    # The machine's role is what the library asks for last.
+    # The library asks for the machine's role last.
     if "/latest/api/token" in text or "/latest/meta-data/" in text:
         return RequestError("no credentials were found", remedy=credentials)
     if status := _STATUS.search(text):

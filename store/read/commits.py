@@ -1,4 +1,4 @@
-"""The commit records of a store together: what is pending, who made it, what its encoding costs."""
+"""Commit records of a store together: pending shards, producers, cost of the encoding."""
 
 import hashlib
 import json

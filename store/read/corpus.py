@@ -36,8 +36,8 @@ def open_corpus(
 
     Args:
         locations: one, or some in any order.
-        cache_dir: as for `open_store`.
-        cache_bytes: as for `open_store`; for all of them together.
+        cache_dir: argument of `open_store`.
+        cache_bytes: argument of `open_store`; for all of them together.
 
     Returns:
         The store where there is one location, else a `Corpus`.
@@ -57,11 +57,11 @@ def open_corpus(
 
 
 class Borders:
-    """Where one store ends and the next begins, in a count that goes through all.
+    """Borders between stores, in a count that goes through all.
 
     Args:
-        what: is counted; for messages.
-        sizes: how many each store has.
+        what: name of the counted things, for messages.
+        sizes: number of the things in each store.
     """
 
     def __init__(self, what: str, sizes: Iterable[int]) -> None:
@@ -155,13 +155,13 @@ class Corpus:
         self.store_id = combined_id(store.store_id for store in self.stores)
         """Hex SHA-256 of the canonical JSON of the list of the stores' ids, sorted."""
         self.plan_id = combined_id(store.plan_id for store in self.stores)
-        """The same of the stores' plan ids."""
+        """Hex SHA-256 of the canonical JSON of the list of the stores' plan ids, sorted."""
         self.source: Mapping[str, Any] = {
             key: value
             for key, value in first.source.items()
             if all(store.source.get(key) == value for store in self.stores)
         }
-        """What the stores' producers all said."""
+        """Entries of `source` that all stores share."""
         self.context_length = first.context_length
         self.rows_per_sequence = first.rows_per_sequence
         """Row r belongs to sequence r // rows_per_sequence."""

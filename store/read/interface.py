@@ -1,4 +1,4 @@
-"""Activations to be read, whatever holds them: one store, or several stores as one."""
+"""Activations to be read: of one store, or of several stores as one."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -55,11 +55,11 @@ class AnyStore(Protocol):
     place: str
     """Directory or URL, for messages; of several stores all of theirs."""
     is_local: bool
-    """Whether all bytes lie on this machine."""
+    """True where all bytes lie on this machine."""
     plan_id: str
     """Hex SHA-256 of the plan, or of the plan ids of several stores."""
     source: Mapping[str, Any]
-    """JSON object that says what made the values, as far as all producers say the same."""
+    """JSON object on the origin of the values, as far as all producers agree."""
     context_length: int
     """Tokens of a sequence."""
     rows_per_sequence: int
@@ -77,7 +77,7 @@ class AnyStore(Protocol):
     row_bytes: int
     """Bytes of a stored row of one site and layer, before compression."""
     is_compressed: bool
-    """Whether chunks of any store are compressed."""
+    """True where chunks of any store are compressed."""
     num_rows: int
     """Rows of each site and layer."""
     num_tokens: int
@@ -92,7 +92,7 @@ class AnyStore(Protocol):
 
     @property
     def stores(self) -> tuple[Store, ...]:
-        """Stores that are read, by `store_id`; whatever belongs to one alone is found there."""
+        """Stores that are read, by `store_id`; facts about one alone are found there."""
         ...
 
     @property

@@ -130,7 +130,7 @@ def read_plan(objects: Objects) -> Plan:
 
 
 def read_setup(objects: Objects, plan_id: str) -> SetupRecord:
-    """Record of what is written before the first activation.
+    """Record of the objects written before the first activation.
 
     Raises:
         DamagedStoreError, InvalidStoreError: missing, damaged, of another plan, or ill-formed.

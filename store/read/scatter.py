@@ -60,7 +60,7 @@ class ScatteredRows:
     """Memory for rows, and runs that are read into it; several threads may read at once.
 
     Args:
-        readers: of one site and layer each, as the runs count them.
+        readers: reader of each site and layer, as the runs count them.
         num_rows: places. There is one more, the last, for rows that nobody wants.
     """
 
@@ -104,7 +104,7 @@ class ScatteredRows:
         rest: Sequence[int] = range(len(runs.start))
         if (queue := self._queue()) is not None:
             rest = self._read_at_once(queue, runs)
-        # Read again in the usual way, those that failed say what is wrong.
+        # Read again in the usual way, failed runs raise their errors.
         for i in rest:
             num_rows = int(runs.num_rows[i])
             found = [np.empty((num_rows, part.width), part.dtype) for part in self._parts]
@@ -113,7 +113,7 @@ class ScatteredRows:
                 items[runs.place[i, :num_rows]] = _as_items(some)
 
     def _read_at_once(self, queue: Queue, runs: Runs) -> list[int]:
-        """Read what can be read by one call; the indices of the other runs."""
+        """Read the runs that one call can read; return the indices of the others."""
         pieces = self._pieces(runs)
         found = [
             self._segments[segment].files(number)

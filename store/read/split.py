@@ -1,4 +1,4 @@
-"""Which sequences are held out for validation: a pure function, shared by every later stage."""
+"""Sequences held out for validation: a pure function, shared by every later stage."""
 
 import hashlib
 
@@ -16,9 +16,9 @@ def validation_of(store: AnyStore, fraction: float, seed: int) -> npt.NDArray[np
     in it hold out the same sequences of that store.
 
     Args:
-        store: its text alone decides.
-        fraction: as for `validation_sequences`.
-        seed: as for `validation_sequences`.
+        store: store whose text alone decides.
+        fraction: argument of `validation_sequences`.
+        seed: argument of `validation_sequences`.
 
     Returns:
         (num_validation,) int64.

@@ -74,7 +74,7 @@ def open_store(
         IncompleteStoreError: the store's producer has not finished.
         SchemaVersionError: the store is of a version that this package cannot read.
         DamagedStoreError: a record or metadata file is missing or damaged.
-        InvalidStoreError: a record says what the specification does not allow.
+        InvalidStoreError: a record breaks the specification.
         RemoteError: the place cannot be reached.
     """
     objects = open_objects(location, cache_dir=cache_dir, cache_bytes=cache_bytes)
@@ -140,7 +140,7 @@ class Store:
         self.place = objects.place
         """Directory or URL."""
         self.is_local = objects.is_local
-        """Whether the bytes lie on this machine."""
+        """True where the bytes lie on this machine."""
         self.plan = read_plan(objects)
         self.plan_id = self.plan.id
         self.is_complete = objects.exists(COMPLETE)
@@ -155,7 +155,7 @@ class Store:
         self._check_records()
         self.schema_version = self.plan.schema_version
         self.source: Mapping[str, Any] = self.plan.source
-        """What made the values, as the producer gave it to `create`."""
+        """Origin of the values, as the producer gave it to `create`."""
         self.num_tokens = self.plan.num_tokens
         self.context_length = self.plan.context_length
         self.num_sequences = self.plan.num_sequences
@@ -187,7 +187,7 @@ class Store:
 
     @property
     def calibrations(self) -> tuple[Calibration | None, ...]:
-        """That of each of `stores`."""
+        """Calibration of each of `stores`."""
         return (self.calibration,)
 
     def row_origin(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -200,11 +200,11 @@ class Store:
         return self._completion().store_id
 
     def provenance(self) -> list[dict[str, Any]]:
-        """How the runs that wrote this store were made, as their producers said; oldest first.
+        """Records of the runs that wrote this store, as their producers gave them; oldest first.
 
         Raises:
             DamagedStoreError: a record does not hold the bytes that were written.
-            RemoteError: the place cannot be reached, or does not list what it holds.
+            RemoteError: the place cannot be reached, or does not list its objects.
         """
         names = sorted(
             name

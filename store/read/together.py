@@ -14,7 +14,7 @@ _DIGEST = 64
 def check_together(stores: Sequence[Store]) -> None:
     """Refuse stores that are no one corpus.
 
-    They must agree in what the producer recorded of the model, the tokenizer and the packing, and
+    They must agree in the producer's records of the model, the tokenizer and the packing, and
     in sites, layers, width, context length, rows of a sequence and encoding. Whatever does not
     change what a row is (chunks, shards, compression, which positions are kept) may differ.
 

@@ -1,4 +1,4 @@
-"""Removing a store: nothing but a store, and never so that what is left passes for one."""
+"""Removal of a store: nothing but a store, and no remainder that passes for one."""
 
 import json
 import os
@@ -57,11 +57,11 @@ _FOLDER = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Removable:
-    """A directory that holds a store, or what is left of one, and nothing else."""
+    """A directory that holds a store, or the rest of one, and nothing else."""
 
     path: Path
     files: tuple[str, ...]
-    """Names; what a link points at is left alone."""
+    """Names; the target of a link is left alone."""
     folders: tuple[str, ...]
     """Names, inner ones first."""
     description: str
@@ -111,10 +111,10 @@ def find_removable(location: str | os.PathLike[str]) -> Removable:
 
 
 def remove(found: Removable) -> None:
-    """Remove a store; killed at any instant, what is left is visibly incomplete.
+    """Remove a store; killed at any instant, the rest is visibly incomplete.
 
-    What vouches for data goes before the data, because a harvest into what is left would take
-    shards with a record for safe. The plan goes last, so that the rest can still be told for a
+    Records go before the data they vouch for, because a harvest into the rest would take shards
+    with a record for safe. The plan goes last, so that the rest can still be told for a
     store, and removed.
     """
     records = [name for name in found.files if name.startswith(f"{COMMITS}/")]

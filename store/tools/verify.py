@@ -91,8 +91,8 @@ def verify(
         cache_bytes: argument of `open_store`.
 
     Returns:
-        What is wrong. Where the plan, a record or the Zarr metadata is, that alone: nothing else
-        can be read then.
+        Faults of the store. A fault of the plan, a record or the Zarr metadata stands alone:
+        nothing else can be read then.
 
     Raises:
         NotAStoreError: there is no store.
@@ -240,7 +240,7 @@ class _Verification:
             self._compare(self.total, moments, MOMENTS)
 
     def others(self) -> None:
-        """The card, provenance, and what does not belong to a store."""
+        """Check the card, provenance, and objects that do not belong to a store."""
         self._card()
         try:
             names = sorted(name for name, _ in self.store.objects.walk())
@@ -408,7 +408,7 @@ def _broken_metadata(name: str, found: object, expected: Mapping[str, Any]) -> s
 
 
 def _scales(moments: GroupMoments) -> dict[str, Array]:
-    """Tensor → what its errors are relative to: see R-MOMENT-3."""
+    """Tensor → scale of its errors: see R-MOMENT-3."""
     count_G1 = np.maximum(moments.count_G, 1)[:, None]
     square_2LGD = moments.mean_2LGD**2 + moments.m2_2LGD / count_G1
     square_2LGD += square_2LGD.mean(axis=-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""The card of a store, README.md: what it holds and how to open it, for people and hubs.
+"""Card of a store, README.md: its content and the way to open it, for people and hubs.
 
 It is no part of a store's identity, and its owner may edit it. As it was written it carries its own
 checksum in its last line, and a mark at its top that says so, so that damage is told from an edit.

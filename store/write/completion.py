@@ -64,7 +64,7 @@ def complete(path: Path, plan: Plan) -> None:
 
 
 def make_card(path: Path, plan: Plan, store_id: str, names: Iterable[str]) -> bytes:
-    """The card of a store in a directory, by what its records and provenance say.
+    """Make the card of a store in a directory from its records and provenance.
 
     Args:
         path: the directory; all of the store is there but the card and `complete.json`.

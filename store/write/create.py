@@ -71,14 +71,14 @@ def create(
         keep_positions: store only so many positions of each sequence, chosen by `keep_seed`; all
             if not given. `Writer.row_tokens` says which tokens the rows belong to.
         keep_seed: seed of that choice.
-        source: JSON that says what made the values; it belongs to the plan and so to `plan_id`.
+        source: JSON on the origin of the values; it belongs to the plan and so to `plan_id`.
         derived_from: for a store made from another, an object with its `store_id`.
         provenance: JSON that says how this run was made; recorded outside `plan_id`.
         producer: JSON object that names the device and the versions that decide the last bits of
             the values; recorded by shard, outside `plan_id`.
         allow_mixed: add to shards of another producer.
         shard_bytes: bytes of one shard object, about.
-        cached: leave what is written in the page cache, for whoever reads it next. Where the CPU
+        cached: leave written bytes in the page cache, for whoever reads them next. Where the CPU
             has better to do, False lets Linux drop it (from 6.14 on, not on every file system).
 
     Returns:
@@ -151,7 +151,7 @@ def resume(
     max_added_fvu: float = MAX_ADDED_FVU,
     cached: bool = True,
 ) -> Writer:
-    """Continue a store whose tokens are written, by whatever process.
+    """Continue a store whose tokens are written, by any process.
 
     Args:
         path: the store's directory.

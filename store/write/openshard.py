@@ -1,7 +1,7 @@
 """One shard of every array while its rows arrive: pieces go straight to the files, open together.
 
 So a few batches are all that lies in memory, however many layers there are and however large a
-shard is. Every method runs in whatever thread; the writer decides in which order.
+shard is. Every method may run in any thread; the writer decides the order.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -70,7 +70,7 @@ class OpenShard:
         """
         jobs: list[Callable[[], None]] = []
         if groups is not None:
-            # One thread a site, and first: two would spend on each other what they save, because
+            # One thread a site, and first: two would cost each other as much as they save, as
             # each step is so short.
             for site, of_site in self._moments.items():
                 stored_L = [stored[site, layer] for layer in self._plan.layers]
@@ -110,7 +110,7 @@ class OpenShard:
         return sum(file.num_bytes for file in self._files.values())
 
     def abandon(self) -> None:
-        """Remove what was written and not committed."""
+        """Remove files that were written and not committed."""
         for file in self._files.values():
             file.abandon()
 

@@ -70,7 +70,7 @@ def make_plan(
     )
     check_calibration(calibration, encoding, sites, (len(layers), d_model))
     token_chunk, token_shard = token_rows_for(num_tokens)
-    # A plan must equal what is read back, so tuples and the like take their JSON form here.
+    # A plan must equal itself when read back, so tuples and the like take their JSON form here.
     given = json.loads(canonical_json({"source": source, "derived_from": derived_from}))
     return Plan(
         schema_version=SCHEMA_VERSION,

@@ -61,7 +61,7 @@ def write_setup(
 
 
 def _make_folders(path: Path, names: Iterable[str]) -> None:
-    """Make folders that outlive a power cut: whatever holds a new one is flushed."""
+    """Make folders that outlive a power cut: the parent of a new one is flushed."""
     folders = sorted(path / name for name in names)
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)

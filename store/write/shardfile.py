@@ -32,7 +32,7 @@ class ShardFile:
     Args:
         path: the file.
         spec: the array that the shard belongs to.
-        cached: leave what is written in the page cache. Finding room for it there takes more of the
+        cached: leave written bytes in the page cache. Finding room for it there takes more of the
             CPU's time than the copy, where memory is full. Elsewhere than on Linux, and where the
             file system does not know how, it stays there all the same.
     """
@@ -80,7 +80,7 @@ class ShardFile:
         return self._hash.hexdigest()
 
     def abandon(self) -> None:
-        """Remove what was written; does nothing after `commit`."""
+        """Remove the file; does nothing after `commit`."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

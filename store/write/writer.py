@@ -246,7 +246,7 @@ class Writer:
         """Stop writing; complete the store if every shard is committed by now.
 
         Raises:
-            StoreError, ResourceError: as for `append`, of what was still being written.
+            StoreError, ResourceError: as for `append`, from rows that were still being written.
         """
         if not self._closed:
             try:
@@ -299,7 +299,7 @@ class Writer:
         return num_rows
 
     def _encode(self, key: Key, rows: Rows, some: slice) -> Parts:
-        """Stored values of some rows; what the encoding costs them is measured on the way."""
+        """Stored values of some rows; the cost of the encoding is measured on the way."""
         if isinstance(rows, tuple):
             return tuple(values[some] for values in rows)
         site, layer = key
@@ -393,7 +393,7 @@ class Writer:
         )
 
     def _finish_batch(self) -> None:
-        """Wait until the batch of the last call is written; raise what went wrong with it."""
+        """Wait until the batch of the last call is written; raise its error, if any."""
         if (batch := self._batch) is None:
             return
         wait(batch.futures)

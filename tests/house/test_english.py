@@ -11,7 +11,6 @@ from english import OPENINGS, refused, rooms, texts
 CEILING = {
     "analyze": 125,
     "commands": 12,
-    "store": 40,
     "train": 30,
 }
 """Room → texts that may still have a forbidden opening; rooms without an entry have none."""
