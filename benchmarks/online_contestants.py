@@ -62,7 +62,7 @@ def ours(settings: dict[str, Any]) -> None:
     from mlsae.base.machine.heap import keep_freed_memory
     from mlsae.store import open_store
     from mlsae.train import TrainConfig
-    from mlsae.train.data.decode import Decoder
+    from mlsae.train.data.decode import RowDecoder
     from mlsae.train.data.loader import Batch, Loader
     from mlsae.train.plan import make_plan
     from mlsae.train.running.member import Member
@@ -82,7 +82,7 @@ def ours(settings: dict[str, Any]) -> None:
     )
     plan = make_plan(config, open_store(path))
     mixture = plan.mixture
-    decode = Decoder(mixture.store, mixture.site, mixture.layers, torch.device("cpu"))
+    decode = RowDecoder(mixture.store, mixture.site, mixture.layers, torch.device("cpu"))
     member = Member(plan, Accelerator(cpu=True), decode, writes=False)
     turns = Turns()
 

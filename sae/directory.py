@@ -38,10 +38,7 @@ def write(
         training: training.json's content.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    weights = safetensors.torch.save(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    )
-    write_durably(directory / WEIGHTS, weights)
+    write_durably(directory / WEIGHTS, serialized(tensors))
     write_durably(directory / TRAINING, seal(training))
     content = {
         **config.to_dict(),
@@ -49,6 +46,13 @@ def write(
         "weights_sha256": sha256_file(directory / WEIGHTS),
     }
     write_durably(directory / CONFIG, seal(content))
+
+
+def serialized(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Tensors by name as a safetensors file."""
+    return safetensors.torch.save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    )
 
 
 def read(directory: Path) -> tuple[SAEConfig, dict[str, torch.Tensor], dict[str, Any]]:

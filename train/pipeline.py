@@ -22,7 +22,7 @@ from mlsae.base.interruption import (
 from mlsae.sae.directory import TRAINING
 from mlsae.store import open_corpus
 from mlsae.train.config import TrainConfig
-from mlsae.train.data.decode import Decoder
+from mlsae.train.data.decode import RowDecoder
 from mlsae.train.data.sampler import check_world_size
 from mlsae.train.options import write_run_file
 from mlsae.train.plan import Plan, make_plans
@@ -172,7 +172,7 @@ class _Run:
         accelerator.wait_for_everyone()
         # One SAE alone decodes piece by piece, as its memory allows.
         mixture = mine[0].mixture
-        decode = Decoder(mixture.store, mixture.site, mixture.layers, accelerator.device)
+        decode = RowDecoder(mixture.store, mixture.site, mixture.layers, accelerator.device)
         is_shared = len(mine) > 1 or mine[0].only is not None
         writes = accelerator.is_main_process or not shares
         members = [

@@ -55,7 +55,7 @@ class Parameter:
     """True where each row has unit length after every step."""
 
 
-class Encoded(NamedTuple):
+class ActiveLatents(NamedTuple):
     """Latents of a piece of a batch, as a term of the loss sees them."""
 
     values: torch.Tensor
@@ -68,7 +68,7 @@ class Encoded(NamedTuple):
     """Step of the run, from 0."""
 
 
-ExtraLoss = Callable[[Encoded, Weights], torch.Tensor]
+ExtraLoss = Callable[[ActiveLatents, Weights], torch.Tensor]
 """(B,) term of each row in the loss beside its reconstruction error, with gradients."""
 
 

@@ -16,7 +16,7 @@ import torch
 from mlsae.base.errors import InputError
 from mlsae.base.settings import setting, settings
 from mlsae.base.units import parse_count, parse_numbers
-from mlsae.sae.architectures.base import Architecture, Conversion, Encoded, Weights
+from mlsae.sae.architectures.base import ActiveLatents, Architecture, Conversion, Weights
 from mlsae.sae.kernels.functions import bag, preactivations
 from mlsae.sae.kernels.listed import listed
 from mlsae.sae.kernels.select import BLOCK_BYTES
@@ -76,12 +76,12 @@ class L1:
     rise: int = 0
     """First steps, over which λ rises from 0."""
 
-    def __call__(self, encoded: Encoded, weights: Weights) -> torch.Tensor:
+    def __call__(self, active: ActiveLatents, weights: Weights) -> torch.Tensor:
         """(B,) penalties, with gradients for values and decoder."""
         lengths_N1 = torch.linalg.vector_norm(weights["W_dec"], dim=1, keepdim=True)
-        cost_B = bag(encoded.values, lengths_N1, encoded.support)[:, 0]
-        cost_B = cost_B * (self.weight * (min(1.0, encoded.step / self.rise) if self.rise else 1.0))
-        return cost_B if self.by_layer is None else cost_B * self.by_layer[encoded.layer]
+        cost_B = bag(active.values, lengths_N1, active.support)[:, 0]
+        cost_B = cost_B * (self.weight * (min(1.0, active.step / self.rise) if self.rise else 1.0))
+        return cost_B if self.by_layer is None else cost_B * self.by_layer[active.layer]
 
 
 @dataclass(frozen=True)

@@ -110,18 +110,28 @@ def require(config: Mapping[str, Any], key: str, path: Path, kind: type) -> Any:
     return value
 
 
-def read_safetensors(path: Path, prefix: str = "") -> Tensors:
-    """The tensors whose names begin with `prefix`, which is taken off; the others are not read.
+def names_in(path: Path) -> list[str]:
+    """Names of the tensors of a safetensors file.
 
     Raises:
         ConversionError: the file is damaged.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+            return list(file.keys())
     except safetensors.SafetensorError as error:
         raise ConversionError(f"{path} is damaged ({error}); fetch it again") from None
+
+
+def read_safetensors(path: Path, prefix: str = "") -> Tensors:
+    """The tensors whose names begin with `prefix`, which is taken off; the others are not read.
+
+    Raises:
+        ConversionError: the file is damaged.
+    """
+    names = [name for name in names_in(path) if name.startswith(prefix)]
+    with safetensors.safe_open(path, framework="pt") as file:
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
 
 
 def take(

@@ -12,10 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
-
 from mlsae.sae.architectures import TopK
+from mlsae.sae.directory import serialized
 from mlsae.sae.formats.common import (
     ConversionError,
     Foreign,
@@ -23,6 +21,7 @@ from mlsae.sae.formats.common import (
     Origin,
     assemble,
     layers_of,
+    names_in,
     no_place,
     read_safetensors,
     read_settings,
@@ -47,7 +46,7 @@ def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
                 f"{path} cannot be imported exactly: it has a lens, a transformation of each layer "
                 f"of its own ({key} is true), and SAEs here have none"
             )
-    names = _names(weights)
+    names = names_in(weights)
     with_transformer = any(name.startswith(_PREFIX) for name in names)
     state = read_safetensors(weights, _PREFIX if with_transformer else "")
     encoder = state.get("encoder.weight")
@@ -68,14 +67,6 @@ def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
     normalize = "standardize" if require(config, "standardize", path, bool) else "none"
     architecture = read_settings(TopK, _NAME, config, path)
     return assemble(tensors, architecture, normalize, _origin(config, names))
-
-
-def _names(path: Path) -> list[str]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except safetensors.SafetensorError as error:
-        raise ConversionError(f"{path} is damaged ({error}); fetch it again") from None
 
 
 def _origin(config: Mapping[str, Any], names: list[str]) -> Origin:
@@ -106,7 +97,7 @@ def _weights(sae: SAE) -> bytes:
         "decoder.weight": sae.W_dec.T,
         "pre_encoder_bias": sae.b,
     }
-    return safetensors.torch.save({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
+    return serialized(tensors)
 
 
 def _configuration(sae: SAE, origin: Origin, _layer: int | None) -> dict[str, Any]:

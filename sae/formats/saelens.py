@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 
 from mlsae.base.words import SITES
 from mlsae.sae.architectures.base import Architecture
+from mlsae.sae.directory import serialized
 from mlsae.sae.formats.common import (
     OURS,
     ConversionError,
@@ -148,7 +148,7 @@ def _weights(sae: SAE) -> bytes:
         "W_dec": sae.W_dec,
         "b_dec": sae.b,
     }
-    return safetensors.torch.save({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
+    return serialized(tensors)
 
 
 def _configuration(sae: SAE, origin: Origin, layer: int | None) -> dict[str, Any]:

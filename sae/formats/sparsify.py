@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 
+from mlsae.sae.directory import serialized
 from mlsae.sae.formats.common import (
     OURS,
     ConversionError,
@@ -92,7 +92,7 @@ def _weights(sae: SAE) -> bytes:
         "W_dec": sae.W_dec,
         "b_dec": sae.b,
     }
-    return safetensors.torch.save({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
+    return serialized(tensors)
 
 
 def _configuration(sae: SAE, origin: Origin, _layer: int | None) -> dict[str, Any]:

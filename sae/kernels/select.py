@@ -8,14 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from mlsae.base.machine.processor import has_fast_bfloat16
-from mlsae.sae.kernels.largest import largest, supports
+from mlsae.sae.kernels.largest import GROUP, largest, supports
 from mlsae.sae.kernels.screen import Screen
 from mlsae.sae.kernels.sparse import Support
 
 BLOCK_BYTES = 16 << 20
 """Pre-activations alive at once: a block of rows × latents."""
-_GROUP = 16
-"""Latents in a group of the two-stage selection: measured best of 8, 16, 32, 64 on CPUs."""
 _SCREENED_ROWS = 1024
 """Rows screened at once."""
 _LEAST_ROWS, _LEAST_WEIGHTS = 256, 1 << 19
@@ -82,7 +80,7 @@ def _screening_pays(c_BD: torch.Tensor, W_enc_ND: torch.Tensor, k: int) -> bool:
         and c_BD.device.type == "cpu"
         and len(c_BD) >= _LEAST_ROWS
         and W_enc_ND.numel() >= _LEAST_WEIGHTS
-        and _num_candidates(k, W_enc_ND) * 4 * _GROUP <= len(W_enc_ND)
+        and _num_candidates(k, W_enc_ND) * 4 * GROUP <= len(W_enc_ND)
         and has_fast_bfloat16()
     )
 
@@ -142,14 +140,14 @@ def top_k(pre_BN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     twice, instead of all of it.
     """
     num_rows, num_latents = pre_BN.shape
-    num_groups = num_latents // _GROUP
-    if num_latents % _GROUP or num_groups < 4 * k:
+    num_groups = num_latents // GROUP
+    if num_latents % GROUP or num_groups < 4 * k:
         values, indices = torch.topk(pre_BN, k, dim=1, sorted=False)
         return values, indices
     # A group's members lie num_groups apart, so that its maximum is taken over whole vectors.
-    grouped = pre_BN.view(num_rows, _GROUP, num_groups)
+    grouped = pre_BN.view(num_rows, GROUP, num_groups)
     groups_BK = torch.topk(grouped.amax(dim=1), k, dim=1, sorted=False).indices
     members = torch.arange(0, num_latents, num_groups, device=pre_BN.device)
-    candidates = (groups_BK[:, None, :] + members[None, :, None]).view(num_rows, _GROUP * k)
+    candidates = (groups_BK[:, None, :] + members[None, :, None]).view(num_rows, GROUP * k)
     values, chosen = torch.topk(pre_BN.gather(1, candidates), k, dim=1, sorted=False)
     return values, candidates.gather(1, chosen)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mlsae.store import open_corpus, open_store
-from mlsae.train.data.decode import Decoder, torch_rows
+from mlsae.train.data.decode import RowDecoder, torch_rows
 from mlsae.train.data.loader import Loader
 from mlsae.train.data.mixture import Mixture
 
@@ -23,7 +23,7 @@ def test_rows_are_decoded_as_the_store_does(
     """To the last bit: rows of one layer, and of several in any order; blocks short or not."""
     store = open_store(encoded(sample_maker(d_model=d_model), encoding=encoding))
     layers = (3, 0)
-    decode = Decoder(store, "resid_post", layers, CPU)
+    decode = RowDecoder(store, "resid_post", layers, CPU)
     stored, expected = [], []
     for i, layer in enumerate(layers):
         parts = store.reader("resid_post", layer).read(50, 150)
@@ -55,7 +55,7 @@ def test_a_row_of_a_corpus_is_decoded_as_its_own_store_does(
         validation=np.array([3, 40]),
     )
     known = [{row.tobytes() for row in corpus.read("resid_post", layer)} for layer in corpus.layers]
-    decode = Decoder(corpus, "resid_post", corpus.layers, CPU)
+    decode = RowDecoder(corpus, "resid_post", corpus.layers, CPU)
     seen = 0
     with Loader(mixture, start=0, stop=mixture.epoch_steps) as loader:
         for batch in loader:

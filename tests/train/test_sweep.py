@@ -85,7 +85,7 @@ def test_a_member_equals_the_same_sae_alone(
 def test_bytes_are_read_and_decoded_once(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One loader for all SAEs, its every batch decoded once."""
     counts = {"loaders": 0, "batches": 0, "decoded": 0}
-    next_batch, begin, decode = Loader.__next__, Loader.__init__, passing_module.Decoder.__call__
+    next_batch, begin, decode = Loader.__next__, Loader.__init__, passing_module.RowDecoder.__call__
 
     def counting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*arguments: Any, **options: Any) -> Any:
@@ -97,7 +97,7 @@ def test_bytes_are_read_and_decoded_once(config: Any, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Loader, "__init__", counting("loaders", begin))
     monkeypatch.setattr(Loader, "__next__", counting("batches", next_batch))
-    monkeypatch.setattr(passing_module.Decoder, "__call__", counting("decoded", decode))
+    monkeypatch.setattr(passing_module.RowDecoder, "__call__", counting("decoded", decode))
     results = run_sweep(
         Sweep(config=config("sweep", validation_fraction=0.0), axes={"k": (2, 3, 4)})
     )

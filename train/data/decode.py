@@ -16,7 +16,7 @@ Parts = tuple[torch.Tensor, ...]
 """Rows as stored: (N, width) for each of the arrays that hold them."""
 
 
-class Decoder:
+class RowDecoder:
     """Makes floats of the stored rows of some layers.
 
     Args:

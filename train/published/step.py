@@ -29,7 +29,7 @@ from mlsae.sae.kernels.functions import bag, preactivations
 from mlsae.sae.kernels.select import select
 from mlsae.sae.kernels.sparse import Support
 from mlsae.sae.normalize import restore
-from mlsae.train.step.optimizer import ADAM_BETAS, ADAM_EPS
+from mlsae.train.step.optimizer import ADAM_BETAS, ADAM_EPS, remove_along
 from mlsae.train.step.trainer import DivergedError
 
 LR = 1e-4
@@ -109,7 +109,7 @@ class PaperTrainer:
         W, grad = self.sae.W_dec, self.sae.W_dec.grad
         assert grad is not None
         self.sae.normalize_decoder()
-        grad.addcmul_(W, (grad * W).sum(dim=1, keepdim=True), value=-1)
+        remove_along(W, grad)
 
     def _loss(self, x_LTD: torch.Tensor) -> tuple[PaperResult, torch.Tensor]:
         sae = self.sae

@@ -13,7 +13,7 @@ import torch
 
 from mlsae.sae import SAE
 from mlsae.store import AnyStore
-from mlsae.train.data.decode import Decoder, Parts, origin_of, torch_rows
+from mlsae.train.data.decode import Parts, RowDecoder, origin_of, torch_rows
 from mlsae.train.step.auxiliary import Sum
 
 POSITION_0_IN, POSITION_0_OUT = "position_0_in", "position_0_out"
@@ -90,7 +90,7 @@ def evaluate(
     device = sae.b.device
     first_out = max(1, skip_positions)
     moments = store.moments(site, 0)
-    decode = Decoder(store, site, layers, device)
+    decode = RowDecoder(store, site, layers, device)
     mine = sequences[rank::world_size]
     used = torch.zeros(2, sae.config.num_latents, device=device)
     by_layer: dict[str, list[dict[str, Any]]] = {POSITION_0_IN: [], POSITION_0_OUT: []}

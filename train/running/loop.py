@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from mlsae.base.interruption import Interruption
-from mlsae.train.data.decode import Decoder
+from mlsae.train.data.decode import RowDecoder
 from mlsae.train.data.loader import Batch, Loader
 from mlsae.train.data.mixture import Mixture
 from mlsae.train.running.log import LINES
@@ -44,7 +44,7 @@ class Pass:
         self,
         members: Sequence[Member],
         accelerator: Accelerator,
-        decode: Decoder | None,
+        decode: RowDecoder | None,
         team: Team,
         *,
         shares_rows: bool,

@@ -6,7 +6,7 @@ from accelerate import Accelerator
 
 from mlsae.base.files import read_sealed, seal, write_durably
 from mlsae.sae.directory import CONFIG
-from mlsae.train.data.decode import Decoder
+from mlsae.train.data.decode import RowDecoder
 from mlsae.train.data.loader import Batch
 from mlsae.train.initial import initial_sae, make_objective
 from mlsae.train.plan import Plan
@@ -30,7 +30,7 @@ class Member:
     """
 
     def __init__(
-        self, plan: Plan, ranks: Accelerator | Alone, decode: Decoder | None, *, writes: bool
+        self, plan: Plan, ranks: Accelerator | Alone, decode: RowDecoder | None, *, writes: bool
     ) -> None:
         self.plan = plan
         self.ranks = ranks
@@ -147,7 +147,7 @@ def divergence(plan: Plan) -> DivergedError | None:
     return DivergedError(float(found["loss"]), found["step"], found["lr"], found["layers"])
 
 
-def _make_trainer(plan: Plan, ranks: Accelerator | Alone, decode: Decoder | None) -> Trainer:
+def _make_trainer(plan: Plan, ranks: Accelerator | Alone, decode: RowDecoder | None) -> Trainer:
     config = plan.config
     moments = plan.store.moments(plan.site, config.skip_positions)
     sae = initial_sae(plan.sae, moments, plan.layers, config.seed).to(ranks.device)

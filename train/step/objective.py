@@ -18,7 +18,7 @@ import torch
 
 from mlsae.base.errors import InputError
 from mlsae.sae import SAE
-from mlsae.sae.architectures.base import Encoded, ExtraLoss
+from mlsae.sae.architectures.base import ActiveLatents, ExtraLoss
 from mlsae.sae.normalize import EPS
 from mlsae.store import Moments
 from mlsae.train.step import auxiliary, resample
@@ -153,7 +153,7 @@ class Objective:
         loss_B = errors_B if self._terms_L is None else errors_B * self._terms_L[layer_B]
         cost = errors_B.new_zeros(())
         if self._extra is not None:
-            cost_B = self._extra(Encoded(values_BK, support, layer_B, step), sae.weights)
+            cost_B = self._extra(ActiveLatents(values_BK, support, layer_B, step), sae.weights)
             loss_B = loss_B + cost_B
             cost = cost_B.detach().sum() / batch_rows
         main = loss_B.sum() / batch_rows

@@ -59,7 +59,7 @@ class Optimizer:
                     continue
                 assert parameter.grad is not None
                 W, grad = parameter[rows], parameter.grad[rows]
-                grad.addcmul_(W, (grad * W).sum(dim=1, keepdim=True), value=-1)
+                remove_along(W, grad)
                 self._adam(parameter, rows, lr)
                 W.div_(torch.linalg.vector_norm(W, dim=1, keepdim=True))
 
@@ -90,6 +90,11 @@ class Optimizer:
             amsgrad=False,
             maximize=False,
         )
+
+
+def remove_along(W: torch.Tensor, grad: torch.Tensor) -> None:
+    """Take from each row of a gradient its part along the row of W, which has unit length."""
+    grad.addcmul_(W, (grad * W).sum(dim=1, keepdim=True), value=-1)
 
 
 def _blocks(parameter: torch.Tensor) -> Iterator[slice]:

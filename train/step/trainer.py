@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from mlsae.base.errors import MlsaeError
 from mlsae.sae import SAE
-from mlsae.train.data.decode import Decoder
+from mlsae.train.data.decode import RowDecoder
 from mlsae.train.data.loader import Batch
 from mlsae.train.step.dead import DeadLatents
 from mlsae.train.step.objective import Losses, Objective
@@ -83,7 +83,7 @@ class Trainer:
         dead: DeadLatents,
         accelerator: Accelerator,
         micro_batch: int | None = None,
-        decode: Decoder | None = None,
+        decode: RowDecoder | None = None,
         max_norm: float | None = None,
     ) -> None:
         self.sae = sae
