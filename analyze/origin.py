@@ -1,4 +1,4 @@
-"""What the store, the SAE and this machine say of themselves, for the summary."""
+"""Origin of the store, the SAE and the analysis, for the summary."""
 
 import platform
 import shlex
@@ -16,7 +16,7 @@ from mlsae.sae import SAEConfig
 from mlsae.store import RemoteError, Store
 
 RUN_FILE = "run.yaml"
-"""What `mlsae train` leaves beside an SAE: the run with every default resolved."""
+"""File that `mlsae train` leaves beside an SAE: the run with every default resolved."""
 
 _OUT = "analysis"
 _HARVEST_DEFAULTS = {
@@ -32,7 +32,7 @@ _LIBRARIES = ("torch", "transformers", "numpy", "pyarrow", "zarr", "matplotlib")
 
 
 def origin(pairing: Pairing, config: AnalyzeConfig) -> dict[str, Any]:
-    """Keys of a summary that say what an analysis is of, and where it was made.
+    """Keys of a summary on the subject of an analysis, and the machine that made it.
 
     `model`, `text`, `encoding`, `sae_config`, `training`, `device`, `versions`, `commands`; with
     None, or an empty list, where something is not known.
@@ -67,7 +67,7 @@ def _flat(config: SAEConfig) -> dict[str, Any]:
 
 
 def _last_run(pairing: Pairing) -> dict[str, Any]:
-    """What the last harvest of the store noted, or nothing."""
+    """Provenance of the store's last harvest, or nothing."""
     try:
         records = [run for store in pairing.store.stores for run in store.provenance()]
     except RemoteError:
@@ -82,7 +82,7 @@ def commands(pairing: Pairing, config: AnalyzeConfig) -> dict[str, list[str] | s
 
     Args:
         pairing: the store, whose plan and provenance name its model and text, and the SAE.
-        config: of the analysis.
+        config: settings of the analysis.
     """
     return {
         "harvest": _harvests(pairing.store.stores),

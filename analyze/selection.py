@@ -1,4 +1,4 @@
-"""Which rows of a store are evaluated, and reading them chunk by chunk in constant memory."""
+"""Rows of a store that are evaluated, read chunk by chunk in constant memory."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -104,7 +104,7 @@ def _joined(held: list[_Rows]) -> _Rows:
 
 
 def _chunks(store: AnyStore, site: str, layer: int, sequences: Int) -> Iterator[_Rows]:
-    """Of each chunk, the unflagged rows of `sequences`, their tokens and activations."""
+    """Unflagged rows of `sequences`, with tokens and activations, chunk by chunk."""
     first = 0
     for member in store.stores:
         low, high = np.searchsorted(sequences, [first, first + member.num_sequences])

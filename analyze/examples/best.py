@@ -60,7 +60,7 @@ class Best:
 
         Args:
             groups_C: group of each event, in the order that decides between equal scores; all of
-                them come after whatever was offered before.
+                them come after all events offered before.
             scores_C: scores.
 
         Returns:
@@ -98,7 +98,7 @@ class Best:
         return event_US[enters_US], groups_U[group_US[enters_US]] * self.size + free_A
 
     def write(self, places_A: Tensor, **fields: Tensor) -> None:
-        """Say what is to be known of the events that `place` has just kept, (A, width) each."""
+        """Set the fields of the events that `place` has just kept, (A, width) each."""
         for name, values in fields.items():
             self._fields[name][places_A] = values
 

@@ -25,7 +25,7 @@ _AT_ONCE = 2**16
 
 @dataclass(frozen=True, kw_only=True)
 class ExamplesPlan:
-    """Which examples are kept of a latent."""
+    """Choice of the examples that are kept of a latent."""
 
     top: int
     """Strongest ones over all layers, and of each layer; at least 1."""
@@ -40,10 +40,10 @@ class ExamplesPlan:
     """Tokens after it."""
 
     seed: int
-    """Of the random choice."""
+    """Seed of the random choice."""
 
     def fields(self, num_layers: int) -> dict[str, Field]:
-        """What is kept of an example."""
+        """Fields that are kept of an example."""
         width = self.before + 1 + self.after
         return {
             "event": Field(1, torch.int64),
@@ -58,7 +58,7 @@ class ExamplesPlan:
         return num_latents * (self.top * (num_layers + 1) + self.samples * RANGES)
 
     def disk_bytes(self, num_layers: int) -> int:
-        """What a row of the table takes, about: it is compressed."""
+        """Bytes of a compressed row of the table, about."""
         return 30 + 5 * (self.before + 1 + self.after) + 3 * num_layers
 
     def num_bytes(self, num_latents: int, num_layers: int) -> int:
@@ -70,14 +70,14 @@ class ExamplesPlan:
 
 
 class Examples:
-    """Collects them from blocks of tokens.
+    """Collector of examples from blocks of tokens.
 
-    Memory: that of all examples (`ExamplesPlan.num_bytes`), on the device, and the events of 2²⁰
-    or of one sequence, whatever is more.
+    Memory: all examples (`ExamplesPlan.num_bytes`), on the device, and 2²⁰ events or those of one
+    sequence, whichever are more.
 
     Args:
         pairing: store and SAE.
-        plan: what is kept.
+        plan: choice of examples.
     """
 
     def __init__(self, pairing: Pairing, plan: ExamplesPlan) -> None:
@@ -217,7 +217,7 @@ class _Held:
     """The events of whole sequences."""
 
     text: Text
-    """Their tokens."""
+    """Tokens of the rows."""
 
     rows: Tensor
     """(R, 3): of each eligible row its number, its token in the store and its token in `text`."""

@@ -25,7 +25,7 @@ _REMEDY = "lower --examples, --samples or --context-tokens"
 def plan_examples(
     pairing: Pairing, num_rows: int, config: AnalyzeConfig, directory: Path
 ) -> ExamplesPlan | None:
-    """What is kept, once it is known that there is room for it; None for no examples.
+    """Plan the examples, once it is known that there is room for them; None for no examples.
 
     Args:
         pairing: store and SAE.
@@ -72,13 +72,13 @@ def write_table(
     text: tuple[Pieces | None, str | None],
     provenance: Mapping[str, str],
 ) -> dict[str, Any] | None:
-    """Write the table and say what is in it; None for no examples.
+    """Write the table and return its description; None for no examples.
 
     Args:
-        directory: where.
+        directory: directory of the analysis.
         examples: all of them.
-        text: what gives tokens their text, or the reason why nothing does.
-        provenance: of the table.
+        text: function that gives tokens their text, or the reason why there is none.
+        provenance: provenance of the table.
     """
     if examples is None:
         return None

@@ -37,7 +37,7 @@ _COMPARED = 2**22
 """Pairs that are compared at once."""
 
 _NARROWER = 1 - 1e-6
-"""Factor of an interval's half width, for whatever is rounded."""
+"""Factor of an interval's half width, to allow for rounding."""
 
 _SHRINKS = 0.8
 """Candidates are compared again while a comparison leaves no more than this share of them."""
@@ -49,8 +49,8 @@ class Sample:
     Args:
         num_latents: M.
         size: S.
-        fields: what is kept of an event, by name; one is `event`, a number that orders events.
-        device: where.
+        fields: fields of an event, by name; one is `event`, a number that orders events.
+        device: device of the tensors.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Sample:
         self._scores = torch.zeros(0, dtype=torch.int32, device=device)
         self._places = torch.zeros(0, dtype=torch.int64, device=device)
         self._num_compared = 0
-        # What an event between two candidates, or in the lowest quarter, must reach.
+        # Bounds that an event between two candidates, or in the lowest quarter, must reach.
         self._gaps = self._keys, self._scores
         self._lowest = torch.zeros(num_latents, dtype=torch.int32, device=device)
         self._free = torch.zeros(0, dtype=torch.int64, device=device)
@@ -111,7 +111,7 @@ class Sample:
         return kept, self._places[new]
 
     def write(self, places_A: Tensor, **fields: Tensor) -> None:
-        """Say what is to be known of the events that `place` has just kept, (A, width) each."""
+        """Set the fields of the events that `place` has just kept, (A, width) each."""
         for name, values in fields.items():
             self._fields[name][places_A] = values
 
@@ -186,7 +186,7 @@ class Sample:
         self._places = self._places[chosen]
 
     def _compare(self) -> None:
-        """Drop what cannot be among the best of any quarter."""
+        """Drop candidates that cannot be among the best of any quarter."""
         self._sort()
         before = 0
         while len(self._keys) <= _SHRINKS * before or before == 0:
@@ -246,7 +246,7 @@ def _latents_and_values(keys_C: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _ranks(sorted_C: Tensor) -> Tensor:
-    """How many equal numbers come before each, (C,) int64."""
+    """Number of equal numbers before each, (C,) int64."""
     _, counts = torch.unique_consecutive(sorted_C, return_counts=True)
     at: Tensor = torch.arange(len(sorted_C), device=sorted_C.device)
     first: Tensor = (counts.cumsum(0) - counts).repeat_interleave(counts)

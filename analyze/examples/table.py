@@ -20,7 +20,7 @@ from mlsae.analyze.examples.windows import OUTSIDE
 from mlsae.analyze.results.columns import KINDS, SAMPLE
 
 ROW_GROUP = 2**14
-"""Examples of a row group, about: whole latents, and what is read of one."""
+"""Examples of a row group, about: whole latents; one group is read at a time."""
 
 Array = npt.NDArray[Any]
 
@@ -35,8 +35,8 @@ def write_examples(
     """Write the file; memory: a row group.
 
     Args:
-        path: of the file.
-        schema: of the table.
+        path: the file.
+        schema: schema of the table.
         examples: after `finish`.
         pieces: the text of each of some token ids; None where it is not known.
         progress: told the number of latents done, again and again.
@@ -98,7 +98,7 @@ def _columns(
         (event[:, num_top:].reshape(in_range), -value[:, num_top:].reshape(in_range))
     )
     drawn += np.arange(RANGES)[:, None] * plan.samples + num_top
-    # Each latent's examples in the order of the table, as indices into what is known of it.
+    # Each latent's examples in the order of the table, as indices into the fields.
     chosen = np.concatenate(
         [
             strongest,

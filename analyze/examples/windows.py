@@ -79,7 +79,7 @@ def join_layers(
     num_tokens: int,
     num_layers: int,
 ) -> Joined:
-    """Put together what is active for the same token.
+    """Join events that are active for the same token.
 
     Args:
         tokens_E: index of the token, ascending.

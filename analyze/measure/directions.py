@@ -43,7 +43,7 @@ class Nearest:
     """(M,) largest cosine."""
 
     indices: Int
-    """(M,) of what it is with."""
+    """(M,) index of the nearest."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,7 @@ def describe(
 
     Args:
         sums: by layer id.
-        entropy: its layers in the order of `sums`, or None.
+        entropy: entropies, with layers in the order of `sums`, or None.
     """
     each = [_row_ratios(of) for of in sums.values()]
     of_entropy = None if entropy is None else entropy.ratios()

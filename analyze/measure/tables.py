@@ -33,8 +33,8 @@ def layers_tables(
         sums: by layer id.
         norms: mean norm by layer id.
         adjacent_cosines: by layer id, where there is one.
-        entropy: its arrays in the order of `sums`, or None.
-        provenance: goes into the schema's metadata.
+        entropy: entropies, with arrays in the order of `sums`, or None.
+        provenance: metadata of the schema.
     """
     by_layer, overall = describe(sums, entropy)
     rows = [

@@ -75,7 +75,7 @@ class CrossEntropy:
 
     @property
     def delta_ce(self) -> Float:
-        """(L,), what reconstructions of one layer add."""
+        """(L,), cross-entropy that reconstructions of one layer add."""
         return np.asarray(self.added[:-1].sum(axis=1) / self.num_tokens)
 
     @property
@@ -164,7 +164,7 @@ def measure(
 
     The SAE's site is spliced at every eligible token, stored or not. Tokens that are flagged or at
     positions below the SAE's `skip_positions` are never replaced. With all layers spliced at once,
-    each layer encodes what flows through it then.
+    each layer encodes the activations that then flow through it.
 
     Args:
         transformer: the model whose activations the store holds, on the pairing's device.
@@ -221,7 +221,7 @@ def _measure_together(
 
 
 class _Tally:
-    """Sums of one batch after another, by what is spliced and group of sequences."""
+    """Sums of one batch after another, by spliced layer and group of sequences."""
 
     def __init__(self, num_layers: int, sequences: Int, device: torch.device) -> None:
         self._sequences = sequences
@@ -233,7 +233,7 @@ class _Tally:
         }
 
     def start(self, batch: Sequences, logits_BTV: Tensor) -> None:
-        """Take up a batch by what the untouched transformer says of it."""
+        """Take up a batch with the logits of the untouched transformer."""
         self._counted = batch.counted
         places = np.searchsorted(self._sequences, batch.numbers)
         groups = torch.from_numpy(group_of(places, len(self._sequences))).to(batch.counted.device)
@@ -250,7 +250,7 @@ class _Tally:
         self._add(name, i, losses(next_log_probs(logits_BTV, self._counted), self._targets))
 
     def rebuilt(self, i: int, logits_BTV: Tensor) -> None:
-        """Add up what is said of reconstructions."""
+        """Add up the logits with reconstructions."""
         log_q = next_log_probs(logits_BTV, self._counted)
         self._add("added", i, losses(log_q, self._targets) - self._losses)
         self._add("divergence", i, divergences(self._log_p, log_q))

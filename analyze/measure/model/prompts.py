@@ -1,4 +1,4 @@
-"""Prompts: read, checked, run through the transformer, and the table of what is active for them.
+"""Prompts: read, checked, run through the transformer, and the table of their active latents.
 
 Shapes: T tokens of a prompt, D = d_model, K active slots a row.
 """
@@ -42,7 +42,7 @@ class Prompt:
 
 
 def read_texts(given: Sequence[str], file: Path | None) -> dict[str, str]:
-    """Every prompt by what to call it in an error: those given, then a file's lines.
+    """Every prompt by its name in errors: those given, then a file's lines.
 
     Raises:
         InputError: the file is missing, empty or no UTF-8 text; or a prompt is empty.
@@ -129,7 +129,7 @@ def prompts_table(
     provenance: Mapping[str, str],
     progress: Callable[[int], object],
 ) -> pa.Table:
-    """Run each prompt alone and encode what lies at the SAE's site of every layer, in float32.
+    """Run each prompt alone and encode activations at the SAE's site of every layer, in float32.
 
     Where the store's transformer was given noise for its token embeddings (`--init control`), the
     prompts get that of the tokens behind the store's own.

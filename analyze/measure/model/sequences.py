@@ -1,4 +1,4 @@
-"""Sequences of a store as its transformer was given them, and what counts of them.
+"""Sequences of a store as its transformer was given them, and the tokens that count.
 
 B = sequences, T = context length.
 """
@@ -22,7 +22,7 @@ class Sequences:
     """Some sequences, ready for a forward pass."""
 
     numbers: Int
-    """(B,) indices of the sequences in what is read."""
+    """(B,) indices of the sequences in the store."""
 
     inputs: Inputs
     """Attention as it was when the store was made: inside documents, past padding, or neither."""

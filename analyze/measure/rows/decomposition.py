@@ -38,7 +38,7 @@ class Pairs:
     """Activations that the pairs are made of."""
 
     by_layer: Mapping[int, tuple[float, float]]
-    """Layer → what is active there: Σ z, and Σ z / (the total of its pair)."""
+    """Layer → sums over active pairs there: Σ z, and Σ z / (the total of its pair)."""
 
 
 def pairs_of(latents: Mapping[int, tuple[Tensor, Tensor]], num_latents: int) -> Pairs:
@@ -80,7 +80,7 @@ def pairs_of(latents: Mapping[int, tuple[Tensor, Tensor]], num_latents: int) -> 
 
 @dataclass(frozen=True)
 class Terms:
-    """The three terms of the variance of the layer, and what they add up to; layer²."""
+    """The three terms of the variance of the layer, and their sum; layer²."""
 
     total: float
     """Var(L), from the layers alone."""

@@ -24,9 +24,9 @@ Latents = Mapping[int, tuple[Tensor, Tensor]]
 
 
 class Joint:
-    """Adds up tokens, block by block of rows, whatever batches they come in.
+    """Sums over tokens, block by block of rows, independent of the batches they come in.
 
-    Memory: a block, and what latents and token ids need.
+    Memory: a block, and sums by latent and by token id.
 
     Args:
         pairing: store and SAE.
@@ -48,8 +48,8 @@ class Joint:
 
         Args:
             tokens_N: index of the token of each unflagged row, ascending.
-            eligible_N: whether the row is eligible; a block is so many rows, eligible or not.
-            latents: of the E eligible rows, in order.
+            eligible_N: True for an eligible row; a block is so many rows, eligible or not.
+            latents: latents of the E eligible rows, in order.
         """
         end = int(np.searchsorted(tokens_N, self._end_token))
         before_N = np.concatenate([[0], eligible_N.cumsum()])

@@ -18,7 +18,7 @@ Ratio = tuple[Float, Float]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RowSums:
-    """What sets of rows add up to. x is a row, x̂ its reconstruction, c the reference."""
+    """Sums over sets of rows. x is a row, x̂ its reconstruction, c the reference."""
 
     reference: Float
     """c, (D,): any point near the rows, so that no precision is lost about their mean."""
@@ -59,7 +59,7 @@ class RowSums:
         return self.of("error"), self._scatter()
 
     def fvu_published(self) -> Ratio:
-        """The same about one scalar mean over rows and channels (arXiv 2409.04185, its code)."""
+        """FVU about one scalar mean over rows and channels (arXiv 2409.04185, its code)."""
         num_rows = self.of("rows")
         mean = self.reference + self.offset / np.maximum(num_rows, 1)[:, None]
         between = num_rows * np.square(mean - mean.mean(axis=1, keepdims=True)).sum(axis=1)
@@ -128,7 +128,7 @@ class GroupedRows:
             total.index_add_(0, keys, torch.segment_reduce(part, "sum", lengths=lengths))
 
     def sums(self, first: int, last: int) -> RowSums:
-        """Of the keys from `first` to before `last`, in their order."""
+        """Sums of the keys from `first` to before `last`, in their order."""
         return RowSums(
             reference=self._reference.cpu().numpy(),
             offset=self._offset[first:last].cpu().numpy(),
@@ -142,7 +142,7 @@ def _dot(a_ND: Tensor, b_ND: Tensor) -> Tensor:
 
 
 class LatentSums:
-    """How often each latent is active (value > 0) at one layer, and its values' total."""
+    """Count of active rows (value > 0) of each latent at one layer, and total of its values."""
 
     def __init__(self, num_latents: int, device: torch.device) -> None:
         self.count = torch.zeros(num_latents, dtype=torch.int64, device=device)

@@ -60,13 +60,13 @@ def walk(
 ) -> dict[int, LayerSums]:
     """Add up every unflagged row of `sequences` at every layer, in memory that does not grow.
 
-    Memory: of each layer a chunk, the latents of a batch, the sums, and the events of a part.
+    Memory: a chunk of each layer, the latents of a batch, the sums, and the events of a part.
 
     Args:
         pairing: store and SAE.
         sequences: sorted indices.
         batch_rows: rows of a layer encoded at once.
-        events: what is written of the latents as they are read back; its rows come first.
+        events: plan of the events to write; rows of the plan come first.
         directory: existing folder for the events.
         joint: given every batch.
         examples: given the eligible rows of every batch; None for none.
@@ -119,7 +119,7 @@ class _Layer:
         layer: a layer id.
         sequences: sorted indices of all that will be added.
         reader: batches of rows, of their tokens, and of activations.
-        writer: of its events.
+        writer: writer of the events.
     """
 
     def __init__(
