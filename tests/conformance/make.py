@@ -1,8 +1,11 @@
-"""Make the conformance stores again: python tests/conformance/make.py
+"""Make the conformance stores: python tests/conformance/make.py DIRECTORY
 
-`valid/<name>` are sound; `invalid/<rule>-<what>` differ from a sound one in breaking that rule of
-storage_schema.md alone. Which sound one is in `cases.json`. Everything is a pure function of this
-file and of resealed.py, but for the bytes that zstd makes, which depend on its version.
+The directory, which must be absent, then holds the sound stores, `valid/<name>`, and broken ones:
+`invalid/<rule>-<what>` differs from a sound one in breaking that rule of storage_schema.md alone.
+`cases.json` says which sound one, and the SHA-256 of the broken one; the command fails where
+another store was made. Needs numpy, google-crc32c and safetensors, but not mlsae.
+
+Without a directory, `cases.json` itself is written anew.
 """
 
 import json
@@ -11,90 +14,18 @@ import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import google_crc32c
 import numpy as np
-from resealed import COMPLETE, PLAN, SETUP, Files, sha256
+from resealed import COMPLETE, LENGTH, PLAN, SETUP, WIDTH, Files, sha256
 from safetensors.numpy import load, save
 
-from mlsae.base.files import seal, write_durably
-from mlsae.store import MASKED, PADDING, SPECIAL, Calibrator, create
-
-HERE = Path(__file__).parent
+SOUND = Path(__file__).parent / "valid"
+CASES = Path(__file__).parent / "cases.json"
 ACTIVATIONS = "activations/resid_post/0"
-LENGTH, WIDTH, SEQUENCES = 6, 3, 5
 Broken = Callable[[Files], object]
-
-
-def make_valid(path: Path, **options: Any) -> None:
-    """A small store: two shards, the second short; one outlier; flags of every kind."""
-    settings: dict[str, Any] = {"layers": (0, 2), "sites": ("resid_post",), "d_model": WIDTH}
-    settings |= {"encoding": "float32", "shard_bytes": 4 * LENGTH * WIDTH * 3, **options}
-    generator = np.random.default_rng(7)
-    num_tokens, width = LENGTH * SEQUENCES, settings["d_model"]
-    flags = np.zeros(num_tokens, np.uint8)
-    flags[[2, 9, 17]] = [SPECIAL, PADDING, MASKED]
-    keys = [(site, layer) for site in settings["sites"] for layer in settings["layers"]]
-    values = {}
-    for number, key in enumerate(keys):
-        x = generator.normal(size=(num_tokens, width)) * (number + 1) + np.arange(width)
-        x[0] *= 50
-        # Exact in every float encoding, so that no reader needs to round.
-        values[key] = (np.rint(x * 8) / 8).astype(np.float32)
-    if settings["encoding"] == "int8":
-        calibrator = Calibrator(keys, width)
-        calibrator.add(
-            {
-                key: x[(flags == 0) & (np.arange(num_tokens) % LENGTH > 0)]
-                for key, x in values.items()
-            }
-        )
-        settings["calibration"] = calibrator.result()
-        settings["max_added_fvu"] = 1.0
-    with create(
-        path,
-        tokens=np.arange(num_tokens) * 7 % 23,
-        context_length=LENGTH,
-        documents=np.arange(num_tokens) // 4,
-        token_flags=flags,
-        source={"made_by": "the conformance stores"},
-        producer={"device": "none"},
-        **settings,
-    ) as writer:
-        tokens = writer.row_tokens(0, writer.num_rows)
-        while writer.position is not None:
-            rows = slice(writer.position, min(writer.position + LENGTH, writer.num_rows))
-            writer.append({key: x[tokens[rows]] for key, x in values.items()})
-    (path / "README.md").unlink(missing_ok=True)
-
-
-def valid_stores(root: Path) -> None:
-    """Every encoding and every choice that a plan can make."""
-    make_valid(root / "float32")
-    make_valid(root / "float16", encoding="float16")
-    make_valid(root / "bfloat16", encoding="bfloat16")
-    make_valid(root / "int8", encoding="int8", d_model=70)
-    make_valid(root / "float16-zstd", encoding="float16", compression="zstd")
-    make_valid(root / "int8-zstd", encoding="int8", compression="zstd", d_model=64)
-    make_valid(root / "keep-positions", keep_positions=4, keep_seed=3)
-    make_valid(root / "several-sites", sites=("attn_out", "resid_pre"), layers=(1,))
-    make_valid(root / "batches-of-two", batch_sequences=2, shard_bytes=600)
-    make_valid(root / "derived", derived_from={"store_id": "ab" * 32, "sequences": [0, 5]})
-    make_valid(root / "with-company")
-    company = root / "with-company"
-    write_durably(company / "provenance/run.json", seal({"started": "2024-05-01"}))
-    text = b"---\ntags: [mlsae-card]\n---\n# Activations\n"
-    last = f"<!-- mlsae-card sha256={sha256(text)} -->\n".encode()
-    (company / "README.md").write_bytes(text + last)
-    (company / ".gitattributes").write_text("* -text\n")
-    files = Files.read(root / "float32")
-    later = {"must_understand": False, "note": "of a later minor version"}
-    files.edit(PLAN, lambda plan: plan.update(schema_version="1.9", hint=later))
-    for name in (SETUP, COMPLETE, *files.commits()):
-        files.edit(name, lambda record: record.update(hint=later))
-    files.reseal()
-    files.write(root / "later-minor")
 
 
 def patch(files: Files, name: str, at: int, data: bytes, chunk_bytes: int) -> None:
@@ -175,7 +106,8 @@ def patched(name: str, shard: str, at: int, data: bytes) -> Broken:
         patch(files, f"{name}/{shard}", at, data, chunk_bytes(files, name))
         if name in ("tokens", "documents", "token_flags"):
             dtype = {"tokens": "<u4", "documents": "<u4", "token_flags": "<u1"}[name]
-            values = files[f"{name}/{shard}"][: LENGTH * SEQUENCES * np.dtype(dtype).itemsize]
+            num_tokens = files.record(PLAN)["num_tokens"]
+            values = files[f"{name}/{shard}"][: num_tokens * np.dtype(dtype).itemsize]
             files.edit(PLAN, lambda plan: plan.update({f"{name}_sha256": sha256(values)}))
         files.reseal()
 
@@ -453,19 +385,36 @@ INVALID: dict[str, tuple[str, Broken]] = {
 }
 
 
-def make(root: Path) -> None:
-    """Every store, below `root`, which must not hold any."""
-    valid_stores(root / "valid")
-    for name, (base, change) in INVALID.items():
-        files = Files.read(root / "valid" / base)
+def digest(store: Path) -> str:
+    """SHA-256 of `<sha256>  <name>\\n` for each file of a store, by name: as sha256sum has it."""
+    lines = [f"{sha256(data)}  {name}\n" for name, data in sorted(Files.read(store).items())]
+    return sha256("".join(lines).encode())
+
+
+def make(root: Path) -> dict[str, dict[str, str]]:
+    """Every store, below `root`, which must not hold any; cases by name, as in `cases.json`."""
+    cases = {}
+    shutil.copytree(SOUND, root / "valid")
+    for name, (sound, change) in INVALID.items():
+        files = Files.read(SOUND / sound)
         change(files)
         files.write(root / "invalid" / name)
-    bases = {name: base for name, (base, _) in INVALID.items()}
-    (root / "cases.json").write_bytes(json.dumps(bases, indent=2).encode() + b"\n")
+        cases[name] = {"sound": sound, "sha256": digest(root / "invalid" / name)}
+    return cases
+
+
+def main(target: str | None) -> str | None:
+    """Make the stores in a directory, or `cases.json` anew; what went wrong."""
+    if target is None:
+        with TemporaryDirectory() as root:
+            cases = make(Path(root) / "stores")
+        CASES.write_text(json.dumps(cases, indent=2) + "\n")
+        return None
+    expected = json.loads(CASES.read_text())
+    found = make(Path(target))
+    wrong = sorted(case for case in {**found, **expected} if found.get(case) != expected.get(case))
+    return f"not as in cases.json: {', '.join(wrong)}" if wrong else None
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
-    for folder in ("valid", "invalid"):
-        shutil.rmtree(target / folder, ignore_errors=True)
-    make(target)
+    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else None))

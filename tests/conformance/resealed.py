@@ -12,6 +12,8 @@ from typing import Any
 
 Record = dict[str, Any]
 SETUP, COMPLETE, PLAN = "commits/setup.json", "complete.json", "plan.json"
+LENGTH, WIDTH = 6, 3
+"""Tokens of a sequence, and channels of an activation unless a store says otherwise."""
 
 
 def canonical(value: Any) -> bytes:

@@ -83,6 +83,9 @@ BELOW = {
 DOOR = 12
 """From every door at most a dozen things are seen."""
 
+MOST_FILES = 1100
+"""Tracked files of the repository."""
+
 PIP_WHEEL = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
 
 FOREIGN = {
@@ -319,6 +322,14 @@ def test_only_the_command_line_changes_how_the_process_keeps_memory():
     heap = "mlsae.base.machine.heap"
     owners = {owner for owner, path in modules() if heap in imports_of(path)}
     assert owners == {"commands"}
+
+
+def test_what_can_be_made_is_not_kept():
+    """At most 1,100 files are tracked: derived data is made where it is used."""
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, check=True, text=True
+    ).stdout.splitlines()
+    assert len(tracked) <= MOST_FILES
 
 
 def test_files_hold_one_idea():
