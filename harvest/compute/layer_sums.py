@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mlsae.harvest.compute.codecs import Codecs, Key, StoredTensors
-from mlsae.store.format.moments import STANDARDIZE_EPS
+from mlsae.store.format.moments import STANDARDIZE_EPS, Floats, GroupMoments
 
 
 @dataclass
@@ -72,11 +72,20 @@ class Tables:
 class Run:
     """Neighbouring layers of a site whose rows are on one device."""
 
-    def __init__(self, keys: Sequence[Key], codecs: Codecs, d_model: int, tables: Tables) -> None:
+    def __init__(
+        self,
+        keys: Sequence[Key],
+        codecs: Codecs,
+        d_model: int,
+        tables: Tables,
+        *,
+        is_lowest: bool,
+    ) -> None:
         self.keys, self._d_model, self._tables = tuple(keys), d_model, tables
+        self._is_lowest = is_lowest
         self._codecs = [codecs[key] for key in keys]
         self.sums: dict[int, Sums] = {}
-        """By group."""
+        """Sums of each group."""
         self.clear_largest()
 
     def clear_largest(self) -> None:
@@ -99,7 +108,7 @@ class Run:
             stored: the batch.
             picked: takes the rows out of it.
             num_rows: N.
-            below_ND: centred rows that the run below returned.
+            below_ND: centred rows that the run before returned; unused in a site's lowest run.
 
         Returns:
             (N, D) centred rows of the highest layer.
@@ -121,7 +130,7 @@ class Run:
         torch.sub(x_LND, centre_L1D, out=y_LND)
         torch.mul(y_LND[:-1], y_LND[1:], out=scratch_LND[1:])
         sums.cross[1:] += scratch_LND[1:].sum(dim=(1, 2))
-        if below_ND is not None:
+        if below_ND is not None and not self._is_lowest:
             sums.cross[0] += (below_ND.to(y_LND.device) * y_LND[0]).sum()
         self._tables.sum_columns(0, y_LND, scratch_LND)
         # u, in the place of x.
@@ -139,3 +148,27 @@ class Run:
         sums.columns += self._tables.columns_4LD
         highest_ND: Tensor = y_LND[-1]
         return highest_ND
+
+
+def merge_runs(runs: Sequence[Run], moments: GroupMoments) -> None:
+    """Merge the sums of a site, its runs from the lowest up, into moments; the runs begin anew."""
+    for group in runs[0].sums:
+        sums = [run.sums[group] for run in runs]
+        columns_4LD = _on_host([of_run.columns for of_run in sums], 1)
+        moments.merge_sums(
+            group,
+            sums[0].count,
+            centre_2LD=_on_host([of_run.centre[:, :, 0] for of_run in sums], 1),
+            first_2LD=columns_4LD[::2],
+            second_2LD=columns_4LD[1::2],
+            norm_sum_L=_on_host([of_run.norm for of_run in sums], 0),
+            max_abs_L=_on_host([of_run.max_abs for of_run in sums], 0),
+            cross_L=_on_host([of_run.cross for of_run in sums], 0)[1:],
+        )
+    for run in runs:
+        run.sums = {}
+
+
+def _on_host(parts: Sequence[Tensor], dim: int) -> Floats:
+    values: Floats = torch.cat([part.cpu() for part in parts], dim).numpy()
+    return values

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from mlsae.harvest.compute.codecs import Codecs, Key, StoredTensors
-from mlsae.harvest.compute.layer_sums import Run, Tables
+from mlsae.harvest.compute.layer_sums import Run, Tables, merge_runs
 from mlsae.store.format.accumulate import Block, blocks_of
-from mlsae.store.format.moments import Floats, GroupMoments
+from mlsae.store.format.moments import GroupMoments
 
 PIECE_VALUES = {"cpu": 3 << 17, "cuda": 1 << 26}
 """Values of a piece, all layers of a site. On a CPU 1.3 ns each; in pieces of a quarter, with
@@ -52,16 +52,14 @@ class RunningMoments:
         d_model: int,
         num_threads: int | None,
     ) -> None:
-        self._sites, self._layers, self._d_model = tuple(sites), tuple(layers), d_model
-        self._shares = [
-            _Share(codecs, self._sites, self._layers, d_model)
-            for _ in range(max(1, min(num_threads or 1, MOST_THREADS)))
-        ]
-        self._pool = (
-            None
-            if num_threads is None
-            else ThreadPoolExecutor(len(self._shares), thread_name_prefix="moments")
-        )
+        self._codecs, self._d_model = codecs, d_model
+        self._sites, self._layers = tuple(sites), tuple(layers)
+        self._num_shares = max(1, min(num_threads or 1, MOST_THREADS))
+        self._pool = None
+        if num_threads is not None:
+            self._pool = ThreadPoolExecutor(self._num_shares, thread_name_prefix="moments")
+        self._shares: list[list[Run]] = []
+        """Runs of all sites, for each thread."""
 
     def add(
         self, group_N: npt.NDArray[np.int8], stored: Mapping[Key, StoredTensors]
@@ -76,92 +74,57 @@ class RunningMoments:
             For each key the largest magnitude, a scalar on its device; not finite where a value is
             not.
         """
+        if not self._shares:
+            self._shares = [self._runs(stored) for _ in range(self._num_shares)]
         kind = stored[self._sites[0], self._layers[0]][0].device.type
         values = PIECE_VALUES.get(kind, PIECE_VALUES["cpu"])
         rows = max(LEAST_ROWS, values // (self._d_model * len(self._layers)))
         blocks = blocks_of(group_N, rows)
+        dealt = [(share, blocks[i :: self._num_shares]) for i, share in enumerate(self._shares)]
         if self._pool is None:
-            return self._shares[0].add(blocks, stored)
-        num_shares = len(self._shares)
-        with each_alone():
-            underway = [
-                self._pool.submit(share.add, blocks[place::num_shares], stored)
-                for place, share in enumerate(self._shares)
-            ]
-            found = [future.result() for future in underway]
-        return {key: torch.stack([of[key] for of in found]).amax(dim=0) for key in found[0]}
+            _add(*dealt[0], stored)
+        else:
+            with each_alone():
+                for future in [self._pool.submit(_add, *pieces, stored) for pieces in dealt]:
+                    future.result()
+        largest: dict[Key, Tensor] = {}
+        for same in zip(*self._shares, strict=True):
+            most_L = torch.stack([run.largest_L for run in same]).amax(dim=0)
+            largest.update(zip(same[0].keys, most_L, strict=True))
+        return largest
 
     def take(self) -> dict[str, GroupMoments]:
         """Moments so far, on the host; the next batch begins anew."""
         moments = {site: GroupMoments(self._layers, self._d_model) for site in self._sites}
         for share in self._shares:
-            share.give_to(moments)
+            for site, of_site in moments.items():
+                merge_runs([run for run in share if run.keys[0][0] == site], of_site)
         return moments
 
-
-class _Share:
-    """Sums of one thread."""
-
-    def __init__(
-        self, codecs: Codecs, sites: tuple[str, ...], layers: tuple[int, ...], d_model: int
-    ) -> None:
-        self._codecs = codecs
-        self._sites, self._layers, self._d_model = sites, layers, d_model
-        self._runs: dict[str, list[Run]] = {}
-
-    @torch.inference_mode()
-    def add(
-        self, blocks: Sequence[Block], stored: Mapping[Key, StoredTensors]
-    ) -> dict[Key, Tensor]:
-        """Largest magnitude of each key, a scalar on its device."""
-        if not self._runs:
-            self._runs = self._begin(stored)
-        runs = [run for of_site in self._runs.values() for run in of_site]
-        for run in runs:
-            run.clear_largest()
-        devices = {run.largest_L.device for run in runs}
-        for (group, rows), picked in zip(blocks, _pickers(blocks, devices), strict=True):
-            for of_site in self._runs.values():
-                below_ND = None
-                for run in of_site:
-                    below_ND = run.add(group, stored, picked, len(rows), below_ND)
-        return {
-            key: largest
-            for run in runs
-            for key, largest in zip(run.keys, run.largest_L, strict=True)
-        }
-
-    def give_to(self, moments: Mapping[str, GroupMoments]) -> None:
-        """Merge the sums into a site's moments, and begin anew."""
-        for site, runs in self._runs.items():
-            for group in runs[0].sums:
-                all_sums = [run.sums[group] for run in runs]
-                columns_4LD = _on_host([sums.columns for sums in all_sums], 1)
-                moments[site].merge_sums(
-                    group,
-                    all_sums[0].count,
-                    centre_2LD=_on_host([sums.centre[:, :, 0] for sums in all_sums], 1),
-                    first_2LD=columns_4LD[::2],
-                    second_2LD=columns_4LD[1::2],
-                    norm_sum_L=_on_host([sums.norm for sums in all_sums], 0),
-                    max_abs_L=_on_host([sums.max_abs for sums in all_sums], 0),
-                    cross_L=_on_host([sums.cross for sums in all_sums], 0)[1:],
-                )
-            for run in runs:
-                run.sums = {}
-
-    def _begin(self, stored: Mapping[Key, StoredTensors]) -> dict[str, list[Run]]:
+    def _runs(self, stored: Mapping[Key, StoredTensors]) -> list[Run]:
+        runs = []
         tables: dict[tuple[torch.device, int, int], Tables] = {}
-        found: dict[str, list[Run]] = {}
         for site in self._sites:
-            found[site] = []
             for device, keys in runs_of([(site, layer) for layer in self._layers], stored):
                 # Sites take turns, so that they share tables.
                 at = device, keys[0][1], len(keys)
                 if at not in tables:
                     tables[at] = Tables(len(keys), self._d_model, device)
-                found[site].append(Run(keys, self._codecs, self._d_model, tables[at]))
-        return found
+                is_lowest = keys[0][1] == self._layers[0]
+                runs.append(Run(keys, self._codecs, self._d_model, tables[at], is_lowest=is_lowest))
+        return runs
+
+
+@torch.inference_mode()
+def _add(runs: Sequence[Run], blocks: Sequence[Block], stored: Mapping[Key, StoredTensors]) -> None:
+    """Add some blocks of a batch to the sums of one thread."""
+    for run in runs:
+        run.clear_largest()
+    devices = {run.largest_L.device for run in runs}
+    for (group, rows), picked in zip(blocks, _pickers(blocks, devices), strict=True):
+        below_ND = None
+        for run in runs:
+            below_ND = run.add(group, stored, picked, len(rows), below_ND)
 
 
 def runs_of(
@@ -193,11 +156,6 @@ def _pickers(
 
 def _picker(index: Mapping[torch.device, Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda part: part.index_select(0, index[part.device])
-
-
-def _on_host(parts: Sequence[Tensor], dim: int) -> Floats:
-    values: Floats = torch.cat([part.cpu() for part in parts], dim).numpy()
-    return values
 
 
 @contextmanager

@@ -144,15 +144,7 @@ class GroupMoments:
     def merge(self, other: "GroupMoments") -> None:
         """Add the rows of `other`."""
         for group in np.flatnonzero(other.count_G).tolist():
-            self.merge_group(
-                group,
-                int(other.count_G[group]),
-                mean_2LD=other.mean_2LGD[:, :, group],
-                m2_2LD=other.m2_2LGD[:, :, group],
-                norm_sum_L=other.norm_sum_LG[:, group],
-                max_abs_L=other.max_abs_LG[:, group],
-                cross_L=other.cross_LG[:, group],
-            )
+            self.merge_group(group, **other._of_group(group))
 
     def merge_group(
         self,
@@ -231,15 +223,7 @@ class GroupMoments:
         merged = GroupMoments(self.layers, self.d_model)
         for group in groups:
             if self.count_G[group]:
-                merged.merge_group(
-                    0,
-                    int(self.count_G[group]),
-                    mean_2LD=self.mean_2LGD[:, :, group],
-                    m2_2LD=self.m2_2LGD[:, :, group],
-                    norm_sum_L=self.norm_sum_LG[:, group],
-                    max_abs_L=self.max_abs_LG[:, group],
-                    cross_L=self.cross_LG[:, group],
-                )
+                merged.merge_group(0, **self._of_group(group))
         count = int(merged.count_G[0])
         return Moments(
             layers=self.layers,
@@ -252,6 +236,17 @@ class GroupMoments:
             max_abs=merged.max_abs_LG[:, 0].copy(),
             adjacent_cross=merged.cross_LG[:, 0].copy(),
         )
+
+    def _of_group(self, group: int) -> dict[str, Any]:
+        """Moments of one group, as `merge_group` takes them."""
+        return {
+            "count": int(self.count_G[group]),
+            "mean_2LD": self.mean_2LGD[:, :, group],
+            "m2_2LD": self.m2_2LGD[:, :, group],
+            "norm_sum_L": self.norm_sum_LG[:, group],
+            "max_abs_L": self.max_abs_LG[:, group],
+            "cross_L": self.cross_LG[:, group],
+        }
 
     def tensors(self) -> dict[str, npt.NDArray[Any]]:
         """Name → array, as they lie in a moments object; views."""
