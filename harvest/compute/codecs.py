@@ -20,6 +20,7 @@ from mlsae.store.format.encoding import (
     MIN_EXPONENT,
     POWERS,
     decode_int8_into,
+    encode_int8_into,
     num_blocks,
 )
 
@@ -157,18 +158,20 @@ class Int8Codec:
         """Largest |x − mean| / scale; not finite where a value is not."""
         mean_D, scale_D = self._channels_on(x_ND.device)
         y_NBC = self._scratch.table(x_ND.device, len(x_ND), self._num_blocks)
-        y_ND = y_NBC.flatten(1)[:, : self._d_model]
-        torch.sub(x_ND, mean_D, out=y_ND)
-        y_ND.div_(scale_D)
-        largest_NB = torch.maximum(y_NBC.amax(dim=2), -y_NBC.amin(dim=2))
-        # Not a logarithm: a float32 one is off by some last bits, and not the same on all devices.
         powers_K = self._scratch.powers(x_ND.device)
-        index_NB = torch.bucketize(largest_NB, powers_K * MAX_QUANTUM).clamp_(max=len(powers_K) - 1)
-        exponents_NB.copy_(index_NB + MIN_EXPONENT)
-        y_NBC.div_(powers_K[index_NB][:, :, None])
-        quanta_ND.copy_(y_ND.round_().clamp_(-MAX_QUANTUM, MAX_QUANTUM))
+
+        def places(largest_NB: Tensor) -> Tensor:
+            # Not a logarithm: a float32 one is off by some last bits, differently by device.
+            place_NB = torch.bucketize(largest_NB, powers_K * MAX_QUANTUM)
+            return place_NB.clamp_(max=len(powers_K) - 1)
+
+        place_NB, largest_NB = encode_int8_into(
+            torch, x_ND, mean_D, scale_D, powers_K, places, y_NBC, quanta_ND
+        )
+        exponents_NB.copy_(place_NB + MIN_EXPONENT)
         quanta_ND[:, ::BLOCK_CHANNELS].masked_fill_(~largest_NB.isfinite(), UNSOUND)
-        return largest_NB.max()
+        largest: Tensor = largest_NB.max()
+        return largest
 
     def _channels_on(self, device: torch.device) -> Tensor:
         """(2, D) means and scales; a layer is always on one device."""

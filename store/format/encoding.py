@@ -1,8 +1,10 @@
 """Bytes of an activation: float32, float16, bfloat16 bit patterns, or int8 with scales.
 
-Shape suffixes: L layers, N rows, D channels, B blocks of channels.
+Shape suffixes: L layers, N rows, D channels, B blocks of channels, C channels of a block, K
+exponents.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -189,22 +191,61 @@ def encode_int8(values: Array, mean_D: Array, scale_D: Array) -> Parts:
         NotFiniteError: a value is not finite.
     """
     num_rows, d_model = values.shape
-    blocks = num_blocks(d_model)
-    y_ND = np.zeros((num_rows, blocks * BLOCK_CHANNELS), np.float32)
+    y_NBC = np.zeros((num_rows, num_blocks(d_model), BLOCK_CHANNELS), np.float32)
+    quanta_ND = np.empty((num_rows, d_model), np.int8)
     with np.errstate(over="ignore", invalid="ignore"):
-        np.subtract(values, mean_D, out=y_ND[:, :d_model], casting="same_kind")
-        y_ND[:, :d_model] /= scale_D
-    y_NBC = y_ND.reshape(num_rows, blocks, BLOCK_CHANNELS)
-    largest_NB = np.maximum(y_NBC.max(axis=2), -y_NBC.min(axis=2))
+        place_NB, largest_NB = encode_int8_into(
+            np, values, mean_D, scale_D, POWERS, _places, y_NBC, quanta_ND
+        )
     if not np.isfinite(largest_NB).all():
         raise NotFiniteError
+    return quanta_ND, (place_NB + MIN_EXPONENT).astype(np.int8)
+
+
+def _places(largest_NB: Array) -> Array:
     least = np.float32(2.0 ** (MIN_EXPONENT / EIGHTHS))
     wanted_NB = np.ceil(EIGHTHS * np.log2(np.maximum(largest_NB / np.float32(MAX_QUANTUM), least)))
-    exponents_NB = np.clip(wanted_NB, MIN_EXPONENT, MAX_EXPONENT).astype(np.int8)
-    y_NBC /= POWERS[exponents_NB.astype(np.int16) - MIN_EXPONENT][:, :, None]
-    np.rint(y_ND, out=y_ND)
-    np.clip(y_ND, -MAX_QUANTUM, MAX_QUANTUM, out=y_ND)
-    return y_ND[:, :d_model].astype(np.int8), exponents_NB
+    exponents_NB = np.clip(wanted_NB, MIN_EXPONENT, MAX_EXPONENT).astype(np.int16)
+    place_NB: Array = exponents_NB - MIN_EXPONENT
+    return place_NB
+
+
+def encode_int8_into(
+    xp: Any,
+    x_ND: Any,
+    mean_D: Any,
+    scale_D: Any,
+    powers_K: Any,
+    places: Callable[[Any], Any],
+    y_NBC: Any,
+    quanta_ND: Any,
+) -> tuple[Any, Any]:
+    """q = round((x − mean) / scale / 2^(k/8)), with one k for each block.
+
+    Args:
+        xp: numpy or torch, whose arrays are given.
+        x_ND: floats.
+        mean_D: channel means.
+        scale_D: channel scales.
+        powers_K: `POWERS`.
+        places: (N, B) largest magnitudes of the blocks → place in `powers_K` of the least exponent
+            with which no quantum passes 127.
+        y_NBC: float32 to be written over, C channels of a block; 0 past the last channel.
+        quanta_ND: int8 to be written over.
+
+    Returns:
+        (N, B) places, and the largest |x − mean| / scale of each block; not finite where a value
+        is not.
+    """
+    y_ND = y_NBC.reshape(len(y_NBC), -1)[:, : x_ND.shape[1]]
+    xp.subtract(x_ND, mean_D, out=y_ND)
+    y_ND /= scale_D
+    largest_NB = xp.maximum(xp.amax(y_NBC, 2), -xp.amin(y_NBC, 2))
+    place_NB = places(largest_NB)
+    y_NBC /= powers_K[place_NB][:, :, None]
+    xp.round(y_ND, out=y_ND)
+    quanta_ND[...] = xp.clip(y_ND, -MAX_QUANTUM, MAX_QUANTUM, out=y_ND)
+    return place_NB, largest_NB
 
 
 def decode_int8_into(quanta_ND: Any, factors_NB: Any, scale: Any, mean: Any, out_ND: Any) -> None:
