@@ -11,12 +11,9 @@ import click
 from mlsae.base.errors import InputError
 from mlsae.base.settings import Setting, described
 from mlsae.base.units import (
-    parse_bytes,
-    parse_context,
     parse_count,
     parse_layers,
     parse_names,
-    parse_numbers,
     parse_range,
 )
 
@@ -38,11 +35,8 @@ class Parsed(click.ParamType[Any]):
 
 COUNT = Parsed("count", parse_count)
 LAYERS = Parsed("layers", parse_layers)
-BYTES = Parsed("bytes", parse_bytes)
 NAMES = Parsed("names", parse_names)
-NUMBERS = Parsed("numbers", parse_numbers)
 ROWS = Parsed("rows", parse_range)
-CONTEXT = Parsed("tokens", parse_context)
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 LOCATION = Parsed("location", str)
@@ -181,42 +175,3 @@ class _Several(click.ParamType[Any]):
         if not isinstance(value, str):
             return value
         return tuple(self._one.convert(word.strip(), param, ctx) for word in value.split(","))
-
-
-def reads_stores(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of a command that reads activations, wherever they are."""
-    for option in (
-        click.option(
-            "--cache-size",
-            type=BYTES,
-            help="Most bytes kept there, 0 for none; 10GiB if not given.",
-        ),
-        click.option(
-            "--cache-dir",
-            type=DIRECTORY,
-            help="Where parts of remote stores are kept; ~/.cache/mlsae if not given.",
-        ),
-        click.option(
-            "--cache",
-            required=True,
-            multiple=True,
-            type=LOCATION,
-            help="Activation store: a directory, https://…, s3://… or hf://datasets/…; given "
-            "again, stores of one model and different text, read as one.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def swept(
-    *names: str, what: str, one: click.ParamType[Any] = click.STRING
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """An option of which several values may be given: a tuple of them, empty if there is none."""
-    return click.option(
-        *names,
-        multiple=True,
-        type=_Several(one),
-        callback=lambda _ctx, _param, values: tuple(itertools.chain(*values)),
-        help=f"{what} Several: an SAE for each.",
-    )

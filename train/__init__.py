@@ -7,8 +7,21 @@ result = run(TrainConfig(cache=Path("acts"), out=Path("runs/a"), expansion_facto
 ```
 """
 
+from typing import TYPE_CHECKING, Any
+
 from mlsae.train.config import TrainConfig
-from mlsae.train.pipeline import TrainResult, run, run_sweep
 from mlsae.train.sweep import Sweep
 
+if TYPE_CHECKING:
+    from mlsae.train.pipeline import TrainResult, run, run_sweep
+
 __all__ = ["Sweep", "TrainConfig", "TrainResult", "run", "run_sweep"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Here, so that help and wrong usage do not wait for all that a run needs.
+    import mlsae.train.pipeline
+
+    return getattr(mlsae.train.pipeline, name)

@@ -1,11 +1,12 @@
-"""What a training run is asked to do."""
+"""Settings of a training run."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 from mlsae.base.errors import InputError
-from mlsae.base.files import Location
+from mlsae.base.settings import ReadsStores, device_setting, setting, settings
+from mlsae.base.units import parse_bytes, parse_count, parse_layers, parse_numbers
 from mlsae.sae.architectures import ReLUSettings, TopKSettings, get, registered
 from mlsae.sae.config import LAYER_SCALES, NORMALIZE
 from mlsae.train.step.objective import LOSS_SPACES
@@ -24,172 +25,251 @@ _OF_PAPER: dict[str, tuple[object, ...]] = {
 }
 """What the preset can be combined with."""
 
+EACH = "each"
+Layers = tuple[tuple[int, ...] | None, bool]
+"""Layers to train on, None for all, and whether each gets an SAE of its own besides."""
 
-@dataclass(frozen=True, kw_only=True)
-class WantedSAE(TopKSettings, ReLUSettings):
-    """Architecture, penalty and normalisation.
+
+def parse_training_layers(text: str) -> Layers:
+    """`0-5`, `each` or `0-5,each`: layers as `parse_layers` reads them, and `each`.
+
+    Raises:
+        InputError: neither.
+    """
+    words = [word.strip() for word in text.split(",")]
+    others = [word for word in words if word != EACH]
+    try:
+        return parse_layers(",".join(others)) if others else None, len(others) < len(words)
+    except InputError as error:
+        raise InputError(f"{error}; `{EACH}` adds an SAE for each layer") from None
+
+
+@settings
+class TrainConfig(ReLUSettings, TopKSettings, ReadsStores):
+    """Settings of a training run, with those of the architectures.
 
     Raises:
         InputError: a value is out of range, or two exclude each other.
     """
 
-    preset: str | None = None
-    """`paper` for the step of the published multi-layer SAEs (train/published/step.py)."""
-    architecture: str = "topk"
-    """`topk`, or `relu` with an L1 penalty."""
-    normalize: str = "standardize"
-    """How rows are normalised: `standardize`, `none`, `scale` or `center` (sae/normalize.py)."""
-    layer_scale: str = "none"
-    """Scale of each layer from the mean norms of all: `none`, `log`, `sqrt` or `linear`."""
-    layer_weights: tuple[float, ...] | None = None
-    """Weight of each layer's reconstruction error in the loss; None for 1."""
-
-    def check_wanted(self) -> None:
-        """Refuse values that are out of range.
-
-        Raises:
-            InputError: as of the class.
-        """
-        for name, choices in (
-            ("architecture", [kind.name for kind in registered()]),
-            ("normalize", NORMALIZE),
-            ("layer_scale", LAYER_SCALES),
-        ):
-            if getattr(self, name) not in choices:
-                raise InputError(
-                    f"--{name.replace('_', '-')} must be {' or '.join(choices)}, got "
-                    f"{getattr(self, name)!r}"
-                )
-        if self.preset not in (None, "paper"):
-            raise InputError(f"--preset must be paper, got {self.preset!r}")
-        for kind in registered():
-            if isinstance(self, kind.settings):
-                kind.check_values(self)
-        for name in ("layer_weights", "layer_l1"):
-            values = getattr(self, name)
-            if values is not None and not all(0 <= value < math.inf for value in values):
-                shown = ",".join(f"{value:g}" for value in values)
-                raise InputError(
-                    f"--{name.replace('_', '-')} takes numbers of at least 0, got {shown}"
-                )
-
-    def check_together(self, precision: str) -> None:
-        """Refuse values that exclude each other; of a sweep, those of one SAE.
-
-        Args:
-            precision: of the encoder product.
-
-        Raises:
-            InputError: as of the class.
-        """
-        if self.preset is not None:
-            for name, values in _OF_PAPER.items():
-                if getattr(self, name) not in values:
-                    allowed = ["nothing" if value is None else str(value) for value in values]
-                    raise InputError(
-                        f"--preset paper has {' or '.join(allowed)} for "
-                        f"--{name.replace('_', '-')}, got {getattr(self, name)}: leave it out"
-                    )
-        chosen = get(self.architecture)
-        chosen.check_chosen(self)
-        self._check_others()
-        if precision not in chosen.precisions:
-            others = [kind.name for kind in registered() if precision in kind.precisions]
-            raise InputError(
-                f"--precision {precision} selects candidates of {' and '.join(others)}: "
-                f"{chosen.name} takes {' or '.join(chosen.precisions)}"
-            )
-        if self.layer_scale != "none" and self.normalize != "none":
-            raise InputError(
-                f"--layer-scale {self.layer_scale} takes rows as they are: it needs --normalize "
-                f"none, got {self.normalize}"
-            )
-
-    def _check_others(self) -> None:
-        """Refuse settings of other architectures."""
-        own = {field.name for field in fields(get(self.architecture).settings)}
-        for kind in registered():
-            for field in fields(kind.settings):
-                is_given = field.default is None and getattr(self, field.name, None) is not None
-                if is_given and field.name not in own:
-                    raise InputError(
-                        f"--{field.name.replace('_', '-')} is of --architecture {kind.name}, got "
-                        f"{self.architecture}"
-                    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig(WantedSAE):
-    """Settings of a training run; every size is in the unit that its docstring names.
-
-    Raises:
-        InputError: a value is out of range, or two exclude each other.
-    """
-
-    cache: Location | tuple[Location, ...]
-    """The activation store, by directory or URL; several of one model and different text, in any
-    order, are one corpus."""
-    out: Path
-    """Directory of the SAE; also holds the run's log, checkpoints and figures."""
-    site: str | None = None
-    """Site to train on; None for the store's only one."""
-    layers: tuple[int, ...] | None = None
-    """Layers to train on, 0-based block indices; None for all that the store holds."""
-    expansion_factor: int | None = None
-    """Latents a channel; None for 64, unless `num_latents` is given."""
-    num_latents: int | None = None
-    """Latents, instead of an expansion factor."""
-    batch_size: int = 16384
-    """Rows of a step, over all layers and ranks."""
-    micro_batch: int | None = None
-    """Rows of a rank's share of a batch whose activations are in memory at once; None for all. It
-    changes how sums are rounded, and nothing else."""
-    epochs: int | None = None
-    """Passes over the training rows; None for 1, unless `max_rows` is given."""
-    max_rows: int | None = None
-    """Rows to train on, a row of each layer counting for itself; ends at a whole batch."""
-    lr: float | None = None
-    """Peak learning rate; None for 2e-4 / √(num_latents / 2¹⁴) (Gao et al., 2024, figure 3)."""
-    schedule: str = "linear"
-    """How the learning rate falls: `linear`, `cosine`, or `constant` for not at all."""
-    lr_decay: float | None = None
-    """Last share of the steps, over which the learning rate falls to 0; None for 0.2 where it is
-    linear, and for all after the warm-up where it is a cosine."""
-    warmup: float = 0.01
-    """First share of the steps, over which the learning rate rises."""
-    clip_grad_norm: float | None = None
-    """Largest L2 norm of a step's gradient; None for any."""
-    validation_fraction: float = 0.01
-    """Share of the sequences held out, 0 ≤ fraction < 1."""
-    skip_positions: int = 1
-    """First positions of a sequence that are neither trained on nor counted, 0 to 16."""
-    loss_space: str = "standardized"
-    """Where the reconstruction error is measured: `standardized` rows, or `raw` ones."""
-    window: int | None = None
-    """Bytes of rows in memory, over all ranks, by way of the slice; None for slices of 64 KiB."""
-    seed: int = 0
-    """Of the initial weights."""
-    data_seed: int | None = None
-    """Of the order of the rows and the validation split; None for `seed`."""
-    device: str = "auto"
-    """`cpu`, `cuda`, `cuda:N`, or `auto` for CUDA where there is any."""
-    precision: str = "float32"
-    """Of the encoder product while training: `float32` is exact; with `bfloat16`, candidates are
-    re-scored in float32. Evaluation is always exact."""
-    resume: bool = False
-    """Continue the run in `out` from its last checkpoint."""
-    checkpoint_seconds: float = 300.0
-    """Least time between checkpoints."""
-    keep: int = 2
-    """Checkpoints that are kept: the last ones."""
-    distribute: str = "rows"
-    """What several ranks share: the `rows` of each batch, or the `saes` of a sweep."""
-    track: str | None = None
-    """Where the log goes besides: `tensorboard` or `wandb`; None for nowhere."""
-    cache_dir: Path | None = None
-    """Where parts of remote stores are kept; None for the user's cache."""
-    cache_size: int | None = None
-    """Most bytes kept there; None for 10 GiB."""
+    site: str | None = setting(
+        default=None,
+        unset="the store's only one",
+        decides=True,
+        group="Data",
+        doc="Site to train on; needed where the store holds several.",
+    )
+    layers: tuple[int, ...] | None = setting(
+        default=None,
+        unset="all of the store",
+        decides=True,
+        group="Data",
+        parse=parse_training_layers,
+        metavar="LAYERS",
+        doc="Layers to train on, such as 0-5; `each` adds an SAE for each layer.",
+    )
+    validation_fraction: float = setting(
+        default=0.01,
+        decides=True,
+        group="Data",
+        doc="Share of the sequences held out for validation, from 0 to below 1.",
+    )
+    skip_positions: int = setting(
+        default=1,
+        decides=True,
+        group="Data",
+        parse=parse_count,
+        doc="First positions of a sequence that are neither trained on nor counted, 0 to 16.",
+    )
+    data_seed: int | None = setting(
+        default=None,
+        unset="the first --seed",
+        decides=True,
+        group="Data",
+        doc="Seed of the order of the rows and of the sequences held out.",
+    )
+    window: int | None = setting(
+        default=None,
+        unset="slices of 64KiB",
+        decides=True,
+        group="Data",
+        parse=parse_bytes,
+        doc="Memory of the window in which rows are shuffled, over all processes, such as 1GiB.",
+    )
+    architecture: str = setting(
+        default="topk",
+        decides=True,
+        group="SAE",
+        swept=True,
+        doc="Architecture: topk, or relu with an L1 penalty.",
+    )
+    expansion_factor: int | None = setting(
+        default=None,
+        unset="64",
+        decides=True,
+        group="SAE",
+        short="-R",
+        swept=True,
+        parse=parse_count,
+        doc="Latents a channel.",
+    )
+    num_latents: int | None = setting(
+        default=None,
+        unset="by --expansion-factor",
+        decides=True,
+        group="SAE",
+        swept=True,
+        parse=parse_count,
+        doc="Latents, instead of --expansion-factor.",
+    )
+    normalize: str = setting(
+        default="standardize",
+        decides=True,
+        group="SAE",
+        swept=True,
+        doc="Normalisation of rows: standardize, none, scale or center.",
+    )
+    layer_scale: str = setting(
+        default="none",
+        decides=True,
+        group="SAE",
+        swept=True,
+        doc="Scale of each layer from the mean norms of all, with --normalize none: none, log, "
+        "sqrt or linear.",
+    )
+    seed: int = setting(
+        default=0, decides=True, group="SAE", swept=True, doc="Seed of the initial weights."
+    )
+    preset: str | None = setting(
+        default=None,
+        unset="none",
+        decides=True,
+        group="Optimisation",
+        doc="paper: the step of the published multi-layer SAEs.",
+    )
+    loss_space: str = setting(
+        default="standardized",
+        decides=True,
+        group="Optimisation",
+        swept=True,
+        doc="Rows in which the reconstruction error is measured: standardized or raw.",
+    )
+    layer_weights: tuple[float, ...] | None = setting(
+        default=None,
+        unset="1 each",
+        decides=True,
+        group="Optimisation",
+        parse=parse_numbers,
+        doc="Weight of each layer's reconstruction error in the loss, as 1,1,2.",
+    )
+    batch_size: int = setting(
+        default=16384,
+        decides=True,
+        group="Optimisation",
+        parse=parse_count,
+        doc="Rows a step, over all layers and processes.",
+    )
+    epochs: int | None = setting(
+        default=None,
+        unset="1",
+        decides=True,
+        group="Optimisation",
+        parse=parse_count,
+        doc="Passes over the rows.",
+    )
+    max_rows: int | None = setting(
+        default=None,
+        unset="by --epochs",
+        decides=True,
+        group="Optimisation",
+        parse=parse_count,
+        doc="Rows to train on instead of --epochs, such as 100M, a row of each layer counting for "
+        "itself; the last batch is whole.",
+    )
+    lr: float | None = setting(
+        default=None,
+        unset="2e-4 / √(num_latents / 2¹⁴)",
+        decides=True,
+        group="Optimisation",
+        swept=True,
+        doc="Peak learning rate.",
+    )
+    schedule: str = setting(
+        default="linear",
+        decides=True,
+        group="Optimisation",
+        swept=True,
+        doc="Fall of the learning rate: linear, cosine, or constant for none.",
+    )
+    lr_decay: float | None = setting(
+        default=None,
+        unset="0.2, or all after the warm-up for cosine",
+        decides=True,
+        group="Optimisation",
+        swept=True,
+        doc="Last share of the steps, over which the learning rate falls to 0.",
+    )
+    warmup: float = setting(
+        default=0.01,
+        decides=True,
+        group="Optimisation",
+        swept=True,
+        doc="First share of the steps, over which the learning rate rises.",
+    )
+    clip_grad_norm: float | None = setting(
+        default=None,
+        unset="any",
+        decides=True,
+        group="Optimisation",
+        doc="Largest L2 norm of a step's gradient.",
+    )
+    out: Path = setting(
+        decides=False,
+        group="Run",
+        doc="Directory of the SAE, or of several, with log, checkpoints and curves.",
+    )
+    precision: str = setting(
+        default="float32",
+        decides=True,
+        group="Run",
+        swept=True,
+        doc="Precision of the encoder product in training: float32, or bfloat16 with candidates "
+        "re-scored in float32.",
+    )
+    micro_batch: int | None = setting(
+        default=None,
+        unset="all",
+        decides=False,
+        group="Run",
+        parse=parse_count,
+        doc="Rows of a batch in memory at once; another number rounds sums differently.",
+    )
+    device: str = device_setting()
+    distribute: str = setting(
+        default="rows",
+        decides=False,
+        group="Run",
+        doc="Share of each of several processes: rows of a batch, or saes of a sweep.",
+    )
+    resume: bool = setting(
+        default=False,
+        decides=False,
+        group="Run",
+        doc="Continue the run in --out from its last checkpoint.",
+    )
+    keep: int = setting(
+        default=2, decides=False, group="Run", parse=parse_count, doc="Checkpoints to keep."
+    )
+    checkpoint_seconds: float = setting(
+        default=300.0, decides=False, group="Run", doc="Seconds between checkpoints, at least."
+    )
+    track: str | None = setting(
+        default=None,
+        unset="none",
+        decides=False,
+        group="Run",
+        doc="Further place for the log: tensorboard or wandb.",
+    )
 
     def __post_init__(self) -> None:
         for first, second in (("expansion_factor", "num_latents"), ("epochs", "max_rows")):
@@ -222,8 +302,72 @@ class TrainConfig(WantedSAE):
             if getattr(self, name) not in choices:
                 known = " or ".join(filter(None, choices))
                 raise InputError(f"{_flag(name)} must be {known}, got {getattr(self, name)!r}")
+        self._check_sae()
 
-        self.check_wanted()
+    def _check_sae(self) -> None:
+        for name, choices in (
+            ("architecture", [kind.name for kind in registered()]),
+            ("normalize", NORMALIZE),
+            ("layer_scale", LAYER_SCALES),
+        ):
+            if getattr(self, name) not in choices:
+                raise InputError(
+                    f"--{name.replace('_', '-')} must be {' or '.join(choices)}, got "
+                    f"{getattr(self, name)!r}"
+                )
+        if self.preset not in (None, "paper"):
+            raise InputError(f"--preset must be paper, got {self.preset!r}")
+        for kind in registered():
+            if isinstance(self, kind.settings):
+                kind.check_values(self)
+        for name in ("layer_weights", "layer_l1"):
+            values = getattr(self, name)
+            if values is not None and not all(0 <= value < math.inf for value in values):
+                shown = ",".join(f"{value:g}" for value in values)
+                raise InputError(
+                    f"--{name.replace('_', '-')} takes numbers of at least 0, got {shown}"
+                )
+
+    def check_together(self) -> None:
+        """Refuse values that exclude each other in one SAE.
+
+        Raises:
+            InputError: two exclude each other.
+        """
+        if self.preset is not None:
+            for name, values in _OF_PAPER.items():
+                if getattr(self, name) not in values:
+                    allowed = ["nothing" if value is None else str(value) for value in values]
+                    raise InputError(
+                        f"--preset paper has {' or '.join(allowed)} for "
+                        f"--{name.replace('_', '-')}, got {getattr(self, name)}: leave it out"
+                    )
+        chosen = get(self.architecture)
+        chosen.check_chosen(self)
+        self._check_others()
+        if self.precision not in chosen.precisions:
+            others = [kind.name for kind in registered() if self.precision in kind.precisions]
+            raise InputError(
+                f"--precision {self.precision} selects candidates of {' and '.join(others)}: "
+                f"{chosen.name} takes {' or '.join(chosen.precisions)}"
+            )
+        if self.layer_scale != "none" and self.normalize != "none":
+            raise InputError(
+                f"--layer-scale {self.layer_scale} takes rows as they are: it needs --normalize "
+                f"none, got {self.normalize}"
+            )
+
+    def _check_others(self) -> None:
+        """Refuse settings of other architectures."""
+        own = {field.name for field in fields(get(self.architecture).settings)}
+        for kind in registered():
+            for field in fields(kind.settings):
+                is_given = field.default is None and getattr(self, field.name, None) is not None
+                if is_given and field.name not in own:
+                    raise InputError(
+                        f"--{field.name.replace('_', '-')} is of --architecture {kind.name}, got "
+                        f"{self.architecture}"
+                    )
 
     def latents(self, d_in: int) -> int:
         """Number of latents for rows of `d_in` channels."""

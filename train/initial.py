@@ -35,7 +35,7 @@ def sae_config(config: TrainConfig, d_in: int, layers: tuple[int, ...]) -> SAECo
     Raises:
         InputError: there is no such SAE.
     """
-    config.check_together(config.precision)
+    config.check_together()
     kind = get(config.architecture)
     by_layer = config.normalize in ("scale", "center") or config.layer_scale != "none"
     return SAEConfig(
@@ -149,26 +149,6 @@ def of_sae(
         if isinstance(values := getattr(config, name), tuple)
     }
     return replace(config, **own)
-
-
-def objective_settings(config: TrainConfig, num_steps: int) -> dict[str, Any]:
-    """Settings that decide the loss beside the SAE itself, as JSON, without those not asked for.
-
-    Args:
-        config: settings of one SAE, as from `of_sae`.
-        num_steps: steps of the run.
-    """
-    kind = get(config.architecture)
-    # Settings that the architecture keeps are in the SAE's own configuration.
-    names = ["preset", "layer_weights", *(_names(kind.settings) - _names(kind))]
-    found = {name: getattr(config, name) for name in names}
-    if kind.revival == "resample":
-        found["resample_every"] = resample_every(config, num_steps)
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in found.items()
-        if value is not None
-    }
 
 
 def _names(settings: type[Any]) -> set[str]:

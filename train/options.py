@@ -8,32 +8,13 @@ import yaml
 
 from mlsae.base.errors import InputError
 from mlsae.base.files import write_durably
-from mlsae.base.units import parse_layers
-from mlsae.train.config import TrainConfig
+from mlsae.train.config import EACH, TrainConfig
 from mlsae.train.plan import Plan
 from mlsae.train.sweep import SWEPT, Sweep
 
 RUN_FILE = "run.yaml"
-EACH = "each"
 _LEFT_OUT = frozenset({"resume", "checkpoint_seconds", "cache_dir", "cache_size"})
 """Of this machine and this start of the run alone."""
-
-Layers = tuple[tuple[int, ...] | None, bool]
-"""Layers to train on, None for all, and whether each gets an SAE of its own besides."""
-
-
-def parse_training_layers(text: str) -> Layers:
-    """`0-5`, `each` or `0-5,each`: layers as `parse_layers` reads them, and `each`.
-
-    Raises:
-        InputError: neither.
-    """
-    words = [word.strip() for word in text.split(",")]
-    others = [word for word in words if word != EACH]
-    try:
-        return parse_layers(",".join(others)) if others else None, len(others) < len(words)
-    except InputError as error:
-        raise InputError(f"{error}; `{EACH}` adds an SAE for each layer") from None
 
 
 def make_sweep(options: Mapping[str, Any]) -> Sweep:

@@ -7,14 +7,15 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.errors import InputError
+from mlsae.base.settings import deciding, described
 from mlsae.sae import SAEConfig
+from mlsae.sae.architectures import get, registered
 from mlsae.store import AnyStore
 from mlsae.store.read.split import validation_of
 from mlsae.train.config import TrainConfig
 from mlsae.train.data.mixture import Mixture
 from mlsae.train.initial import (
     layer_factors,
-    objective_settings,
     of_sae,
     resample_every,
     sae_config,
@@ -23,6 +24,29 @@ from mlsae.train.step.auxiliary import default_k_aux
 from mlsae.train.step.dead import default_dead_after
 from mlsae.train.step.schedule import Schedule
 from mlsae.train.sweep import Sweep
+
+_RESOLVED = {
+    "cache": "store_id",
+    "expansion_factor": "num_latents",
+    "epochs": "num_steps",
+    "max_rows": "num_steps",
+    "window": "slice_rows",
+}
+"""Setting → the word of `Plan.settings` that it is resolved to, where that has another name."""
+_AT_DEFAULT = frozenset(
+    {
+        "batch_size",
+        "clip_grad_norm",
+        "loss_space",
+        "precision",
+        "schedule",
+        "seed",
+        "skip_positions",
+        "validation_fraction",
+        "warmup",
+    }
+)
+"""Settings that records have had from the first on, at their defaults too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,39 +97,42 @@ class Plan:
             return item
         return max(0, -((self.only - item) // len(self.mixture.layers)))
 
-    def objective_settings(self) -> dict[str, Any]:
-        """Settings that decide the loss beside the SAE itself, as JSON."""
-        return objective_settings(self.config, self.num_steps)
-
     def settings(self) -> dict[str, Any]:
-        """Everything that decides the result, as JSON: two runs with equal settings are equal."""
-        config = self.config
-        of_run = {} if self.only is None else {"batch_layers": list(self.mixture.layers)}
-        return {
-            **of_run,
+        """Identity of the run, as JSON: two runs with equal settings have equal results.
+
+        Every setting that is marked as deciding is in it, resolved or as given; a value of no
+        earlier version is left out at its default, so that runs of earlier versions go on.
+        """
+        config, kind = self.config, get(self.config.architecture)
+        found = {
             "store_id": self.store.store_id,
             "site": self.site,
-            "layers": list(self.layers),
             **self.sae.to_dict(),
-            **self.objective_settings(),
-            "batch_size": config.batch_size,
+            "layers": list(self.layers),
             "num_steps": self.num_steps,
             "num_rows": self.num_rows,
             "slice_rows": self.mixture.slice_rows,
             "lr": self.schedule.peak,
-            "schedule": config.schedule,
             "lr_decay": config.decay,
-            "warmup": config.warmup,
-            "validation_fraction": config.validation_fraction,
-            "skip_positions": config.skip_positions,
-            "loss_space": config.loss_space,
             "k_aux": default_k_aux(self.sae.d_in),
             "dead_after": self.dead_after,
-            "seed": config.seed,
             "data_seed": config.order_seed,
-            "clip_grad_norm": config.clip_grad_norm,
-            "precision": config.precision,
         }
+        if self.only is not None:
+            found["batch_layers"] = list(self.mixture.layers)
+        if kind.revival == "resample":
+            found["resample_every"] = resample_every(config, self.num_steps)
+        own = {*described(kind.settings)}
+        others = {name for one in registered() for name in described(one.settings)} - own
+        for name in deciding(type(config)):
+            value = getattr(config, name)
+            is_default = value == config.__dataclass_fields__[name].default
+            has_always = name in _AT_DEFAULT or (name in own and value is not None)
+            if {name, _RESOLVED.get(name)} & found.keys() or name in others:
+                continue
+            if has_always or not is_default:
+                found[name] = list(value) if isinstance(value, tuple) else value
+        return found
 
 
 def make_plan(config: TrainConfig, store: AnyStore) -> Plan:

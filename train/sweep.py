@@ -6,12 +6,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlsae.base.errors import InputError
+from mlsae.base.settings import described
 from mlsae.train.config import TrainConfig
 
 SUMMARY, SWEEP = "summary.json", "sweep.json"
 _SHORT = {"k": "k", "expansion_factor": "R", "num_latents": "N", "lr": "lr", "seed": "seed"}
 """What stands before a value in a name; for every other setting its flag and a dash."""
-SWEPT = (
+_ORDER = (
     "k",
     "expansion_factor",
     "num_latents",
@@ -28,6 +29,13 @@ SWEPT = (
     "resample_every",
     "normalize",
     "layer_scale",
+)
+"""Order of the words of a name, which directories of earlier runs have; new ones follow."""
+SWEPT = tuple(
+    sorted(
+        (name for name, one in described(TrainConfig).items() if one.swept),
+        key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER),
+    )
 )
 """Settings in which SAEs of one pass may differ; the others are of the pass."""
 

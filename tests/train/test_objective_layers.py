@@ -17,7 +17,6 @@ from mlsae.train import TrainConfig, run
 from mlsae.train.initial import (
     initial_sae,
     layer_factors,
-    objective_settings,
     of_sae,
     sae_config,
 )
@@ -202,4 +201,4 @@ def test_values_of_layers_are_as_many_as_layers(sample: Any, tmp_path: Path) -> 
         run(wanted)
     assert not (tmp_path / "out").exists()
     wanted = dataclasses.replace(wanted, layer_weights=(1.0, 2.0, 4.0))
-    assert objective_settings(of_sae(wanted, LAYERS, (3,)), 10) == {"layer_weights": [4.0]}
+    assert of_sae(wanted, LAYERS, (3,)).layer_weights == (4.0,)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from mlsae.base.errors import InputError
 from mlsae.cli import main
-from mlsae.train.options import parse_training_layers
+from mlsae.train.config import parse_training_layers
 
 COMMON = "--batch-size 60 --validation-fraction 0.1 --device cpu --max-rows 300"
 
