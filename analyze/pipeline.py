@@ -43,7 +43,7 @@ from mlsae.analyze.results.parts import totals_of
 from mlsae.analyze.results.tables import TABLES_VERSION
 from mlsae.analyze.results.text.summary import overall, render
 from mlsae.analyze.selection import Int, choose_sequences, first_tokens
-from mlsae.analyze.transformer import find_pieces, find_transformer
+from mlsae.analyze.transformer import find_pieces, find_places, find_transformer
 from mlsae.base.devices import resolve_device
 from mlsae.base.errors import InputError
 from mlsae.base.files import seal, write_durably
@@ -71,9 +71,10 @@ def run(config: AnalyzeConfig) -> Analysis:
         check_target(config.to_delphi, pairing.store, config.out)
     sequences = choose_sequences(pairing.store, config.rows, pairing.validation, config.max_tokens)
     num_rows = _count_rows(pairing, sequences)
-    transformer, reason = find_transformer(pairing.store, pairing.site, config.model, device)
+    places = find_places(pairing.store, config.model)
+    transformer, reason = find_transformer(pairing.store, pairing.site, places, device)
     prompts = prepare(texts, transformer, reason, pairing.store, pairing.skip_positions)
-    text = find_pieces(pairing.store, config.model)
+    text = find_pieces(pairing.store, places)
     with staged(config.out) as directory:
         provenance = provenance_of(pairing)
         events = _plan_events(pairing, sequences, config, directory, provenance)
@@ -126,11 +127,12 @@ def run(config: AnalyzeConfig) -> Analysis:
             _draw(directory, {**tables, "summary": content}) if config.figures else []
         )
         write_durably(directory / SUMMARY, seal(content))
-        write_page(load(directory), directory / PAGE)
-    analysis = load(config.out)
+        analysis = load(directory)
+        write_page(analysis, directory / PAGE)
+    analysis = analysis.moved_to(config.out)
     click.echo(render(analysis))
     if config.to_delphi is not None:
-        cache = to_delphi(analysis, config.to_delphi, store=pairing.store, model=config.model)
+        cache = to_delphi(analysis, config.to_delphi, store=pairing.store, model=places.first)
         click.echo("\n".join(cache.lines))
     return analysis
 

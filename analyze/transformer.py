@@ -1,6 +1,7 @@
 """The transformer behind a store, rebuilt as it was, or why there is none."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,54 +34,87 @@ _NEEDED = frozenset(
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Places where the transformer of a store may lie."""
+
+    each: tuple[Place, ...]
+    """Places to be tried, in order."""
+
+    is_given: bool
+    """Whether the only place is the user's, which must serve."""
+
+    reason: str
+    """Reason why no place is known, or not all of them."""
+
+    @property
+    def first(self) -> str | None:
+        """Name or directory that is tried first; None where none is known."""
+        return str(self.each[0][0]) if self.each else None
+
+
+def find_places(store: AnyStore, given: Path | None) -> Places:
+    """Find where the transformer of a store may lie.
+
+    Args:
+        store: the store.
+        given: directory of the transformer; None for where a store's last harvest found it.
+    """
+    if given is not None:
+        return Places(each=((given, None),), is_given=True, reason="")
+    places: dict[Place, None] = {}
+    reason = "the store does not say where its transformer lay; give --model"
+    for member in store.stores:
+        try:
+            if (place := _place(member)) is not None:
+                places[place] = None
+        except RemoteError as error:
+            reason = f"where the transformer lay is not known ({error}); give --model"
+    return Places(each=tuple(places), is_given=False, reason=reason)
+
+
 def find_transformer(
-    store: AnyStore, site: str, given: Path | None, device: torch.device
+    store: AnyStore, site: str, places: Places, device: torch.device
 ) -> tuple[Transformer | None, str | None]:
-    """The transformer that predicts next tokens and whose activations a store holds.
+    """Load the transformer that predicts next tokens and whose activations a store holds.
 
     Args:
         store: the store.
         site: the site that will be spliced.
-        given: directory of the model; None for where a store's last harvest found it.
+        places: where it may lie.
         device: where to put the weights.
 
     Returns:
         The transformer, in the initialisation that the store records; or None and the reason.
 
     Raises:
-        InputError: `given` is not None and cannot be used.
+        InputError: the place is the user's and holds no such transformer.
     """
     if (reason := _why_none(store.source.get("model"))) is not None:
-        if given is not None:
-            raise InputError(f"--model {given}: {reason}; leave it out")
+        if places.is_given:
+            raise InputError(f"--model {places.first}: {reason}; leave it out")
         return None, reason
-    if given is not None:
-        return _load(store, site, (given, None), device), None
-    places, reason = find_places(store)
-    for place in places:
+    reason = places.reason
+    for place in places.each:
         try:
             return _load(store, site, place, device), None
         except InputError as error:
+            if places.is_given:
+                raise
             reason = str(error)
     return None, reason
 
 
-def place_of_transformer(store: AnyStore) -> str | None:
-    """Name or directory under which a harvest of the store found its transformer, if known."""
-    places, _ = find_places(store)
-    return str(places[0][0]) if places else None
-
-
-def find_pieces(store: AnyStore, given: Path | None) -> tuple[Pieces | None, str | None]:
+def find_pieces(store: AnyStore, places: Places) -> tuple[Pieces | None, str | None]:
     """Find the function that gives tokens their text, or None and the reason.
 
     Args:
         store: the store.
-        given: directory of the transformer; None for where a store's last harvest found it.
+        places: where the transformer may lie, and its tokenizer beside it.
     """
-    places, reason = ([(given, None)], "") if given is not None else find_places(store)
+    reason = places.reason
     recorded = store.source.get("tokenizer_sha256")
-    for name, revision in places:
+    for name, revision in places.each:
         try:
             tokenizer = load_tokenizer(name, revision=revision)
         except InputError as error:
@@ -108,19 +142,6 @@ def _why_none(record: object) -> str | None:
     if record["kind"] == ENCODER:
         return "the store's transformer is an encoder, which predicts no next token"
     return None
-
-
-def find_places(store: AnyStore) -> tuple[list[Place], str]:
-    """Where harvests found the transformer, each place once, or why none is known."""
-    places: dict[Place, None] = {}
-    reason = "the store does not say where its transformer lay; give --model"
-    for member in store.stores:
-        try:
-            if (place := _place(member)) is not None:
-                places[place] = None
-        except RemoteError as error:
-            reason = f"where the transformer lay is not known ({error}); give --model"
-    return list(places), reason
 
 
 def _place(store: Store) -> Place | None:

@@ -26,7 +26,7 @@ from mlsae.analyze.interop.delphi_files import (
 from mlsae.analyze.results.analysis import Analysis, load
 from mlsae.analyze.results.directory import staged
 from mlsae.analyze.selection import Int, choose_sequences, first_tokens
-from mlsae.analyze.transformer import place_of_transformer
+from mlsae.analyze.transformer import find_places
 from mlsae.base.errors import InputError
 from mlsae.base.files import full_disk_explained
 from mlsae.base.resources import require_disk, require_writable
@@ -282,7 +282,7 @@ def _config(
 ) -> dict[str, Any]:
     """Delphi's record of how a cache was made; its loader uses the name of the model alone."""
     if model is None:
-        model = place_of_transformer(store)
+        model = find_places(store, None).first
     return {
         "dataset_repo": f"mlsae store {summary['store_id']}",
         "dataset_split": "",

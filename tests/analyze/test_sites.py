@@ -11,7 +11,7 @@ import transformers
 
 from mlsae.analyze.measure.model.cross_entropy import measure
 from mlsae.analyze.pairing import pair
-from mlsae.analyze.transformer import find_transformer
+from mlsae.analyze.transformer import find_places, find_transformer
 from mlsae.base.words import SITES
 from mlsae.models import load
 from mlsae.models.capture import capture
@@ -63,7 +63,9 @@ def test_what_is_stored_or_exact_costs_nothing_at_its_site(
 ) -> None:
     """Stored activations of another site, or put elsewhere, would."""
     pairing = pair(store, sae_maker(store, site=site), torch.device("cpu"))
-    transformer, _ = find_transformer(pairing.store, site, None, pairing.device)
+    transformer, _ = find_transformer(
+        pairing.store, site, find_places(pairing.store, None), pairing.device
+    )
     assert transformer is not None
     found, exact = (
         measure(

@@ -15,7 +15,7 @@ from mlsae.analyze import Analysis, AnalyzeConfig, load, run
 from mlsae.analyze.measure.model.cross_entropy import CrossEntropy, measure
 from mlsae.analyze.pairing import pair
 from mlsae.analyze.selection import choose_sequences
-from mlsae.analyze.transformer import find_transformer
+from mlsae.analyze.transformer import find_places, find_transformer
 from mlsae.base.errors import InputError
 from mlsae.base.files import read_sealed, seal
 from mlsae.cli import main
@@ -49,7 +49,9 @@ def records(*stores: Store) -> list[dict[str, str]]:
 
 def entropy(cache: Any, sae: Path) -> CrossEntropy:
     pairing = pair(cache, sae, torch.device("cpu"))
-    transformer, reason = find_transformer(pairing.store, pairing.site, None, pairing.device)
+    transformer, reason = find_transformer(
+        pairing.store, pairing.site, find_places(pairing.store, None), pairing.device
+    )
     assert transformer is not None, reason
     found = measure(
         transformer,

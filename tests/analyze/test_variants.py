@@ -18,7 +18,7 @@ from mlsae.analyze.measure.model.cross_entropy import CrossEntropy, measure
 from mlsae.analyze.measure.model.sequences import read_sequences
 from mlsae.analyze.pairing import pair
 from mlsae.analyze.selection import choose_sequences
-from mlsae.analyze.transformer import find_transformer
+from mlsae.analyze.transformer import find_places, find_transformer
 from mlsae.base.errors import InputError
 from mlsae.models import load
 from mlsae.models.capture import capture
@@ -33,7 +33,9 @@ CE_COLUMNS = ("num_ce_tokens", "ce", "ce_store", "ce_sae", "delta_ce", "kl")
 def scored(path: Path, sae: Path, rows: str) -> CrossEntropy:
     """The cross-entropy of a store's transformer, found and fed from what the store says alone."""
     pairing = pair(path, sae, torch.device("cpu"))
-    transformer, reason = find_transformer(pairing.store, pairing.site, None, pairing.device)
+    transformer, reason = find_transformer(
+        pairing.store, pairing.site, find_places(pairing.store, None), pairing.device
+    )
     assert transformer is not None, reason
     sequences = choose_sequences(pairing.store, rows, pairing.validation, None)
     found = measure(
@@ -178,7 +180,7 @@ def test_a_record_from_which_no_transformer_can_be_made_is_no_error(
     ) as writer:
         writer.append({("resid_post", 0): np.ones((40, 4), np.float32)})
     store = open_store(tmp_path / "acts")
-    assert find_transformer(store, "resid_post", None, torch.device("cpu")) == (
+    assert find_transformer(store, "resid_post", find_places(store, None), torch.device("cpu")) == (
         None,
         "the store's record of its transformer lacks attention_implementation, blocks, "
         "config_sha256, dtype, init, init_seed, kind",
