@@ -50,7 +50,7 @@ def sae_config(config: TrainConfig, d_in: int, layers: tuple[int, ...]) -> SAECo
 
 
 def layer_factors(sae: SAEConfig, moments: Moments, layers: tuple[int, ...]) -> Float64 | None:
-    """(L,) what rows of each layer are multiplied by; None where the SAE has no such state.
+    """(L,) factor of rows of each layer; None where the SAE has no such state.
 
     Raises:
         InputError: a layer's mean norm has no such scale.

@@ -79,7 +79,7 @@ def run(config: TrainConfig) -> TrainResult:
 def run_sweep(sweep: Sweep) -> list[TrainResult]:
     """Train several SAEs in one pass over the rows, each in a directory of its own.
 
-    What one of them becomes does not depend on the others: an SAE that is trained alone with its
+    One of them does not depend on the others: an SAE that is trained alone with its
     settings has the same weights, bit for bit, on one rank.
 
     Args:
@@ -120,7 +120,7 @@ class _Run:
         if config.track is not None:
             check_tracker(config.track)
         if not accelerator.is_local_main_process:
-            # Every process reads the stores; what that warns of is said once a machine.
+            # Every process reads the stores; warnings of that are shown once a machine.
             logging.getLogger("mlsae").setLevel(logging.ERROR)
         store = open_corpus(config.cache, cache_dir=config.cache_dir, cache_bytes=config.cache_size)
         plans = make_plans(self._sweep, store)
@@ -229,7 +229,7 @@ class _Run:
             click.echo(f"SAE: {out}")
 
     def _sum_up(self, plans: Sequence[Plan]) -> list[TrainResult]:
-        """Read what every SAE has become; the table of a sweep is written and printed."""
+        """Read the results of every SAE; the table of a sweep is written and printed."""
         results, entries, diverged = [], [], []
         for plan in plans:
             found: Mapping[str, Any] | str

@@ -1,4 +1,4 @@
-"""From what was asked for and what the store holds to what a run does: every default resolved."""
+"""Plan of a run, from its settings and the store: every default resolved."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -148,7 +148,7 @@ def make_plans(sweep: Sweep, store: AnyStore) -> list[Plan]:
     """Resolve the configurations of SAEs that are trained in one pass; they share its mixture.
 
     Raises:
-        InputError: one asks for what cannot be, or for what the store does not hold.
+        InputError: an SAE asks for something impossible, or absent from the store.
     """
     config = sweep.config
     site, layers = _site(config, store), store.check_layers(config.layers)
@@ -162,7 +162,7 @@ def make_plans(sweep: Sweep, store: AnyStore) -> list[Plan]:
             f"--batch-size must be at least the number of layers: got {config.batch_size} rows "
             f"for {len(layers)} layers"
         )
-    # Refuses what skip_positions cannot be.
+    # Refuses impossible values of skip_positions.
     moments = store.moments(site, config.skip_positions)
     seed = members[0].config.order_seed
     validation = validation_of(store, config.validation_fraction, seed)
@@ -194,7 +194,7 @@ def make_plans(sweep: Sweep, store: AnyStore) -> list[Plan]:
             schedule=_schedule(member.config, sae, num_steps),
             dead_after=1,
         )
-        layer_factors(sae, moments, own)  # Refuses what a layer scale cannot be.
+        layer_factors(sae, moments, own)  # Refuses impossible layer scales.
         rows = plan.rows_until(num_steps)
         dead_after = default_dead_after(len(own), rows)
         if every := resample_every(member.config, num_steps):

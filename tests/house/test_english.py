@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from english import OPENINGS, refused, rooms, texts
 
 CEILING = {
-    "analyze": 90,
+    "analyze": 100,
     "commands": 12,
     "train": 30,
 }

@@ -39,8 +39,8 @@ def num_threads(store: AnyStore) -> int:
 def job_runs(mixture: Mixture, rank: int, world_size: int) -> int:
     """Slices that a thread reads at once.
 
-    So few that three jobs fit into what may be read ahead, for two threads not to wait for each
-    other; fewer where each takes long, so that all threads read.
+    So few that three jobs fit into the read-ahead, for two threads not to wait for each other;
+    fewer where each takes long, so that all threads read.
     """
     most = _JOB_RUNS if mixture.store.is_local else _JOB_RUNS_REMOTE
     rows_ahead = mixture.num_ahead * mixture.rank_rows(rank, world_size)
@@ -50,7 +50,7 @@ def job_runs(mixture: Mixture, rank: int, world_size: int) -> int:
 class Loader:
     """Batches of one rank, in the order of the mixture.
 
-    A context manager: leaving it ends the threads. What goes wrong in a thread is raised by `next`.
+    A context manager: leaving it ends the threads. Errors in a thread are raised by `next`.
 
     Args:
         mixture: the rows and their order.

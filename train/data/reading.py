@@ -15,9 +15,9 @@ Task = Callable[[], None]
 class Reading:
     """Jobs done in threads, and steps given in order, each once its batch is complete.
 
-    Each thread does what is most urgent: it plans, if no more jobs wait than were planned last;
-    else it reads, once the batches that the next job goes to are free. What a batch holds does not
-    depend on the number of threads.
+    Each thread does the most urgent task: it plans, if no more jobs wait than were planned last;
+    else it reads, once the batches that the next job goes to are free. The rows of a
+    batch do not depend on the number of threads.
 
     Args:
         plan: steps and jobs, in order; asked for the next by one thread at a time.
@@ -61,7 +61,7 @@ class Reading:
     def next(self) -> Share | None:
         """The next step, once its batch is complete; None after the last.
 
-        The batch that was given before may be read over from now on. What goes wrong in a thread is
+        The batch that was given before may be read over from now on. An error in a thread is
         raised in place of the first step that lacks something.
         """
         with self._changed:

@@ -39,7 +39,7 @@ class TrainingRows:
     ) -> npt.NDArray[np.int64]:
         """Where the rows of slices that are trained on lie in them.
 
-        What follows from a row's number is computed; flags are read for those slices alone whose
+        The mask is computed from row numbers; flags are read for those slices alone whose
         counts say that there are more gaps.
 
         Args:
@@ -70,7 +70,7 @@ class TrainingRows:
     def _unless_flagged(
         self, starts: npt.NDArray[np.int64], num_rows: int
     ) -> npt.NDArray[np.bool_]:
-        """(n, num_rows) what the mask of rows from each start on is if none has a flag.
+        """(n, num_rows) mask of rows from each start on, if none has a flag.
 
         Where a store keeps some positions alone, which ones does not follow from a row's number:
         all count as if they were beyond the first.

@@ -1,4 +1,4 @@
-"""The step of the published multi-layer SAEs, with what sets it apart from the one here.
+"""The step of the published multi-layer SAEs, with its differences from the one here.
 
 For comparison with Lawson et al. (2024), arXiv 2409.04185, as https://github.com/tim-lawson/mlsae
 computes it. A micro-batch is the rows of all layers of some tokens in the order of the text, rows

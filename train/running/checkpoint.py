@@ -95,7 +95,7 @@ class Checkpoints:
         return sorted(int(path.stem[5:]) for path in self.directory.glob("step-*.json"))
 
     def restore(self, trainer: Trainer, step: int) -> dict[str, Any]:
-        """Put the state after a step into a fresh trainer, and give what was saved with it.
+        """Put the state after a step into a fresh trainer, and return the `progress` saved with it.
 
         Raises:
             DamagedCheckpointError: the checkpoint's bytes are not those that were written.

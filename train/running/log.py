@@ -41,7 +41,7 @@ class Averages:
         return self._sums
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Go on from the result of `state`."""
         self._sums = dict(state)
 
     def take(self) -> dict[str, Any] | None:

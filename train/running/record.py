@@ -25,7 +25,7 @@ def training_record(
     threads: int,
     seconds: float,
 ) -> dict[str, Any]:
-    """training.json: how the SAE came about, and what an analysis has to know of it."""
+    """training.json: origin of the SAE, and facts that an analysis needs."""
     store, config = plan.store, plan.config
     model = store.source.get("model")
     return {

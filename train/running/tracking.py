@@ -22,7 +22,7 @@ class Tracker(Protocol):
         """Send a line."""
 
     def close(self) -> None:
-        """Send what is left; nothing is written after it."""
+        """Send the rest; nothing is written after it."""
 
 
 def check_tracker(kind: str) -> None:
