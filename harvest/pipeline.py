@@ -81,7 +81,7 @@ def run(config: HarvestConfig) -> HarvestResult | None:
             another plan is at `out`; activations are not finite.
         ResourceError: too little disk or memory, the directory cannot be written, or the device is
             absent.
-        InterruptedWorkError: SIGINT or SIGTERM came; what is committed stays.
+        InterruptedWorkError: SIGINT or SIGTERM came; committed shards stay.
     """
     with interruptible() as interruption:
         try:
@@ -239,7 +239,7 @@ def keeps_cached(model: Transformer) -> bool:
     """True where the store's files stay in the page cache.
 
     Filling it takes the cores' time, which a forward pass on the CPU has a use for. Training there
-    takes a hundredth of what a disk can read, but a GPU is faster than many disks.
+    takes a hundredth of the bytes that a disk can read, but a GPU is faster than many disks.
     """
     return model.device.type != "cpu"
 

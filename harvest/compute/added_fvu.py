@@ -22,10 +22,10 @@ from mlsae.store.format.added_fvu import NUM_DECILES, added_fvu
 from mlsae.store.format.moments import eligible_groups
 
 ROUNDING = 1e-6
-"""Less of a sum of squares about the centre than this is what float32 left over."""
+"""Share of a sum of squares about the centre that is taken for rounding of float32."""
 NOISE = 1e-12
-"""Less of a sum of squares than this is what a transformer in float32 leaves of rows that are all
-alike: 1e-6 of their norm."""
+"""Share of a sum of squares that a transformer in float32 leaves of rows that are all alike: 1e-6
+of their norm."""
 
 
 @dataclass
@@ -143,7 +143,7 @@ class RunningFVU:
 
 
 def _result(sums: _Sums) -> dict[str, Any]:
-    """Added FVU of sums in float32: what rounding left of them is no variance."""
+    """Added FVU of sums in float32, whose rounding is no variance."""
     count_Q, error_Q, square_Q, power_Q = sums.scalars.cpu().numpy().T
     first_QD = sums.first.cpu().numpy()
     # Where a decile's rows are all alike, their distance from the centre alone.

@@ -278,7 +278,7 @@ def memory_explained(num_sequences: int | None = None) -> Iterator[None]:
             raise
         where = f"a forward pass of {num_sequences} sequences"
         if num_sequences is None:
-            where = "measuring what a forward pass gave"
+            where = "measuring the rows of a forward pass"
         raise ResourceError(
             f"out of memory in {where}; use a smaller "
             "--batch-size (it belongs to the plan, so begin again in an empty --out)"

@@ -3,6 +3,8 @@
 On a CPU, threads each take every n-th piece of some rows and compute alone: a team of threads that
 share every operation waits after each for its slowest member, and operations on a piece are as
 short as that wait.
+
+Shape suffixes: L layers, N rows, D channels.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -142,8 +144,13 @@ def _pickers(
     if not blocks:
         return
     all_rows = torch.from_numpy(np.concatenate([rows for _, rows in blocks]))
-    # Copied to a GPU once: each copy makes the host wait.
-    everywhere = {device: all_rows.to(device) for device in devices}
+    # Copied once, and from pinned memory: the host would wait for each other copy to a GPU.
+    everywhere = {
+        device: (all_rows.pin_memory() if device.type == "cuda" else all_rows).to(
+            device, non_blocking=True
+        )
+        for device in devices
+    }
     start = 0
     for _, rows in blocks:
         stop = start + len(rows)

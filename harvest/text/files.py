@@ -69,7 +69,7 @@ def file_rows(files: Sequence[Path], column: str, shuffle_seed: int | None) -> I
             for the order there is.
 
     Raises:
-        InputError: a file is damaged, or not what its name says.
+        InputError: a file is damaged, or not of the kind that its name says.
         ResourceError: a text file is too large for the memory.
     """
     if shuffle_seed is None:
@@ -170,7 +170,7 @@ def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            # Without the column, whole rows are read for the message that names what is there.
+            # Without the column, whole rows are read for the message that names the columns.
             wanted = [column] if column in file.schema_arrow.names else None
             for batch in file.iter_batches(ROWS_AT_ONCE, columns=wanted):
                 yield from batch.to_pylist()

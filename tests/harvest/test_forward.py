@@ -237,7 +237,7 @@ def test_out_of_memory_names_the_batch_size(error: Exception) -> None:
 def test_out_of_memory_after_a_pass_says_so() -> None:
     with (
         pytest.raises(
-            ResourceError, match="in measuring what a forward pass gave; use a smaller --b"
+            ResourceError, match="in measuring the rows of a forward pass; use a smaller --b"
         ),
         memory_explained(),
     ):
