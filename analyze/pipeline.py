@@ -217,10 +217,10 @@ def _tables(
     }
 
 
-def _draw(directory: Path, parts: figures.Parts) -> list[str]:
+def _draw(directory: Path, sources: figures.Sources) -> list[str]:
     (directory / FIGURES).mkdir()
-    with _bar("figures", len(figures.names(parts)), "figure") as progress:
-        drawn = figures.draw_all(directory / FIGURES, parts, progress)
+    with _bar("figures", len(figures.names(sources)), "figure") as progress:
+        drawn = figures.draw_all(directory / FIGURES, sources, progress)
     return [f"{FIGURES}/{name}" for name in drawn]
 
 

@@ -1,1 +1,1 @@
-"""Every active latent of a store's rows, written in parts sorted by latent."""
+"""Writing every active latent of a store's rows, in parts sorted by latent."""

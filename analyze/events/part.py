@@ -18,10 +18,10 @@ from mlsae.analyze.results.parts import PartRecord
 from mlsae.base.files import fsync_directory, full_disk_explained, partial_path, sha256_file
 
 GROUP_EVENTS = 2**15
-"""Events of a row group, the least that is read of a part for one latent."""
+"""Events of a row group, the least that a query for one latent reads of a part."""
 
 BYTES_PER_EVENT = 9
-"""Disk to ask for in advance; 6 to 8 were measured, of which the value takes over 3."""
+"""Bytes of disk required in advance; 6 to 8 were measured, over 3 of them for the value."""
 
 _ENCODING = {
     "row": "DELTA_BINARY_PACKED",
@@ -33,21 +33,21 @@ _ENCODING = {
 
 
 class PartWriter:
-    """Writes one part: rows in, events sorted by latent, then row, out.
+    """Writes one part: takes rows, and writes their events sorted by latent, then row.
 
-    More events than `part_events` are written as several sorted stretches, so that memory does not
-    depend on how many latents a row uses. A context manager: the file is whole and durable once the
-    block has been left without an exception, and absent otherwise; then `record` says what it is.
+    More events than `part_events` are written as several sorted stretches, so memory does not
+    depend on the number of latents that a row uses. A context manager: when its block ends without
+    an exception, the file is whole and durable and `record` describes it; otherwise there is none.
 
     Args:
-        directory: folder of the data set; the layer's folder is in it.
-        path: of the part within `directory`.
-        scratch: folder on the same file system for the file while it is written. A folder of the
-            data set would do, were there no readers that take every file in it.
-        schema: of the table.
-        layer: of all rows.
-        num_latents: of the SAE.
-        part_events: most events of a stretch, but for those of a batch.
+        directory: folder of the data set, with the layer's folder in it.
+        path: path of the part within `directory`.
+        scratch: folder on the same file system for the file while it is written; not one of the
+            data set, since readers take every file in those.
+        schema: schema of the table.
+        layer: layer id of all rows.
+        num_latents: number of latents of the SAE.
+        part_events: most events of a stretch, exceeded by less than a batch.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class PartWriter:
         values_NK: npt.NDArray[np.float32],
         indices_NK: npt.NDArray[np.int64],
     ) -> None:
-        """Add the active latents (value not 0) of the next rows, which belong to `tokens_N`.
+        """Add the active latents (value not 0) of the next rows, whose tokens are `tokens_N`.
 
         Raises:
             ResourceError: the disk is full.
@@ -116,7 +116,7 @@ class PartWriter:
                 at = place_E[chosen]
                 layers = np.full(len(chosen), self._layer, dtype=np.int32)
                 columns = [rows_N[at], tokens_N[at], layers, latents_E[chosen], values_E[chosen]]
-                # Each call makes a row group.
+                # Each call writes a row group.
                 self._writer.write_table(pa.table(columns, schema=self._schema))
 
     def __exit__(
@@ -130,7 +130,7 @@ class PartWriter:
                 with full_disk_explained(self._path):
                     self._finish()
         finally:
-            # After a full disk its footer cannot be written either, and nobody will read it.
+            # After a full disk the footer cannot be written either, and the file is removed.
             with suppress(OSError):
                 self._writer.close()
             self._writer.is_open = False
@@ -155,7 +155,7 @@ class PartWriter:
 
 
 def _by_latent(latents_E: npt.NDArray[np.int32], num_latents: int) -> npt.NDArray[np.int64]:
-    """The order that sorts by latent, events of one latent in the order they came in."""
-    # numpy sorts 16 bits by radix, six times as fast.
+    """The order that sorts events by latent, stable within a latent."""
+    # A radix sort serves 16 bits, six times as fast.
     narrow = latents_E.astype(np.uint16) if num_latents <= 2**16 else latents_E
     return np.argsort(narrow, kind="stable")

@@ -1,4 +1,4 @@
-"""Which rows the table `events` covers, and how they are cut into parts."""
+"""The parts of the table `events`: rows that it covers, cut into files."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ MOST_A_ROW = 512
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Part:
-    """A run of sequences at one layer, written as one file."""
+class PlannedPart:
+    """A run of sequences at one layer, to be written as one file."""
 
     layer: int
     """A layer id."""
@@ -28,24 +28,24 @@ class Part:
     """Sorted indices of whole sequences."""
 
     path: str
-    """Within the folder of the data set."""
+    """Path within the folder of the data set."""
 
     num_rows: int
-    """Rows of the sequences, flagged ones included."""
+    """Number of rows of the sequences, flagged ones included."""
 
     end_row: int
-    """Its rows are below this one."""
+    """Row after the last one of the part."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EventsPlan:
-    """The parts of a data set, the same whoever writes them and wherever."""
+    """The parts of a data set, which depend neither on who writes them nor on the place."""
 
     pairing: Pairing
-    """Store and SAE."""
+    """The store and the SAE."""
 
     runs: tuple[Int, ...]
-    """Sorted indices of the sequences of each part, the same at every layer; at least one run."""
+    """Sorted indices of the sequences of each part, equal at every layer; at least one run."""
 
     part_events: int
     """Events that are sorted and written together."""
@@ -54,15 +54,15 @@ class EventsPlan:
     """Schema of the table, with its provenance."""
 
     @property
-    def parts(self) -> list[Part]:
-        """Run by run, and layer by layer within a run."""
+    def parts(self) -> list[PlannedPart]:
+        """All parts, run by run and, within a run, layer by layer."""
         return [self.part(layer, run) for run in self.runs for layer in self.pairing.layers]
 
-    def part(self, layer: int, run: Int) -> Part:
-        """What is written of a run at a layer."""
+    def part(self, layer: int, run: Int) -> PlannedPart:
+        """The part for a run at a layer."""
         length = self.pairing.store.rows_per_sequence
         first, end = (int(run[0]), int(run[-1]) + 1) if len(run) else (0, 0)
-        return Part(
+        return PlannedPart(
             layer=layer,
             sequences=run,
             path=f"layer={layer}/part-{first * length:012d}.parquet",
@@ -72,11 +72,11 @@ class EventsPlan:
 
     @property
     def end_row(self) -> int:
-        """The rows covered are below this one."""
+        """Row after the last one that the table covers."""
         return self.part(self.pairing.layers[-1], self.runs[-1]).end_row
 
-    def writer(self, directory: Path, part: Part, scratch: Path) -> PartWriter:
-        """What a part is written with; its folder is made."""
+    def writer(self, directory: Path, part: PlannedPart, scratch: Path) -> PartWriter:
+        """Make the folder of a part, and the writer for it."""
         (directory / part.path).parent.mkdir(parents=True, exist_ok=True)
         return PartWriter(
             directory,
@@ -91,14 +91,14 @@ class EventsPlan:
     def read(
         self, layer: int, sequences: Int, batch_rows: int
     ) -> Iterator[tuple[Int, Int, Single]]:
-        """As `read_rows`, but no batch holds rows of two parts.
+        """Read rows as `read_rows` does, with no batch across the border of two parts.
 
-        The shape of a batch decides the last bits of what is encoded: so a part has the same bytes
+        The shape of a batch decides the last bits of encoded values, so a part has the same bytes
         whether it is written alone or with others.
 
         Args:
             layer: a layer id.
-            sequences: sorted indices, of which those of `runs` are the first.
+            sequences: sorted indices that begin with those of `runs`.
             batch_rows: most rows of a batch.
         """
         store, site = self.pairing.store, self.pairing.site
@@ -114,10 +114,10 @@ def plan_events(
     """Cut `sequences` into runs of equal length, of about `part_events` events at a layer.
 
     Args:
-        pairing: store and SAE.
+        pairing: the store and the SAE.
         sequences: sorted indices, perhaps none.
-        part_events: events of a part.
-        provenance: what the schema says the events are of.
+        part_events: number of events of a part.
+        provenance: ids of the inputs, for the schema.
     """
     a_row = min(pairing.sae.expected_active, MOST_A_ROW)
     most = max(1, part_events // (a_row * pairing.store.rows_per_sequence))
@@ -131,9 +131,9 @@ def plan_events(
 
 @torch.no_grad()
 def estimate_bytes(plan: EventsPlan, batch_rows: int) -> dict[str, int]:
-    """Bytes that each part will take at most, about.
+    """Estimate the largest size of each part, in bytes by path.
 
-    Where the architecture knows no most of a row, events are counted on a batch of each layer.
+    Where the architecture does not bound the events of a row, a batch of each layer is counted.
     """
     found: dict[str, int] = {}
     for layer in plan.pairing.layers:

@@ -7,7 +7,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mlsae.analyze.config import EventsConfig
-from mlsae.analyze.events.plan import EventsPlan, Part, estimate_bytes, plan_events
+from mlsae.analyze.events.plan import EventsPlan, PlannedPart, estimate_bytes, plan_events
 from mlsae.analyze.pairing import pair, provenance_of
 from mlsae.analyze.results.events import Events, load_events
 from mlsae.analyze.results.events_directory import KIND, EventsDirectory
@@ -78,7 +78,7 @@ def _run(config: EventsConfig, interruption: Interruption) -> Events:
 
 
 def _content(config: EventsConfig, plan: EventsPlan, sequences: Int) -> dict[str, Any]:
-    """What the directory is of: whatever decides its bytes, and where the inputs lay."""
+    """The plan of the directory: every setting that decides its bytes, and places of inputs."""
     pairing = plan.pairing
     return {
         "kind": KIND,
@@ -112,7 +112,7 @@ def _own(paths: list[str], ranks: Ranks) -> list[str]:
 
 
 def _require_room(config: EventsConfig, plan: EventsPlan, directory: EventsDirectory) -> None:
-    """Refuse what the disk cannot hold beside the parts that are there."""
+    """Require room on the disk for the parts that are still missing."""
     sizes = estimate_bytes(plan, config.batch_size)
     require_disk(
         config.out,
@@ -123,7 +123,7 @@ def _require_room(config: EventsConfig, plan: EventsPlan, directory: EventsDirec
 
 
 def _check(directory: EventsDirectory, paths: list[str], ranks: Ranks) -> None:
-    """Read every byte of parts that are there."""
+    """Check every byte of parts that are there."""
     hidden = None if ranks.is_first else True
     for path in tqdm(paths, desc="check", unit="part", disable=hidden if paths else True):
         directory.check_whole(path)
@@ -132,7 +132,7 @@ def _check(directory: EventsDirectory, paths: list[str], ranks: Ranks) -> None:
 @torch.no_grad()
 def _write(
     plan: EventsPlan,
-    parts: list[Part],
+    parts: list[PlannedPart],
     directory: EventsDirectory,
     config: EventsConfig,
     ranks: Ranks,
@@ -172,7 +172,7 @@ def _write(
                     seen += len(rows)
             assert writer.record is not None
             directory.keep(writer.record)
-            # Flagged rows are not read.
+            # The bar counts flagged rows too, which are not read.
             bar.update(part.num_rows - seen)
             num_events += writer.record.num_events
             rate = num_events / (time.monotonic() - began)
@@ -182,7 +182,7 @@ def _write(
 
 
 def _await_others(directory: EventsDirectory, paths: list[str], ranks: Ranks) -> None:
-    """Until every part is there; whoever sees it says so in the directory."""
+    """Wait until every part is there, and record that in the directory."""
     if others := directory.pending(paths):
         ranks.say(
             f"waiting for {len(others)} parts of other ranks; if one of them has died, stop this "
@@ -193,7 +193,7 @@ def _await_others(directory: EventsDirectory, paths: list[str], ranks: Ranks) ->
 
 
 def _stopped(config: EventsConfig, interruption: Interruption) -> InterruptedWorkError:
-    """What is kept and how to go on, in one line."""
+    """One line with the parts that are kept, and the way to go on."""
     assert interruption.signal_number is not None
     directory = EventsDirectory(config.out)
     line = "stopped before anything was written; run the same command to begin again"

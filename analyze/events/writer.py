@@ -17,13 +17,13 @@ from mlsae.analyze.results.parts import PartRecord
 
 
 class EventsWriter:
-    """Writes the parts of a layer as its rows come by.
+    """Writes the parts of a layer while its rows are read.
 
     A context manager; every part is written once the block has been left without an exception.
 
     Args:
         directory: existing folder of the data set.
-        plan: its parts.
+        plan: the plan with the parts.
         layer: a layer id.
     """
 
@@ -36,7 +36,7 @@ class EventsWriter:
 
     @property
     def records(self) -> list[PartRecord]:
-        """Of the parts that are written."""
+        """Records of the parts that are written."""
         return [writer.record for writer in self._writers if writer.record is not None]
 
     def append(
@@ -46,7 +46,7 @@ class EventsWriter:
         values_NK: npt.NDArray[np.float32],
         indices_NK: npt.NDArray[np.int64],
     ) -> None:
-        """Add the active latents of the next rows, of a batch as `EventsPlan.read` gives it."""
+        """Add the active latents of the next rows, a batch of `EventsPlan.read`."""
         if len(rows_N) == 0:
             return
         while rows_N[0] >= self._end_row:

@@ -1,1 +1,1 @@
-"""An analysis in the forms of other tools."""
+"""Conversion of an analysis to the formats of other tools."""

@@ -1,4 +1,4 @@
-"""Our tables in the form of the data sets published beside the original multi-layer SAEs.
+"""Tables in the format of the data sets published beside the original multi-layer SAEs.
 
 Source: `mlsae/analysis/dists.py` and `examples.py` of https://github.com/tim-lawson/mlsae at
 ba90c51, whose classes `Dists` and `Examples` read what is written here.
@@ -38,12 +38,13 @@ EXAMPLES = pa.schema(
 def dists(latent_layers: pa.Table) -> pa.Table:
     """The distributions over layers, one row a latent: the columns of `DISTS`.
 
-    A layer is its place among the SAE's layers, from 0, as in the published code; lists are in that
-    order. Of a dead latent, `mean` and `means` are 0, `probs` and what follows from them NaN. The
-    published data sets count and sum every selected latent; here its value must be above 0.
+    A layer is given by its place among the SAE's layers, from 0, as in the published code; lists
+    are in that order. For a dead latent, `mean` and `means` are 0, `probs` and the columns derived
+    from them NaN. The published data sets count and sum every selected latent; here a value must be
+    above 0.
 
     Args:
-        latent_layers: the table of that name.
+        latent_layers: the table `latent_layers`.
     """
     num_layers = len(pc.unique(latent_layers["layer"]))
     ordered = latent_layers.sort_by([("latent", "ascending"), ("layer", "ascending")])
@@ -72,7 +73,7 @@ def dists(latent_layers: pa.Table) -> pa.Table:
 
 
 def examples(examples: pa.Table) -> pa.Table:
-    """The largest events of each latent at each layer: the columns of `EXAMPLES`.
+    """The events with the largest values of each latent at each layer: the columns of `EXAMPLES`.
 
     By latent, layer and falling `act`. `layer` is the layer's id. `tokens` are the texts of tokens,
     where the published data sets have the vocabulary's spelling (`Ġthe`), and `token` and `tokens`
@@ -80,7 +81,7 @@ def examples(examples: pa.Table) -> pa.Table:
     are not rounded to float16.
 
     Args:
-        examples: the table of that name.
+        examples: the table `examples`.
     """
     chosen = examples.filter(pc.field("kind") == "top_layer")
     order = [("latent", "ascending"), ("layer", "ascending"), ("rank", "ascending")]
@@ -105,7 +106,7 @@ def _example(row: dict[str, Any]) -> dict[str, Any]:
 def _ratio(
     total: npt.NDArray[np.float64], count: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """total / count, 0 where the count is."""
+    """total / count, and 0 for a count of 0."""
     return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
 
 

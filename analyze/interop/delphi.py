@@ -1,7 +1,7 @@
-"""Delphi's latent cache, from the events of an analysis, so that it explains and scores latents.
+"""A latent cache for Delphi, made from the events of an analysis, to explain and score latents.
 
 Format: `delphi/latents/cache.py` (its writer) and `loader.py` of https://github.com/EleutherAI/delphi.
-One folder a module, which here is a layer; in it, files of ranges of latents, and `config.json`.
+A module, here a layer, has a folder with files of ranges of latents and `config.json`.
 """
 
 import json
@@ -16,7 +16,7 @@ import pyarrow.dataset as pd
 from tqdm import tqdm
 
 from mlsae.analyze.interop.delphi_files import (
-    Batch,
+    EventBatch,
     choose_num_splits,
     count,
     split,
@@ -35,9 +35,9 @@ from mlsae.store import PADDING, AnyStore, open_corpus
 
 CONFIG = "config.json"
 _OURS = "mlsae"
-"""Key of `config.json` by which a cache of ours is known; Delphi ignores it."""
+"""Key of `config.json` that marks a cache written here; Delphi ignores it."""
 _MODULES = {"resid_post": "layers.{}", "mlp_out": "layers.{}.mlp"}
-"""Site → the module whose output it is, as Delphi would name it; others get their site's name."""
+"""Site → Delphi's name of the module with that output; other sites keep their own names."""
 _MOST_TOKENS = 2**32
 _EXAMPLE_TOKENS = 32
 """Delphi's default for the tokens of an example."""
@@ -46,7 +46,7 @@ _EVENTS_AT_ONCE = 2**18
 
 @dataclass(frozen=True, kw_only=True)
 class DelphiCache:
-    """What was written."""
+    """A latent cache that was written."""
 
     path: Path
     """The `raw_dir` of Delphi's `LatentDataset`."""
@@ -55,20 +55,20 @@ class DelphiCache:
     """Folders, one a layer."""
 
     num_events: int
-    """Events, over all modules."""
+    """Number of events over all modules."""
 
     num_sequences: int
-    """Sequences whose tokens the cache holds: those that the events of the analysis cover."""
+    """Number of sequences whose tokens the cache holds, which the table `events` covers."""
 
     context_length: int
     """Tokens of a sequence."""
 
     notes: tuple[str, ...]
-    """What the reader must know; one line each."""
+    """Notes for the reader of the cache, one line each."""
 
     @property
     def lines(self) -> list[str]:
-        """What is printed of it."""
+        """Lines to print."""
         tokens = format_count(self.num_sequences * self.context_length)
         return [
             f"delphi    {self.path} ({len(self.modules)} modules, "
@@ -88,14 +88,14 @@ def to_delphi(
     """Write the events of an analysis as a latent cache of Delphi (`eai-delphi` 0.1).
 
     The directory appears whole or not at all. Memory: a batch of events, and a count for each
-    latent and layer. Disk: beside what is written, 8 bytes an event of one layer and 8 a token.
+    latent and layer. Disk beside the cache: 8 bytes an event of one layer and 8 a token.
 
     Args:
         analysis: an analysis, or its directory.
         out: directory to be written: absent, empty, or such a cache, which is then replaced.
-        store: the store that was analyzed; None opens it where the analysis found it.
-        model: what Delphi loads the tokenizer from where it is given none; None for the place
-            where the store's harvest found the transformer.
+        store: the store that was analyzed; None opens the place that the analysis recorded.
+        model: default place of the tokenizer in Delphi; None for the place where the store's
+            harvest found the transformer.
 
     Raises:
         InputError: `out` holds other things, or the store is another one or keeps only some
@@ -157,22 +157,22 @@ def to_delphi(
 
 
 def module_name(site: str, layer: int) -> str:
-    """The folder of a layer, such as `layers.3`."""
+    """The name of a layer's folder, such as `layers.3`."""
     return _MODULES.get(site, "layers.{}." + site).format(layer)
 
 
 def check_target(out: Path, store: AnyStore, analysis: Path | None = None) -> None:
-    """See that a cache of a store's events may be written to `out`, before any work.
+    """Require, before any work, that a cache of a store's events may be written to `out`.
 
     Args:
-        out: absent, an empty directory, or a cache of ours and nothing else.
-        store: what is analyzed.
+        out: an absent or empty directory, or one with a cache written here and nothing else.
+        store: the store that is analyzed.
         analysis: the directory of the analysis, which must lie elsewhere.
 
     Raises:
         InputError: `out` holds other things, or lies in the analysis or around it; or the store
             keeps only some positions.
-        ResourceError: it cannot be written.
+        ResourceError: `out` cannot be written.
     """
     if store.rows_per_sequence < store.context_length:
         raise InputError(
@@ -204,7 +204,7 @@ def _check_replaceable(out: Path) -> None:
 
 
 def _is_module(folder: Path) -> bool:
-    """Whether a folder is one that `to_delphi` wrote, with nothing beside."""
+    """True for a folder that `to_delphi` wrote, with nothing beside."""
     try:
         content = json.loads((folder / CONFIG).read_bytes())
     except (OSError, ValueError):
@@ -234,10 +234,10 @@ def _covered(summary: Mapping[str, Any], store: AnyStore) -> Int:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerEvents:
-    """The events of a layer, as often as they are asked for."""
+    """The events of a layer, to be read any number of times."""
 
     analysis: Analysis
-    """Whose events."""
+    """The analysis with the events."""
 
     layer: int
     """A layer id."""
@@ -245,8 +245,8 @@ class LayerEvents:
     sequences: Int
     """Sorted indices of the sequences that the events cover."""
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Place in the cache's tokens, latent and value of each event, batch by batch."""
+    def __iter__(self) -> Iterator[EventBatch]:
+        """Place among the cache's tokens, latent and value of each event, batch by batch."""
         length = self.analysis.summary["context_length"]
         batches = self.analysis.events.to_batches(
             columns=["token", "latent", "value"],
@@ -255,7 +255,7 @@ class LayerEvents:
             batch_readahead=1,
             use_threads=False,
             fragment_readahead=1,
-            # Read ahead, a file would be held until its end.
+            # With reading ahead, a file would stay in memory up to its end.
             fragment_scan_options=pd.ParquetFragmentScanOptions(pre_buffer=False),
         )
         for batch in batches:
@@ -280,7 +280,7 @@ def _config(
     num_splits: int,
     model: str | Path | None,
 ) -> dict[str, Any]:
-    """Delphi's record of how a cache was made; its loader uses the name of the model alone."""
+    """Delphi's record of a cache; Delphi's loader uses the name of the model alone."""
     if model is None:
         model = find_places(store, None).first
     return {

@@ -2,7 +2,7 @@
 
 A file holds `locations` (N, 3): sequence, position, latent − first latent of the file;
 `activations` (N,); and `tokens` (sequences, context length). Events lie by latent, then token:
-Delphi's loader sorts stably by latent and asks no more.
+Delphi's loader sorts stably by latent and needs no other order.
 """
 
 import json
@@ -21,15 +21,15 @@ import torch
 from mlsae.analyze.selection import Int
 from mlsae.store import AnyStore
 
-Batch = tuple[Int, Int, npt.NDArray[np.float32]]
+EventBatch = tuple[Int, Int, npt.NDArray[np.float32]]
 """Place among the cache's tokens, latent and value of each event."""
 
 _FEWEST_SPLITS = 5
 """Delphi's default."""
 _SPLIT_EVENTS = 2**23
-"""Events of a file at most, in the mean: Delphi's loader takes about 100 bytes for each."""
+"""Most events of a file, in the mean: Delphi's loader takes about 100 bytes an event."""
 _AT_ONCE = 2**18
-"""Events, or tokens, that are in memory."""
+"""Events or tokens in memory at a time."""
 _SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
 _LARGEST = float(np.finfo(np.float16).max)
 _TAGS = {"int64": "I64", "uint16": "U16", "uint32": "U32", "float16": "F16", "float32": "F32"}
@@ -37,24 +37,26 @@ _TAGS = {"int64": "I64", "uint16": "U16", "uint32": "U32", "float16": "F16", "fl
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Totals:
-    """What must be known of a layer's events before they are written."""
+    """Counts and range of a layer's events, needed before they are written."""
 
     counts: Int
-    """(num_latents,) events of each latent."""
+    """(num_latents,) number of events of each latent."""
 
     smallest: float
     """The smallest value."""
 
     largest: float
-    """The largest."""
+    """The largest value."""
 
     @property
     def num_events(self) -> int:
-        """Over all latents."""
+        """Number of events over all latents."""
         return int(self.counts.sum())
 
 
-def count(events: Iterable[Batch], num_latents: int, progress: Callable[[int], object]) -> Totals:
+def count(
+    events: Iterable[EventBatch], num_latents: int, progress: Callable[[int], object]
+) -> Totals:
     """Count the events of a layer."""
     counts = np.zeros(num_latents, dtype=np.int64)
     smallest, largest = np.inf, -np.inf
@@ -68,33 +70,33 @@ def count(events: Iterable[Batch], num_latents: int, progress: Callable[[int], o
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """A file: a range of latents."""
+    """A file with the events of a range of latents."""
 
     start: int
-    """Its first latent."""
+    """First latent."""
 
     end: int
-    """Its last."""
+    """Last latent."""
 
     num_events: int
-    """Events of these latents."""
+    """Number of events of these latents."""
 
     locations: np.dtype[Any]
-    """Type of `locations`: uint16 where every number fits, as Delphi writes them, else uint32."""
+    """Type of `locations`: uint16, Delphi's own, where every number fits, else uint32."""
 
     activations: np.dtype[Any]
-    """Type of `activations`: float16, as Delphi writes them; float32 where a value of the layer is
-    outside its range. The loader reads both."""
+    """Type of `activations`: float16, Delphi's own, or float32 where a value of the layer is
+    outside the range of float16. Delphi's loader reads both."""
 
     num_sequences: int
-    """Sequences of `tokens`."""
+    """Number of sequences in `tokens`."""
 
     context_length: int
-    """Tokens of each."""
+    """Number of tokens of a sequence."""
 
     @property
     def name(self) -> str:
-        """Of the file."""
+        """Name of the file."""
         return f"{self.start}_{self.end}.safetensors"
 
     @property
@@ -108,16 +110,16 @@ class Split:
 
     @property
     def num_bytes(self) -> int:
-        """Of the tensors."""
+        """Size of the tensors in bytes."""
         return sum(_bytes(dtype, shape) for dtype, shape in self.tensors.values())
 
 
 def split(
     totals: Totals, num_splits: int, num_sequences: int, context_length: int
 ) -> tuple[Split, ...]:
-    """The files of a layer: Delphi's ranges, but one without events is joined to its neighbour.
+    """The files of a layer: Delphi's ranges, with those without events joined to a neighbour.
 
-    Delphi's writer fails on such a range.
+    Delphi's own writer fails on a range without events.
     """
     num_latents = len(totals.counts)
     borders = torch.linspace(0, num_latents, steps=num_splits + 1).long().tolist()
@@ -145,7 +147,7 @@ def split(
 
 
 def choose_num_splits(totals: Collection[Totals]) -> int:
-    """Delphi's five, more where a file would be too much for the memory of its loader."""
+    """Number of files a layer: five as in Delphi, or more where its loader's memory needs it."""
     most = max(total.num_events for total in totals)
     num_latents = max(len(total.counts) for total in totals)
     return min(num_latents, max(_FEWEST_SPLITS, -(-most // _SPLIT_EVENTS)))
@@ -166,19 +168,19 @@ def write_module(
     folder: Path,
     totals: Totals,
     splits: Iterable[Split],
-    events: Iterable[Batch],
+    events: Iterable[EventBatch],
     tokens: Path,
     progress: Callable[[int], object],
 ) -> None:
     """Write the files of a layer into `folder`, which exists.
 
     Args:
-        folder: of the module.
-        totals: of `events`.
+        folder: folder of the module.
+        totals: counts and range of `events`.
         splits: the files.
-        events: those of the layer, in any order.
-        tokens: what `write_tokens` wrote.
-        progress: told the number of events of each batch.
+        events: all events of the layer, in any order.
+        tokens: the file that `write_tokens` wrote.
+        progress: called with the number of events of each batch.
     """
     starts = np.concatenate([[0], np.cumsum(totals.counts)])
     scratch = folder / "events"
@@ -201,13 +203,13 @@ def write_module(
 
 
 def _order(
-    path: Path, starts: Int, events: Iterable[Batch], progress: Callable[[int], object]
+    path: Path, starts: Int, events: Iterable[EventBatch], progress: Callable[[int], object]
 ) -> npt.NDArray[np.uint64]:
-    """The events by latent, then place, in a file: place in the upper half, bits of the value."""
+    """The events by latent, then place, in a file; an entry is place << 32 | bits of the value."""
     num_events = int(starts[-1])
     if num_events == 0:
         return np.empty(0, dtype=np.uint64)
-    # A map of a file with holes would end the process where the disk is full.
+    # Where the disk is full, a map of a file with holes would end the process.
     with path.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, 8 * num_events)
     keys = np.memmap(path, dtype=np.uint64, mode="r+", shape=(num_events,))
@@ -226,12 +228,12 @@ def _order(
 
 
 def _unsorted(keys: npt.NDArray[np.uint64], starts: Int) -> list[int]:
-    """Latents whose events are not yet in the order of their places."""
+    """Latents whose events are not in the order of places."""
     latents: set[int] = set()
     for at, block in _blocks(keys, 0, len(keys), overlap=1):
         falls = at + 1 + np.flatnonzero(block[1:] < block[:-1])
         found = np.searchsorted(starts, falls, side="right") - 1
-        # A fall from one latent to the next is none.
+        # A fall at the border of two latents does not count.
         latents.update(found[starts[found] < falls].tolist())
     return sorted(latents)
 
@@ -244,7 +246,7 @@ def _blocks(
 
 
 def _write_header(file: BinaryIO, of: Split) -> None:
-    """Of a safetensors file: https://github.com/huggingface/safetensors#format."""
+    """Write a safetensors header: https://github.com/huggingface/safetensors#format."""
     header, offset = {}, 0
     for name, (dtype, shape) in of.tensors.items():
         end = offset + _bytes(dtype, shape)

@@ -1,1 +1,1 @@
-"""An analysis read back: its tables, figures and page; nothing here measures."""
+"""An analysis read back: tables, figures and page. Nothing here measures."""

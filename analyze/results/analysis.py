@@ -34,10 +34,10 @@ class Analysis:
     """An analysis as it lies on disk; the columns are defined in docs/reference/tables.md."""
 
     path: Path
-    """Its directory."""
+    """Directory of the analysis."""
 
     summary: Mapping[str, Any]
-    """What was analyzed, over which rows, and the overall numbers."""
+    """Settings and provenance of the analysis, and the numbers of the whole SAE."""
 
     layers: pa.Table
     """One row a layer."""
@@ -61,15 +61,15 @@ class Analysis:
     """One row an active latent of a prompt's token and layer; empty without prompts."""
 
     examples: pd.Dataset | None
-    """Strongest and random events of each latent, by latent; not in memory until it is scanned.
-    None of an analysis without."""
+    """Strongest and random events of each latent, by latent, read as they are scanned; None for an
+    analysis without examples."""
 
     events: pd.Dataset
-    """One row an active latent of a row and layer; not in memory until it is scanned."""
+    """One row an active latent of a row and layer, read as they are scanned."""
 
     @property
     def figures(self) -> tuple[str, ...]:
-        """Names of the figures that can be drawn of it; docs/look-at-an-analysis.md shows them."""
+        """Names of the figures that can be drawn; docs/look-at-an-analysis.md shows them."""
         # Here, so that whoever only reads tables does not wait for matplotlib.
         from mlsae.analyze.results.figures.registry import names
 
@@ -79,7 +79,7 @@ class Analysis:
         """Draw a figure, a matplotlib `Figure` to restyle or save.
 
         Raises:
-            InputError: it is none of `figures`.
+            InputError: no figure of this analysis has the name.
         """
         from mlsae.analyze.results.figures.registry import draw
 
@@ -87,11 +87,11 @@ class Analysis:
 
     @property
     def page(self) -> Path:
-        """The page that shows it; `mlsae.analyze.results.page.render.write_page` makes it again."""
+        """Path of the page; `mlsae.analyze.results.page.render.write_page` makes it again."""
         return self.path / PAGE
 
     def examples_of(self, latent: int) -> pa.Table:
-        """The examples of one latent; those of the others are not read.
+        """The examples of one latent, without reading those of others.
 
         Raises:
             InputError: the analysis has no examples, or the SAE no such latent.

@@ -10,16 +10,16 @@ class Column:
     """One column of a table."""
 
     name: str
-    """Its name."""
+    """Name in the file."""
 
     type: pa.DataType
-    """Its Arrow type."""
+    """Arrow type."""
 
     unit: str
-    """Its unit, or `1` for pure numbers."""
+    """Unit, or `1` for pure numbers."""
 
     text: str
-    """Its definition, and when it is null."""
+    """Definition, and when the value is null."""
 
 
 TOP, TOP_LAYER, SAMPLE = KINDS = ("top", "top_layer", "sample")

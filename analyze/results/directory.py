@@ -1,4 +1,4 @@
-"""The analysis directory: it appears whole, and only an analysis is ever replaced."""
+"""The analysis directory, which appears whole and replaces nothing but an analysis."""
 
 import os
 import shutil
@@ -39,10 +39,10 @@ _OURS = frozenset(
 
 
 def read_summary(directory: Path) -> dict[str, Any]:
-    """The checked summary of an analysis.
+    """The summary of an analysis, checked.
 
     Raises:
-        InputError: the directory holds none, or it is damaged.
+        InputError: the directory holds none, or a damaged one.
     """
     path = directory / SUMMARY
     if not path.is_file():
@@ -70,10 +70,10 @@ def events_folder(directory: Path) -> Path:
 
 
 def check_replaceable(out: Path) -> None:
-    """See that `out` may be written: absent, an empty directory, or an analysis and nothing else.
+    """Require that `out` is absent, an empty directory, or an analysis and nothing else.
 
     Raises:
-        InputError: it holds something that an analysis did not write.
+        InputError: another file lies there, which no analysis wrote.
     """
     if not out.exists():
         return
@@ -99,8 +99,8 @@ def check_replaceable(out: Path) -> None:
 def staged(out: Path) -> Iterator[Path]:
     """A new folder beside `out` that becomes `out` when the block ends without an exception.
 
-    Otherwise it is removed and `out` is as it was. A process that is killed leaves a hidden
-    sibling named `.<name>.<random>.partial` that may be deleted.
+    After an exception the folder is removed and `out` is as it was. A process that is killed leaves
+    a hidden sibling named `.<name>.<random>.partial`, which may be deleted.
     """
     out = Path(os.path.realpath(out))
     made = [parent for parent in out.parents if not parent.exists()]

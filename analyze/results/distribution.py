@@ -1,6 +1,6 @@
-"""Where in the layers a latent is active: P(layer | latent), its moments and entropy.
+"""The distribution of a latent over layers, P(layer | latent), with moments and entropy.
 
-Shapes: L layers, M = num_latents. `layers` are the layers' own ids, which need not be 0 … L−1.
+Shapes: L layers, M = num_latents. `layers` are layer ids, which need not be 0 … L−1.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Opening the events of an analysis or of `mlsae events`, and reading those of one latent."""
+"""Opening the events of an analysis or of `mlsae events`, and reading one latent's."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,24 +37,24 @@ class HasEvents(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Events:
-    """What `mlsae events` wrote."""
+    """A finished directory of `mlsae events`."""
 
     path: Path
-    """Its directory."""
+    """Directory that was opened."""
 
     summary: Mapping[str, Any]
-    """What it is of and, under `events`, its numbers of events and bytes, and its parts."""
+    """Settings and provenance and, under `events`, numbers of events and bytes and the parts."""
 
     events: pd.Dataset
-    """One row an active latent of a row and layer; not in memory until it is scanned."""
+    """One row an active latent of a row and layer, read as they are scanned."""
 
 
 def load_events(directory: str | Path) -> Events:
     """Open a directory that `mlsae events` has finished.
 
     Raises:
-        InputError: it is none, unfinished, of another major version, or a part is missing or
-            damaged.
+        InputError: the directory is another one, unfinished or of another major version, or a part
+            is missing or damaged.
     """
     of = EventsDirectory(Path(directory))
     summary = of.plan()
@@ -64,14 +64,14 @@ def load_events(directory: str | Path) -> Events:
 
 
 def open_events(directory: Path, totals: Mapping[str, Any]) -> pd.Dataset:
-    """The events in `directory` as a data set, its files by layer, then row.
+    """The events in `directory` as a data set, files by layer, then row.
 
     Args:
-        directory: that holds the folder of the events.
-        totals: with the parts under `parts`.
+        directory: an analysis, or a directory of `mlsae events`.
+        totals: a summary of the parts, as `totals_of` gives it.
 
     Raises:
-        InputError: a part is missing, or has not the size that it was written with.
+        InputError: a part is missing, or its size is not the recorded one.
     """
     folder = events_folder(directory)
     records = records_of(totals)
@@ -90,7 +90,7 @@ def open_events(directory: Path, totals: Mapping[str, Any]) -> pd.Dataset:
 
 
 def records_of(totals: Mapping[str, Any]) -> list[PartRecord]:
-    """The parts that `totals_of` listed."""
+    """Records of the parts that `totals_of` listed."""
     return [part_record(record) for record in totals["parts"]]
 
 
@@ -99,13 +99,13 @@ def latent_events(
 ) -> pa.Table:
     """The events of one latent, by layer, then row.
 
-    Of each part of those layers its footer and the row groups that hold the latent are read, which
-    is at least one; every page is checked.
+    Each part of those layers is read in its footer and in the row groups that may hold the latent,
+    at least one; every page that is read is checked.
 
     Args:
-        source: what `load` or `load_events` gave.
-        latent: its index.
-        layers: layer ids; all if not given.
+        source: an analysis, or a directory that `load_events` opened.
+        latent: index of the latent.
+        layers: layer ids; None for all.
 
     Raises:
         InputError: no such latent or layer, or a part is damaged.

@@ -1,13 +1,13 @@
-"""The directory of `mlsae events`: what it is of, which parts are there, whether all are.
+"""The directory of `mlsae events`: its plan, the parts that are there, and their sums.
 
-    events.json                  what it is of; fixed before the first part, sealed
+    events.json                  the plan: inputs and settings, sealed before the first part
     events/layer=<l>/part-<first row>.parquet
-    parts/layer=<l>/part-<first row>.json   a part's record, written when the part is durable
+    parts/layer=<l>/part-<first row>.json   record of a part, written when the part is durable
     complete.json                all records and their sums
 
 Version 0.4 had activations.json and the folder activations, which are read as well.
 
-Nothing in it depends on who wrote it, on how many processes, or on when.
+Nothing in the directory depends on who wrote it, on the number of processes, or on the time.
 """
 
 from collections.abc import Iterable, Mapping
@@ -32,11 +32,11 @@ KIND = "mlsae events"
 COMPLETE = "complete.json"
 RECORDS = "parts"
 _PLACES = ("cache", "sae")
-"""Keys of the plan that say where its inputs lay, which may change."""
+"""Keys of the plan for the places of inputs, which may change."""
 
 
 class EventsDirectory:
-    """The directory at `path`, which need not be there yet."""
+    """The directory at `path`, there or not."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,23 +44,23 @@ class EventsDirectory:
         self.data = path / self._name
         """Folder of the data set."""
         self.plan_file = path / f"{self._name}.json"
-        """File that says what the events are of."""
+        """File of the plan."""
 
     @property
     def is_begun(self) -> bool:
-        """Whether it says what it is of."""
+        """True once the plan is written."""
         return self.plan_file.exists()
 
     @property
     def is_complete(self) -> bool:
-        """Whether every part was there once."""
+        """True once every part was there."""
         return (self.path / COMPLETE).exists()
 
     def begin(self, plan: Mapping[str, Any]) -> None:
-        """Make the directory, or see that it is of the same plan.
+        """Make the directory, or require that its plan is the same.
 
         Raises:
-            InputError: it holds something else, or events of another plan.
+            InputError: the directory holds something else, or events of another plan.
         """
         self.check_usable()
         if not self.is_begun:
@@ -70,10 +70,10 @@ class EventsDirectory:
         self.check_plan(plan)
 
     def check_usable(self) -> None:
-        """See that it is absent, empty, or holds events.
+        """Require that the directory is absent or empty, or holds events.
 
         Raises:
-            InputError: it holds something else.
+            InputError: the directory holds something else.
         """
         if not self.path.exists():
             return
@@ -90,10 +90,10 @@ class EventsDirectory:
             )
 
     def plan(self) -> dict[str, Any]:
-        """What it is of.
+        """Inputs and settings of the events.
 
         Raises:
-            InputError: it does not say, or its record is damaged.
+            InputError: no plan is there, or a damaged one.
         """
         if not self.is_begun:
             raise InputError(
@@ -109,10 +109,10 @@ class EventsDirectory:
         return plan
 
     def check_plan(self, plan: Mapping[str, Any]) -> None:
-        """See that it is of this plan, wherever its inputs lie.
+        """Require that the plan is this one, but for the places of inputs.
 
         Raises:
-            InputError: naming every setting that differs.
+            InputError: settings differ; the message names all of them.
         """
         there = self.plan()
         if there["tables_version"] != plan["tables_version"]:
@@ -121,7 +121,7 @@ class EventsDirectory:
                 f"this mlsae writes {plan['tables_version']}: go on with the mlsae that began it, "
                 f"or give another directory"
             )
-        # What follows from the others comes last.
+        # Numbers follow from the other settings, so they come last.
         keys = sorted(
             (there.keys() | plan.keys()) - set(_PLACES), key=lambda key: ("num_" in key, key)
         )
@@ -136,10 +136,10 @@ class EventsDirectory:
             )
 
     def record(self, path: str) -> PartRecord | None:
-        """What is recorded of a part, or None if it has not been written.
+        """The record of a part, or None before the part is written.
 
         Raises:
-            InputError: the record is damaged, or of a part of other events.
+            InputError: the record is damaged, or belongs to other events.
         """
         place = self._place(path)
         if not place.exists():
@@ -159,7 +159,7 @@ class EventsDirectory:
         write_durably(place, seal({"plan": self._digest(), "part": asdict(record)}))
 
     def pending(self, paths: Iterable[str]) -> list[str]:
-        """Those of the parts at `paths` of which the file or its record is missing."""
+        """Paths, among `paths`, whose file or record is missing."""
         return [
             path
             for path in paths
@@ -167,15 +167,15 @@ class EventsDirectory:
         ]
 
     def progress(self) -> tuple[int, int]:
-        """Parts that are recorded, and all parts."""
+        """Numbers of recorded parts and of all parts."""
         there = sum(1 for _ in (self.path / RECORDS).rglob("*.json"))
         return there, int(self.plan()["num_parts"])
 
     def check_foreign(self, paths: Iterable[str]) -> None:
-        """See that the data set holds no file but the parts at `paths`.
+        """Require that the data set holds no file but the parts at `paths`.
 
         Raises:
-            InputError: naming a file that is no part.
+            InputError: a file is no part; the message names it.
         """
         known = {self.data / path for path in paths}
         for file in sorted(self.data.rglob("*")):
@@ -186,16 +186,16 @@ class EventsDirectory:
                 )
 
     def check_whole(self, path: str) -> None:
-        """See that every byte of a part is as recorded.
+        """Require that every byte of a part is as recorded.
 
         Raises:
-            InputError: it is not, or its record is of something else.
+            InputError: the bytes differ, or the record belongs to other events.
         """
         if (record := self.record(path)) is not None:
             check_part(self.data, record, every_byte=True)
 
     def complete(self, paths: Iterable[str]) -> None:
-        """Write down that all parts are there, and their sums."""
+        """Record that all parts are there, and their sums."""
         records = [record for path in paths if (record := self.record(path)) is not None]
         write_durably(
             self.path / COMPLETE,
@@ -203,10 +203,10 @@ class EventsDirectory:
         )
 
     def totals(self) -> dict[str, Any]:
-        """Sums over the parts, and the parts, once all are there.
+        """Sums over the parts, and the records of all.
 
         Raises:
-            InputError: they are not, or the record is damaged or of other events.
+            InputError: parts are missing, or the record of all is damaged or of other events.
         """
         if not self.is_complete:
             there, total = self.progress()

@@ -93,7 +93,7 @@ _ENTROPY = (
 
 
 def _bounds(columns: tuple[Column, ...]) -> tuple[Column, ...]:
-    """The interval of each column."""
+    """Two columns a column: the ends of its interval."""
     ends = (("low", "2.5th"), ("high", "97.5th"))
     return tuple(
         Column(f"{of.name}_{end}", _F, of.unit, f"{rank} percentile of {of.name} over resamples")
@@ -102,12 +102,12 @@ def _bounds(columns: tuple[Column, ...]) -> tuple[Column, ...]:
     )
 
 
-_FIGURES = (*_COUNTS, *_ROWS, *_SHARES)
+_SHARED = (*_COUNTS, *_ROWS, *_SHARES)
 _SCORES = (*_TOKENS, *_ENTROPY)
 
 LAYERS = (
     Column("layer", _L, "layer", "0-based block index"),
-    *_FIGURES,
+    *_SHARED,
     *_STORE,
     *_SCORES,
     *_bounds((*_ROWS, *_ENTROPY)),
@@ -115,7 +115,7 @@ LAYERS = (
 
 OVERALL = (
     Column("over", pa.string(), "", "`mean` or `all`, which the other columns are read by"),
-    *_FIGURES,
+    *_SHARED,
     *_SCORES,
     *_bounds((*_ROWS, *_ENTROPY)),
 )

@@ -12,16 +12,16 @@ from mlsae.base.units import format_bytes, format_count
 
 @dataclass(frozen=True, kw_only=True)
 class PartRecord:
-    """What is recorded of a part that is written."""
+    """Record of a part that is written."""
 
     path: str
-    """Within the folder of the data set: `layer=<l>/part-<first row>.parquet`."""
+    """Path within the folder of the data set: `layer=<l>/part-<first row>.parquet`."""
 
     num_events: int
-    """Events in it."""
+    """Number of events in the part."""
 
     num_bytes: int
-    """Bytes of the file."""
+    """Size of the file in bytes."""
 
     sha256: str
     """Hex SHA-256 of the file."""
@@ -45,7 +45,7 @@ def totals_of(records: Sequence[PartRecord]) -> dict[str, Any]:
 
 
 def describe(totals: Mapping[str, Any]) -> str:
-    """What `totals_of` found, for people."""
+    """The sums of `totals_of` in words."""
     each = totals["bytes_per_event"]
     return (
         f"{format_count(totals['num_events'])} events in {format_count(len(totals['parts']))} "
@@ -55,15 +55,15 @@ def describe(totals: Mapping[str, Any]) -> str:
 
 
 def check_part(folder: Path, record: PartRecord, *, every_byte: bool) -> None:
-    """See that a part is there as it was written.
+    """Require that a part is there as it was written.
 
     Args:
-        folder: of the data set.
-        record: of the part.
-        every_byte: whether to read it; otherwise only its size is looked at.
+        folder: the folder of the data set.
+        record: the record of the part.
+        every_byte: True reads the file; False looks at its size alone.
 
     Raises:
-        InputError: it is missing or differs.
+        InputError: the file is missing or differs.
     """
     path = folder / record.path
     remedy = "remove it if it is there and run the same command again"

@@ -26,7 +26,7 @@ A minor version only adds columns and tables: readers take any minor version of 
 """
 
 _FORMER = "0.4"
-"""The version before, in which `events` was named `activations`; the columns were those of 1.0."""
+"""The version before, with the columns of 1.0 and `events` under the name `activations`."""
 
 TABLES: Mapping[str, tuple[Column, ...]] = {
     "layers": LAYERS,
@@ -54,15 +54,15 @@ def schema(table: str, provenance: Mapping[str, str]) -> pa.Schema:
 
 
 def check_version(version: object, directory: Path, remedy: str) -> None:
-    """See that the tables in a directory can be read, by their version.
+    """Require that this mlsae reads tables of a version.
 
     Args:
-        version: as recorded in the directory.
-        directory: named in the message.
-        remedy: how tables of an older version are made again.
+        version: the version in the directory's record.
+        directory: the directory, for the message.
+        remedy: the way to make tables of an older version again, for the message.
 
     Raises:
-        InputError: the major version is another one, and not that of the tables' former names.
+        InputError: the major version is another one, and the version not 0.4.
     """
     major, ours = (str(of).split(".")[0] for of in (version, TABLES_VERSION))
     if major == ours or version == _FORMER:
@@ -75,20 +75,20 @@ def check_version(version: object, directory: Path, remedy: str) -> None:
 
 
 def with_later_columns(table: str, found: pa.Schema) -> pa.Schema:
-    """The schema of a file of a table, and after it the columns that an earlier version lacks.
+    """The schema of a table's file, followed by the known columns that the file lacks.
 
-    Columns that are not known here stay as they are.
+    Columns that are not known here keep their places.
     """
     known = schema(table, {})
     return pa.schema([*found, *(f for f in known if f.name not in found.names)], found.metadata)
 
 
 def read_table(path: Path, table: str) -> pa.Table:
-    """A table in memory; null in columns that the version of its file lacks.
+    """A table in memory, with nulls in the columns that an earlier version lacks.
 
     Raises:
         OSError: the file cannot be read.
-        pyarrow.ArrowException: likewise.
+        pyarrow.ArrowException: the file is damaged.
     """
     found = pq.read_table(path)
     for field in with_later_columns(table, found.schema):

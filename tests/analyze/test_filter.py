@@ -106,8 +106,8 @@ def test_any_condition_means_what_it_means_in_python(condition: str) -> None:
         ("dead + 1 > 0", "--where: 'dead' is true or false, no number"),
         (
             "dead > 1",
-            "--where: 'dead > 1' compares what is true or false; only with == or !=, and with "
-            "true or false, can it be",
+            "--where: 'dead > 1' compares true or false with a number or by order; use == or != "
+            "and true or false",
         ),
         (
             "density > 1 & dead",

@@ -194,7 +194,7 @@ def test_numbers_and_tables_are_those_of_the_analysis(analysis: Analysis) -> Non
         low, high = mean[f"{name}_low"], mean[f"{name}_high"]
         assert f"{mean[name]:.4g}".replace("-", "−") in page.text
         assert f"{low:.4g} to {high:.4g}".replace("-", "−") in page.text
-    assert f"spliced at once it is {together['delta_ce']:.4g}".replace("-", "−") in page.text
+    assert f"spliced at once: {together['delta_ce']:.4g}".replace("-", "−") in page.text
     assert (mean["loss_recovered_mean"] is None) == ("undefined" in page.text)
     total = analysis.summary["overall"]
     assert f"{total['dead_fraction']:.2%}" in page.text
@@ -207,7 +207,7 @@ def test_numbers_and_tables_are_those_of_the_analysis(analysis: Analysis) -> Non
             measured = analysis.layers[name].null_count < len(analysis.layers)
             assert bool(re.search(rf"\b{name}\b", page.text)) == measured, name
     share = analysis.summary["layer_variance"]["mass"]["single_over_aggregate"]
-    assert f"{share:.0%} is there at a single token" in page.text
+    assert f"At a single token, {share:.0%} of the variance is there" in page.text
     images = [attributes["src"] for tag, attributes in page.elements if tag == "img"]
     pictures = [name for name in analysis.summary["figures"] if name.endswith(".png")]
     files = [(analysis.path / name).read_bytes() for name in pictures]
@@ -251,13 +251,13 @@ def test_what_is_missing_is_said_with_its_reason(
         "Cross-entropy, delta CE, loss recovered, KL and top-1 agreement were not measured: there "
         f"is no model directory {world.model}" in text
     )
-    assert "Cosines with the token embedding and the unembedding are not there" in text
+    assert "Cosines with the token embedding and the unembedding are missing" in text
     assert "delta_ce" not in text
     assert text.count("not measured") >= 3
-    assert "Examples of what latents are active for: this analysis has no table of them." in text
+    assert "Examples of latents: this analysis has no table of them." in text
     whole = page_of(analysis).text
     assert "were not measured" not in whole
-    assert "To know beforehand" not in whole
+    assert "<h3>Notes</h3>" not in render(analysis)
 
 
 def test_provenance_names_everything_and_how_to_make_it(analysis: Analysis, world: Any) -> None:
@@ -496,7 +496,7 @@ def test_prompts_have_a_section_of_their_own(analysis: Analysis, tmp_path: Path)
     heads = [a["id"] for tag, a in page.elements if tag == "h2"]
     assert heads == ["numbers", "figures", "prompts", "layers", "latents", "provenance"]
     images = [attributes for tag, attributes in page.elements if tag == "img"]
-    assert [image["alt"] for image in images] == ["How often latents are active", "“Mary had <b>”"]
+    assert [image["alt"] for image in images] == ["Densities of latents", "“Mary had <b>”"]
     width, height = (
         str(round(96 * inches)) for inches in analysis.figure("density").get_size_inches()
     )

@@ -165,7 +165,7 @@ def test_the_page_in_chromium(
     assert sorted(row[0] for row in seen["by_id"]) == ["17", "5"]
 
     assert seen["expanded"] == "true"
-    assert "Where it is strongest" in seen["detail"]
+    assert "Strongest examples" in seen["detail"]
     assert "layer 1, value 4, sequence 3, position 8" in seen["detail"]
     assert "range 2" in seen["detail"]
     assert len(seen["examples"]) == 3

@@ -1,4 +1,4 @@
-"""Figures of the decoder's directions: among each other, and beside the embeddings."""
+"""Figures of decoder directions: cosines with each other and with embeddings."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,7 +28,7 @@ from mlsae.analyze.results.figures.style import (
 
 _HEIGHT = 2.3
 _SHOWN_COSINES = 0.0005
-"""Cosines are shown as far out as one pair in so many lies on either side."""
+"""Share of pairs beyond either end of the cosines that are shown."""
 
 
 @mpl.rc_context(STYLE)
@@ -55,7 +55,7 @@ def decoder_cosine(histograms: pa.Table, latents: pa.Table, summary: Mapping[str
 
 @mpl.rc_context(STYLE)
 def embedding_cosine(latents: pa.Table) -> Figure:
-    """The largest cosine of each decoder direction with a row of W_E, and with one of W_U."""
+    """Largest cosine of each decoder direction with a row of W_E, and with a row of W_U."""
     figure, axes = canvas(COLUMN, _HEIGHT)
     axes.set(title="Directions beside embeddings", xlabel="largest cosine with a row")
     count_axis(axes, "latents")
@@ -76,8 +76,8 @@ def embedding_cosine(latents: pa.Table) -> Figure:
 def layer_cosine(layer_cosine: pa.Table) -> Figure:
     """Heat map of pairs of living latents: distance of mean layers, cosine of directions.
 
-    Each column, of one range of distances, is scaled to add up to 1, so that the rarer pairs that
-    lie far apart are seen as well.
+    Each column, a range of distances, is scaled to a sum of 1, so that pairs far apart, which are
+    rarer, show as well.
     """
     figure, axes = canvas(COLUMN, 2.5)
     axes.grid(visible=False)

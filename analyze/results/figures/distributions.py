@@ -28,28 +28,28 @@ from mlsae.analyze.results.figures.style import (
 
 _MAX_COLUMNS = 1200
 _NAMED = 24
-"""So many latents at most are named on the axis."""
+"""Most latents that are named on the axis."""
 
 _LEAST = 1e-3
-"""Latents of a prompt whose largest value is below are left out, as in the published figures."""
+"""Least largest value of a latent that is shown for a prompt, as in the published figures."""
 
 _SHOWN_TEXT = 60
-"""Letters of a prompt that its title has room for; wide ones, as Chinese, count twice."""
+"""Characters of a prompt that fit in a title; wide ones, such as Chinese, count twice."""
 
 
 @mpl.rc_context(STYLE)
 def layer_distribution(latents: pa.Table, latent_layers: pa.Table) -> Figure:
     """Heat map of P(layer | latent) by totals, living latents from left to right by mean layer.
 
-    Over 1,200 latents, neighbours are averaged into one column. Colours follow the square root, so
-    that latents spread over many layers do not drown.
+    Beyond 1,200 latents, neighbours are averaged into one column. Colours follow the square root,
+    which keeps latents visible that are spread over many layers.
     """
     return _of_all(latents, latent_layers, "", "by total of values")
 
 
 @mpl.rc_context(STYLE)
 def layer_distribution_by_count(latents: pa.Table, latent_layers: pa.Table) -> Figure:
-    """The same by how often a latent is active instead of how strongly."""
+    """Heat map of P(layer | latent) by counts of events, as `layer_distribution` for totals."""
     return _of_all(latents, latent_layers, "_by_count", "by count of activations")
 
 
@@ -62,10 +62,10 @@ def prompt(
     P is by totals. Latents whose largest value in the prompt is below 0.001 are left out.
 
     Args:
-        prompts: the table.
-        layers: the table, for the layers' ids.
-        summary: holds the prompts' texts.
-        number: of the prompt.
+        prompts: the table `prompts`.
+        layers: the table `layers`, for the ids of layers.
+        summary: the summary, for the texts of prompts.
+        number: number of the prompt, from 0.
     """
     ids = layers["layer"].to_numpy()
     mine = prompts.filter((pc.field("prompt") == number) & pc.field("eligible"))
@@ -121,7 +121,7 @@ def _heat_map(
         axes.set_xticks([])
         nothing(axes, if_none)
         return figure
-    # Columns of equal width, so as near to equally many latents each as can be.
+    # Columns are equally wide, so their numbers of latents differ by one at most.
     num_columns = min(len(order), _MAX_COLUMNS)
     starts = np.arange(num_columns + 1) * len(order) // num_columns
     image = np.add.reduceat(probs_LM[:, order], starts[:-1], axis=1) / np.diff(starts)

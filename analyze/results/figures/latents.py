@@ -1,4 +1,4 @@
-"""Histograms of what each latent is: where it is active, how often, for which tokens."""
+"""Histograms over latents: layers, density, token ids."""
 
 import matplotlib as mpl
 import numpy as np
@@ -38,11 +38,11 @@ _DEAD = "every latent is dead"
 
 @mpl.rc_context(STYLE)
 def mean_layer(histograms: pa.Table) -> Figure:
-    """Histograms of the latents' mean layers, and of their distance to a whole number."""
+    """Histograms of the mean layers of latents, and of their distance to a whole number."""
     figure, (first, second) = canvas(PAGE, _HEIGHT, 2)
     bars(first, histograms, "layer_mean")
     first.set(title="Mean layer of a latent", xlabel="mean layer")
-    # As wide where there is one layer only.
+    # One layer alone gets a bar of the same width.
     low, high = first.dataLim.intervalx
     first.set_xlim(low - 0.4, high + 0.4)
     first.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -55,7 +55,7 @@ def mean_layer(histograms: pa.Table) -> Figure:
 
 
 def bars(axes: Axes, histograms: pa.Table, name: str) -> None:
-    """One of the histograms of the table."""
+    """Draw one of the histograms of the table."""
     mine = histograms.filter(pc.field("histogram") == name)
     edges = np.append(mine["low"].to_numpy(), mine["high"].to_numpy()[-1:])
     stairs(axes, mine["count"].to_numpy(), edges)
@@ -120,7 +120,7 @@ def bimodality(latents: pa.Table) -> Figure:
 
 @mpl.rc_context(STYLE)
 def num_layers(latent_layers: pa.Table) -> Figure:
-    """At how many layers a latent is active for at least 1, 10, 100, … rows."""
+    """Number of layers at which a latent is active for at least 1, 10, 100, … rows."""
     figure, axes = canvas(COLUMN, _HEIGHT)
     of_layers = len(pc.unique(latent_layers["layer"]))
     counts = latent_layers["count"].to_numpy().reshape(-1, of_layers)
@@ -161,7 +161,7 @@ def density(latents: pa.Table) -> Figure:
 
 @mpl.rc_context(STYLE)
 def token_entropy(latents: pa.Table) -> Figure:
-    """Entropy over token ids of what a latent is active for."""
+    """Entropy over token ids of the events of each latent."""
     found = known(latents, "token_entropy")
     figure, axes = canvas(COLUMN, _HEIGHT)
     axes.set(title="Entropy of a latent's token ids", xlabel="nats (0: one token id)")
@@ -184,7 +184,7 @@ def _both_ways(
     if len(found[0]) == 0:
         nothing(axes, if_none)
         return
-    # The largest a sum can come to by rounding belongs to the last bin.
+    # A sum that rounding puts above the largest value belongs to the last bin.
     by_total, by_count = (np.minimum(of, high) for of in found)
     histogram(axes, by_total, 0, high, label="by total", alpha=0.75)
     histogram(axes, by_count, 0, high, color=ORANGE, fill=False, label="by count", linewidth=1.2)

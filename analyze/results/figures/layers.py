@@ -1,4 +1,4 @@
-"""Figures with a point a layer: of the table `layers`."""
+"""Figures of the table `layers`, with a point a layer."""
 
 import matplotlib as mpl
 import numpy as np
@@ -23,7 +23,7 @@ _LARGE_RANGE = 20.0
 
 @mpl.rc_context(STYLE)
 def reconstruction(layers: pa.Table) -> Figure:
-    """Fraction of variance unexplained, and how reconstructions lie to the activations."""
+    """Fraction of variance unexplained, and cosine and bias of reconstructions."""
     figure, (first, second) = canvas(PAGE, _HEIGHT, 2)
     _lines(first, layers, {"fvu": "about channel means", "fvu_published": "one mean, as published"})
     first.set(title="Variance unexplained", ylabel="FVU")
@@ -41,12 +41,12 @@ def reconstruction(layers: pa.Table) -> Figure:
 
 @mpl.rc_context(STYLE)
 def sparsity(layers: pa.Table) -> Figure:
-    """How many latents a row has, and shares of latents that no row or many rows have."""
+    """Active latents of a row, and shares of latents that are active at no row or at many."""
     figure, (first, second) = canvas(PAGE, _HEIGHT, 2)
     _lines(first, layers, {"l0": None})
     first.set(title="Active latents of a row", ylabel="L0 (latents)")
     _finish(first, zero=True)
-    # Where no latent is active, any number of them has density 0.
+    # Without an active latent the density is 0, whatever the number of latents.
     active = values(layers, "density") > 0
     if active.any():
         num_latents = float((values(layers, "l0") / values(layers, "density"))[active][0])
@@ -71,7 +71,7 @@ def sparsity(layers: pa.Table) -> Figure:
 
 @mpl.rc_context(STYLE)
 def cross_entropy(layers: pa.Table) -> Figure:
-    """What it costs the transformer that one layer's activations are reconstructions."""
+    """Cost for the transformer of one layer's reconstructions in place of its activations."""
     figure, (first, second) = canvas(PAGE, _HEIGHT, 2)
     _lines(first, layers, {"delta_ce": "cross-entropy added", "kl": "KL(untouched ‖ spliced)"})
     if layers["ce_store"].null_count == 0:
@@ -98,7 +98,7 @@ def cross_entropy(layers: pa.Table) -> Figure:
 
 @mpl.rc_context(STYLE)
 def norm_cosine(layers: pa.Table) -> Figure:
-    """Mean L2 norm of the activations, and how alike a layer is to the next."""
+    """Mean L2 norm of the activations, and cosine of a layer with the next."""
     figure, (first, second) = canvas(PAGE, _HEIGHT, 2)
     _lines(first, layers, {"norm": None})
     first.set(title="Mean L2 norm of activations", ylabel="‖x‖ (activation)")
@@ -130,7 +130,7 @@ def _lines(axes: Axes, layers: pa.Table, columns: dict[str, str | None]) -> None
 
 
 def _finish(axes: Axes, *, zero: bool = False) -> None:
-    """Maybe 0 at the bottom, and a legend if there is something to tell."""
+    """Start the axis at 0 where asked, and add a legend for series with labels."""
     if zero:
         axes.set_ylim(bottom=0)
     if axes.get_legend_handles_labels()[1]:

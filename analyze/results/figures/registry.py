@@ -1,6 +1,6 @@
 """Every figure of an analysis by name, each a function of its tables, in one style.
 
-A function's arguments are parts of an `Analysis`, by name: tables, or its summary.
+Arguments of a function are named as the fields of an `Analysis` they take: tables or the summary.
 """
 
 import inspect
@@ -36,26 +36,26 @@ from mlsae.analyze.results.figures.style import save
 from mlsae.analyze.results.figures.variance import layer_variance
 from mlsae.base.errors import InputError
 
-Parts = Mapping[str, Any]
-"""Tables by name, and the summary as `summary`."""
+Sources = Mapping[str, Any]
+"""Tables by name, and the summary as `summary`: the data that figures are drawn from."""
 
 
-def _has_variance(parts: Parts) -> bool:
-    return parts["summary"]["layer_variance"] is not None
+def _has_variance(sources: Sources) -> bool:
+    return sources["summary"]["layer_variance"] is not None
 
 
-def _always(_parts: Parts) -> bool:
+def _always(_sources: Sources) -> bool:
     return True
 
 
-def _has(table: str, *columns: str) -> Callable[[Parts], bool]:
-    """Whether one of the columns has a number."""
-    return lambda parts: any(
-        parts[table][column].null_count < len(parts[table]) for column in columns
+def _has(table: str, *columns: str) -> Callable[[Sources], bool]:
+    """A condition: one of the columns has a number."""
+    return lambda sources: any(
+        sources[table][column].null_count < len(sources[table]) for column in columns
     )
 
 
-FIGURES: Mapping[str, tuple[Callable[..., Figure], Callable[[Parts], bool]]] = {
+FIGURES: Mapping[str, tuple[Callable[..., Figure], Callable[[Sources], bool]]] = {
     "reconstruction": (reconstruction, _always),
     "sparsity": (sparsity, _always),
     "cross_entropy": (cross_entropy, _has("layers", "delta_ce")),
@@ -77,42 +77,44 @@ FIGURES: Mapping[str, tuple[Callable[..., Figure], Callable[[Parts], bool]]] = {
         _has("latents", "embedding_cosine", "unembedding_cosine"),
     ),
 }
-"""Name → the function that draws a figure, and whether some parts hold what it shows. Prompts have
-one more each, `prompt_0` and so on."""
+"""Name → the function that draws a figure, and the condition that the data for it are there.
+
+Each prompt has a figure more, `prompt_0` and so on.
+"""
 
 
-def names(parts: Parts) -> tuple[str, ...]:
-    """The figures that can be drawn of some parts, in the order of docs/look-at-an-analysis.md."""
-    fixed = (name for name, (_, can) in FIGURES.items() if can(parts))
-    return (*fixed, *(f"prompt_{n}" for n in range(len(parts["summary"]["prompts"]))))
+def names(sources: Sources) -> tuple[str, ...]:
+    """Names of the figures that can be drawn, in the order of docs/look-at-an-analysis.md."""
+    fixed = (name for name, (_, can) in FIGURES.items() if can(sources))
+    return (*fixed, *(f"prompt_{n}" for n in range(len(sources["summary"]["prompts"]))))
 
 
-def draw(name: str, parts: Parts) -> Figure:
-    """One figure, as a matplotlib `Figure` that nothing else holds.
+def draw(name: str, sources: Sources) -> Figure:
+    """Draw a figure as a new matplotlib `Figure`.
 
     Raises:
-        InputError: there is no such figure of these parts.
+        InputError: there is no such figure of these data.
     """
-    if name not in (known := names(parts)):
+    if name not in (known := names(sources)):
         raise InputError(f"there is no figure {name!r}: the figures are {', '.join(known)}")
     if name in FIGURES:
         function = FIGURES[name][0]
     else:
         function = partial(prompt, number=int(name.removeprefix("prompt_")))
     needed = inspect.signature(function).parameters
-    return function(**{part: parts[part] for part in needed if part in parts})
+    return function(**{source: sources[source] for source in needed if source in sources})
 
 
-def draw_all(directory: Path, parts: Parts, progress: Callable[[int], object]) -> list[str]:
-    """Draw every figure into `directory`, as PNG and as SVG; their file names.
+def draw_all(directory: Path, sources: Sources, progress: Callable[[int], object]) -> list[str]:
+    """Draw every figure into `directory`, as PNG and as SVG, and return the file names.
 
     Args:
-        directory: an empty one.
-        parts: of the analysis.
-        progress: told 1 for each figure.
+        directory: an empty directory.
+        sources: the data of the analysis.
+        progress: called with 1 for each figure.
     """
     files = []
-    for name in names(parts):
-        files += save(draw(name, parts), directory, name)
+    for name in names(sources):
+        files += save(draw(name, sources), directory, name)
         progress(1)
     return files

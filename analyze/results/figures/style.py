@@ -1,4 +1,4 @@
-"""One style for every figure of an analysis: a paper's columns, colours that all tell apart."""
+"""One style for every figure of an analysis: widths of a paper's columns, colours for all eyes."""
 
 import warnings
 from pathlib import Path
@@ -17,11 +17,11 @@ Float = npt.NDArray[np.float64]
 COLUMN, PAGE = 3.3, 6.75
 """Width in inches of one column of a two-column paper, and of both."""
 
-# Okabe and Ito's colours, told apart by everyone.
+# Colours of Okabe and Ito, which people with any colour vision tell apart.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 SKY, GREY = "#56B4E9", "#666666"
 SERIES = ((BLUE, "o-"), (ORANGE, "s--"), (GREEN, "^:"), (PURPLE, "D-."), (SKY, "v-"), (GREY, "P--"))
-"""Colour, marker and line of each series of a panel, told apart in grey as well."""
+"""Colour, marker and line of each series of a panel, distinct in grey as well."""
 
 STYLE: dict[Any, Any] = {
     "font.size": 8,
@@ -43,32 +43,32 @@ STYLE: dict[Any, Any] = {
     "legend.handlelength": 2.2,
     "figure.dpi": 200,
     "savefig.dpi": 200,
-    # Text stays text, and equal figures are equal bytes.
+    # Text stays text, and equal figures have equal bytes.
     "svg.fonttype": "none",
     "svg.hashsalt": "mlsae",
     "pdf.fonttype": 42,
 }
 THOUSANDS = StrMethodFormatter("{x:,.0f}")
 COLOURS = "viridis"
-"""Colour map of every heat map: as light as it is large, also in grey."""
+"""Colour map of every heat map, whose lightness grows with the value."""
 
 MAX_BINS = 50
 
 
 def canvas(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
-    """An empty figure of so many inches, and its axes: one, or an array of them."""
+    """An empty figure, `width` by `height` inches, and its axes: one, or an array of them."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(1, columns)
 
 
 def save(figure: Figure, directory: Path, name: str) -> list[str]:
-    """Write a figure as PNG and SVG; the names of the files. Equal figures give equal bytes."""
+    """Write a figure as PNG and SVG, equal bytes for equal figures, and return the file names."""
     files = [f"{name}.png", f"{name}.svg"]
     with mpl.rc_context(STYLE), warnings.catch_warnings():
-        # Prompts are in any script; in the SVG their text stays text, whatever this font lacks.
+        # Prompts may be in a script that this font lacks; in the SVG their text stays text.
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
         figure.savefig(directory / files[0])
-        # What the first has laid out, the second need not.
+        # The layout of the first file serves the second.
         figure.set_layout_engine("none")
         figure.savefig(directory / files[1], metadata={"Date": None})
     return files
@@ -80,42 +80,42 @@ def values(table: pa.Table, column: str) -> Float:
 
 
 def known(table: pa.Table, column: str) -> Float:
-    """What of a column is not null, as float64."""
+    """Values of a column that are not null, as float64."""
     return np.asarray(table[column].drop_null().to_numpy(), dtype=np.float64)
 
 
 def stairs(axes: Axes, counts: Any, edges: Any, color: str = BLUE, **options: Any) -> None:
-    """A histogram of given counts, filled if not said otherwise."""
+    """Draw a histogram of given counts, filled by default."""
     axes.stairs(counts, edges, **{"fill": True, "color": color, **options})
 
 
 def histogram(axes: Axes, found: Float, low: float, high: float, **options: Any) -> None:
-    """A histogram of values between two ends, with as many bins as there is something to see."""
+    """Draw a histogram of values between two ends, with more bins for more values."""
     num_bins = int(np.clip(10 + len(found) // 20, 10, MAX_BINS))
     stairs(axes, *np.histogram(found, num_bins, (low, high if high > low else low + 1)), **options)
 
 
 def mark(axes: Axes, at: float, label: str, linestyle: str = "--") -> None:
-    """A vertical line as high as what has been drawn."""
+    """Draw a vertical line over the height of the axes."""
     top = axes.get_ylim()[1]
     axes.plot([at, at], [0, top], color="black", linestyle=linestyle, linewidth=1, label=label)
     axes.set_ylim(0, top)
 
 
 def mark_mean(axes: Axes, found: Float, what: str = "mean") -> None:
-    """A line at the mean of values, which the legend tells."""
+    """Draw a line at the mean of values, with the mean in the legend."""
     mark(axes, found.mean(), f"{what} {found.mean():#.3g}")
 
 
 def count_axis(axes: Axes, label: str) -> None:
-    """Whole numbers with thousands separators from the bottom to the top."""
+    """Label the vertical axis with whole numbers and thousands separators."""
     axes.set_ylabel(label)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.yaxis.set_major_formatter(THOUSANDS)
 
 
 def legend(axes: Axes, columns: int = 1) -> None:
-    """A legend above what is drawn, never over it; for axes whose scale is linear."""
+    """Put a legend above the drawing, never over it, in axes with a linear scale."""
     _, labels = axes.get_legend_handles_labels()
     low, high = axes.get_ylim()
     axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= high])
@@ -126,7 +126,7 @@ def legend(axes: Axes, columns: int = 1) -> None:
         columnspacing=1,
         borderaxespad=0.1,
         labelspacing=0.2,
-        # Over the grid.
+        # The frame hides the grid.
         frameon=True,
         framealpha=1,
         edgecolor="none",
@@ -134,13 +134,13 @@ def legend(axes: Axes, columns: int = 1) -> None:
 
 
 def nothing(axes: Axes, why: str) -> None:
-    """Say in an empty panel why it is empty."""
+    """Write into an empty panel why it is empty."""
     axes.text(0.5, 0.5, why, ha="center", va="center", transform=axes.transAxes)
     axes.grid(visible=False)
 
 
 def layer_ticks(axis: Any, layers: npt.NDArray[Any], at: npt.NDArray[Any] | None = None) -> None:
-    """Whole layer ids, at most about a dozen of them, where they lie or one beside the other."""
+    """Label an axis with about a dozen layer ids, at their values or side by side."""
     step = max(1, -(-len(layers) // 12))
     places = np.arange(len(layers)) if at is None else at
     axis.set_ticks(places[::step], [str(layer) for layer in layers[::step]])

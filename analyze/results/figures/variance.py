@@ -1,4 +1,4 @@
-"""The figure of the variance of the layer: what of it there is at a single token."""
+"""The figure of the variance of the layer, with the share at single tokens."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ _TERMS = {
 
 @mpl.rc_context(STYLE)
 def layer_variance(summary: Mapping[str, Any]) -> Figure:
-    """The terms of the variance of the layer, and the share of a latent's own at a single token."""
+    """The terms of the variance of the layer, and the share at a single token within latents."""
     found = summary["layer_variance"]
     figure, (first, second) = canvas(PAGE, 2.1, 2)
     _terms(first, found)

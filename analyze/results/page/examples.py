@@ -15,7 +15,7 @@ from mlsae.analyze.results.page.json import as_json
 Int = npt.NDArray[np.int64]
 
 TOP, FIRST_TOP = 8, 3
-"""Of the largest values so many examples are shown, and so many come before any other kind."""
+"""Examples of the largest values that are shown, and those that come before any other kind."""
 
 BEFORE, AFTER = 24, 8
 """Tokens shown before the peak and after it, of windows that have more."""
@@ -39,16 +39,16 @@ _READ = (
 
 
 def examples_data(examples: pd.Dataset, chosen: Int, most_bytes: int) -> dict[str, Any]:
-    """What a page's script reads of the examples of the latents shown.
+    """Data on examples of the shown latents for the page's script.
 
     Where not all fit, every latent keeps as many as the others: first the three largest, then one
     of each range of values that samples were drawn from, then more of the largest, at last the
     largest at each layer.
 
     Args:
-        examples: the table.
-        chosen: the latents shown.
-        most_bytes: of the JSON, about.
+        examples: the table `examples`.
+        chosen: indices of the latents shown.
+        most_bytes: size of the JSON that is not exceeded, nearly.
 
     Returns:
         `pieces`, different texts of a token; `examples`, in the order of latents: latent, kind (0
@@ -74,7 +74,7 @@ def examples_data(examples: pd.Dataset, chosen: Int, most_bytes: int) -> dict[st
 
 
 def _chosen(examples: pd.Dataset, chosen: Int) -> pa.Table:
-    """Of the latents shown, what may be shown, those first that are kept where there is room."""
+    """Examples of the shown latents, in the order in which they are kept while there is room."""
     kind, rank = pc.field("kind"), pc.field("rank")
     wanted = ((kind == "top") & (rank < TOP)) | (kind == "sample")
     wanted = wanted | ((kind == "top_layer") & (rank == 0))
@@ -87,13 +87,13 @@ def _chosen(examples: pd.Dataset, chosen: Int) -> pa.Table:
     later = np.where((kinds == 0) & (rank >= FIRST_TOP), 1.5, kinds)
     order = np.lexsort((rank, latent, within, later))
     keys = np.stack([latent, kinds, within])[:, order]
-    # One sample of each range will do.
+    # One sample of each range is enough.
     first = np.unique(keys, axis=1, return_index=True)[1]
     return table.take(pa.array(order[np.sort(first)]))
 
 
 def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """Rows, without those at a layer that are among the largest over all layers too."""
+    """Rows, without those at a layer that are also among the largest over all layers."""
     seen: set[tuple[int, int, int]] = set()
     for first in range(0, len(table), _AT_ONCE):
         for row in table.slice(first, _AT_ONCE).to_pylist():
@@ -110,7 +110,7 @@ def _example(row: dict[str, Any], pieces: dict[str, int]) -> list[Any]:
     window = slice(first, peak + AFTER + 1)
     texts = row["pieces"]
     shown = [f"⟨{token}⟩" for token in row["token_ids"]] if texts is None else texts
-    # Null where a token is no row of the store, or none that may be a peak.
+    # Tokens that are no row of the store, or no eligible one, have no value.
     values = [value or 0.0 for value in row["values"][window]]
     most = max(*values, row["value"], 0.0)
     active = [(place, _percent(value, most)) for place, value in enumerate(values) if value > 0]

@@ -9,20 +9,20 @@ from typing import Any
 from mlsae.analyze.results.analysis import Analysis
 
 _CAPTIONS = {
-    "reconstruction": "How well each layer is reconstructed",
-    "sparsity": "How many latents a row of each layer uses",
-    "cross_entropy": "What predictions lose by splicing a layer",
-    "norm_cosine": "Norms of the activations, and how alike neighbouring layers are",
+    "reconstruction": "Reconstruction of each layer",
+    "sparsity": "Active latents of a row, by layer",
+    "cross_entropy": "Cost for predictions of splicing a layer",
+    "norm_cosine": "Norms of the activations, and cosines of neighbouring layers",
     "layer_distribution": "P(layer | latent) of every living latent, by mean layer",
-    "layer_distribution_by_count": "The same, by how often instead of how strongly",
+    "layer_distribution_by_count": "P(layer | latent) by counts of events, not totals of values",
     "mean_layer": "Mean layers of latents, and their distance to a whole number",
-    "layer_std": "How far latents spread over layers",
+    "layer_std": "Spread of latents over layers",
     "layer_entropy": "Entropy of latents over layers",
-    "bimodality": "Whether latents have two separate groups of layers",
-    "num_layers": "At how many layers latents are active",
-    "layer_variance": "Where the variance of the layer lies",
-    "density": "How often latents are active",
-    "token_entropy": "How many different tokens latents are active for",
+    "bimodality": "Bimodality of latents over layers",
+    "num_layers": "Number of layers at which latents are active",
+    "layer_variance": "Terms of the variance of the layer",
+    "density": "Densities of latents",
+    "token_entropy": "Entropy of latents over token ids",
     "decoder_cosine": "Cosines of two latents’ decoder directions",
     "layer_cosine": "Decoder cosine by distance of the mean layers",
     "embedding_cosine": "Decoder directions against embedding and unembedding",
@@ -40,12 +40,12 @@ def embed_figures(
     """The PNG files among an analysis' figures, those of prompts last.
 
     Args:
-        analysis: whose directory holds them.
-        most_bytes: of all URIs; figures that would be more are left out.
+        analysis: the analysis, with the files in its directory.
+        most_bytes: size of all URIs; a figure that would exceed it is left out.
 
     Returns:
         For each figure `uri`, `name`, `caption`, `is_prompt`, and `width` and `height` in CSS
-        pixels; the names of those left out; the bytes of the others.
+        pixels; the names of figures left out; the size of the others in bytes.
     """
     names = [name for name in analysis.summary["figures"] if name.endswith(".png")]
     names.sort(key=lambda name: PurePosixPath(name).name.startswith(_PROMPT))

@@ -1,4 +1,7 @@
-"""The latents that a page shows, as compact JSON. N latents are shown, of L layers."""
+"""The latents that a page shows, as compact JSON.
+
+Shapes: N latents shown, L layers.
+"""
 
 from typing import Any
 
@@ -10,10 +13,10 @@ import pyarrow.compute as pc
 Int = npt.NDArray[np.int64]
 
 MAX_LATENTS = 4096
-"""All latents are shown up to so many."""
+"""Number of latents up to which all are shown."""
 
 MAX_CELLS = 120_000
-"""Latents times layers: of SAEs of many layers, fewer latents are shown."""
+"""Most latents times layers that are shown, so fewer latents for more layers."""
 
 COLUMNS: tuple[tuple[str, str], ...] = (
     ("density", "density"),
@@ -25,18 +28,18 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     ("token_entropy", "token entropy"),
     ("decoder_cosine", "decoder cosine"),
 )
-"""Columns of `latents` that are shown, and what the page calls them."""
+"""Columns of `latents` that are shown, with their names on the page."""
 
 _MORE = ("count", "layer_var_token", "num_token_ids", "decoder_latent")
-"""Shown of one latent only."""
+"""Columns that are shown for an opened latent alone."""
 
 
 def choose(latents: pa.Table, num_layers: int) -> tuple[Int, str]:
-    """Which latents are shown, by index, and by what rule, in words.
+    """Indices of the latents that are shown, and the rule that chose them, in words.
 
-    All, if they are few. Otherwise a third each: the most frequent; and of those at least as
-    frequent as the median living latent, those with the widest and with the narrowest spread over
-    layers. Who comes under two rules makes room for more of the most frequent.
+    Few latents are all shown. Of many, a third are the most frequent; a third have the widest and a
+    third the narrowest spread over layers among latents at least as frequent as the median living
+    one. A latent chosen twice makes room for more of the most frequent.
     """
     most = max(3, min(MAX_LATENTS, MAX_CELLS // num_layers))
     count = latents["count"].to_numpy()
@@ -63,17 +66,17 @@ def choose(latents: pa.Table, num_layers: int) -> tuple[Int, str]:
 
 
 def latents_data(latents: pa.Table, latent_layers: pa.Table, chosen: Int) -> dict[str, Any]:
-    """What a page's script reads of the latents shown.
+    """Data on the shown latents for the page's script.
 
     Args:
-        latents: the table, in the order of latents.
-        latent_layers: the table, by latent, then layer.
-        chosen: (N,) indices.
+        latents: the table `latents`, in the order of latents.
+        latent_layers: the table `latent_layers`, by latent, then layer.
+        chosen: (N,) indices of latents.
 
     Returns:
         `layers` (L); `latents` (N); `columns`, each with a name and N values, of four significant
-        digits, null where they are; `profile` (N · L), P(layer | latent) in thousandths, 0 of a
-        dead latent; `counts` (N · L), rows at which the latent is active at the layer.
+        digits or null; `profile` (N · L), P(layer | latent) in thousandths, 0 for a dead
+        latent; `counts` (N · L), rows at which the latent is active at the layer.
     """
     layers = pc.unique(latent_layers["layer"]).to_pylist()
     shown = latents.take(pa.array(chosen))

@@ -1,4 +1,4 @@
-"""Where an analysis comes from, as the page says it; all as plain text."""
+"""The provenance of an analysis on the page, as plain text."""
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,16 +22,16 @@ _SETTINGS = (
 
 
 def provenance(summary: Row) -> list[tuple[str, str]]:
-    """Names and values of what the analysis is of, in the order in which they are shown."""
+    """Names and values of the inputs of an analysis, in the order of the page."""
     model, sae = summary["model"], summary["sae_config"]
     stores = [
         f"{of['store_id']} ({number(of['num_sequences'])} sequences)" for of in summary["stores"]
     ]
     rows: list[tuple[str, object]] = [
         ("transformer", model.get("name") or "not recorded"),
-        ("its revision", model.get("revision")),
-        ("its initialisation", _init(model)),
-        ("its weights (fingerprint)", summary["model_fingerprint"]),
+        ("revision", model.get("revision")),
+        ("initialisation", _init(model)),
+        ("transformer weights (fingerprint)", summary["model_fingerprint"]),
         ("site", summary["site"]),
         ("layers", format_ranges(summary["layers"])),
         ("text", _listed(of.get("name") for of in summary["text"])),
@@ -41,8 +41,8 @@ def provenance(summary: Row) -> list[tuple[str, str]]:
         ("plan_id", summary["plan_id"]),
         ("encoding", summary["encoding"]),
         ("SAE", summary["sae"]),
-        ("its weights (SHA-256)", summary["sae_sha256"]),
-        ("its kind", _listed(f"{key} {_setting(sae[key])}" for key in _in_order(sae))),
+        ("SAE weights (SHA-256)", summary["sae_sha256"]),
+        ("SAE kind", _listed(f"{key} {_setting(sae[key])}" for key in _in_order(sae))),
         (
             "rows evaluated",
             f"{number(summary['num_rows'])} over all layers ({summary['rows']}: "
@@ -89,7 +89,7 @@ def _setting(value: object) -> str:
 
 
 def commands(found: Mapping[str, Sequence[str] | str]) -> list[tuple[str, list[str], str]]:
-    """Stage, its commands, and why there are none; in the order in which they are run."""
+    """Stage, commands, and the reason where there are none, in the order of the stages."""
     rows: list[tuple[str, list[str], str]] = []
     for stage in (stage for stage in _STAGES if stage in found):
         lines = found[stage]
@@ -101,7 +101,7 @@ def commands(found: Mapping[str, Sequence[str] | str]) -> list[tuple[str, list[s
 
 
 def _broken(command: str) -> str:
-    """A command with each option on a line of its own, which a shell reads as one."""
+    """A command with each option on a line of its own, continued for the shell."""
     words = shlex.split(command)
     starts = [n for n, word in enumerate(words) if word.startswith("-")]
     ends = [0, *starts, len(words)]

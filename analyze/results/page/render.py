@@ -1,4 +1,4 @@
-"""`index.html`: one page that holds an analysis, and asks for nothing else."""
+"""`index.html`, one page that holds an analysis and loads nothing else."""
 
 import base64
 import hashlib
@@ -27,16 +27,16 @@ from mlsae.analyze.results.page.tables import (
 from mlsae.base.files import write_durably
 
 MAX_BYTES = 6_000_000
-"""A page has at most so many bytes, whatever the analysis."""
+"""Largest size of a page, whatever the analysis."""
 
 FIGURE_BYTES = 2_000_000
-"""Of them, those for figures."""
+"""Part of the page's bytes for figures."""
 
 EXAMPLE_BYTES = 2_500_000
-"""Of them, those for examples, or what the others leave."""
+"""Part of the page's bytes for examples, or less where the others leave less."""
 
 _FRAME_BYTES = 600_000
-"""Of them, those for tables, provenance, style and script."""
+"""Part of the page's bytes for tables, provenance, style and script."""
 
 _TEMPLATES = Path(__file__).with_name("templates")
 
@@ -45,13 +45,13 @@ def write_page(analysis: Analysis, path: Path) -> None:
     """Write the page of an analysis; equal tables and figures give equal bytes.
 
     Args:
-        analysis: what is shown; its figures are read from its directory.
+        analysis: the analysis, with its figures in its directory.
         path: the file, which is replaced.
 
     Raises:
         ResourceError: the disk is full.
     """
-    # A path on disk may hold bytes that are no UTF-8, and be named in a summary.
+    # A summary may name a path whose bytes are no UTF-8.
     write_durably(path, render(analysis).encode("utf-8", "replace"))
 
 
@@ -65,7 +65,7 @@ def render(analysis: Analysis) -> str:
     examples = analysis.examples
     notes = [f"Figures left out to keep this page small: {', '.join(left_out)}"] if left_out else []
     if examples is None:
-        notes.append("Examples of what latents are active for: this analysis has no table of them.")
+        notes.append("Examples of latents: this analysis has no table of them.")
     else:
         told = summary.get("examples")
         if isinstance(told, Mapping) and told.get("no_text_because"):
@@ -127,7 +127,7 @@ def _csp_hash(text: str) -> str:
 
 def _title(summary: Mapping[str, Any]) -> str:
     model = PurePosixPath(str(summary["model"].get("name") or "an unnamed transformer"))
-    # The last two parts of a path say more than `model`; a hub id has no more.
+    # Two parts are a hub id, and tell more of a path than the last one alone.
     name = "/".join(model.parts[-2:])
     layers = len(summary["layers"])
     return (

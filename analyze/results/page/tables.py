@@ -1,4 +1,4 @@
-"""What the page says in numbers: the headline, the tables, the provenance; all as plain text."""
+"""The numbers of the page, as plain text: headline, tables, missing ones."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -53,7 +53,7 @@ _DECOMPOSITIONS = {"mass": "mass", "pair_uniform": "pair-uniform", "as_coded": "
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """So many significant digits, whole numbers in full, and a dash for None."""
+    """A number with `digits` significant digits, or in full where it is whole; a dash for None."""
     if value is None:
         return "–"
     if isinstance(value, int):
@@ -67,19 +67,19 @@ def numbers(found: Row) -> list[tuple[str, str]]:
 
 
 def interval(row: Row, name: str, digits: int = 4) -> str:
-    """The 95% interval of a column, or nothing."""
+    """The 95% interval of a column, or an empty text."""
     low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
     return "" if low is None or high is None else f"{number(low, digits)} to {number(high, digits)}"
 
 
 def headline(analysis: Analysis) -> list[dict[str, str]]:
-    """The numbers to look at first: `name`, `value`, `interval`, and `text`, what each means."""
+    """The main numbers: `name`, `value`, `interval`, and the meaning as `text`."""
     summary = analysis.summary
     mean, together = analysis.overall.to_pylist()
     total, variance = summary["overall"], summary["layer_variance"]
     spread = "" if variance is None else variance["mass"]["single_over_aggregate"]
     at_one = (
-        f" Of the variance behind it, {spread:.0%} is there at a single token."
+        f" At a single token, {spread:.0%} of the variance is there."
         if isinstance(spread, float)
         else ""
     )
@@ -89,7 +89,7 @@ def headline(analysis: Analysis) -> list[dict[str, str]]:
     splice = (
         ""
         if together["delta_ce"] is None
-        else f" With all layers spliced at once it is {number(together['delta_ce'])}."
+        else f" With all layers spliced at once: {number(together['delta_ce'])}."
     )
     return [
         {
@@ -103,16 +103,16 @@ def headline(analysis: Analysis) -> list[dict[str, str]]:
             "name": "Cross-entropy added (delta CE)",
             "value": number(mean["delta_ce"]) if measured else _NOT,
             "interval": interval(mean, "delta_ce"),
-            "text": "Nats a token by which the transformer predicts worse when one layer is "
-            f"replaced by its reconstruction. Mean over layers.{splice}",
+            "text": "Nats a token by which the loss grows when one layer’s activations are "
+            f"replaced by their reconstructions. Mean over layers.{splice}",
         },
         {
             "name": "Loss recovered",
             "value": "undefined" if free else number(recovered) if measured else _NOT,
             "interval": interval(mean, "loss_recovered_mean"),
-            "text": "How much of what is lost by putting the mean activation in a layer’s place "
-            "the reconstruction wins back; 1 is all. Mean over layers."
-            + (" At a layer here, nothing is lost by that." if free else ""),
+            "text": "Share of the cross-entropy added by the mean activation in a layer’s place "
+            "that its reconstruction saves; 1 is all. Mean over layers."
+            + (" At a layer here, the mean adds nothing." if free else ""),
         },
         {
             "name": "Active latents (L0)",
@@ -140,7 +140,7 @@ def headline(analysis: Analysis) -> list[dict[str, str]]:
 
 
 def definitions(schema: pa.Schema) -> dict[str, tuple[str, str]]:
-    """Unit, empty for pure numbers, and definition of each column, as its file says."""
+    """Unit, empty for pure numbers, and definition of each column, from its file."""
     found = {}
     for field in schema:
         about = {k.decode(): v.decode() for k, v in (field.metadata or {}).items()}
@@ -150,11 +150,11 @@ def definitions(schema: pa.Schema) -> dict[str, tuple[str, str]]:
 
 
 def layer_table(analysis: Analysis) -> dict[str, Any]:
-    """Every figure of the tables `layers` and `overall`, a row a figure, a column a layer.
+    """Every value of the tables `layers` and `overall`, a row a metric, a column a layer.
 
     Returns:
         `layers`, their ids; `groups`, each a name and rows of name, unit, definition and cells
-        (value, interval): mean over layers, all layers together, then layer by layer. Figures that
+        (value, interval): mean over layers, all layers together, then layer by layer. Metrics that
         were measured nowhere are left out.
     """
     layers, (mean, together) = analysis.layers.to_pylist(), analysis.overall.to_pylist()
@@ -187,7 +187,7 @@ def _cell(row: Row, name: str) -> tuple[str, str]:
 
 
 def variance_table(summary: Row) -> list[tuple[str, list[str]]]:
-    """Rows of the decomposition of the layer's variance, or none where no latent is active."""
+    """Rows of the decomposition of the layer's variance; none without an active latent."""
     found = summary["layer_variance"]
     if found is None:
         return []
@@ -198,7 +198,7 @@ def variance_table(summary: Row) -> list[tuple[str, list[str]]]:
 
 
 def missing(analysis: Analysis, others: Iterable[str]) -> list[str]:
-    """What a reader may look for in vain, and why it is not there; one line each."""
+    """Missing content that a reader may look for, with the reason, one line each."""
     summary = analysis.summary
     lines = []
     if summary["cross_entropy"] is None:
@@ -208,8 +208,8 @@ def missing(analysis: Analysis, others: Iterable[str]) -> list[str]:
         )
     if _is_null(analysis.latents, "embedding_cosine"):
         lines.append(
-            "Cosines with the token embedding and the unembedding are not there: they take the "
-            "transformer, of the width of the SAE."
+            "Cosines with the token embedding and the unembedding are missing: they take a "
+            "transformer whose width is that of the SAE."
         )
     return [*lines, *others]
 

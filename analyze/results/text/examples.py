@@ -1,4 +1,4 @@
-"""`mlsae examples`: the examples of one latent, to be read."""
+"""`mlsae examples`: the examples of one latent as text."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,17 +13,17 @@ from mlsae.base.errors import InputError
 from mlsae.base.units import format_count
 
 _BARS = "▁▂▃▄▅▆▇█"
-"""From little to the most; a space is none."""
+"""Bars from the smallest value to the largest; a space stands for 0."""
 
 
 def list_examples(analysis: Path, *, latent: int, layer: int | None, limit: int | None) -> str:
     """The strongest examples of a latent and its random ones, the peak between « and ».
 
     Args:
-        analysis: its directory.
-        latent: the latent.
-        layer: the strongest at this layer alone; None for those over all layers.
-        limit: most of the strongest, and of each range; None for all that there are.
+        analysis: directory of the analysis.
+        latent: index of the latent.
+        layer: the layer whose strongest examples are shown; None for those over all layers.
+        limit: most of the strongest, and of each range; None for all.
 
     Raises:
         InputError: there is no such analysis, latent or layer, or it has no examples.
@@ -64,12 +64,12 @@ def _of_latent(analysis: Analysis, latent: int) -> str:
 
 
 def _lines(examples: pa.Table, layers: Iterable[int]) -> list[str]:
-    """A line for each: value, layer, how the value runs over the layers, the window."""
+    """A line for each example: value, layer, profile of the value over layers, window."""
     rows = examples.to_pylist()
     if not rows:
         return ["  none"]
     texts = [_window(row) for row in rows]
-    # The peaks stand below one another.
+    # Peaks are aligned.
     before = max(len(left) for left, _ in texts)
     heads = [
         (f"{row['value']:.4g}", str(row["layer"]), _profile(row["layer_values"])) for row in rows
@@ -87,7 +87,7 @@ def _lines(examples: pa.Table, layers: Iterable[int]) -> list[str]:
 
 
 def _window(row: Mapping[str, Any]) -> tuple[str, str]:
-    """What stands before the peak, and the rest."""
+    """Text before the peak, and the text from there on."""
     pieces = row["pieces"]
     if pieces is None:
         pieces = [f" {token}" for token in row["token_ids"]]

@@ -1,8 +1,8 @@
 """Conditions on the columns of a table, such as `density > 1e-5 and num_layers >= 3`.
 
 A small language: numbers, true and false, names of columns, + - * /, comparisons (also chained, as
-in `1 <= layer_mean < 3`), and, or, not, parentheses. It is read by Python's parser and worked out
-here, node by node; nothing of it is ever run as Python.
+in `1 <= layer_mean < 3`), and, or, not, parentheses. Python's parser reads a condition, which is
+evaluated here node by node and never run as Python.
 """
 
 import ast
@@ -40,15 +40,16 @@ _CONSTANTS = {"true": True, "false": False}
 def where(table: pa.Table, condition: str) -> pa.Table:
     """The rows of a table for which a condition holds, in their order.
 
-    Numbers are worked out in float64. A comparison with null is neither true nor false, and a row
-    for which the condition is neither is left out. Dividing by 0 gives ±∞ or NaN.
+    Numbers are float64. A comparison with null is neither true nor false, and a row for which the
+    condition is neither is left out. Dividing by 0 gives ±∞ or NaN.
 
     Args:
-        table: its columns are numbers or booleans.
-        condition: in the language above.
+        table: a table with columns of numbers or booleans.
+        condition: a text in the language above.
 
     Raises:
-        InputError: it cannot be read, names a column that is not there, or is no condition.
+        InputError: the text cannot be read, is no condition, or names a column that is missing or
+            holds other values.
     """
     text = " ".join(condition.split())
     if len(text) > _LONGEST:
@@ -65,7 +66,7 @@ def where(table: pa.Table, condition: str) -> pa.Table:
 def _parse(text: str) -> ast.expr:
     try:
         with warnings.catch_warnings():
-            # Python warns of what it takes for a slip, such as `1or 2`; here it has one meaning.
+            # Python warns of `1or 2` and the like, which are clear here.
             warnings.simplefilter("ignore")
             return ast.parse(text, mode="eval").body
     except SyntaxError as error:
@@ -75,14 +76,14 @@ def _parse(text: str) -> ast.expr:
 
 
 class _Reader:
-    """Works out the nodes of one condition over one table."""
+    """Evaluates the nodes of one condition over one table."""
 
     def __init__(self, table: pa.Table, text: str) -> None:
         self._table = table
         self._text = text
 
     def condition(self, node: ast.expr) -> Any:
-        """A node as true or false, by row or for all."""
+        """True or false for a node, by row or for all rows."""
         found = self._value(node)
         if not pa.types.is_boolean(found.type):
             raise InputError(
@@ -130,8 +131,8 @@ class _Reader:
             ordered = not isinstance(op, ast.Eq | ast.NotEq)
             if len(kinds) == 2 or (ordered and kinds == {True}):
                 raise InputError(
-                    f"--where: {self._of(node)} compares what is true or false; only with == or "
-                    f"!=, and with true or false, can it be"
+                    f"--where: {self._of(node)} compares true or false with a number or by order; "
+                    f"use == or != and true or false"
                 )
         parts = [
             _COMPARISONS[type(op)](left, right)
@@ -167,14 +168,14 @@ class _Reader:
 
 
 def check_named_latents(table: pa.Table, condition: str) -> None:
-    """See that the latents that a condition names by index, as in `latent == 7`, are there.
+    """Require that latents which a condition names by index, as in `latent == 7`, are there.
 
     Args:
-        table: with a column `latent`.
-        condition: one that `where` can read.
+        table: a table with a column `latent`.
+        condition: a condition that `where` can read.
 
     Raises:
-        InputError: one is not; the message names those there are.
+        InputError: a latent is missing; the message names those there are.
     """
     there = set(table["latent"].to_pylist())
     for node in ast.walk(_parse(" ".join(condition.split()))):
@@ -191,10 +192,10 @@ def check_named_latents(table: pa.Table, condition: str) -> None:
 
 
 def check_columns(option: str, table: pa.Table, names: list[str]) -> None:
-    """See that a table has columns of these names.
+    """Require that a table has columns of these names.
 
     Raises:
-        InputError: it lacks one; the message names those there are.
+        InputError: a column is missing; the message names those there are.
     """
     for name in names:
         if name not in table.column_names:

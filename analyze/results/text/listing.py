@@ -24,10 +24,10 @@ SHOWN = (
     "token_entropy",
     "decoder_cosine",
 )
-"""Columns that are printed if none are asked for."""
+"""Columns that are printed by default."""
 
 PRINTED = 20
-"""Latents that are printed if no limit is given."""
+"""Latents that are printed by default."""
 
 
 def choose(
@@ -42,15 +42,15 @@ def choose(
 
     Args:
         latents: the table.
-        condition: as for `mlsae.analyze.results.text.filter.where`; None for all.
-        sort: the column to sort by, smallest first, or with - before it, largest first. Nulls come
-            last, and what is equal in the order of latents. None keeps the order.
-        limit: at most so many rows.
-        columns: in this order; None for all.
+        condition: a condition of `mlsae.analyze.results.text.filter.where`; None for all latents.
+        sort: the column to sort by, smallest first, or largest first after a -. Nulls come last,
+            equal values in the order of latents. None keeps the order.
+        limit: largest number of rows; None for all.
+        columns: names of columns, in order; None for all.
 
     Raises:
-        InputError: a column is not there, the condition cannot be read, or it chooses nothing and
-            names a latent that is not there.
+        InputError: a column is missing or has no order, the condition cannot be read, or it
+            chooses nothing and names a latent that is missing.
     """
     found = latents if condition is None else where(latents, condition)
     if condition is not None and len(found) == 0:
@@ -81,10 +81,10 @@ def list_latents(
     columns: Sequence[str] | None,
     out: Path | None,
 ) -> str:
-    """Choose latents of an analysis; write them to a Parquet file, or say them as text.
+    """Choose latents of an analysis, and write them to a Parquet file or return them as text.
 
     Raises:
-        InputError: `analysis` is none, `out` exists, or as for `choose`.
+        InputError: `analysis` holds no analysis, `out` exists, or as for `choose`.
     """
     latents = load(analysis).latents
     if out is not None and out.exists():

@@ -1,4 +1,4 @@
-"""The overall numbers of an analysis, and what is printed of it."""
+"""The numbers of the whole SAE, and the text that ends an analysis."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +24,7 @@ _SHOWN = {
     "delta_ce": ".4f",
     "kl": ".4f",
 }
-"""Columns of `layers` that are printed, and how."""
+"""Columns of `layers` that are printed, with their formats."""
 _MEAN = ("fvu", "fvu_published", "cosine", "delta_ce", "loss_recovered_mean")
 _TOGETHER = ("delta_ce", "loss_recovered_mean", "kl", "top1_agreement")
 
@@ -32,7 +32,8 @@ _TOGETHER = ("delta_ce", "loss_recovered_mean", "kl", "top1_agreement")
 def overall(layers: pa.Table, latents: pa.Table) -> dict[str, Any]:
     """The numbers of the whole SAE.
 
-    Means are over layers, each weighing the same, or over living latents; None where a term is.
+    Means are over layers, each weighing the same, or over living latents; a mean is None where one
+    of its terms is.
     """
     num_dead = int(pc.sum(latents["dead"]).as_py())
     return {
@@ -49,7 +50,7 @@ def _mean(column: pa.ChunkedArray) -> float | None:
 
 
 def render(analysis: Analysis) -> str:
-    """A table by layer, the overall numbers, what is missing and why, the paths."""
+    """A table by layer, the numbers of the SAE, reasons for missing ones, and paths."""
     summary, total = analysis.summary, analysis.summary["overall"]
     num_layers = len(analysis.layers)
     columns = [name for name in _SHOWN if analysis.layers[name].null_count < num_layers]
@@ -102,7 +103,7 @@ def render(analysis: Analysis) -> str:
 
 
 def _figures_at(analysis: Analysis) -> list[str]:
-    """Where the figures are, if they were drawn."""
+    """Path of the figures, if they were drawn."""
     if not analysis.summary["figures"]:
         return []
     names = ",".join(analysis.figures)
@@ -120,7 +121,7 @@ def _of_examples(analysis: Analysis) -> list[str]:
 
 
 def _layer_variance(found: Mapping[str, Any] | None) -> list[str]:
-    """Whether latents spread over layers at single tokens; nothing where none is active."""
+    """Spread of latents over layers at single tokens; nothing without an active latent."""
     if found is None:
         return []
     terms = (
@@ -138,15 +139,15 @@ def _layer_variance(found: Mapping[str, Any] | None) -> list[str]:
 
 
 def _over_layers(overall: pa.Table) -> list[str]:
-    """Mean over layers and all layers at once, with 95% intervals; what is null is left out."""
+    """Mean over layers and all layers at once, with 95% intervals; without null values."""
     mean, together = overall.to_pylist()
-    lines = [f"mean over layers: {_figures(mean, _MEAN)}"]
-    if spliced := _figures(together, _TOGETHER):
+    lines = [f"mean over layers: {_values(mean, _MEAN)}"]
+    if spliced := _values(together, _TOGETHER):
         lines.append(f"all layers spliced at once: {spliced}")
     return lines
 
 
-def _figures(row: dict[str, Any], names: tuple[str, ...]) -> str:
+def _values(row: dict[str, Any], names: tuple[str, ...]) -> str:
     parts = []
     for name in names:
         value, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))

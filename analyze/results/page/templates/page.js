@@ -1,5 +1,5 @@
 "use strict";
-// Everything that is shown goes in as text, never as HTML: it comes from other people's text.
+// Content goes in as text, never as HTML, since people other than the reader wrote it.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const { layers, latents, columns, profile, counts, names } = data;
@@ -7,9 +7,9 @@
   const ROWS = 50;
   const SVG = "http://www.w3.org/2000/svg";
   const KINDS = [
-    "Where it is strongest",
-    "Drawn at random from ranges of its values",
-    "Where it is strongest at a layer",
+    "Strongest examples",
+    "Random examples from ranges of values",
+    "Strongest example at a layer",
   ];
   const RANGES = ["density", "layer_mean", "layer_std", "num_layers", "layer_entropy", "token_entropy"];
 
@@ -114,7 +114,7 @@
     const shares = byLayer.length === numLayers ? byLayer : [];
     const words = shares.map((share, at) => `layer ${layers[at]} ${share}%`).join(", ");
     return make("li", {}, line, make("p", { class: "where" },
-      strip(shares, 100, `its value at the peak: ${words}`), ` ${where}${range}`));
+      strip(shares, 100, `value at the peak: ${words}`), ` ${where}${range}`));
   }
 
   function examplesBox(latent) {
@@ -124,7 +124,7 @@
       return box;
     }
     const mine = examplesOf.get(latent) ?? [];
-    if (mine.length === 0) box.append(make("p", {}, "No examples of it are on this page."));
+    if (mine.length === 0) box.append(make("p", {}, "This page holds no example of the latent."));
     KINDS.forEach((title, kind) => {
       const some = mine.filter((example) => example[1] === kind);
       if (some.length > 0) {
@@ -134,7 +134,7 @@
     if (mine.length > 0) {
       box.append(make("p", { class: "fine" },
         "The peak is underlined; other tokens are shaded by the latent’s value at the same layer. " +
-        "The strip beside an example is its value at the peak by layer."));
+        "The strip beside an example shows the value at the peak, by layer."));
     }
     return box;
   }
@@ -268,7 +268,7 @@
     const total = state.shown.length;
     const last = Math.min(state.first + ROWS, total);
     status.textContent = total === 0
-      ? "No latent is so."
+      ? "No latent passes these filters."
       : `${text(state.first + 1)} to ${text(last)} of ${text(total)} latents` +
         (total < latents.length ? ` (${text(latents.length)} without these filters)` : "");
     pager.replaceChildren(
@@ -300,7 +300,7 @@
     form.append(field("latents", fields.ids));
     if (data.examples !== undefined) {
       fields.text = make("input", { type: "search", name: "text" });
-      form.append(field("text of its examples has", fields.text));
+      form.append(field("text in examples", fields.text));
     }
     for (const name of RANGES) {
       const ends = ["from", "to"].map((end) => make("input", {
