@@ -15,7 +15,7 @@ _DEFAULTS = {
     "layer_scale": "none",
     "layers": None,
 }
-"""Keys that a file lacks where they are so."""
+"""Values of keys that a file lacks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class SAEConfig:
         return self.normalize in ("scale", "center") or self.layer_scale != "none"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON, flat: the architecture's name and, beside the others, its settings."""
+        """Fields as JSON, with the architecture's name and settings among them."""
         content = {
             "d_in": self.d_in,
             "num_latents": self.num_latents,
@@ -102,14 +102,14 @@ class SAEConfig:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], where: str) -> "SAEConfig":
-        """Read back what `to_dict` gave.
+        """Configuration from the mapping that `to_dict` gives.
 
         Args:
             content: the mapping.
             where: the file it came from, for error messages.
 
         Raises:
-            InputError: a key is missing, or unknown (it may change what the SAE computes).
+            InputError: a key is missing, or unknown: the SAE may compute something else with it.
         """
         kind = get(content.get("architecture", _DEFAULTS["architecture"]))
         settings = {field.name for field in fields(kind)}

@@ -28,7 +28,7 @@ class Found:
 
 
 def find(path_or_hub_id: str | Path, names: Collection[str]) -> Found:
-    """The directory of that name, or else what the hub holds, of which `names` are fetched.
+    """The directory of that name, or else the files `names` of a hub repository.
 
     Files of the hub are kept in its own cache on this machine, and taken from there where it cannot
     be reached.
@@ -89,7 +89,7 @@ def nothing_at(place: str, files: Iterable[str], names: Collection[str], prefix:
 
 
 def _explanation(asked: str, repository: str, error: Exception) -> str | None:
-    """One line; None for what is a defect of a program."""
+    """One line for the user; None for a defect of a program."""
     if isinstance(error, hub_errors.GatedRepoError):
         return (
             f"the SAE {asked} is gated on {hub.ENDPOINT}: ask for access on its page, then log in "
@@ -110,7 +110,7 @@ def _explanation(asked: str, repository: str, error: Exception) -> str | None:
         )
     if isinstance(error, hub_errors.HfHubHTTPError):
         return f"{hub.ENDPOINT} did not give {asked}: {str(error).strip().splitlines()[0]}"
-    # The hub's HTTP client: what it is has changed, and may again.
+    # The hub's HTTP client has changed from one library to another, and may again.
     if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests"):
         return (
             f"the connection to {hub.ENDPOINT} broke off while {asked} was fetched; run the same "

@@ -1,7 +1,7 @@
 """The sparse autoencoder: one dictionary for the rows of every layer.
 
 z = act(W_enc (u − b) + b_enc),  û = W_dec z + b,  x̂ = û · s + m, where u = (x − m) / s is the
-normalised row (sae/normalize.py) and act is that of the architecture (sae/architectures/).
+normalised row (sae/normalize.py) and act is the architecture's (sae/architectures/).
 Source of one dictionary for all layers: Lawson et al. (2024), arXiv 2409.04185.
 
 Shape suffixes: B rows, D channels, N latents, K selected latents; L layers; `...` any
@@ -29,18 +29,18 @@ from mlsae.sae.normalize import Standardized, by_layer, restore, standardize
 class Latents(NamedTuple):
     """Encoded rows: a few latents each, and the row statistics that decoding needs.
 
-    K is k of a topk SAE; of a relu SAE, the most latents that any of the rows uses.
+    K is k for a topk SAE; for a relu SAE, the most latents that any of the rows uses.
     """
 
     values: torch.Tensor
-    """(..., K) ≥ 0; 0 where fewer than K pre-activations were positive. The SAE's dtype."""
+    """(..., K) in the SAE's dtype; 0 where a row uses fewer than K latents, above 0 elsewhere in a
+    topk or relu SAE."""
     indices: torch.Tensor
     """(..., K) int64 latent indices, each once a row, in no order."""
     mean: torch.Tensor
-    """(..., 1) mean over each row's channels; (..., d_in) that of its layer, of centred rows."""
+    """(..., 1) mean over each row's channels; for centred rows (..., d_in), the layer's mean."""
     scale: torch.Tensor
-    """(..., 1) unbiased standard deviation over each row's channels, or 1 over what it was
-    multiplied by."""
+    """(..., 1) unbiased standard deviation over each row's channels, or 1 / the layer's factor."""
 
 
 class SAE(torch.nn.Module):
@@ -61,9 +61,9 @@ class SAE(torch.nn.Module):
     b_enc: torch.nn.Parameter | None
     """(N,) added to the pre-activations; None for nothing."""
     layer_factor: torch.Tensor | None
-    """(L,) what rows of each of `config.layers` are multiplied by; None for 1."""
+    """(L,) factor of rows at each of `config.layers`; None for 1."""
     layer_shift: torch.Tensor | None
-    """(L, D) what is subtracted from rows of each of `config.layers`; None for 0."""
+    """(L, D) vector subtracted from rows at each of `config.layers`; None for 0."""
 
     def __init__(self, config: SAEConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -90,8 +90,8 @@ class SAE(torch.nn.Module):
     def expected_active(self) -> int:
         """About how many latents a row uses.
 
-        The architecture's most, or what training has seen last where a row may use any number, or
-        else all latents.
+        The architecture's most; where a row may use any number, the L0 that training saw last, or
+        all latents.
         """
         if (most := self.architecture.most_active) is not None:
             return most
@@ -134,7 +134,7 @@ class SAE(torch.nn.Module):
             mixed: select with a bfloat16 product and re-scored candidates instead of exactly.
 
         Returns:
-            (B, K) values ≥ 0 and their places.
+            (B, K) values, 0 where a latent is not active, and their places.
         """
         return self.architecture.activate(u_BD, self.weights, mixed=mixed)
 

@@ -1,4 +1,4 @@
-"""Row normalisation: what is encoded of a row, and the way back to its own units.
+"""Row normalisation: from a row to the encoder's input, and back to the row's own units.
 
 - `standardize`: by the row's own mean and standard deviation, whatever its layer.
 - `none`: u = x.
@@ -22,7 +22,7 @@ EPS = 1e-5
 
 
 class Standardized(NamedTuple):
-    """A batch of rows in units of their own spread, and what leads back."""
+    """A batch of rows in units of their own spread, with the statistics that lead back."""
 
     u: torch.Tensor
     """(B, D) (x − mean) / (scale + EPS) of standardised rows, (x − mean) / scale of others."""

@@ -158,7 +158,7 @@ EXAMPLES = (
         "latent value",
         "its value at the peak at each layer of the SAE, ascending",
     ),
-    Column("value", _S, "latent value", "its value at the peak, above 0"),
+    Column("value", _S, "latent value", "the size of its value at the peak, above 0"),
 )
 
 EVENTS = (
@@ -171,7 +171,7 @@ EVENTS = (
     ),
     Column("layer", _L, "layer", "0-based block index"),
     Column("latent", _L, "latent", "index of an active latent"),
-    Column("value", pa.float32(), "latent value", "its value, above 0"),
+    Column("value", pa.float32(), "latent value", "its value, not 0; above 0 for topk and relu"),
 )
 
 PROMPTS = (
@@ -187,5 +187,5 @@ PROMPTS = (
     ),
     Column("layer", _L, "layer", "0-based block index"),
     Column("latent", _L, "latent", "index of an active latent"),
-    Column("value", pa.float32(), "latent value", "its value, above 0"),
+    Column("value", pa.float32(), "latent value", "its value, not 0; above 0 for topk and relu"),
 )

@@ -1,4 +1,4 @@
-"""Architecture of an SAE: how rows become latents, and all that other rooms ask about it.
+"""Architecture of an SAE: the map from rows to latents, and everything that follows from it.
 
 An architecture is one class in one file: a frozen dataclass whose fields are the settings that
 config.json holds. Every part of the package asks it, so that a new one needs no other file. Common
@@ -22,7 +22,7 @@ Revival = Literal["auxk", "resample"]
 """Ways to bring dead latents back: train/step/auxiliary.py and train/step/resample.py."""
 
 Weights = Mapping[str, torch.Tensor]
-"""Parameters by name, those of `Architecture.parameters`."""
+"""Parameters by name, as `Architecture.parameters` lists them."""
 
 
 class Shape(Protocol):
@@ -50,7 +50,7 @@ class Parameter:
     shape: tuple[int, ...]
     """Shape."""
     by_latent: bool = True
-    """True where the first axis is that of the latents."""
+    """True where the first axis is over latents."""
     unit_rows: bool = False
     """True where each row has unit length after every step."""
 
@@ -63,7 +63,7 @@ class ActiveLatents(NamedTuple):
     support: Support
     """Places of the values."""
     layer: torch.Tensor
-    """(B,) index of each row's layer among those of the SAE."""
+    """(B,) index of each row's layer among the SAE's layers."""
     step: int
     """Step of the run, from 0."""
 
@@ -85,7 +85,7 @@ class Conversion:
     bias: str = "b_dec"
     """Name of the decoder's bias, where the format has one for each architecture."""
     copies: Callable[[Any], dict[str, torch.Tensor]] = lambda _: {}
-    """Tensors that repeat settings of the architecture given, beside those of its weights."""
+    """Tensors that repeat settings of an architecture, beside its weights."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,16 @@ class Architecture(ABC):
     precisions: ClassVar[tuple[str, ...]] = ("float32",)
     """Precisions of the encoder product in training."""
     conversions: ClassVar[Mapping[str, Conversion]] = {}
-    """Format of another tool → how it has this architecture; formats that are absent refuse it."""
+    """Format of another tool → this architecture's form there; absent formats refuse it."""
 
     @classmethod
     @abstractmethod
     def wanted(cls, settings: Any) -> Self:
-        """The architecture that training settings ask for; `settings` has the fields of theirs."""
+        """The architecture that training settings ask for.
+
+        Args:
+            settings: an instance of `settings`, such as a `TrainConfig`.
+        """
 
     @classmethod  # noqa: B027
     def check_values(cls, settings: Any) -> None:
@@ -205,7 +209,7 @@ class Architecture(ABC):
         """Term that training minimises beside the reconstruction error; None for nothing.
 
         Args:
-            settings: training settings; values by layer are those of the SAE's layers.
+            settings: training settings, with values by layer for the SAE's layers alone.
             num_steps: steps of the run.
             like: tensor of the device and dtype of the weights.
         """
@@ -228,7 +232,7 @@ _registered: dict[str, type[Architecture]] = {}
 
 
 def register(kind: Kind) -> Kind:
-    """Make an architecture known under its name; a decorator of its class.
+    """Make an architecture known under its name; may decorate the class.
 
     Raises:
         ValueError: another has that name.

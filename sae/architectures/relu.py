@@ -23,7 +23,7 @@ from mlsae.sae.kernels.select import BLOCK_BYTES
 from mlsae.sae.kernels.sparse import FullSupport, Support
 
 _DENSE = 8
-"""Dense products pay where some row uses more than 1 in so many latents."""
+"""Dense products pay where some row uses more than one in this many latents."""
 
 
 @settings
@@ -183,7 +183,7 @@ def positive(
     Args:
         c_BD: (B, D) rows u − b.
         W_enc_ND: (N, D) encoder directions, same dtype.
-        b_enc_N: (N,) what is added; None for nothing.
+        b_enc_N: (N,) encoder bias; None for none.
 
     Returns:
         (B, K) values and (B, K) int64 indices, as `listed` gives them.

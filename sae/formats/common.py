@@ -144,7 +144,7 @@ def take(
 
     Raises:
         ConversionError: one is missing, of another shape, or of a type that float32 cannot hold;
-            or there is one that is not known, since it may change what the SAE computes.
+            or there is an unknown one, with which the SAE may compute something else.
     """
     if missing := sorted(shapes.keys() - tensors.keys()):
         raise ConversionError(f"{path} lacks the tensors {', '.join(missing)}")

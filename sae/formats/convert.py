@@ -49,7 +49,7 @@ def export_sae(run: str | Path, to: str, out: Path, *, model: str | None = None)
         The directories that were written, one for each layer or one for all.
 
     Raises:
-        ConversionError: the format cannot express the SAE, or needs what the SAE does not say.
+        ConversionError: the format cannot express the SAE, or the SAE lacks facts that it needs.
         InputError: there is no such format, `out` is in use, or the SAE cannot be read.
     """
     if to not in FORMATS:
@@ -93,7 +93,8 @@ def import_sae(
 ) -> SAE:
     """Read an SAE of another tool and write it as an SAE directory of this package.
 
-    Nothing of it is executed. training.json says where it came from and what is not known of it.
+    No code of the source is executed. training.json names the source and the facts that are not
+    known.
 
     Args:
         source: a directory, or `owner/name[/folder][@revision]` on the hub.
@@ -160,11 +161,11 @@ def _format_of(found: Found) -> Format:
     raise ConversionError(nothing_at(found.source, files, names, f"{directory}/"))
 
 
-def _agreed(what: str, source: str | Path, theirs: Any, given: Any) -> Any:
+def _agreed(name: str, source: str | Path, theirs: Any, given: Any) -> Any:
     if theirs is not None and given is not None and theirs != given:
         shown = [plural(v) if isinstance(v, tuple) else v for v in (theirs, given)]
         raise ConversionError(
-            f"{source} says that it is of {what} {shown[0]}, --{what} says {shown[1]}"
+            f"{source} says that it is of {name} {shown[0]}, --{name} says {shown[1]}"
         )
     return given if theirs is None else theirs
 

@@ -1,7 +1,8 @@
 """The format of the published multi-layer SAEs: config.json and model.safetensors, for all layers.
 
-It is that of `tim-lawson/mlsae-…` on the hub. A repository whose name ends in `-tfm` has the
-transformer in the same file, with the SAE's tensors under `autoencoder.`; only those are read.
+Repositories `tim-lawson/mlsae-…` on the hub have this format. A repository whose name ends in
+`-tfm` has the transformer in the same file, with the SAE's tensors under `autoencoder.`; no others
+are read.
 Source: `mlsae/model/autoencoder.py` and `lightning.py` of https://github.com/tim-lawson/mlsae.
 
 Shape suffixes: D channels, N latents.

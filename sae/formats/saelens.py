@@ -76,9 +76,9 @@ def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
 
 
 def _check(config: Mapping[str, Any], path: Path) -> type[Architecture]:
-    """The architecture; what an SAE here would not compute as SAELens does is refused."""
+    """Architecture of a configuration; one that SAELens computes in another way is refused."""
     found = named(_NAME, config.get("architecture", "standard"))
-    # Reason, key, what SAELens takes an absent key for, what is understood.
+    # Reason, key, default of SAELens, values that are understood.
     for reason, key, default, allowed in (
         (
             f"of architecture {{}}; {understood(_NAME)} are understood",
@@ -169,7 +169,7 @@ def _configuration(sae: SAE, origin: Origin, layer: int | None) -> dict[str, Any
             "model_class_name": "HookedTransformer",
             "hook_name": f"blocks.{layer}.hook_{origin.site}",
             "hook_head_index": None,
-            # The activations are those of the model as it was published, not centred.
+            # Activations come from the model as it was published, not centred.
             "model_from_pretrained_kwargs": {"center_writing_weights": False},
             OURS: {"site": origin.site, "layers": list(origin.layers or ())},
         },

@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 GROUP = 16
 """Latents in a group of the two-stage selection: measured best of 8, 16, 32 and 64 on CPUs."""
 _ROWS = 32
-"""Rows at once: few enough that what is made on the way stays in the cache of a core."""
+"""Rows at once: few enough that intermediate arrays stay in the cache of a core."""
 _KEY_BITS = {np.dtype(np.int16): (np.int32, 16), np.dtype(np.float32): (np.int64, 32)}
 """Dtype of values → integer that holds a value and its place, and the bits of the place."""
 
@@ -36,8 +36,8 @@ def supports(pre_BN: torch.Tensor) -> bool:
 def largest(pre_BN: torch.Tensor, k: int, pool: ThreadPoolExecutor, out_BK: torch.Tensor) -> None:
     """Write the places of each row's k largest values, in no order; among equal values any choice.
 
-    bfloat16 values are compared by their bits: those above 0 in their order, then all others in
-    none, because what follows is a ReLU.
+    bfloat16 values are compared by their bits: values above 0 in their order, then all others in
+    none, because a ReLU follows.
 
     Args:
         pre_BN: (B, N) float32 or bfloat16, contiguous, on the CPU.

@@ -44,10 +44,11 @@ def select(c_BD: torch.Tensor, W_enc_ND: torch.Tensor, k: int) -> tuple[torch.Te
 def select_screened(
     c_BD: torch.Tensor, W_enc_ND: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`select` by way of bfloat16, and exactly: of float32 rows and directions on a CPU.
+    """`select` by way of bfloat16, exactly, for float32 rows and directions on a CPU.
 
     The largest of a product in bfloat16 are computed again in float32. Where the k-th of them is
-    at least what any other latent can be, they hold the k largest; other rows are done in float32.
+    at least the bound of every other latent, they hold the k largest; other rows are done in
+    float32.
     """
     num_rows, num_latents = c_BD.shape[0], W_enc_ND.shape[0]
     screen, candidates = Screen(W_enc_ND), _num_candidates(k, W_enc_ND)
@@ -136,8 +137,8 @@ def top_k(pre_BN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k largest of each row and their indices, unordered; among equal values any choice.
 
     A row's k largest lie in the k groups with the largest maxima: any element outside is at most
-    the maximum of each of those k groups. So the costly selection sees a sixteenth of the row
-    twice, instead of all of it.
+    the maximum of each of those k groups. The costly selection thus sees a sixteenth of the row
+    twice instead of the whole row.
     """
     num_rows, num_latents = pre_BN.shape
     num_groups = num_latents // GROUP

@@ -84,7 +84,7 @@ def evaluate(
 
     Returns:
         For `position_0_in` and `position_0_out`: `layers`, a list of {layer, num_rows, fvu,
-        fvu_standardized, l0}; `num_rows` over layers; `num_dead`, latents without a value above 0
+        fvu_standardized, l0}; `num_rows` over layers; `num_dead`, latents without a value but 0
         on any of these rows; and `dead_fraction`. Ratios without rows or spread are None.
     """
     device = sae.b.device

@@ -66,7 +66,7 @@ def step_memory(
     weights = sum(math.prod(p.shape) for p in architecture.parameters(sae)) * _FLOAT
     active = architecture.most_active or sae.num_latents
     rows = min(rows, architecture.most_rows(sae.num_latents, _FLOAT) or rows)
-    return {
+    parts = {
         "weights": weights,
         "Adam and gradients": (3 if world_size == 1 else 4) * weights,
         # A block of pre-activations, what selecting from it takes and what the product keeps for
@@ -74,9 +74,12 @@ def step_memory(
         "activations": _rows_memory(rows, sae.d_in, active * 5 // 4 if mixed else active)
         + 3 * BLOCK_BYTES
         + weights // 4,
-        # Should every latent be dead: their weights and gradients beside the others'.
-        "AuxK": _rows_memory(sampled_rows, sae.d_in, default_k_aux(sae.d_in)) + 2 * weights,
     }
+    if architecture.revival is not None:
+        # Should every latent be dead: their weights and gradients beside the others'.
+        k_aux = default_k_aux(sae.d_in)
+        parts["AuxK"] = _rows_memory(sampled_rows, sae.d_in, k_aux) + 2 * weights
+    return parts
 
 
 def _rows_memory(rows: int, d_in: int, k: int) -> int:

@@ -6,7 +6,7 @@ without b and z = ReLU of the k_aux largest pre-activations among dead latents a
     aux = (1/32) · min(1, num_dead / k_aux) · Σ‖e − ê‖² / Σ‖e‖².
 
 k_aux is several times k, so on all rows this would cost more than everything else. Both sums run
-over a random sixteenth of the rows, which leaves the expected gradient what it is.
+over a random sixteenth of the rows, which leaves the expected gradient as it is.
 
 Shape suffixes: B rows, S sampled rows, D channels, K selected latents.
 """

@@ -1,4 +1,4 @@
-"""Dead latents: those that no row of the last so many has used, over layers and ranks."""
+"""Dead latents: unused by the last rows of the run, over layers and ranks."""
 
 import torch
 

@@ -3,7 +3,7 @@
 (1/B) Σ_rows [w_l ‖u − û‖² / V_l + λ_l penalty] + aux, with V_l = Σ_d Var(u_d) over all eligible
 rows of layer l, and weights w_l that are 1 unless asked for. The penalty is the architecture's,
 with λ_l = λ · (multiplier of the layer), rising from 0 over the first steps. All terms are sums
-over rows once B and the totals in them are those of the whole batch, so that pieces of a batch, on
+over rows once B and the totals in them are the whole batch's, so that pieces of a batch, on
 one rank or several, add up to it exactly. AuxK, of topk alone: see `train/step/auxiliary.py`.
 
 Shape suffixes: B rows, D channels, N latents, L layers, S sampled rows.
@@ -29,7 +29,7 @@ LOSS_SPACES = ("standardized", "raw")
 
 
 class Losses(NamedTuple):
-    """The main term of a piece of a batch, and what is counted on the way."""
+    """The main term of a piece of a batch, with counts."""
 
     main: torch.Tensor
     """() the reconstruction term and the penalty."""
@@ -40,9 +40,9 @@ class Losses(NamedTuple):
     layer_rows: torch.Tensor
     """(L,) rows of each layer."""
     num_active: torch.Tensor
-    """() Σ over rows of values above 0."""
+    """() number of values that are not 0."""
     fired: torch.Tensor
-    """(N,) 1 for a latent with a value above 0 on any row, else 0."""
+    """(N,) 1 for a latent with a value that is not 0 on any row, else 0."""
     residual: Residual | None
     """Residual that AuxK will explain; None without dead latents."""
     candidates: Candidates | None

@@ -5,8 +5,8 @@ Source: Bricken et al. (2023), "Towards Monosemanticity", Transformer Circuits T
 for half the time between them takes an input, drawn with probability proportional to the square of
 its loss. The decoder row becomes its direction, the encoder row the same with a fifth of the mean
 length of living latents' encoder rows, the encoder bias and the Adam moments 0. There the losses
-are those of another sample of inputs; here they are those of the step's batch, before its update,
-and no row is drawn twice. An input is u − b, what the encoder sees.
+come from another sample of inputs; here they come from the step's batch, before its update, and no
+row is drawn twice. An input is u − b, as the encoder sees it.
 
 Shape suffixes: B rows, D channels, R candidates.
 """
@@ -50,7 +50,7 @@ class Candidates(NamedTuple):
     """(R, D) u − b."""
 
     def first(self, count: int) -> "Candidates":
-        """The first so many; all, if there are fewer; those that cannot be drawn left out."""
+        """The first `count` that can be drawn, or all if there are fewer."""
         at = torch.argsort(self.keys, stable=True)[:count]
         at = at[self.keys[at].isfinite()]
         return Candidates(self.keys[at], self.rows[at])

@@ -28,7 +28,7 @@ class DivergedError(MlsaeError, ArithmeticError):
         loss: value of the loss.
         step: step of that loss, counted from 0.
         lr: learning rate of that step.
-        layers: those whose errors are not finite, by number or, as the trainer has them, by index.
+        layers: layers whose errors are not finite, by number; by index from the trainer.
     """
 
     def __init__(self, loss: float, step: int, lr: float, layers: Sequence[int]) -> None:
@@ -54,7 +54,7 @@ class StepResult(NamedTuple):
     layer_rows: torch.Tensor
     """(L,) float64 on the CPU: rows of each layer."""
     num_active: float
-    """Σ over rows of values above 0."""
+    """Number of values that are not 0."""
     num_dead: int
     """Dead latents before the step."""
     penalty: float = 0.0

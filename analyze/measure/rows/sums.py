@@ -142,7 +142,7 @@ def _dot(a_ND: Tensor, b_ND: Tensor) -> Tensor:
 
 
 class LatentSums:
-    """Count of active rows (value > 0) of each latent at one layer, and total of its values."""
+    """Count of active rows (value not 0) of each latent at one layer, and total of its |z|."""
 
     def __init__(self, num_latents: int, device: torch.device) -> None:
         self.count = torch.zeros(num_latents, dtype=torch.int64, device=device)
