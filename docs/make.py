@@ -1,6 +1,7 @@
 """The pages of docs/reference, made from the code: `make docs`, or python docs/make.py."""
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import re
@@ -13,6 +14,7 @@ from typing import Any
 import click
 
 from mlsae.analyze.results.tables import TABLES
+from mlsae.base.settings import described
 from mlsae.cli import main as main_command
 
 REFERENCE = Path(__file__).resolve().parent / "reference"
@@ -50,7 +52,7 @@ def _member(module: ModuleType, name: str) -> Iterator[str]:
     yield f"### `{name}`"
     if isinstance(node, ast.ClassDef):
         yield _markdown(ast.get_docstring(node) or "")
-        yield from _class(node)
+        yield from _class(node, getattr(module, name))
     elif isinstance(node, Function):
         yield _signature(node, name)
         yield _markdown(ast.get_docstring(node) or "")
@@ -80,24 +82,38 @@ def _definition(module: ModuleType, name: str) -> ast.stmt:
     raise LookupError(message)
 
 
-def _class(node: ast.ClassDef) -> Iterator[str]:
+def _class(node: ast.ClassDef, kind: type[Any]) -> Iterator[str]:
     """Fields as a list, then public methods and properties."""
     fields = [of for of in node.body if isinstance(of, ast.AnnAssign) and _is_public(of.target)]
-    if fields:
+    if any(_source(of) == "settings" for of in node.decorator_list):
+        lines = _settings_of(kind)
+    else:
+        lines = [_field(node, of) for of in fields]
+    if lines:
         yield "Fields:"
-        yield "\n".join(_field(node, of) for of in fields)
+        yield "\n".join(lines)
     for of in node.body:
         if isinstance(of, Function) and not of.name.startswith("_"):
             yield _signature(of, f"{node.name}.{of.name}")
             yield _markdown(ast.get_docstring(of) or "")
 
 
+def _settings_of(kind: type[Any]) -> list[str]:
+    """Fields of a settings class, inherited ones too, by what they say of themselves."""
+    lines = []
+    for field in dataclasses.fields(kind):
+        one = described(kind)[field.name]
+        given = "" if field.default is dataclasses.MISSING else f" = {field.default!r}"
+        shown = f"{field.name}: {inspect.formatannotation(field.type)}{given}"
+        shown = shown.replace("pathlib._local.", "").replace("pathlib.", "").replace("'", '"')
+        meaning = f" None: {one.unset}." if one.unset and field.default is None else ""
+        lines.append(f"- `{shown}`: {one.doc}{meaning}")
+    return lines
+
+
 def _field(node: ast.ClassDef, field: ast.AnnAssign) -> str:
-    """Name, annotation, default and meaning, which a setting has in its arguments."""
+    """Name, annotation, default and meaning."""
     default, text = field.value, _text_after(node.body, field)
-    if isinstance(default, ast.Call) and _source(default.func) == "setting":
-        given = {of.arg: of.value for of in default.keywords}
-        default, text = given.get("default"), ast.literal_eval(given["doc"])
     shown = f"{_source(field.target)}: {_source(field.annotation)}"
     shown += f" = {_source(default)}" if default else ""
     return f"- `{shown}`" + (f": {' '.join(text.split())}" if text else "")
