@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mlsae.base.embedded import embedded_model
 from mlsae.base.errors import InputError
 from mlsae.base.settings import ReadsStores, device_setting, setting, settings
 from mlsae.base.units import parse_context, parse_count
@@ -71,7 +72,7 @@ class AnalyzeConfig(OverRows):
         unset="the place that the store names",
         decides=False,
         group="Data",
-        doc="Directory of the transformer, where it was moved after the harvest.",
+        doc="Directory of the transformer, where it was moved after the harvest, or demo.",
     )
     ce_max_tokens: int = setting(
         default=1_000_000,
@@ -154,6 +155,8 @@ class AnalyzeConfig(OverRows):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.model is not None:
+            object.__setattr__(self, "model", Path(embedded_model(str(self.model))))
         self._at_least(1, "ce_max_tokens", "events_max_tokens", "decomposition_max_tokens")
         self._at_least(0, "examples", "samples")
         if not (len(self.context_tokens) == 2 and all(n >= 0 for n in self.context_tokens)):

@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["model_path", "run", "text_path"]
+from mlsae.base.embedded import MODEL, TEXT
 
-_ROOT = Path(__file__).parent
+__all__ = ["model_path", "run", "text_path"]
 
 
 def model_path() -> Path:
     """Directory of the demo transformer, in Hugging Face format: a GPT-NeoX with its tokenizer."""
-    return _ROOT / "model"
+    return MODEL
 
 
 def text_path(part: Literal["train", "held_out"] | None = None) -> Path:
@@ -23,8 +23,7 @@ def text_path(part: Literal["train", "held_out"] | None = None) -> Path:
     Returns:
         The .jsonl file of the part; without one, the directory of both.
     """
-    directory = _ROOT / "text"
-    return directory if part is None else directory / f"{part}.jsonl"
+    return TEXT if part is None else TEXT / f"{part}.jsonl"
 
 
 def run(out: Path) -> None:

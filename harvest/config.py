@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mlsae.base.embedded import embedded_model, embedded_text
 from mlsae.base.errors import InputError
 from mlsae.base.settings import device_setting, setting, settings
 from mlsae.base.units import (
@@ -33,13 +34,14 @@ class HarvestConfig:
     model: str = setting(
         decides=True,
         group="Model",
-        doc="Hub id or local directory of a transformer with its tokenizer, or `demo`.",
+        doc="Hub id or local directory of a transformer with its tokenizer, or demo.",
     )
     dataset: str | tuple[str, ...] = setting(
         decides=True,
         group="Text",
         again=True,
-        doc="Hub id, directory or file of text, or `demo`; given again as NAME:SHARE, a mixture.",
+        doc="Hub id, directory or file of text, or demo, demo:train or demo:held_out; given again "
+        "as NAME:SHARE, a mixture.",
     )
     out: Path = setting(
         decides=False,
@@ -249,6 +251,10 @@ class HarvestConfig:
         from mlsae.models.loading import DTYPES
         from mlsae.models.weights.initialization import INITS
 
+        text = self.dataset
+        one = embedded_text(text) if isinstance(text, str) else tuple(map(embedded_text, text))
+        object.__setattr__(self, "model", embedded_model(self.model))
+        object.__setattr__(self, "dataset", one)
         object.__setattr__(self, "out", Path(self.out))
         object.__setattr__(self, "sites", tuple(self.sites))
         for flag, value, least in (
