@@ -42,7 +42,7 @@ class Places:
     """Places to be tried, in order."""
 
     is_given: bool
-    """Whether the only place is the user's, which must serve."""
+    """True where the only place is the user's, which must serve."""
 
     reason: str
     """Reason why no place is known, or not all of them."""

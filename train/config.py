@@ -23,7 +23,7 @@ _OF_PAPER: dict[str, tuple[object, ...]] = {
     "layer_scale": ("none",),
     "layer_weights": (None,),
 }
-"""What the preset can be combined with."""
+"""Settings that the preset can be combined with."""
 
 EACH = "each"
 Layers = tuple[tuple[int, ...] | None, bool]

@@ -14,7 +14,7 @@ from mlsae.train.sweep import SWEPT, Sweep
 
 RUN_FILE = "run.yaml"
 _LEFT_OUT = frozenset({"resume", "checkpoint_seconds", "cache_dir", "cache_size"})
-"""Of this machine and this start of the run alone."""
+"""Settings of this machine and this start of the run alone."""
 
 
 def make_sweep(options: Mapping[str, Any]) -> Sweep:
@@ -40,14 +40,14 @@ def make_sweep(options: Mapping[str, Any]) -> Sweep:
 
 
 def read_run_file(path: Path, options: Mapping[str, bool]) -> dict[str, Any]:
-    """The options that a YAML file gives, as text, each as if it stood on the command line.
+    """Read the options in a YAML file, as text, each as if it stood on the command line.
 
     Args:
-        path: of a mapping from options, without their dashes, to values or lists of values.
-        options: every name that it may have, with `_` for `-`, and whether it can be given again.
+        path: YAML file, a mapping from options without dashes to values or lists of values.
+        options: names that the file may have, with `_` for `-` → True where one can be repeated.
 
     Raises:
-        InputError: it is no such file.
+        InputError: the file is no such YAML.
     """
     try:
         content = yaml.safe_load(path.read_text())
@@ -76,8 +76,8 @@ def write_run_file(sweep: Sweep, plans: Sequence[Plan]) -> None:
     """Write run.yaml to the run's directory: the run with every default resolved.
 
     Args:
-        sweep: what was asked for.
-        plans: of its SAEs.
+        sweep: settings of the run.
+        plans: plans of its SAEs.
     """
     config, plan = sweep.config, plans[0]
     caches = config.cache if isinstance(config.cache, tuple) else (config.cache,)
@@ -103,7 +103,7 @@ def write_run_file(sweep: Sweep, plans: Sequence[Plan]) -> None:
     if {"expansion_factor", "num_latents"} & sweep.axes.keys():
         del content["num_latents"]
         if config.lr is None:
-            # It is another for each number of latents.
+            # The learning rate is another for each number of latents.
             del content["lr"]
     content |= {name: list(values) for name, values in sweep.axes.items()}
     options = {name.replace("_", "-"): value for name, value in content.items()}

@@ -11,7 +11,7 @@ from mlsae.train.config import TrainConfig
 
 SUMMARY, SWEEP = "summary.json", "sweep.json"
 _SHORT = {"k": "k", "expansion_factor": "R", "num_latents": "N", "lr": "lr", "seed": "seed"}
-"""What stands before a value in a name; for every other setting its flag and a dash."""
+"""Prefix of a value in a name; for every other setting its flag and a dash."""
 _ORDER = (
     "k",
     "expansion_factor",
@@ -37,7 +37,7 @@ SWEPT = tuple(
         key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER),
     )
 )
-"""Settings in which SAEs of one pass may differ; the others are of the pass."""
+"""Settings in which SAEs of one pass may differ; the others belong to the pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Member:
     """One SAE of a sweep, as it was asked for."""
 
     name: str
-    """Of its directory, by what sets it apart; empty where there is no other."""
+    """Name of its directory, from the values that set it apart; empty where there is no other."""
     config: TrainConfig
     layer: int | None = None
     """The one layer that it is trained on; None for all of the run."""
@@ -60,7 +60,7 @@ class Sweep:
     """
 
     config: TrainConfig
-    """What they have in common; `out` holds a directory for each."""
+    """Settings that they have in common; `out` holds a directory for each."""
     axes: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Values of fields of `config`: every combination is an SAE."""
     each_layer: bool = False
@@ -78,7 +78,7 @@ class Sweep:
 
     @property
     def is_single(self) -> bool:
-        """Whether it is one SAE, whose directory is `out` itself."""
+        """True for one SAE, whose directory is `out` itself."""
         return not self.each_layer and all(len(values) == 1 for values in self.axes.values())
 
     def members(self, layers: tuple[int, ...]) -> list[Member]:
@@ -88,7 +88,7 @@ class Sweep:
         `data_seed`, or of the first seed.
 
         Args:
-            layers: of the run.
+            layers: layers of the run.
         """
         seeds = self.axes.get("seed", (self.config.seed,))
         data_seed = self.config.data_seed if self.config.data_seed is not None else seeds[0]
@@ -105,7 +105,7 @@ class Sweep:
         return found
 
     def settings(self) -> dict[str, Any]:
-        """What tells one sweep from another in one directory, as JSON."""
+        """Values that tell one sweep from another in one directory, as JSON."""
         axes = {name: list(values) for name, values in self.axes.items()}
         return {"axes": axes, "each_layer": self.each_layer}
 

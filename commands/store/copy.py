@@ -13,7 +13,10 @@ from mlsae.commands.options import LAYERS, LOCATION, NAMES, ROWS
 @click.option("--layers", type=LAYERS, help="Layers to keep, such as 0-5; all if not given.")
 @click.option("--sites", type=NAMES, help="Sites to keep; all if not given.")
 @click.option("--rows", type=ROWS, help="Rows to keep, N or START:STOP; whole sequences.")
-@click.option("--encoding", help="As for harvest, such as int8; that of SRC if not given.")
+@click.option(
+    "--encoding",
+    help="Encoding of the copy, as for harvest, such as int8; that of SRC if not given.",
+)
 @click.option(
     "--max-encoding-fvu", type=float, default=1e-3, help="Most FVU that the encoding may add."
 )
