@@ -10,7 +10,8 @@ from huggingface_hub.hf_api import RepoFile
 from obstore.store import HTTPStore
 
 from mlsae.base.errors import InputError
-from mlsae.store.places.retry import Patience, RequestError
+from mlsae.store.places.failures import RequestError
+from mlsae.store.places.retry import Patience
 from mlsae.store.places.web import RemoteObjects, client_options
 
 T = TypeVar("T")

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -76,7 +77,9 @@ def open_objects(
         return LocalObjects(Path(text))
     if scheme == "file":
         return LocalObjects(_path_of(text))
-    objects = _open_remote(scheme, text, patience or Patience())
+    if scheme not in _READERS:
+        raise InputError(f"{text}: expected {_FORMS}")
+    objects = _READERS[scheme](text, patience or Patience())
     cache_bytes = CACHE_BYTES if cache_bytes is None else cache_bytes
     if cache_bytes == 0:
         return objects
@@ -94,17 +97,10 @@ def open_writable(location: str, *, patience: Patience | None = None) -> Writabl
         InputError: nothing can be written there.
     """
     scheme = _scheme(location)
-    if scheme == "s3":
-        return _open_bucket(location, patience or Patience())
-    if scheme == "hf":
-        raise InputError(
-            f"{location}: cannot be written directly; copy to a directory, then run `hf upload "
-            f"owner/name DIRECTORY . --repo-type dataset`"
-        )
-    if scheme in ("http", "https"):
-        raise InputError(
-            f"{location}: a web server takes no uploads; copy to a directory that it serves"
-        )
+    if scheme in _WRITERS:
+        return _WRITERS[scheme](location, patience or Patience())
+    if scheme in _NOT_WRITTEN:
+        raise InputError(f"{location}: {_NOT_WRITTEN[scheme]}")
     raise InputError(f"{location}: expected s3://bucket/prefix")
 
 
@@ -118,18 +114,6 @@ def _path_of(text: str) -> Path:
     if url.netloc not in ("", "localhost"):
         raise InputError(f"{text}: a file URL has three slashes, as in file:///path")
     return Path(unquote(url.path))
-
-
-def _open_remote(scheme: str, text: str, patience: Patience) -> Objects:
-    if scheme in ("http", "https"):
-        return _open_web(text, patience)
-    if scheme == "s3":
-        return _open_bucket(text, patience)
-    if scheme == "hf":
-        from mlsae.store.places.hub import HubObjects
-
-        return HubObjects(text, patience)
-    raise InputError(f"{text}: expected {_FORMS}")
 
 
 def _open_web(text: str, patience: Patience) -> Objects:
@@ -152,3 +136,28 @@ def _open_bucket(text: str, patience: Patience) -> WritableObjects:
         raise InputError(f"{text}: expected s3://bucket/prefix")
     prefix = prefix.strip("/")
     return BucketObjects(f"s3://{bucket}/{prefix}".rstrip("/"), bucket, prefix, patience)
+
+
+def _open_hub(text: str, patience: Patience) -> Objects:
+    from mlsae.store.places.hub import HubObjects
+
+    return HubObjects(text, patience)
+
+
+_READERS: dict[str, Callable[[str, Patience], Objects]] = {
+    "http": _open_web,
+    "https": _open_web,
+    "s3": _open_bucket,
+    "hf": _open_hub,
+}
+"""Scheme → how objects there are read; a new kind of place is entered here."""
+_WRITERS: dict[str, Callable[[str, Patience], WritableObjects]] = {"s3": _open_bucket}
+"""Scheme → how objects there are written."""
+_WEB = "a web server takes no uploads; copy to a directory that it serves"
+_NOT_WRITTEN = {
+    "hf": "cannot be written directly; copy to a directory, then run `hf upload owner/name "
+    "DIRECTORY . --repo-type dataset`",
+    "http": _WEB,
+    "https": _WEB,
+}
+"""Scheme → why nothing is written there, and the way round."""

@@ -1,48 +1,20 @@
-"""Tries of a request: meaning of a failure, and limits on trying again."""
+"""Limits on trying a request again that failed."""
 
 import logging
 import random
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from mlsae.store.errors import RemoteError
+from mlsae.store.places.failures import RequestError
 
 T = TypeVar("T")
 log = logging.getLogger("mlsae")
 
 _PROGRESS_BYTES = 2**16
 """A try that brought as many bytes was no failure: tries are counted anew after it."""
-
-
-class RequestError(Exception):
-    """A request that failed.
-
-    Args:
-        cause: the event, as a clause: `it answered 503 Service Unavailable`.
-        passes: a second try may well succeed later.
-        is_busy: the server asked for fewer requests.
-        is_past_end: the object has none of the bytes asked for.
-        remedy: advice to the user, other than to try again.
-    """
-
-    def __init__(
-        self,
-        cause: str,
-        *,
-        passes: bool = False,
-        is_busy: bool = False,
-        is_past_end: bool = False,
-        remedy: str = "",
-    ) -> None:
-        super().__init__(cause)
-        self.cause = cause
-        self.passes = passes
-        self.is_busy = is_busy
-        self.is_past_end = is_past_end
-        self.remedy = remedy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,65 +83,3 @@ def _message(what: str, failure: RequestError, tries: int, elapsed: float) -> st
         f"{what}: {failure.cause}{often}; nothing was lost: check the address and the network, "
         f"then run the same command again"
     )
-
-
-_STATUS = re.compile(r"status code: (\d{3}[^:\n]*)(?::\s*(.*?))?(?:\n\nDebug source|$)", re.S)
-_DETAIL = re.compile(r'(?:message|error): "([^"]+)"')
-_XML = re.compile(r"<(Code|Message)>([^<]*)</")
-_KIND = re.compile(r"kind: (Connect|Request|Timeout|Interrupted|Decode|Unknown)\b")
-
-
-def understand(error: Exception, credentials: str) -> RequestError:
-    """Translate an error of the network library, whose classes tell only a few failures apart.
-
-    Args:
-        error: a BaseError of obstore.
-        credentials: remedy where credentials are missing or refused.
-    """
-    text = str(error)
-    # The library asks for the machine's role last.
-    if "/latest/api/token" in text or "/latest/meta-data/" in text:
-        return RequestError("no credentials were found", remedy=credentials)
-    if status := _STATUS.search(text):
-        return _understand_status(status[1].strip(), status[2] or "", credentials)
-    if "incorrectly configured region" in text:
-        return RequestError("the bucket is in another region", remedy="set AWS_REGION")
-    if "Range request not supported" in text:
-        return RequestError(
-            "the server sends whole objects, or a page in their place, where a part is asked for",
-            remedy="use a server that answers HTTP Range requests, or copy the store here",
-        )
-    if kind := _KIND.search(text):
-        if "TooManyRedirects" in text:
-            return RequestError("its redirects do not end", remedy="check the address")
-        causes = {"Timeout": "no answer in time", "Interrupted": "the connection was cut"}
-        details = _DETAIL.findall(text)
-        detail = details[-1] if details else text.split("\n")[0]
-        return RequestError(causes.get(kind[1], _brief(detail)), passes=True)
-    return RequestError(_brief(text.split("\n")[0]), remedy="check the address and the server")
-
-
-def _understand_status(status: str, body: str, credentials: str) -> RequestError:
-    number = int(status[:3])
-    told = dict(_XML.findall(body))
-    detail = f" ({_brief(told.get('Message') or told['Code'])})" if told else ""
-    cause = f"the server answered {status}{detail}"
-    if number in (401, 403) or told.get("Code") in ("ExpiredToken", "InvalidToken"):
-        return RequestError(cause, remedy=credentials)
-    if told.get("Code") == "NoSuchBucket":
-        return RequestError("there is no such bucket", remedy="check its name, or create it first")
-    if told.get("Code") == "AuthorizationHeaderMalformed":
-        return RequestError(cause, remedy="set AWS_REGION")
-    return RequestError(
-        cause,
-        passes=number in (408, 425, 429) or number >= 500,
-        is_busy=number == 429,
-        is_past_end=number == 416,
-        remedy="check the address and the server",
-    )
-
-
-def _brief(text: str) -> str:
-    text = re.sub(r"^Generic \w+ error: ", "", text)
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return line if len(line) <= 160 else f"{line[:159]}…"

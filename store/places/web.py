@@ -26,8 +26,9 @@ from obstore.store import HTTPStore, S3Store
 
 from mlsae.store.errors import RemoteError
 from mlsae.store.places.credentials import S3_CREDENTIALS, bucket_access
+from mlsae.store.places.failures import RequestError, understand
 from mlsae.store.places.objects import too_large
-from mlsae.store.places.retry import Patience, RequestError, understand
+from mlsae.store.places.retry import Patience
 
 if TYPE_CHECKING:
     from obstore.store import BackoffConfig, ClientConfig
