@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mlsae.analyze.examples.best import Field, stable_order
+from mlsae.analyze.examples.best import Field, nth_largest, stable_order
 
 RANGES = 4
 """Equal parts of a latent's range of values, from 0 to its largest."""
@@ -39,8 +39,12 @@ _COMPARED = 2**22
 _NARROWER = 1 - 1e-6
 """Factor of an interval's half width, to allow for rounding."""
 
-_SHRINKS = 0.8
+_SHRINKS = 0.5
 """Candidates are compared again while a comparison leaves no more than this share of them."""
+
+_BINS = 24
+"""Equal parts of values from a quarter of the largest to the largest, by which events are tested
+when they come; one more is below, and one above."""
 
 
 class Sample:
@@ -64,10 +68,10 @@ class Sample:
         self._keys = torch.zeros(0, dtype=torch.int64, device=device)
         self._scores = torch.zeros(0, dtype=torch.int32, device=device)
         self._places = torch.zeros(0, dtype=torch.int64, device=device)
-        self._num_compared = 0
-        # Bounds that an event between two candidates, or in the lowest quarter, must reach.
-        self._gaps = self._keys, self._scores
-        self._lowest = torch.zeros(num_latents, dtype=torch.int32, device=device)
+        self._num_compared = self._num_sorted = 0
+        # As of the last comparison; by latent and bin, the score that an event there must reach.
+        self._tested = self.largest.clone()
+        self._thresholds = torch.zeros(num_latents * (_BINS + 2), dtype=torch.int32, device=device)
         self._free = torch.zeros(0, dtype=torch.int64, device=device)
         self._fields = {
             name: torch.zeros(0, of.width, dtype=of.dtype, device=device)
@@ -97,7 +101,7 @@ class Sample:
             (A,) int64 indices of those that are kept, and (A,) int64 places for `write`.
         """
         self.largest.scatter_reduce_(0, latents_E, values_E, "amax")
-        passes = scores_E >= self._thresholds(latents_E, values_E)
+        passes = scores_E >= self._thresholds[self._bins(latents_E, values_E)]
         offered = passes.nonzero()[:, 0]
         self._keys = torch.cat([self._keys, _keys(latents_E[offered], values_E[offered])])
         self._scores = torch.cat([self._scores, scores_E[offered]])
@@ -121,7 +125,8 @@ class Sample:
         Returns:
             (G, S) bool, whether there is such an event, and (G, S, width) of each field.
         """
-        self._sort()
+        if self._num_sorted < len(self._keys):
+            self._sort()
         bounds = torch.tensor([first, last], device=self._keys.device) << _LATENT_BITS
         start, end = torch.searchsorted(self._keys, bounds).tolist()
         latents, values = _latents_and_values(self._keys[start:end])
@@ -152,16 +157,12 @@ class Sample:
         # Beside an event: key, score and place, and those of the last comparison.
         return num_latents * size * CANDIDATES * (32 + event)
 
-    def _thresholds(self, latents_E: Tensor, values_E: Tensor) -> Tensor:
-        """Scores below which events are sure to be dropped, (E,) int32."""
-        thresholds = self._lowest[latents_E]
-        higher = (values_E > self.largest[latents_E] / RANGES).nonzero()[:, 0]
-        keys, gaps = self._gaps
-        if len(keys) == 0:
-            return thresholds.index_fill_(0, higher, 0)
-        at = torch.searchsorted(keys, _keys(latents_E[higher], values_E[higher]), right=True) - 1
-        thresholds[higher] = torch.where(at < 0, 0, gaps[at.clamp(min=0)])
-        return thresholds
+    def _bins(self, latents_E: Tensor, values_E: Tensor) -> Tensor:
+        """Index into `_thresholds` of each event, (E,) int64; ascending with the value."""
+        share = values_E / self._tested[latents_E]
+        width = (1 - 1 / RANGES) / _BINS
+        bins = (share - 1 / RANGES).div_(width).ceil_().clamp_(0, _BINS + 1)
+        return latents_E * (_BINS + 2) + bins.long()
 
     def _take_places(self, count: int) -> Tensor:
         """Places that hold no event, (count,) int64."""
@@ -180,6 +181,7 @@ class Sample:
         latents, values = _latents_and_values(self._keys)
         order = stable_order(values.view(torch.int32).long())
         self._keep(order[stable_order(latents[order])])
+        self._num_sorted = len(self._keys)
 
     def _keep(self, chosen: Tensor) -> None:
         self._keys, self._scores = self._keys[chosen], self._scores[chosen]
@@ -195,7 +197,7 @@ class Sample:
             dropped = self._places[~stays]
             self._free = torch.cat([self._free, dropped[dropped >= 0]])
             self._keep(stays.nonzero()[:, 0])
-        self._num_compared = len(self._keys)
+        self._num_compared = self._num_sorted = len(self._keys)
 
     def _enough(self) -> Tensor:
         """Scores below which candidates, in order, are sure to be dropped, (C,) int32."""
@@ -209,18 +211,24 @@ class Sample:
         first = torch.searchsorted(keys, _keys(latents, values / root), right=True)
         above = self._nth_best(scores, last - at)
         below = self._nth_best(scores.flip(0), (at - first).flip(0)).flip(0)
-        # Around whatever lies between two candidates are those above the first of them and those
-        # below the second; no candidate of the latent, no score to reach. A gap across m / 2 or
-        # 3m / 4 is no exception: the quarter above it reaches up to 3m / 4 or m at least.
-        gaps = torch.minimum(above[:-1], below[1:])
-        self._gaps = keys, torch.cat([gaps, gaps.new_zeros(1)])
         low = (share <= 1 / RANGES).nonzero()[:, 0]
         low = low[stable_order(-scores[low].long())]
         low = low[stable_order(latents[low])]
         nth = low[_ranks(latents[low]) == self.size - 1]
-        self._lowest = torch.zeros_like(self._lowest)
-        self._lowest[latents[nth]] = scores[nth]
-        return torch.where(share <= 1 / RANGES, self._lowest[latents], torch.minimum(above, below))
+        lowest = torch.zeros(len(self.largest), dtype=torch.int32, device=keys.device)
+        lowest[latents[nth]] = scores[nth]
+        # Around whatever lies between two candidates are those above the first of them and those
+        # below the second; no candidate of the latent, no score to reach. A gap across m / 2 or
+        # 3m / 4 is no exception: the quarter above it reaches up to 3m / 4 or m at least.
+        gaps = torch.minimum(above, torch.cat([below[1:], below.new_zeros(1)]))
+        self._tested = self.largest.clone()
+        bins = self._bins(latents, values)
+        first = torch.searchsorted(bins, torch.arange(len(self._thresholds), device=keys.device))
+        # Of each bin the gap that reaches into it from below, and those that begin in it.
+        self._thresholds = torch.cat([gaps.new_zeros(1), gaps])[first]
+        self._thresholds.scatter_reduce_(0, bins, gaps, "amin")
+        self._thresholds.view(-1, _BINS + 2)[:, 0] = lowest
+        return torch.where(share <= 1 / RANGES, lowest[latents], torch.minimum(above, below))
 
     def _nth_best(self, scores_C: Tensor, reach_C: Tensor) -> Tensor:
         """The S-th largest score of the next `reach_C` candidates, 0 if they are fewer, (C,)."""
@@ -229,7 +237,7 @@ class Sample:
         following = torch.cat([scores_C, scores_C.new_zeros(width)]).unfold(0, width + 1, 1)[:, 1:]
         at_once = max(1, _COMPARED // width)
         best = [
-            torch.where(steps <= reach[:, None], those, 0).topk(self.size).values[:, -1]
+            nth_largest(torch.where(steps <= reach[:, None], those, 0), self.size)
             for those, reach in zip(
                 torch.split(following, at_once), torch.split(reach_C, at_once), strict=True
             )
