@@ -7,7 +7,7 @@ from pathlib import Path
 from mlsae.base.errors import InputError
 from mlsae.base.settings import ReadsStores, device_setting, setting, settings
 from mlsae.base.units import parse_bytes, parse_count, parse_layers, parse_numbers
-from mlsae.sae.architectures import ReLUSettings, TopKSettings, get, registered
+from mlsae.sae.architectures import ArchitectureSettings, get, registered
 from mlsae.sae.config import LAYER_SCALES, NORMALIZE
 from mlsae.train.step.objective import LOSS_SPACES
 from mlsae.train.step.schedule import SCHEDULES
@@ -45,7 +45,7 @@ def parse_training_layers(text: str) -> Layers:
 
 
 @settings
-class TrainConfig(ReLUSettings, TopKSettings, ReadsStores):
+class TrainConfig(ArchitectureSettings, ReadsStores):
     """Settings of a training run, with those of the architectures.
 
     Raises:

@@ -4,7 +4,8 @@
 rows of layer l, and weights w_l that are 1 unless asked for. The penalty is the architecture's,
 with λ_l = λ · (multiplier of the layer), rising from 0 over the first steps. All terms are sums
 over rows once B and the totals in them are the whole batch's, so that pieces of a batch, on
-one rank or several, add up to it exactly. AuxK, of topk alone: see `train/step/auxiliary.py`.
+one rank or several, add up to it exactly. AuxK, where the architecture revives so: see
+`train/step/auxiliary.py`.
 
 Shape suffixes: B rows, D channels, N latents, L layers, S sampled rows.
 """
