@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+Array = npt.NDArray[Any]
+Int64 = npt.NDArray[np.int64]
+
 MOST_READS = 256
 """Reads of one call."""
 MOST_VECTORS = 1024
@@ -60,31 +63,58 @@ class Queue:
 
     def read(
         self,
-        files: npt.ArrayLike,
-        offsets: npt.ArrayLike,
-        addresses: npt.ArrayLike,
-        sizes: npt.ArrayLike,
-        *,
-        to_vectors: bool = False,
-    ) -> npt.NDArray[np.int64]:
-        """Read, and wait until all is read.
+        files: Int64,
+        offsets: Int64,
+        memory: Array,
+        first: Int64,
+        num_rows: Int64,
+        places: Int64 | None = None,
+    ) -> Int64:
+        """Read runs of rows, and wait until all are read.
 
         Args:
-            files: descriptor of each read; at most `MOST_READS`.
-            offsets: first byte of each in its file.
-            addresses: where its bytes go, in memory that is the caller's; or where the vectors
-                are that say so.
-            sizes: bytes of each; or its number of vectors, at most `MOST_VECTORS`.
-            to_vectors: vectors, (n, 2) uint64, say where bytes go: address and number of bytes.
+            files: (n,) descriptor of each run's file.
+            offsets: (n,) first byte of each run in its file.
+            memory: (m, …) rows to be filled, C-contiguous.
+            first: (n,) row of `memory` for the first row of each run, or index into `places`.
+            num_rows: (n,) rows of each run; at most `MOST_VECTORS` where there are `places`.
+            places: (p,) rows of `memory`, of which each run fills some that follow one another
+                here; None to fill those that follow one another in memory.
 
         Returns:
             (n,) bytes that each has read, or negative numbers where it failed.
+
+        Raises:
+            IndexError: a run would fill bytes outside the memory, which the kernel does unasked.
         """
-        count = np.size(files)
-        reads = self._reads[:count]
-        reads["file"], reads["offset"] = files, offsets
-        reads["address"], reads["num_bytes"] = addresses, sizes
-        reads["operation"] = _PREADV if to_vectors else _PREAD
+        if not (memory.flags.c_contiguous and memory.flags.writeable):
+            raise IndexError("the memory must be contiguous and writeable")
+        num_places = len(memory) if places is None else len(places)
+        if not ((first >= 0) & (num_rows >= 0) & (first + num_rows <= num_places)).all():
+            raise IndexError(f"runs do not fit into {num_places} places")
+        base, row_bytes = memory.ctypes.data, memory.strides[0]
+        if places is None:
+            operation, addresses, sizes = _PREAD, base + first * row_bytes, num_rows * row_bytes
+        else:
+            if len(places) and not (places.min() >= 0 and places.max() < len(memory)):
+                raise IndexError(f"places are not among the {len(memory)} of the memory")
+            vectors = np.empty((len(places), 2), np.int64)
+            vectors[:, 0] = places * row_bytes + base
+            vectors[:, 1] = row_bytes
+            operation, sizes = _PREADV, num_rows
+            addresses = vectors.ctypes.data + first * vectors.strides[0]
+        found = np.full(len(files), -1)
+        for start in range(0, len(files), MOST_READS):
+            at = slice(start, start + MOST_READS)
+            count = len(found[at])
+            reads = self._reads[:count]
+            reads["file"], reads["offset"], reads["operation"] = files[at], offsets[at], operation
+            reads["address"], reads["num_bytes"] = addresses[at], sizes[at]
+            found[at] = self._submit_reads(count)
+        return found
+
+    def _submit_reads(self, count: int) -> Int64:
+        """(count,) results of the first reads of the table."""
         found = np.full(count, -1)
         submitted = self._call(
             self._submit,

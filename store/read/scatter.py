@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from mlsae.store.format.encoding import Part
 from mlsae.store.format.layout import chunk_offset
-from mlsae.store.read.aio import MOST_READS, MOST_VECTORS, Queue, open_queue
+from mlsae.store.read.aio import MOST_VECTORS, Queue, open_queue
 from mlsae.store.read.interface import AnyReader
 
 Array = npt.NDArray[Any]
@@ -92,7 +92,7 @@ class ScatteredRows:
 
         Raises:
             DamagedStoreError: a chunk's bytes are missing or differ from its checksum.
-            IndexError: there are no such rows or places. The kernel would write beyond them.
+            IndexError: there are no such rows or places.
         """
         places, width = len(self.rows[0]), runs.place.shape[1]
         if not (runs.place.min() >= 0 and runs.place.max() < places):
@@ -136,22 +136,12 @@ class ScatteredRows:
         chunk_rows = self._chunk_rows[pieces.segment]
         in_shard = pieces.chunk % self._num_chunks[pieces.segment]
         offset = chunk_offset(in_shard, pieces.inner, chunk_rows, row_bytes)
-        is_wide = row_bytes >= _WIDE
-        if is_wide:
-            vectors = np.empty((len(place), 2), np.int64)
-            vectors[:, 0] = place * row_bytes + self.rows[number].ctypes.data
-            vectors[:, 1] = row_bytes
-            address = vectors.ctypes.data + pieces.first * vectors.strides[0]
-            size = pieces.num_rows
+        if row_bytes >= _WIDE:
+            memory = self.rows[number]
+            got = queue.read(files, offset, memory, pieces.first, pieces.num_rows, place)
         else:
             apart = np.empty(len(place), self._items[number].dtype)
-            address = apart.ctypes.data + pieces.first * row_bytes
-            size = pieces.num_rows * row_bytes
-        got = np.empty(len(files), np.int64)
-        for start in range(0, len(files), MOST_READS):
-            at = slice(start, start + MOST_READS)
-            got[at] = queue.read(files[at], offset[at], address[at], size[at], to_vectors=is_wide)
-        if not is_wide:
+            got = queue.read(files, offset, apart, pieces.first, pieces.num_rows)
             self._items[number][place] = apart
         is_read: npt.NDArray[np.bool_] = got == pieces.num_rows * row_bytes
         return is_read

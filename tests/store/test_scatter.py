@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -138,12 +137,11 @@ def test_a_queue_says_what_each_read_gave(tmp_path: Path) -> None:
     assert queue is not None
     path = tmp_path / "file"
     path.write_bytes(bytes(range(100)))
-    memory = np.zeros((MOST_READS, 10), np.uint8)
-    addresses = [memory.ctypes.data + 10 * i for i in range(MOST_READS)]
+    memory = np.zeros((2 * MOST_READS, 10), np.uint8)
 
     def read(files: list[int], offsets: list[int]) -> list[int]:
-        count = len(files)
-        found: Any = queue.read(files, offsets, addresses[:count], [10] * count)
+        first, num_rows = np.arange(len(files)), np.ones(len(files), np.int64)
+        found = queue.read(np.array(files), np.array(offsets), memory, first, num_rows)
         return found.tolist()
 
     with path.open("rb") as file:
@@ -151,16 +149,41 @@ def test_a_queue_says_what_each_read_gave(tmp_path: Path) -> None:
         assert read([number] * 3, [0, 95, 200]) == [10, 5, 0]
         assert memory[0].tolist() == list(range(10))
         assert memory[1].tolist() == [*range(95, 100), 0, 0, 0, 0, 0]
-        assert read([number] * MOST_READS, [7] * MOST_READS) == [10] * MOST_READS
+        assert read([number] * (MOST_READS + 5), [7] * (MOST_READS + 5)) == [10] * (MOST_READS + 5)
         found = read([number, 10**6, number], [0, 0, 0])
         assert found[0] == 10
         assert found[1] < 0
-        assert (memory[3:] == memory[3]).all()
-        # To pieces of memory: 3 bytes each to places in turn, the last of them not filled.
-        vectors = np.array([[addresses[i], 3] for i in (5, 2, 9)])
+        assert (memory[3 : MOST_READS + 5] == memory[3]).all()
+        # To places in turn, the last of them not filled.
+        small = np.zeros((12, 3), np.uint8)
+        places, first = np.array([5, 2, 9]), np.array([0, 1])
         got = queue.read(
-            [number] * 2, [4, 95], vectors.ctypes.data + np.array([0, 16]), [3, 2], to_vectors=True
+            np.array([number] * 2), np.array([4, 95]), small, first, np.array([1, 2]), places
         )
-        assert got.tolist() == [9, 5]
-        assert memory[5, :4].tolist() == [4, 5, 6, 10]
-        assert memory[[2, 9], :3].tolist() == [[95, 96, 97], [98, 99, 12]]
+        assert got.tolist() == [3, 5]
+        assert small[5].tolist() == [4, 5, 6]
+        assert small[[2, 9]].tolist() == [[95, 96, 97], [98, 99, 0]]
+
+
+@pytest.mark.parametrize(
+    ("first", "num_rows", "places"),
+    [(-1, 1, None), (0, 5, None), (4, 1, None), (1, -1, None), (2, 2, [0, 1, 2]), (0, 1, [4])],
+)
+def test_the_kernel_is_not_asked_to_write_elsewhere(
+    first: int, num_rows: int, places: list[int] | None, tmp_path: Path
+) -> None:
+    """Checked where addresses are made, whoever asks."""
+    queue = open_queue()
+    assert queue is not None
+    (tmp_path / "file").write_bytes(bytes(100))
+    memory = np.ones((4, 10), np.uint8)
+    with (tmp_path / "file").open("rb") as file, pytest.raises(IndexError):
+        queue.read(
+            np.array([file.fileno()]),
+            np.array([0]),
+            memory,
+            np.array([first]),
+            np.array([num_rows]),
+            None if places is None else np.array(places),
+        )
+    assert memory.all()
