@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from benchmarks.markdown import table
 from mlsae.base.units import format_bytes, format_count
 from mlsae.store.format.encoding import check_encoding, parts_of
-from mlsae.store.format.layout import plan_layout
+from mlsae.store.format.layout import array_bytes, plan_layout
 from mlsae.store.write.writer import MOST_WRITER_THREADS
 
 H200_PEAK = 989e12
@@ -67,14 +67,16 @@ def size_rows(case: Case) -> list[list[str]]:
                 keep_positions=keep,
             )
             shards = layout.num_shards * case.num_layers
-            object_bytes = layout.activation_bytes * max(row_bytes) / sum(row_bytes) / shards
+            largest = array_bytes(
+                layout.num_rows, max(row_bytes), layout.chunk_rows, layout.shard_rows
+            )
             rows.append(
                 [
                     "all" if keep is None else str(keep),
                     "float16, bfloat16" if encoding == "bfloat16" else encoding,
                     format_bytes(layout.total_bytes),
                     format_count(layout.num_shards),
-                    format_bytes(object_bytes),
+                    format_bytes(largest / layout.num_shards),
                     format_count(shards * len(row_bytes)),
                 ]
             )

@@ -53,8 +53,8 @@ class PlannedCalibration:
 class Plan:
     """All settings that decide a store's bytes, and the sizes and names that follow from them.
 
-    `mlsae.store.plancheck.check_plan` makes one of what was read, and
-    `mlsae.store.write.plan.make_plan` one of a producer's settings.
+    `mlsae.store.plancheck.check_plan` makes a plan from JSON that was read, and
+    `mlsae.store.write.plan.make_plan` from the settings of a producer.
     """
 
     schema_version: str

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlsae.store.format.encoding import Parts, SiteCodec
+from mlsae.store.format.encoding import SiteCodec, Stored
 from mlsae.store.format.moments import STANDARDIZE_EPS, GroupMoments
 
 BLOCK_ELEMENTS = 1 << 17
@@ -50,7 +50,7 @@ class Accumulator(GroupMoments):
         self._picked = [np.empty((self._most_rows, part.width), part.dtype) for part in codec.parts]
         self._sums: dict[type, _Sums] = {}
 
-    def add(self, group_N: npt.NDArray[np.int8], stored_L: Sequence[Parts]) -> bool:
+    def add(self, group_N: npt.NDArray[np.int8], stored_L: Sequence[Stored]) -> bool:
         """Add some rows, all layers of them.
 
         Args:
@@ -69,7 +69,7 @@ class Accumulator(GroupMoments):
         self,
         group: int,
         rows: npt.NDArray[np.int64],
-        stored_L: Sequence[Parts],
+        stored_L: Sequence[Stored],
         dtype: type[np.float32 | np.float64],
     ) -> bool:
         if dtype not in self._sums:
@@ -108,7 +108,7 @@ class _Sums:
         self._num_rows = 0
         self._max_abs = 0.0
 
-    def load(self, stored: Parts, index: int, codec: SiteCodec) -> float:
+    def load(self, stored: Stored, index: int, codec: SiteCodec) -> float:
         """Decode a layer's rows; their largest magnitude, not finite if a value is not."""
         self._num_rows = len(stored[0])
         x_ND = self._x_ND[: self._num_rows]

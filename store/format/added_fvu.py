@@ -106,10 +106,10 @@ def check_added_fvu(added: Mapping[str, Any], shard: int, encoding: str, most: f
         for layer, found in layers.items():
             values = found["by_decile"] if found["num_rows"] >= DECILES_FROM else ()
             by_decile = [(value, f"decile {i} of row norm") for i, value in enumerate(values, 1)]
-            for value, what in [(found["total"], "all its rows"), *by_decile]:
+            for value, rows in [(found["total"], "all its rows"), *by_decile]:
                 if value is not None and value > most:
                     raise ActivationError(
                         f"shard {shard}, layer {layer} ({site}): encoding {encoding} adds an FVU "
-                        f"of {value:.2g} over {what}, more than {most:.2g}; use another "
+                        f"of {value:.2g} over {rows}, more than {most:.2g}; use another "
                         f"--encoding, or allow it with --max-encoding-fvu"
                     )

@@ -17,7 +17,7 @@ from mlsae.store.schema import ACTIVATIONS, BLOCK_EXPONENTS
 
 Encoding = Literal["float16", "bfloat16", "float32", "int8"]
 Array = npt.NDArray[Any]
-Parts = tuple[Array, ...]
+Stored = tuple[Array, ...]
 """Stored values of some rows: one array for each of `parts_of`, (N, width)."""
 
 STORED_DTYPE: dict[str, np.dtype[Any]] = {
@@ -107,7 +107,7 @@ class SiteCodec:
         self.parts = parts_of(encoding, d_model)
         self._calibration = calibration
 
-    def encode(self, values: Array, layer_index: int) -> Parts:
+    def encode(self, values: Array, layer_index: int) -> Stored:
         """Floats → stored values, rounding to nearest, ties to even.
 
         Args:
@@ -130,7 +130,7 @@ class SiteCodec:
         scale_D = self._calibration.scale[layer_index]
         return encode_int8(values, mean_D, scale_D)
 
-    def decode(self, parts: Parts, layer_index: int) -> npt.NDArray[np.float32]:
+    def decode(self, parts: Stored, layer_index: int) -> npt.NDArray[np.float32]:
         """Stored values → (N, D) float32; exact for every encoding but int8's last rounding."""
         if self._calibration is None:
             return decode(parts[0], self.encoding)
@@ -138,7 +138,7 @@ class SiteCodec:
         self.decode_finite_into(parts, layer_index, out)
         return out
 
-    def decode_finite_into(self, parts: Parts, layer_index: int, out: Array) -> None:
+    def decode_finite_into(self, parts: Stored, layer_index: int, out: Array) -> None:
         """Stored values → float32 or float64 in `out`, (N, D), without a copy.
 
         Faster than `decode` by a factor, but of float16 infinity and NaN make finite values over
@@ -181,7 +181,7 @@ def encode(values: Array, encoding: Encoding) -> Array:
         return single.astype(stored, copy=False)
 
 
-def encode_int8(values: Array, mean_D: Array, scale_D: Array) -> Parts:
+def encode_int8(values: Array, mean_D: Array, scale_D: Array) -> Stored:
     """Floats → (N, D) int8 quanta and (N, B) int8 exponents.
 
     x ≈ q · 2^(k/8) · scale + mean: k is the least exponent with which no quantum of its block

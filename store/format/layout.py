@@ -40,8 +40,6 @@ class Layout:
     """Rows of a shard, the unit of writing and resuming; a multiple of chunk and batch."""
     num_shards: int
     """Shards of every activation array."""
-    activation_bytes: int
-    """Bytes of all activation objects, checksums and indexes included; at most, if compressed."""
     total_bytes: int
     """Bytes of the whole store: activations, tokens, moments, records; at most, if compressed."""
 
@@ -156,6 +154,5 @@ def plan_layout(
         chunk_rows=chunk_rows,
         shard_rows=shard_rows,
         num_shards=num_shards,
-        activation_bytes=activations,
         total_bytes=activations + tokens + moments + records,
     )

@@ -172,7 +172,7 @@ class ChunkCache:
 class CachedObjects:
     """Objects from elsewhere, of which every part that was read is kept.
 
-    What is kept belongs to one state of one store: the place, and the `complete.json` that was read
+    A part belongs to one state of one store: the place, and the `complete.json` that was read
     from it. Before that was read, and of a store that has none, nothing is.
 
     Args:

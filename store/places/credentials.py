@@ -1,4 +1,4 @@
-"""Who asks an S3 server, and which one: what the environment leaves open, from the profile.
+"""Credentials and address of an S3 server: settings that the environment leaves to the profile.
 
 The network library reads the environment (`AWS_ACCESS_KEY_ID`, `AWS_REGION`, `AWS_ENDPOINT_URL`,
 `AWS_SKIP_SIGNATURE`, …) and asks the machine for its role, but knows no `~/.aws`.

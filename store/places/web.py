@@ -1,7 +1,6 @@
-"""Objects on a web server, in an S3 bucket, in a data set of the Hugging Face hub.
+"""Objects on a web server or in an S3 bucket.
 
-Only `mlsae.store.places.remote` imports this module: a store on this machine needs no network
-library.
+Only `remote` and `hub` import this module: a store on this machine needs no network library.
 
 No answer is taken in whole before its size is known and allowed, and none of more bytes than were
 asked for. The library's own retries are off for reading: they end at a cut in the middle of a body,

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from mlsae.base.errors import InputError
 from mlsae.base.files import Location, canonical_json
 from mlsae.store.format.calibration import Calibration
-from mlsae.store.format.encoding import Parts
+from mlsae.store.format.encoding import Stored
 from mlsae.store.format.moments import GroupMoments, Moments, eligible_groups
 from mlsae.store.read.interface import AnyStore
 from mlsae.store.read.store import RowReader, Store, open_store
@@ -113,7 +113,7 @@ class CorpusReader:
         """See `AnyReader`."""
         return list(zip(self._borders.starts, self._readers, strict=False))
 
-    def read(self, start: int = 0, stop: int | None = None) -> Parts:
+    def read(self, start: int = 0, stop: int | None = None) -> Stored:
         """See `AnyReader`."""
         pieces = [
             self._readers[at].read(first, end)
@@ -133,8 +133,8 @@ class CorpusReader:
 class Corpus:
     """Several stores as one, open for reading. Threads may share it.
 
-    It has what training and analysis use of a `Store`; whatever is of one store alone is in
-    `stores`. Their order is that of their ids, so it does not matter how they were given.
+    A corpus is an `AnyStore`, as each `Store` is. The order of the stores is that of their ids,
+    however they were given.
 
     Args:
         stores: complete ones, at least one.

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.store.format.calibration import Calibration
-from mlsae.store.format.encoding import Encoding, Part, Parts
+from mlsae.store.format.encoding import Encoding, Part, Stored
 from mlsae.store.format.moments import GroupMoments, Moments
 from mlsae.store.read.store import RowReader, Store
 
@@ -23,7 +23,7 @@ class AnyReader(Protocol):
         """First row, counted through all stores, and reader of each store."""
         ...
 
-    def read(self, start: int = 0, stop: int | None = None) -> Parts:
+    def read(self, start: int = 0, stop: int | None = None) -> Stored:
         """Rows start … stop − 1: for each part an array (stop − start, width) of its data type.
 
         Raises:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from mlsae.base.errors import InputError
 from mlsae.store.errors import DamagedStoreError, IncompleteStoreError, InvalidStoreError
 from mlsae.store.format.calibration import Calibration
-from mlsae.store.format.encoding import Part, Parts
+from mlsae.store.format.encoding import Part, Stored
 from mlsae.store.format.moments import (
     GroupMoments,
     Moments,
@@ -100,7 +100,7 @@ class RowReader:
         """First row and reader of each store that the rows are of: this one."""
         return [(0, self)]
 
-    def read(self, start: int = 0, stop: int | None = None) -> Parts:
+    def read(self, start: int = 0, stop: int | None = None) -> Stored:
         """Rows start … stop − 1: for each part an array (stop − start, width).
 
         Raises:
@@ -307,7 +307,7 @@ class Store:
         """
         return self.decode(self.reader(site, layer).read(start, stop), site, layer)
 
-    def decode(self, parts: Parts, site: str, layer: int) -> npt.NDArray[np.float32]:
+    def decode(self, parts: Stored, site: str, layer: int) -> npt.NDArray[np.float32]:
         """Rows of a site and layer as stored → (n, d_model) float32."""
         return self.codecs[site].decode(parts, self.layers.index(layer))
 

@@ -15,11 +15,11 @@ def check_together(stores: Sequence[Store]) -> None:
     """Refuse stores that are no one corpus.
 
     They must agree in the producer's records of the model, the tokenizer and the packing, and
-    in sites, layers, width, context length, rows of a sequence and encoding. Whatever does not
-    change what a row is (chunks, shards, compression, which positions are kept) may differ.
+    in sites, layers, width, context length, rows of a sequence and encoding. Chunks,
+    shards, compression and kept positions, which do not change a row, may differ.
 
     Raises:
-        InputError: two differ, naming in what, or have text in common, as far as their plans say.
+        InputError: two differ, naming the difference, or have text in common by their plans.
     """
     first, *others = stores
     ours = _facts(first)

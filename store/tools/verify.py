@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mlsae.store.errors import DamagedStoreError, RemoteError, StoreError
 from mlsae.store.format.accumulate import Accumulator
-from mlsae.store.format.encoding import MAX_QUANTUM, Parts
+from mlsae.store.format.encoding import MAX_QUANTUM, Stored
 from mlsae.store.format.moments import GroupMoments, from_bytes, moments_bytes
 from mlsae.store.read.arrays import ArrayReader
 from mlsae.store.read.commits import store_id_of
@@ -367,7 +367,7 @@ class _Verification:
         self.bar.update(rows.nbytes)
         return rows
 
-    def _report_not_finite(self, site: str, start: int, end: int, stored: list[Parts]) -> None:
+    def _report_not_finite(self, site: str, start: int, end: int, stored: list[Stored]) -> None:
         for layer, parts in zip(self.store.layers, stored, strict=True):
             if not np.isfinite(self.store.decode(parts, site, layer)).all():
                 self.report(

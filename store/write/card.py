@@ -181,13 +181,13 @@ def _added(cost: LargestAddedFVU | None) -> str:
 
 
 def _derived(derived: Record) -> str:
-    what = f"store {derived['store_id']}"
+    line = f"store {derived['store_id']}"
     sequences = derived.get("sequences")
     if isinstance(sequences, list) and len(sequences) == 2:
-        what += f", sequences {sequences[0]} to {sequences[1]}"
+        line += f", sequences {sequences[0]} to {sequences[1]}"
     if isinstance(encoding := derived.get("encoding"), str):
-        what += f", in {encoding}"
-    return what
+        line += f", in {encoding}"
+    return line
 
 
 def _how_to_open(plan: Plan) -> list[str]:

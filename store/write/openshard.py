@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from mlsae.store.errors import NotFiniteError
 from mlsae.store.format.accumulate import Accumulator
-from mlsae.store.format.encoding import Parts, SiteCodec
+from mlsae.store.format.encoding import SiteCodec, Stored
 from mlsae.store.format.moments import GroupMoments
 from mlsae.store.plan import Key, Plan
 from mlsae.store.read.records import Producer
@@ -60,7 +60,7 @@ class OpenShard:
             raise
 
     def jobs(
-        self, stored: Mapping[Key, Parts], groups: npt.NDArray[np.int8] | None
+        self, stored: Mapping[Key, Stored], groups: npt.NDArray[np.int8] | None
     ) -> list[Callable[[], None]]:
         """Work to be done for some rows; in any order, but before the next rows' jobs.
 
@@ -116,7 +116,7 @@ class OpenShard:
 
 
 def _accumulate(
-    moments: Accumulator, groups: npt.NDArray[np.int8], stored_L: Sequence[Parts]
+    moments: Accumulator, groups: npt.NDArray[np.int8], stored_L: Sequence[Stored]
 ) -> None:
     if not moments.add(groups, stored_L):
         raise NotFiniteError

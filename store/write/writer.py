@@ -21,7 +21,7 @@ from mlsae.base.files import remove_stale_partials
 from mlsae.base.machine.priority import yield_to_others
 from mlsae.store.errors import ActivationError, NotAStoreError, NotFiniteError
 from mlsae.store.format.added_fvu import MAX_ADDED_FVU, AddedFVU, check_added_fvu
-from mlsae.store.format.encoding import Parts
+from mlsae.store.format.encoding import Stored
 from mlsae.store.format.moments import GROUPS, GroupMoments, eligible_groups
 from mlsae.store.places.objects import LocalObjects
 from mlsae.store.plan import Key
@@ -42,7 +42,7 @@ disk no busier, and several ranks may share a machine."""
 _FLUSHING_THREADS = 3
 """They only wait for the disk."""
 Array = npt.NDArray[Any]
-Rows = Array | Parts
+Rows = Array | Stored
 """Floats, or values as stored: of int8 the quanta and their exponents."""
 
 
@@ -298,7 +298,7 @@ class Writer:
                 )
         return num_rows
 
-    def _encode(self, key: Key, rows: Rows, some: slice) -> Parts:
+    def _encode(self, key: Key, rows: Rows, some: slice) -> Stored:
         """Stored values of some rows; the cost of the encoding is measured on the way."""
         if isinstance(rows, tuple):
             return tuple(values[some] for values in rows)
@@ -469,6 +469,6 @@ class Writer:
 class _Batch:
     """Rows of one call within one shard, and the work that is under way for them."""
 
-    stored: dict[Key, Parts]
+    stored: dict[Key, Stored]
     first_row: int
     futures: list[Future[None]]

@@ -35,7 +35,7 @@ def load_example(path: str) -> ModuleType:
 
 
 def by_others(directory: Path) -> list[Any]:
-    """The same array as zarrs and tensorstore read it."""
+    """An array as zarrs and tensorstore read it, found equal."""
     with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
         through_zarrs = zarr.open_array(str(directory), mode="r")[:]
     kvstore = {"driver": "file", "path": str(directory)}

@@ -36,7 +36,7 @@ class Files(dict[str, bytes]):
 
     @classmethod
     def read(cls, path: Path) -> "Files":
-        """Of a store on disk."""
+        """Files of a store on disk."""
         files = (file for file in path.rglob("*") if file.is_file())
         return cls({file.relative_to(path).as_posix(): file.read_bytes() for file in files})
 
