@@ -114,7 +114,7 @@ def run(config: AnalyzeConfig) -> Analysis:
         content = {
             **_settings(config),
             **origin(pairing, config),
-            **_what(pairing, sequences, sums, entropy),
+            **_coverage(pairing, sequences, sums, entropy),
             "cross_entropy": None if entropy is None else {"num_tokens": entropy.num_tokens},
             "no_cross_entropy_because": reason,
             "layer_variance": joint.decomposition.summary(),
@@ -238,7 +238,7 @@ def _settings(config: AnalyzeConfig) -> dict[str, Any]:
     }
 
 
-def _what(
+def _coverage(
     pairing: Pairing,
     sequences: Int,
     sums: Mapping[int, LayerSums],
@@ -275,6 +275,6 @@ def _what(
 
 
 @contextmanager
-def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
-    with tqdm(total=total, desc=what, unit=unit, unit_scale=True, disable=total == 0) as bar:
+def _bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
+    with tqdm(total=total, desc=label, unit=unit, unit_scale=True, disable=total == 0) as bar:
         yield bar.update

@@ -224,7 +224,7 @@ class Sample:
         self._tested = self.largest.clone()
         bins = self._bins(latents, values)
         first = torch.searchsorted(bins, torch.arange(len(self._thresholds), device=keys.device))
-        # Of each bin the gap that reaches into it from below, and those that begin in it.
+        # A bin has the gap that reaches into it from below, and the gaps that begin in it.
         self._thresholds = torch.cat([gaps.new_zeros(1), gaps])[first]
         self._thresholds.scatter_reduce_(0, bins, gaps, "amin")
         self._thresholds.view(-1, _BINS + 2)[:, 0] = lowest

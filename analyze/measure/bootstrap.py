@@ -1,6 +1,6 @@
 """Variation of a number on other text: percentile bootstrap over sequences.
 
-Tokens of a sequence are alike, so sequences are resampled and never tokens. Every figure is a ratio
+Tokens of a sequence are alike, so sequences are resampled and never tokens. Every metric is a ratio
 of sums over sequences; a resample weights each sequence's part of the sums by how often it was
 drawn (Efron and Tibshirani, 1993, ch. 13).
 
@@ -25,13 +25,13 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its interval; None where it is not defined."""
+    """A number and its interval; None where it is not defined."""
 
     value: float | None
     """Over the sequences as they are."""
 
     low: float | None
-    """2.5th percentile over the resamples; None where the figure is undefined in one of them, or
+    """2.5th percentile over the resamples; None where the number is undefined in one of them, or
     there are none."""
 
     high: float | None
@@ -54,7 +54,7 @@ def group_of(places_N: Int, num_sequences: int) -> Int:
 def resample(num_groups: int) -> Float:
     """Weight of each group, (1 + R, G): one each in the first row, then the resamples.
 
-    A pure function of `num_groups`, so that figures of other layers, measured on the same
+    A pure function of `num_groups`, so that numbers of other layers, measured on the same
     sequences, are resampled alike. R is 0 for fewer than two groups, which say nothing of others.
     """
     if num_groups < 2:
@@ -72,7 +72,7 @@ def ratio(numerator: Float, denominator: Float) -> Float:
 
 
 def estimate(values: Float) -> Estimate:
-    """A figure (1 + R,), computed with each row of `resample`, and its interval."""
+    """A number (1 + R,), computed with each row of `resample`, and its interval."""
     value = None if np.isnan(values[0]) else float(values[0])
     if len(values) == 1 or np.isnan(values).any():
         return Estimate(value, None, None)

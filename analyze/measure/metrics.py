@@ -1,4 +1,4 @@
-"""Every figure by layer and over layers, with its interval, from the sums of a run.
+"""Every metric by layer and over layers, with its interval, from the sums of a run.
 
 R = resamples, M = num_latents. Definitions and sources: docs/metrics.md.
 """

@@ -25,7 +25,7 @@ Float = npt.NDArray[np.float64]
 
 
 def _decomposed(z_LTM: Float, layers: tuple[int, ...], *, batch: int) -> Decomposition:
-    """Batches of tokens as the sweep gives them: values and indices of the few largest."""
+    """Batches of tokens as the walk gives them: values and indices of the few largest."""
     num_latents = z_LTM.shape[2]
     found = Decomposition(layers, num_latents, torch.device("cpu"))
     for first in range(0, z_LTM.shape[1], batch):

@@ -1,7 +1,7 @@
 """Cost of reconstructions to the transformer: cross-entropy, KL and agreement, layers spliced.
 
 Shapes: B sequences, T = context length, V = vocabulary, D = d_model, N counted tokens, L layers,
-G groups of sequences. Figures are means over counted tokens; sums are float64 over the whole set,
+G groups of sequences. Metrics are means over counted tokens; sums are float64 over the whole set,
 divided once.
 """
 
@@ -89,7 +89,7 @@ class CrossEntropy:
         return np.asarray(self.divergence[:-1].sum(axis=1) / self.num_tokens)
 
     def ratios(self) -> list[dict[str, Ratio]]:
-        """Every figure by column of the table `layers`, for each layer and then for all at once."""
+        """Every metric by column of the table `layers`, for each layer and then for all at once."""
         weights_RG = resample(len(self.counted))
 
         def total(sums_G: Float) -> Float:

@@ -125,13 +125,13 @@ class _Scheme:
 
     def add(self, pairs: Pairs, weights_P: Tensor, by_layer: Mapping[int, float]) -> None:
         from_centre = pairs.means - self._centre
-        for into, what in (
+        for into, terms_P in (
             (self.weight, weights_P),
             (self._first, weights_P * from_centre),
             (self._second, weights_P * from_centre.square()),
             (self.within, weights_P * pairs.variances),
         ):
-            into += torch.bincount(pairs.latents, weights=what, minlength=len(into))
+            into += torch.bincount(pairs.latents, weights=terms_P, minlength=len(into))
         for layer, weight in by_layer.items():
             self._by_layer[layer] += weight
 
@@ -155,13 +155,13 @@ class _Scheme:
 class Decomposition:
     """Variances of the layer, added up block by block in memory that only latents need.
 
-    Three definitions of them:
+    Three definitions:
 
     - *mass*: P(t, j, l) is in proportion to the value of latent j for token t at layer l.
     - *pair-uniform*: every active pair (t, j) weighs the same, and P(l | t, j) follows the values.
-    - *as coded*: that of the published code (tim-lawson/mlsae, analysis/variances.py), batch by
-      batch, ratios averaged over batches. Pairs that are not active count as distributions of sum
-      0, so that what it takes for E Var(L | J) is near a second moment about layer 0.
+    - *as coded*: the published code's (tim-lawson/mlsae, analysis/variances.py), batch by batch,
+      ratios averaged over batches. Pairs that are not active count as distributions of sum 0, so
+      that its E Var(L | J) is near a second moment about layer 0.
     """
 
     def __init__(self, layers: tuple[int, ...], num_latents: int, device: torch.device) -> None:

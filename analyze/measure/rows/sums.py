@@ -1,4 +1,4 @@
-"""Sums over rows from which every reconstruction and latent figure of a layer follows.
+"""Sums over rows from which every metric of reconstructions and latents of a layer follows.
 
 Shapes: N rows, D = d_model, K = active slots a row, M = num_latents, G groups of sequences,
 A = groups, or weighted sums of groups. Sums are float64 and int64.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 Float = npt.NDArray[np.float64]
 Ratio = tuple[Float, Float]
-"""Numerator and denominator of a figure, each (A,)."""
+"""Numerator and denominator of a number, each (A,)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,7 +66,7 @@ class RowSums:
         return self.of("error"), self._scatter() + between
 
     def ratios(self, num_latents: int) -> dict[str, Ratio]:
-        """Every figure of the rows, by column of the table `layers`."""
+        """Every metric of the rows, by column of the table `layers`."""
         num_rows, width = self.of("rows"), len(self.reference)
         error, scatter = self.fvu()
         return {
