@@ -252,9 +252,11 @@ class HarvestConfig:
         from mlsae.models.weights.initialization import INITS
 
         text = self.dataset
-        one = embedded_text(text) if isinstance(text, str) else tuple(map(embedded_text, text))
         object.__setattr__(self, "model", embedded_model(self.model))
-        object.__setattr__(self, "dataset", one)
+        if isinstance(text, str):
+            object.__setattr__(self, "dataset", embedded_text(text))
+        else:
+            object.__setattr__(self, "dataset", tuple(embedded_text(name) for name in text))
         object.__setattr__(self, "out", Path(self.out))
         object.__setattr__(self, "sites", tuple(self.sites))
         for flag, value, least in (
