@@ -23,10 +23,8 @@ from mlsae.store.schema import (
     ROW_TOKEN,
     ROW_TOKEN_DTYPE,
     TOKEN_ARRAYS,
+    Key,
 )
-
-Key = tuple[str, int]
-"""A site and a layer."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ import numpy.typing as npt
 from mlsae.store.copying.selection import Selection
 from mlsae.store.format.calibration import Calibration, Calibrator
 from mlsae.store.format.encoding import SiteCalibration
-from mlsae.store.plan import Key
 from mlsae.store.read.records import read_commit
 from mlsae.store.read.store import Store
+from mlsae.store.schema import Key
 from mlsae.store.write.writer import Rows
 
 _BYTES_AT_ONCE = 2**26

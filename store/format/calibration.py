@@ -18,12 +18,11 @@ import numpy.typing as npt
 
 from mlsae.base.errors import InputError
 from mlsae.store.format.encoding import SiteCalibration
+from mlsae.store.schema import Key
 
 CALIBRATION_ROWS = 4096
 """Eligible rows that a calibration needs, where there are so many."""
 _LEAST_OF_LARGEST = 1e-6
-
-Key = tuple[str, int]
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,12 +17,11 @@ from mlsae.base.errors import InputError
 from mlsae.store.errors import DamagedStoreError
 from mlsae.store.format.layout import MAX_OBJECT_BYTES, chunk_offset, object_bytes
 from mlsae.store.format.metadata import ArraySpec
-from mlsae.store.format.shard import ABSENT, crc32c_bytes, index_bytes
+from mlsae.store.format.shard import ABSENT, Bytes, crc32c_bytes, index_bytes
 from mlsae.store.places.objects import Descriptor, LocalObjects, Objects
 from mlsae.store.schema import CRC_BYTES
 
 Array = npt.NDArray[Any]
-Bytes = npt.NDArray[np.uint8]
 
 _INDEXES_BYTES = 2**22
 """Most bytes of indexes of compressed shards that a reader keeps, its last one aside."""

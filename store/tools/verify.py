@@ -46,7 +46,6 @@ from mlsae.store.schema import (
 from mlsae.store.write.card import MAX_CARD_BYTES, card_problem
 
 MOMENTS_TOLERANCE = 1e-5
-Moments = Mapping[str, GroupMoments]
 Array = npt.NDArray[Any]
 
 
@@ -291,7 +290,7 @@ class _Verification:
             offset += count
         return digest.hexdigest()
 
-    def _moments_object(self, name: str, digest: str) -> Moments | None:
+    def _moments_object(self, name: str, digest: str) -> Mapping[str, GroupMoments] | None:
         store = self.store
         limit = moments_bytes(len(store.layers), len(store.sites), store.d_model) + 2**20
         try:
@@ -307,7 +306,9 @@ class _Verification:
             self.report("R-MOMENT-1", name, f"does not hold this store's moments: {error}")
             return None
 
-    def _recompute(self, shard: int, digests: Mapping[str, "hashlib._Hash"]) -> Moments | None:
+    def _recompute(
+        self, shard: int, digests: Mapping[str, "hashlib._Hash"]
+    ) -> Mapping[str, GroupMoments] | None:
         """The moments of a shard's decoded values; None (and a report) where a chunk is damaged.
 
         Every byte of the shard's objects goes to their digests.
@@ -376,7 +377,9 @@ class _Verification:
                     f"rows {start} to {end} hold a value that is not finite",
                 )
 
-    def _compare(self, computed: Moments, found: Moments, name: str) -> None:
+    def _compare(
+        self, computed: Mapping[str, GroupMoments], found: Mapping[str, GroupMoments], name: str
+    ) -> None:
         """Hold moments against recomputed ones, as R-MOMENT-3 says."""
         for site, mine in computed.items():
             theirs, scales = found[site].tensors(), _scales(mine)

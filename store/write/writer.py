@@ -24,7 +24,6 @@ from mlsae.store.format.added_fvu import MAX_ADDED_FVU, AddedFVU, check_added_fv
 from mlsae.store.format.encoding import Stored
 from mlsae.store.format.moments import GROUPS, GroupMoments, eligible_groups
 from mlsae.store.places.objects import LocalObjects
-from mlsae.store.plan import Key
 from mlsae.store.read.commits import Producers, pending_shards
 from mlsae.store.read.records import Producer, read_plan
 from mlsae.store.read.rowindex import RowIndex
@@ -32,6 +31,7 @@ from mlsae.store.read.setup import read_calibration, site_codecs
 from mlsae.store.schema import (
     COMPLETE,
     SETUP,
+    Key,
 )
 from mlsae.store.write.completion import complete
 from mlsae.store.write.openshard import OpenShard
