@@ -78,19 +78,19 @@ class Plan:
     calibration: PlannedCalibration | None
     """Calibration of the channels; for int8 alone."""
     compression: Compression | None
-    """Compression of the chunks of activations; None where they lie as they are."""
+    """Compression of activation chunks; None where they lie as they are."""
     batch_sequences: int
     """Sequences that the producer computes at once; shards hold whole batches."""
     keep_positions: KeptPositions | None
     """Positions whose activations are stored; None for all."""
     chunk_rows: int
-    """Rows of a chunk of activations, the unit of checking."""
+    """Rows in an activation chunk, the unit of checking."""
     shard_rows: int
-    """Rows of a shard of activations, the unit of writing and resuming."""
+    """Rows in an activation shard, the unit of writing and resuming."""
     token_chunk: int
-    """Items of a chunk of a token array."""
+    """Items in a chunk of each token array."""
     token_shard: int
-    """Items of a shard of a token array."""
+    """Items in a shard of each token array."""
     derived_from: Mapping[str, Any] | None
     """JSON object with the `store_id` of the store that this one was made from, if any."""
     source: Mapping[str, Any]
@@ -179,12 +179,12 @@ class Plan:
 
     @property
     def keys(self) -> tuple[Key, ...]:
-        """(site, layer) of all activations, layers of the first site first."""
+        """(site, layer) for all activations, site by site."""
         return tuple((site, layer) for site in self.sites for layer in self.layers)
 
     @property
     def token_arrays(self) -> tuple[ArraySpec, ...]:
-        """Arrays of the text: tokens, documents and flags, and the token of each row if kept."""
+        """Arrays of the text: tokens, documents, flags, and each row's token where it is stored."""
         sizes = {name: (dtype, self.num_tokens) for name, dtype in TOKEN_ARRAYS.items()}
         if self.keep_positions is not None:
             sizes[ROW_TOKEN] = (ROW_TOKEN_DTYPE, self.num_rows)
@@ -222,7 +222,7 @@ class Plan:
         )
 
     def activation_arrays(self, site: str, layer: int) -> tuple[ArraySpec, ...]:
-        """Arrays of a site and layer, one for each of `parts`."""
+        """Arrays that hold a site and layer, in the order of `parts`."""
         return tuple(
             ArraySpec(
                 name=part.array(site, layer),
@@ -255,7 +255,7 @@ class Plan:
         return [spec.object(shard) for spec in specs for shard in range(spec.num_shards)]
 
     def shard_objects(self, number: int) -> list[str]:
-        """Names of the objects that hold the activations of a shard."""
+        """Names of the objects that hold a shard's activations."""
         return [spec.object(number) for key in self.keys for spec in self.activation_arrays(*key)]
 
     def row_tokens(self, start: int, stop: int) -> npt.NDArray[np.int64]:

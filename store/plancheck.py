@@ -21,7 +21,7 @@ from mlsae.store.schema import PLAN, SCHEMA_VERSION
 MAX_COUNT = 2**62
 MAX_WIDTH = 2**24
 MAX_LAYERS = 999
-"""With the metadata of the site a folder holds at most 1,000 of them."""
+"""With the site's metadata a folder holds at most 1,000 objects."""
 MAX_LEVEL = 9
 MAX_CHUNK_BYTES = 2**28
 MAX_CHUNKS = 2**22

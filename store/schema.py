@@ -1,4 +1,4 @@
-"""The words of the specification, storage_schema.md: version, names of objects, flags, plan."""
+"""Words from the specification, storage_schema.md: version, object names, flags."""
 
 import re
 
@@ -55,7 +55,7 @@ def shard_moments(shard: int) -> str:
 
 
 def is_provenance(name: str) -> bool:
-    """True for the name of a record of a run; anybody may have chosen the name."""
+    """True for the name of a run's record; anybody may have chosen the name."""
     return re.fullmatch(rf"{PROVENANCE}/[^/\0]+\.json", name) is not None
 
 

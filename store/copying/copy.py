@@ -34,7 +34,7 @@ class CopyConfig:
     source: str
     """Directory or URL of a complete store."""
     target: str
-    """Directory, or `s3://bucket/prefix` for an exact copy of a store of this machine."""
+    """Directory, or `s3://bucket/prefix` for an exact copy of a local store."""
     layers: tuple[int, ...] | None = None
     """Layers to keep; None for all."""
     sites: tuple[str, ...] | None = None
@@ -52,7 +52,7 @@ class CopyResult:
     """A finished copy."""
 
     store_id: str
-    """Id of the copy; that of the source where nothing was chosen."""
+    """Id of the copy; an exact copy has the source's."""
     line: str
     """Summary of the copy, for people."""
     notes: tuple[str, ...]

@@ -41,7 +41,7 @@ def derive(
     max_added_fvu: float,
     progress: bool = True,
 ) -> tuple[str, ...]:
-    """Make a store of a part of another, or in another encoding; or go on with one.
+    """Make a store from a part of another, or in another encoding; or go on with one.
 
     Args:
         source: complete.
@@ -143,7 +143,7 @@ def _begin(
 
 
 class _Tokens:
-    """Some values of an array of a store, as an array that is read when it is sliced.
+    """Some values of a stored array, as an array that is read when it is sliced.
 
     Texts may be longer than memory.
     """
@@ -180,7 +180,7 @@ def _copy_provenance(source: Store, path: Path) -> tuple[str, ...]:
 
 
 def _require_unchanged(source: Store, path: Path) -> None:
-    """Refuse to complete a copy of a store that another has taken the place of meanwhile."""
+    """Refuse to complete a copy whose source was replaced by another store meanwhile."""
     try:
         is_same = read_complete(source.objects, source.plan_id).store_id == source.store_id
     except StoreError:

@@ -1,4 +1,4 @@
-"""Objects of an exact copy of a store, each with the SHA-256 that a record names."""
+"""Objects of an exact copy, each with the SHA-256 that a record names."""
 
 import hashlib
 from collections.abc import Mapping
@@ -59,7 +59,7 @@ class Manifest:
         ]
         self.moments = Item(MOMENTS, complete.moments_sha256, COMPLETE)
         self.commit_sha256 = self._check_shards(setup.objects)
-        """SHA-256 of the commit record of each shard."""
+        """SHA-256 of each shard's commit record."""
 
     def shard(self, shard: int) -> tuple[list[Item], bytes]:
         """The objects and moments of a shard, and its commit record.
@@ -148,7 +148,7 @@ class Manifest:
             ) from None
 
     def names(self, shard: int) -> list[str]:
-        """Names of the objects and the moments of a shard, in the same order for each."""
+        """Names of a shard's objects and moments, in the same order for each shard."""
         return [*self.store.plan.shard_objects(shard), shard_moments(shard)]
 
     def object_names(self) -> list[str]:

@@ -53,7 +53,7 @@ def mirror(
 
     Args:
         manifest: manifest of the store.
-        target: empty, or with the objects of an earlier copy of this store.
+        target: empty, or with objects that an earlier copy left.
         interruption: says between objects whether to stop.
         progress: show a bar, where there is a terminal.
 

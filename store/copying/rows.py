@@ -1,4 +1,4 @@
-"""The rows of a store that a copy holds, numbered as in the copy and held as it holds them."""
+"""Rows for a copy: numbered as in the copy, and in its encoding."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -72,7 +72,7 @@ class ChosenRows:
         return dict(zip(self._keys, self._pool.map(stored, self._keys), strict=True))
 
     def known_cost(self, rows: range) -> dict[str, dict[str, Any]] | None:
-        """Cost of the encoding of these rows, where they are a shard of the source as it is."""
+        """FVU that the encoding added to these rows, where they are a whole shard of the source."""
         source = self._source
         start, stop = self._first + rows.start, self._first + rows.stop
         shard, rest = divmod(start, source.shard_rows)

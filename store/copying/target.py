@@ -62,7 +62,7 @@ class Target(Protocol):
         ...
 
     def begin(self) -> None:
-        """Make ready, and remove partial files of killed copies of this machine."""
+        """Make ready, and remove partial files that killed copies on this machine left."""
         ...
 
     def put(self, name: str, data: bytes) -> None:

@@ -28,7 +28,7 @@ MAX_MEAN_TO_STD = 16.0
 
 Array = npt.NDArray[Any]
 Block = tuple[int, npt.NDArray[np.int64]]
-"""A group, and indices of rows of that group."""
+"""A group, and indices of some of its rows."""
 
 
 def blocks_of(group_N: npt.NDArray[np.int8], most_rows: int) -> list[Block]:

@@ -27,7 +27,7 @@ _LEAST_OF_LARGEST = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Calibration of every site of a store."""
+    """Calibration of a store, site by site."""
 
     num_rows: int
     """Rows that the calibration was computed from."""

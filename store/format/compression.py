@@ -26,7 +26,7 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, kw_only=True)
 class Compression:
-    """Compression of the chunks of activations."""
+    """Compression of activation chunks."""
 
     name: str
     """One of COMPRESSIONS but none."""
@@ -50,7 +50,7 @@ class Compressor:
 
     Args:
         compression: compression of the plan.
-        dtype: dtype of the array. Values of several bytes are shuffled bit by bit, so that sign and
+        dtype: stored data type. Values of several bytes are shuffled bit by bit, so that sign and
             exponent bits of many lie together; single bytes are left as they are.
     """
 

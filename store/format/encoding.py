@@ -39,7 +39,7 @@ POWERS = np.exp2(np.arange(MIN_EXPONENT, MAX_EXPONENT + 1) / EIGHTHS).astype(np.
 
 @dataclass(frozen=True)
 class Part:
-    """One of the Zarr arrays that hold the activations of a site and layer."""
+    """One Zarr array among those that hold a site and layer."""
 
     folder: str
     """Group of the array, above site and layer."""
@@ -79,7 +79,7 @@ def check_encoding(encoding: str) -> Encoding:
 
 
 def num_blocks(d_model: int) -> int:
-    """Blocks of the channels of a row."""
+    """Blocks into which a row's channels are cut."""
     return -(-d_model // BLOCK_CHANNELS)
 
 
@@ -273,7 +273,7 @@ def decode_int8_into(quanta_ND: Any, factors_NB: Any, scale: Any, mean: Any, out
 
 
 def decode(stored: Array, encoding: Encoding) -> npt.NDArray[np.float32]:
-    """Values of a float encoding → float32 of the same shape; exact."""
+    """Values in a float encoding → float32, same shape; exact."""
     if encoding == "bfloat16":
         return (stored.astype("<u4") << 16).view("<f4")
     return stored.astype("<f4", copy=False)

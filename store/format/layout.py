@@ -1,4 +1,4 @@
-"""Rows of a chunk and of a shard, and bytes of a store, computed before the store is written."""
+"""Rows in a chunk and in a shard, and bytes in a store, computed before it is written."""
 
 import math
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ class Layout:
 def chunk_rows_for(
     num_rows: int, batch_rows: int, row_bytes: int, shard_bytes: int, chunk_bytes: int
 ) -> int:
-    """Rows of a chunk: by bytes or a quarter of a small shard; divisor or multiple of a batch."""
+    """Rows in a chunk: by bytes or a quarter of a small shard; divisor or multiple of a batch."""
     want = max(1, min(chunk_bytes, shard_bytes // 4) // row_bytes)
     if want >= batch_rows:
         return batch_rows * max(1, min(round(want / batch_rows), -(-num_rows // batch_rows)))
@@ -72,14 +72,14 @@ def object_bytes(rows: int, row_bytes: int, chunk_rows: int, shard_rows: int) ->
 
 
 def array_bytes(num_rows: int, row_bytes: int, chunk_rows: int, shard_rows: int) -> int:
-    """Bytes of all shard objects of an array."""
+    """Bytes of an array, all its shards together."""
     full, rest = divmod(num_rows, shard_rows)
     sizes = full * object_bytes(shard_rows, row_bytes, chunk_rows, shard_rows)
     return sizes + (object_bytes(rest, row_bytes, chunk_rows, shard_rows) if rest else 0)
 
 
 def token_rows_for(num_tokens: int) -> tuple[int, int]:
-    """Tokens of a chunk and of a shard of the token arrays: whole chunks, no more than needed."""
+    """Tokens in a chunk and in a shard: whole chunks, no more than needed."""
     chunk = min(TOKEN_CHUNK, num_tokens)
     chunks = max(TOKEN_SHARD // chunk, -(-num_tokens // (MAX_SHARDS * chunk)))
     return chunk, min(chunks, -(-num_tokens // chunk)) * chunk

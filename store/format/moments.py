@@ -38,7 +38,7 @@ STANDARDIZE_EPS = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Moments of the rows of one site that pass a filter; float64, leading axis as `layers`."""
+    """Moments of a site's rows that pass a filter; float64, leading axis as `layers`."""
 
     layers: tuple[int, ...]
     """Layer indices, ascending as in the store."""

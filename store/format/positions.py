@@ -15,11 +15,11 @@ Int64 = npt.NDArray[np.int64]
 MAX_KEPT_CONTEXT = 2**24
 """Longest sequence of which some positions are kept: choosing them takes a table as long."""
 _MASK_BYTES = 1 << 24
-"""Most bytes of the table of taken positions; sequences are drawn in blocks that keep to it."""
+"""Most bytes in the table of taken positions; sequences are drawn in blocks that fit."""
 
 
 def check_num_positions(num_positions: int, context_length: int) -> None:
-    """Refuse to keep no position of a sequence, more than it has, or some of one too long.
+    """Refuse to keep no position, more than a sequence has, or some in too long a sequence.
 
     Raises:
         InputError: naming the range.

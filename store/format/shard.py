@@ -1,4 +1,4 @@
-"""The index of one Zarr v3 shard, and the checksum of its chunks.
+"""The index of a Zarr v3 shard, and chunk checksums.
 
 The layout is that of Zarr's `sharding_indexed` codec, index at the end with codecs `bytes` and
 `crc32c` (Zarr v3 core and codec specifications).

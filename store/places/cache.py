@@ -1,4 +1,4 @@
-"""A bounded copy on this machine of the parts read of remote stores.
+"""A bounded local copy of parts that were read from remote stores.
 
     <directory>/chunks/lock                    bytes held by all files below, in decimal digits
     <directory>/chunks/partial                 bytes being written
@@ -232,7 +232,7 @@ def _key(name: str, offset: int, num_bytes: int) -> str:
 
 
 def _checksum(store: str, key: str, data: npt.NDArray[np.uint8]) -> bytes:
-    """CRC-32C of where the bytes belong and of the bytes, so that no file passes for another."""
+    """CRC-32C over place and bytes, so that no file passes for another."""
     whose = google_crc32c.value(f"{store} {key}".encode())
     return int(google_crc32c.extend(whose, data)).to_bytes(CRC_BYTES, "little")
 

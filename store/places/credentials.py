@@ -57,7 +57,7 @@ def _is_set(*names: str) -> bool:
 
 
 def _profile(name: str) -> dict[str, str]:
-    """The keys of a profile, those of the credentials file over those of the config file."""
+    """Keys of a profile; the credentials file goes before the config file."""
     home = Path.home() / ".aws"
     files = {
         os.environ.get("AWS_CONFIG_FILE", home / "config"): (

@@ -104,7 +104,7 @@ class HubObjects(RemoteObjects):
 
 
 def _understand(error: Exception) -> RequestError | None:
-    """Explain an error of the hub; None for a defect of a program."""
+    """Explain an error from the hub; None for a defect in a program."""
     hub = constants.ENDPOINT
     if isinstance(error, errors.GatedRepoError):
         return RequestError(

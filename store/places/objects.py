@@ -1,4 +1,4 @@
-"""Where the bytes of a store are: objects by name, in a directory of this machine or elsewhere.
+"""Bytes of a store: objects by name, in a local directory or elsewhere.
 
 A name is a path inside the store, such as `commits/setup.json`. Everything that reads a store goes
 through `Objects`, so that one reader serves every place.
@@ -27,7 +27,7 @@ class Objects(Protocol):
     place: str
     """Directory or URL, as messages name it."""
     is_local: bool
-    """True where the cost of reading a part of an object is that of its bytes alone."""
+    """True where reading a part of an object costs no more than its bytes."""
 
     def read(self, name: str, limit: int) -> bytes:
         """All bytes of an object.
@@ -173,7 +173,7 @@ class Descriptor:
 
 
 def _open_file(path: str) -> int:
-    """A descriptor of a file, and of nothing else: a pipe would be waited for, a device never end.
+    """A descriptor for files alone: a pipe would be waited for, a device never end.
 
     Raises:
         FileNotFoundError: there is nothing.

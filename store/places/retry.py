@@ -19,7 +19,7 @@ _PROGRESS_BYTES = 2**16
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
-    """Limits on the number and the time of tries of a request."""
+    """Limits on how often and how long a request is tried."""
 
     tries: int = 6
     """Tries in a row that may bring nothing."""

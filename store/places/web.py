@@ -187,8 +187,8 @@ class WebObjects(RemoteObjects):
 class BucketObjects(RemoteObjects):
     """A store in an S3 bucket, or one to be. Each object appears whole or not at all.
 
-    Credentials, region and endpoint are those of the environment (`AWS_…`), then of the profile
-    (`mlsae.store.places.credentials`), then of the machine's role.
+    Credentials, region and endpoint come from the environment (`AWS_…`), then from the profile
+    (`mlsae.store.places.credentials`), then from the machine's role.
     """
 
     def __init__(self, place: str, bucket: str, prefix: str, patience: Patience) -> None:

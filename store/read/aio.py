@@ -20,7 +20,7 @@ Int64 = npt.NDArray[np.int64]
 MOST_READS = 256
 """Reads of one call."""
 MOST_VECTORS = 1024
-"""Pieces of memory that one read may fill: UIO_MAXIOV of linux/uio.h."""
+"""Pieces of memory that one read may fill: UIO_MAXIOV in linux/uio.h."""
 _PREAD, _PREADV = 0, 7
 _CALLS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}
 """Machine → numbers of io_setup, io_destroy, io_getevents, io_submit."""
@@ -114,7 +114,7 @@ class Queue:
         return found
 
     def _submit_reads(self, count: int) -> Int64:
-        """(count,) results of the first reads of the table."""
+        """(count,) results of the first reads in the table."""
         found = np.full(count, -1)
         submitted = self._call(
             self._submit,

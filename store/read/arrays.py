@@ -24,7 +24,7 @@ from mlsae.store.schema import CRC_BYTES
 Array = npt.NDArray[Any]
 
 _INDEXES_BYTES = 2**22
-"""Most bytes of indexes of compressed shards that a reader keeps, its last one aside."""
+"""Most bytes that a reader keeps of compressed shards' indexes, its last one aside."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class ArrayReader:
         return min(self._shard_rows, self.num_rows - number * self._shard_rows)
 
     def _check_index(self, number: int, name: str, size: int) -> npt.NDArray[np.uint64] | None:
-        """Refuse a shard of a wrong size or index; the spans of its chunks if they differ."""
+        """Refuse a shard with a wrong size or index; the chunks' spans where they differ."""
         rows = self._rows_of(number)
         num_used = -(-rows // self.chunk_rows)
         length = index_bytes(self.chunks_per_shard)

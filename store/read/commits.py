@@ -1,4 +1,4 @@
-"""Commit records of a store together: pending shards, producers, cost of the encoding."""
+"""All commit records of a store: pending shards, producers, FVU that the encoding adds."""
 
 import hashlib
 import json

@@ -1,6 +1,6 @@
 """Several stores of one model over different text, read as if they were one.
 
-Rows, tokens and sequences are counted through: those of the first store, then those of the next.
+Rows, tokens and sequences are counted through: first the first store's, then the next one's.
 """
 
 import hashlib
@@ -95,7 +95,7 @@ class Borders:
                 return
 
     def origin(self, items: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """(n,) index of the store that each of (n,) items is from."""
+        """(n,) index of each item's store, for (n,) items."""
         return np.searchsorted(self.starts[1:-1], items, side="right").astype(np.int64)
 
 
@@ -133,8 +133,8 @@ class CorpusReader:
 class Corpus:
     """Several stores as one, open for reading. Threads may share it.
 
-    A corpus is an `AnyStore`, as each `Store` is. The order of the stores is that of their ids,
-    however they were given.
+    A corpus is an `AnyStore`, as each `Store` is. Its stores are ordered by id, however they were
+    given.
 
     Args:
         stores: complete ones, at least one.
@@ -153,9 +153,9 @@ class Corpus:
         """Directories and URLs."""
         self.is_local = all(store.is_local for store in self.stores)
         self.store_id = combined_id(store.store_id for store in self.stores)
-        """Hex SHA-256 of the canonical JSON of the list of the stores' ids, sorted."""
+        """Hex SHA-256 of the stores' ids, sorted: a list in canonical JSON."""
         self.plan_id = combined_id(store.plan_id for store in self.stores)
-        """Hex SHA-256 of the canonical JSON of the list of the stores' plan ids, sorted."""
+        """Hex SHA-256 of the stores' plan ids, sorted: a list in canonical JSON."""
         self.source: Mapping[str, Any] = {
             key: value
             for key, value in first.source.items()
@@ -172,7 +172,7 @@ class Corpus:
         self.parts = first.parts
         """The arrays that hold a site and layer: one, and for int8 a second."""
         self.row_bytes = first.row_bytes
-        """Bytes of a stored row of one site and layer, before compression."""
+        """Bytes of a stored row at one site and layer, before compression."""
         self.is_compressed = any(store.is_compressed for store in self.stores)
         self._rows = Borders("rows", (store.num_rows for store in self.stores))
         self._tokens = Borders("tokens", (store.num_tokens for store in self.stores))
@@ -289,7 +289,7 @@ class Corpus:
 
 
 def combined_id(ids: Iterable[str]) -> str:
-    """Hex SHA-256 of the canonical JSON of the list of ids, sorted."""
+    """Hex SHA-256 of the ids, sorted: a list in canonical JSON."""
     return hashlib.sha256(canonical_json(sorted(ids))).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Activations to be read: of one store, or of several stores as one."""
+"""Activations to be read, from one store or from several as one."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -53,11 +53,11 @@ class AnyStore(Protocol):
     """
 
     place: str
-    """Directory or URL, for messages; of several stores all of theirs."""
+    """Directory or URL, for messages; joined by + for several stores."""
     is_local: bool
     """True where all bytes lie on this machine."""
     plan_id: str
-    """Hex SHA-256 of the plan, or of the plan ids of several stores."""
+    """Hex SHA-256 of the plan; for several stores, of their plan ids."""
     source: Mapping[str, Any]
     """JSON object on the origin of the values, as far as all producers agree."""
     context_length: int
@@ -75,7 +75,7 @@ class AnyStore(Protocol):
     parts: tuple[Part, ...]
     """Arrays that hold a site and layer: one, and for int8 a second."""
     row_bytes: int
-    """Bytes of a stored row of one site and layer, before compression."""
+    """Bytes of a stored row at one site and layer, before compression."""
     is_compressed: bool
     """True where chunks of any store are compressed."""
     num_rows: int
@@ -87,7 +87,7 @@ class AnyStore(Protocol):
 
     @property
     def store_id(self) -> str:
-        """Hex SHA-256 of plan and content, or of the ids of several stores."""
+        """Hex SHA-256 of plan and content; for several stores, of their ids."""
         ...
 
     @property
@@ -97,7 +97,7 @@ class AnyStore(Protocol):
 
     @property
     def calibrations(self) -> tuple[Calibration | None, ...]:
-        """Calibration of each of `stores`; None where its encoding is not int8."""
+        """Each store's calibration, as `stores`; None where its encoding is not int8."""
         ...
 
     def row_origin(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -175,7 +175,7 @@ class AnyStore(Protocol):
         ...
 
     def moments(self, site: str | None = None, skip_positions: int = 1) -> Moments:
-        """Moments of the eligible rows of a site, all layers, merged exactly from the groups.
+        """Moments of a site's eligible rows, all layers, merged exactly from the groups.
 
         Raises:
             InputError: there is no such site, or skip_positions is not in 0 … 16.

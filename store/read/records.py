@@ -53,7 +53,7 @@ class SetupRecord(_Record):
     """`commits/setup.json`: all that is written before the first activation."""
 
     objects: Mapping[str, str]
-    """Name → hex SHA-256 of each shard of the token and calibration arrays."""
+    """Name → hex SHA-256, for each shard of the token and calibration arrays."""
     metadata: Mapping[str, str]
     """Name → hex SHA-256 of each zarr.json."""
 
@@ -65,7 +65,7 @@ class CommitRecord(_Record):
     shard: int
     """Number of the shard."""
     objects: Mapping[str, str]
-    """Name → hex SHA-256 of each object of the shard."""
+    """Name → hex SHA-256, for each object that holds the shard."""
     moments_sha256: str
     """Hex SHA-256 of the shard's moments."""
     producer: Producer | None
@@ -83,7 +83,7 @@ class Completion(_Record):
     num_shards: int
     """Shards of every activation array."""
     moments_sha256: str
-    """Hex SHA-256 of the moments of all rows."""
+    """Hex SHA-256 of the store's moments."""
 
 
 AnyRecord = TypeVar("AnyRecord", bound=_Record)

@@ -1,4 +1,4 @@
-"""From a row to its token: index, flags, position and group of the rows of a store."""
+"""From a row to its token: the token's index, flags and position, and the row's group."""
 
 import numpy as np
 import numpy.typing as npt

@@ -1,4 +1,4 @@
-"""Runs of neighbouring rows, read by one call, each row to a place of its own.
+"""Runs of neighbouring rows, read by one call, each row to its own place.
 
 A reader that mixes rows asks for tens of thousands of short runs a second, and each read by itself
 would cost more than its bytes. Nor does it want neighbours beside each other: the kernel, which
@@ -53,7 +53,7 @@ class _Pieces(NamedTuple):
     """First row in the chunk."""
     num_rows: Int64
     first: Int64
-    """Index of the first row's place among those of all runs."""
+    """Index of the first row's place among all runs' places."""
 
 
 class ScatteredRows:

@@ -45,7 +45,7 @@ from mlsae.store.schema import (
 
 Array = npt.NDArray[Any]
 _HEADER_BYTES = 2**20
-"""Most bytes of the header of a moments object."""
+"""Most bytes in the header of a moments object."""
 _METADATA_BYTES = 2**20
 _REQUESTS = 16
 """Small objects asked for at once."""
@@ -167,7 +167,7 @@ class Store:
         self.parts = self.plan.parts
         """The arrays that hold a site and layer: one, and for int8 a second."""
         self.row_bytes = sum(part.row_bytes for part in self.parts)
-        """Bytes of a stored row of one site and layer, before compression."""
+        """Bytes of a stored row at one site and layer, before compression."""
         self.chunk_rows = self.plan.chunk_rows
         self.shard_rows = self.plan.shard_rows
         self._index = RowIndex(objects, self.plan)
@@ -182,12 +182,12 @@ class Store:
 
     @property
     def stores(self) -> tuple["Store", ...]:
-        """This one alone; of a `Corpus`, those that it is made of."""
+        """This store alone; a `Corpus` has several."""
         return (self,)
 
     @property
     def calibrations(self) -> tuple[Calibration | None, ...]:
-        """Calibration of each of `stores`."""
+        """This store's calibration alone; a `Corpus` has one for each store."""
         return (self.calibration,)
 
     def row_origin(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -312,7 +312,7 @@ class Store:
         return self.codecs[site].decode(parts, self.layers.index(layer))
 
     def moments(self, site: str | None = None, skip_positions: int = 1) -> Moments:
-        """Moments of the eligible rows of a site, every layer, merged exactly from the groups.
+        """Moments of a site's eligible rows, every layer, merged exactly from the groups.
 
         Raises:
             InputError: no such site, or skip_positions is not in 0 … 16.

@@ -50,7 +50,7 @@ def check_together(stores: Sequence[Store]) -> None:
 
 
 def _texts(store: Store) -> dict[str, tuple[float, float]]:
-    """Id of this store and of those it was copied from → first sequence held here, and end."""
+    """Id of this store and its ancestors → first sequence held here, and end."""
     first, end = 0.0, float(store.num_sequences)
     texts = {store.store_id: (first, end)}
     origin: object = store.plan.derived_from

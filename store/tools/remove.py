@@ -47,7 +47,7 @@ _NAME = re.compile(
     rf"|{SHARD_MOMENTS}/\d{{5,}}\.safetensors"
     rf"|{PROVENANCE}/[^/]+\.json)(?:\.[^/]+{re.escape(PARTIAL)})?"
 )
-"""Names of the files of a store, those that are being written included."""
+"""Names of a store's files, those that are being written included."""
 _FOLDER = re.compile(
     rf"(?:{'|'.join((*TOKEN_ARRAYS, ROW_TOKEN, COMMITS, SHARD_MOMENTS, PROVENANCE))}"
     rf"|(?:{ACTIVATIONS}|{BLOCK_EXPONENTS})(?:/(?:{_SITE})(?:/\d+)?)?"
@@ -162,7 +162,7 @@ def _has_our_group(path: Path) -> bool:
 
 
 def _walk(path: Path) -> Iterator[tuple[str, bool, int]]:
-    """(name, whether it is a folder, bytes) of all there is; links count as files of no bytes."""
+    """(name, whether it is a folder, bytes) for all there is; links count as empty files."""
     for entry in os.scandir(path):
         if entry.is_dir(follow_symlinks=False):
             yield entry.name, True, 0

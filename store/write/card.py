@@ -262,7 +262,7 @@ def _mapping(value: object) -> Record:
 
 
 def _name(value: object) -> str:
-    """A name of the hub as it is; of a path of somebody's machine the last part."""
+    """A name on the hub as it is; the last part of a path on somebody's machine."""
     if not isinstance(value, str):
         return ""
     return PurePath(value).name if PurePath(value).is_absolute() else value

@@ -73,7 +73,7 @@ class TokenArrays:
         return np.ascontiguousarray(values, dtype)
 
     def sha256(self, name: str) -> str:
-        """Hex SHA-256 of the values of one array in order, as stored.
+        """Hex SHA-256 of one array's values in order, as stored.
 
         Raises:
             InputError: a value does not fit.

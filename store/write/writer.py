@@ -212,7 +212,7 @@ class Writer:
         """Commit the shard in hand, whose rows are all written, and go to the next pending one.
 
         Args:
-            moments: site → moments of the decoded stored values of the rows that were written with
+            moments: site → moments of the decoded stored values, for rows that were written with
                 `moments_follow`; None where there are none.
             added_fvu: site → layer (decimal) → the mapping that `added_fvu` gives, of the
                 whole shard; None for what was measured here, of floats that the encoding changes

@@ -93,7 +93,7 @@ def test_sound_stores_are_accepted(name):
 
 @pytest.mark.parametrize("case", sorted(CASES))
 def test_broken_stores_are_named_by_their_rule_and_no_other(case, invalid: Path):
-    """What verify reports is the rule in the store's name."""
+    """`verify` reports the rule in the store's name, and no other."""
     problems = verify(invalid / case).problems
     assert {problem.rule for problem in problems} == {rule_of(case)}
     assert all("\n" not in str(problem) for problem in problems)
@@ -184,7 +184,7 @@ def test_the_command_names_the_rule(invalid: Path):
 
 
 def test_activations_of_an_incomplete_store_are_refused(invalid: Path):
-    """Its tokens can be read by whoever asks for that."""
+    """Tokens can be read by callers who ask for that."""
     path = invalid / "R-COMPLETE-1-incomplete"
     with pytest.raises(IncompleteStoreError, match="is incomplete: 2 of 2 shards are committed"):
         open_store(path)
