@@ -271,7 +271,7 @@ class HarvestConfig:
                 raise InputError(f"{flag} must be at least {least}, got {value}")
         if not self.max_encoding_fvu > 0:
             raise InputError(f"--max-encoding-fvu must be above 0, got {self.max_encoding_fvu}")
-        for flag, text, choices in (
+        for flag, name, choices in (
             ("--encoding", self.encoding, ("auto", *PRESETS)),
             ("--model-dtype", self.model_dtype, ("auto", *DTYPES)),
             ("--init", self.init, INITS),
@@ -279,9 +279,9 @@ class HarvestConfig:
             ("--bos", self.bos, BOS),
             ("--device-map", self.device_map, (None, *DEVICE_MAPS)),
         ):
-            if text not in choices:
+            if name not in choices:
                 names = ", ".join(choice for choice in choices if choice is not None)
-                raise InputError(f"{flag} must be {names}, got {text!r}")
+                raise InputError(f"{flag} must be {names}, got {name!r}")
         if not self.sites or unknown_or_twice(self.sites):
             raise InputError(
                 f"--sites must be different ones of {', '.join(SITES)}, got "
