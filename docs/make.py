@@ -14,12 +14,16 @@ from typing import Any
 import click
 
 from mlsae.analyze.results.tables import TABLES
-from mlsae.base.settings import described
+from mlsae.base.settings import deciding, described
 from mlsae.cli import main as main_command
+from mlsae.harvest import HarvestConfig
+from mlsae.train import TrainConfig
 
 REFERENCE = Path(__file__).resolve().parent / "reference"
 ROOMS = ("store", "sae", "harvest", "train", "analyze", "models")
 """Rooms whose `__all__` is public, in the order of the page."""
+RESUMED = {"mlsae harvest": HarvestConfig, "mlsae train": TrainConfig}
+"""Settings of commands that go on where a run stopped."""
 NOTICE = "<!-- Made by `make docs` from the docstrings; edit those. -->"
 COLUMNS = re.compile(r"(<!-- columns: (\w+) -->)\n.*?(<!-- end -->)", re.S)
 VERBATIM = "\b\n"
@@ -247,7 +251,20 @@ def settings() -> str:
                 options.setdefault(getattr(of, "group", ""), []).append(line)
         for heading, lines in options.items():
             parts.append("\n".join([f"| {heading} | |", "|---|---|", *lines]))
+        if name in RESUMED:
+            parts.append(_deciding(RESUMED[name], command.get_params(context)))
     return "\n\n".join(parts) + "\n"
+
+
+def _deciding(settings: type[Any], options: Sequence[click.Parameter]) -> str:
+    """Options of the fields that decide the result."""
+    names = [max(of.opts, key=len) for of in options if of.name in deciding(settings)]
+    return textwrap.fill(
+        "Another value of these gives another result, which a run that goes on refuses: "
+        f"{_listed(names)}.",
+        100,
+        **WRAP,
+    )
 
 
 def _commands(group: click.Group, prefix: str) -> Iterator[tuple[str, click.Command]]:
