@@ -149,8 +149,8 @@ def analyses(disk: Disk, store: Path, sae: Path, counts: Counter[str]) -> None:
 
     moments: dict[str, tuple[Reached, int, str]] = {
         # What the largest table needs is estimated before it is begun.
-        "activations": (lambda: partial() is not None, 0, "not enough disk"),
-        "tables": (lambda: any(disk.path.glob(".analysis.*/activations/*")), 8_000, "disk is full"),
+        "events": (lambda: partial() is not None, 0, "not enough disk"),
+        "tables": (lambda: any(disk.path.glob(".analysis.*/events/*")), 8_000, "disk is full"),
     }
     for moment, (reached, room, expected) in moments.items():
         done = run_until_full(command, reached, disk, room)
