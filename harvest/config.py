@@ -251,12 +251,12 @@ class HarvestConfig:
         from mlsae.models.loading import DTYPES
         from mlsae.models.weights.initialization import INITS
 
-        text = self.dataset
+        given = self.dataset
         object.__setattr__(self, "model", embedded_model(self.model))
-        if isinstance(text, str):
-            object.__setattr__(self, "dataset", embedded_text(text))
+        if isinstance(given, str):
+            object.__setattr__(self, "dataset", embedded_text(given))
         else:
-            object.__setattr__(self, "dataset", tuple(embedded_text(name) for name in text))
+            object.__setattr__(self, "dataset", tuple(embedded_text(name) for name in given))
         object.__setattr__(self, "out", Path(self.out))
         object.__setattr__(self, "sites", tuple(self.sites))
         for flag, value, least in (
