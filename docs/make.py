@@ -246,7 +246,7 @@ def settings() -> str:
         options: dict[str, list[str]] = {}
         for of in command.get_params(context):
             record = of.get_help_record(context)
-            if record is not None and of.name != "help":
+            if record is not None and "--help" not in of.opts:
                 line = f"| `{record[0]}` | {_cell(record[1])} |"
                 options.setdefault(getattr(of, "group", ""), []).append(line)
         for heading, lines in options.items():
