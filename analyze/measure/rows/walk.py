@@ -60,7 +60,7 @@ def walk(
 ) -> dict[int, LayerSums]:
     """Add up every unflagged row of `sequences` at every layer, in memory that does not grow.
 
-    Memory: a chunk of each layer, the latents of a batch, the sums, and the events of a part.
+    Memory: for each layer, a chunk, the latents of a batch, the sums, and the events of a part.
 
     Args:
         pairing: store and SAE.
