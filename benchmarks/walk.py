@@ -31,7 +31,7 @@ from mlsae.sae import SAE, TopK
 from mlsae.store import Store, create, open_store
 from mlsae.train import TrainConfig
 from mlsae.train.data.loader import Batch, Loader
-from mlsae.train.plan import Plan, make_plan
+from mlsae.train.plan import RunPlan, make_plan
 from mlsae.train.step.dead import DeadLatents
 from mlsae.train.step.objective import Objective, layer_variances
 from mlsae.train.step.optimizer import ADAM_BETAS, ADAM_EPS
@@ -83,7 +83,7 @@ def make_store(shape: Shape, path: Path) -> None:
             writer.append(batch)
 
 
-def our_trainer(plan: Plan) -> Trainer:
+def our_trainer(plan: RunPlan) -> Trainer:
     moments = plan.store.moments(plan.site, 1)
     sae = SAE(plan.sae, torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -98,7 +98,7 @@ def our_trainer(plan: Plan) -> Trainer:
 class DenseLoop:
     """The peer: the same step in dense autograd, over a ring of batches in memory."""
 
-    def __init__(self, plan: Plan, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def __init__(self, plan: RunPlan, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         sae = SAE(plan.sae, torch.Generator().manual_seed(0))
         self.W_enc, self.W_dec, self.b = sae.W_enc, sae.W_dec, sae.b
         variances = layer_variances(plan.store.moments(plan.site, 1), plan.layers, "standardized")

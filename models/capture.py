@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mlsae.base.words import Key
 from mlsae.models.inputs import Inputs
 from mlsae.models.passes.documents import passes, together
 from mlsae.models.passes.forward import forward
@@ -15,9 +16,6 @@ from mlsae.models.passes.isolation import check_isolation
 from mlsae.models.sites import anatomies, attach, check_sites
 from mlsae.models.structure.anatomy import Tap
 from mlsae.models.transformer import Transformer
-
-Key = tuple[str, int]
-"""Site and layer."""
 
 
 class _AllSeen(Exception):  # noqa: N818

@@ -15,7 +15,7 @@ from mlsae.base.errors import InputError
 from mlsae.models.capture import capture
 from mlsae.models.families.kinds import DECODER
 from mlsae.models.inputs import Inputs
-from mlsae.models.passes.documents import Pass, passes, together
+from mlsae.models.passes.documents import DocumentPass, passes, together
 from mlsae.models.passes.forward import forward
 from mlsae.models.passes.isolation import check_isolation
 from mlsae.models.sites import anatomies, attach, check_sites
@@ -75,7 +75,7 @@ def spliced(
     whole_BTd = capture(transformer, inputs, [layer], [site])[site, layer]
     new_BTd = _checked(replace, inputs.tokens.shape)(whole_BTd)
 
-    def results() -> Iterator[tuple[Pass, dict[str, Tensor]]]:
+    def results() -> Iterator[tuple[DocumentPass, dict[str, Tensor]]]:
         for each in passes(inputs):
             with _replaced(block, anatomy, site, partial(each.take, new_BTd)):
                 logits = _logits(transformer, each.inputs)
@@ -115,7 +115,7 @@ def spliced_layers(
     check_sites(transformer, [site])
     check_isolation(transformer, inputs)
 
-    def results() -> Iterator[tuple[Pass, dict[str, Tensor]]]:
+    def results() -> Iterator[tuple[DocumentPass, dict[str, Tensor]]]:
         for each in passes(inputs):
             where = where_BT
             if each.places is not None:

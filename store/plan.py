@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.files import canonical_json
+from mlsae.base.words import Key
 from mlsae.store.format.compression import Compression
 from mlsae.store.format.encoding import Encoding, Part, parts_of
 from mlsae.store.format.metadata import ArraySpec, zarr_metadata
@@ -23,7 +24,6 @@ from mlsae.store.schema import (
     ROW_TOKEN,
     ROW_TOKEN_DTYPE,
     TOKEN_ARRAYS,
-    Key,
 )
 
 

@@ -4,9 +4,6 @@ import re
 
 SCHEMA_VERSION = "1.0"
 
-Key = tuple[str, int]
-"""A site and a layer."""
-
 SPECIAL = 1
 """token_flags bit 0: a special or separator token."""
 PADDING = 2

@@ -9,7 +9,7 @@ import yaml
 from mlsae.base.errors import InputError
 from mlsae.base.files import write_durably
 from mlsae.train.config import EACH, TrainConfig
-from mlsae.train.plan import Plan
+from mlsae.train.plan import RunPlan
 from mlsae.train.sweep import SWEPT, Sweep
 
 RUN_FILE = "run.yaml"
@@ -72,7 +72,7 @@ def read_run_file(path: Path, options: Mapping[str, bool]) -> dict[str, Any]:
     }
 
 
-def write_run_file(sweep: Sweep, plans: Sequence[Plan]) -> None:
+def write_run_file(sweep: Sweep, plans: Sequence[RunPlan]) -> None:
     """Write run.yaml to the run's directory: the run with every default resolved.
 
     Args:

@@ -25,18 +25,18 @@ from mlsae.train.config import TrainConfig
 from mlsae.train.data.decode import RowDecoder
 from mlsae.train.data.sampler import check_world_size
 from mlsae.train.options import write_run_file
-from mlsae.train.plan import Plan, make_plans
+from mlsae.train.plan import RunPlan, make_plans
 from mlsae.train.published.run import run_paper
 from mlsae.train.running.checkpoint import Checkpoints, common_step
 from mlsae.train.running.devices import Alone, make_accelerator
 from mlsae.train.running.evaluate import evaluate
 from mlsae.train.running.log import draw_curves, read_log
-from mlsae.train.running.loop import Pass
+from mlsae.train.running.loop import Loop
 from mlsae.train.running.member import Member, divergence, is_finished
 from mlsae.train.running.memory import require_training_memory
 from mlsae.train.running.output import CHECKPOINTS, CURVES, LOG, check_output, claim
 from mlsae.train.running.record import format_summary, format_sweep, sweep_entry, training_record
-from mlsae.train.running.team import Shape, Team, team_shape
+from mlsae.train.running.team import Team, TeamShape, team_shape
 from mlsae.train.running.tracking import check_tracker
 from mlsae.train.sweep import SUMMARY, SWEEP, Sweep
 
@@ -133,7 +133,7 @@ class _Run:
         accelerator.wait_for_everyone()
         return self._sum_up(plans)
 
-    def _check_outputs(self, plans: Sequence[Plan]) -> None:
+    def _check_outputs(self, plans: Sequence[RunPlan]) -> None:
         config = self._config
         if not self._sweep.is_single:
             check_output(
@@ -145,7 +145,7 @@ class _Run:
         for plan in plans:
             check_output(plan.config.out, plan.settings(), resume=config.resume)
 
-    def _train(self, plans: Sequence[Plan], left: Sequence[Plan]) -> None:
+    def _train(self, plans: Sequence[RunPlan], left: Sequence[RunPlan]) -> None:
         accelerator, shares = self._accelerator, self._shares_rows
         rank, world_size = accelerator.process_index, accelerator.num_processes
         ranks = accelerator if shares else Alone(accelerator.device)
@@ -184,7 +184,7 @@ class _Run:
                 member.begin(start)
             if start:
                 self._say(f"resuming after step {start} of {mine[0].num_steps}")
-            work = Pass(
+            work = Loop(
                 members, accelerator, decode if is_shared else None, team, shares_rows=shares
             )
             done = work.run(start, self._interruption)
@@ -203,7 +203,7 @@ class _Run:
                 raise
 
     def _finish(
-        self, member: Member, metrics: Mapping[str, Any] | None, shape: Shape, seconds: float
+        self, member: Member, metrics: Mapping[str, Any] | None, shape: TeamShape, seconds: float
     ) -> None:
         """Draw an SAE's curves, write its directory and print its summary."""
         if not member.writes:
@@ -228,7 +228,7 @@ class _Run:
             click.echo(format_summary(metrics))
             click.echo(f"SAE: {out}")
 
-    def _sum_up(self, plans: Sequence[Plan]) -> list[TrainResult]:
+    def _sum_up(self, plans: Sequence[RunPlan]) -> list[TrainResult]:
         """Read the results of every SAE; the table of a sweep is written and printed."""
         results, entries, diverged = [], [], []
         for plan in plans:
@@ -277,7 +277,7 @@ def _evaluate(member: Member) -> Mapping[str, Any] | None:
     )
 
 
-def _checkpoints(plan: Plan) -> Checkpoints:
+def _checkpoints(plan: RunPlan) -> Checkpoints:
     return Checkpoints(plan.config.out / CHECKPOINTS, plan.config.keep)
 
 

@@ -32,7 +32,7 @@ _RESOLVED = {
     "max_rows": "num_steps",
     "window": "slice_rows",
 }
-"""Setting → the word of `Plan.settings` that it is resolved to, where that has another name."""
+"""Setting → the word of `RunPlan.settings` that it is resolved to, where that has another name."""
 _AT_DEFAULT = frozenset(
     {
         "batch_size",
@@ -50,7 +50,7 @@ _AT_DEFAULT = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class RunPlan:
     """A run, resolved."""
 
     config: TrainConfig
@@ -135,7 +135,7 @@ class Plan:
         return found
 
 
-def make_plan(config: TrainConfig, store: AnyStore) -> Plan:
+def make_plan(config: TrainConfig, store: AnyStore) -> RunPlan:
     """Resolve the configuration of one SAE.
 
     Raises:
@@ -144,7 +144,7 @@ def make_plan(config: TrainConfig, store: AnyStore) -> Plan:
     return make_plans(Sweep(config=config), store)[0]
 
 
-def make_plans(sweep: Sweep, store: AnyStore) -> list[Plan]:
+def make_plans(sweep: Sweep, store: AnyStore) -> list[RunPlan]:
     """Resolve the configurations of SAEs that are trained in one pass; they share its mixture.
 
     Raises:
@@ -152,7 +152,7 @@ def make_plans(sweep: Sweep, store: AnyStore) -> list[Plan]:
     """
     config = sweep.config
     site, layers = _site(config, store), store.check_layers(config.layers)
-    members = sweep.members(layers)
+    members = sweep.saes(layers)
     saes = [
         sae_config(m.config, store.d_model, layers if m.layer is None else (m.layer,))
         for m in members
@@ -180,7 +180,7 @@ def make_plans(sweep: Sweep, store: AnyStore) -> list[Plan]:
     plans = []
     for member, sae in zip(members, saes, strict=True):
         own = layers if member.layer is None else (member.layer,)
-        plan = Plan(
+        plan = RunPlan(
             config=of_sae(member.config, layers, own),
             name=member.name,
             store=store,

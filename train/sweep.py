@@ -41,7 +41,7 @@ SWEPT = tuple(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Member:
+class SweptSAE:
     """One SAE of a sweep, as it was asked for."""
 
     name: str
@@ -81,7 +81,7 @@ class Sweep:
         """True for one SAE, whose directory is `out` itself."""
         return not self.each_layer and all(len(values) == 1 for values in self.axes.values())
 
-    def members(self, layers: tuple[int, ...]) -> list[Member]:
+    def saes(self, layers: tuple[int, ...]) -> list[SweptSAE]:
         """The SAEs, in the order of the values.
 
         The order of the rows and the sequences held out are the same for all: those of
@@ -101,7 +101,7 @@ class Sweep:
                 name = "-".join([*words, *last])
                 out = self.config.out / name
                 config = replace(self.config, **chosen, data_seed=data_seed, out=out)
-                found.append(Member(name=name, config=config, layer=layer))
+                found.append(SweptSAE(name=name, config=config, layer=layer))
         return found
 
     def settings(self) -> dict[str, Any]:

@@ -17,7 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mlsae.harvest.compute.codecs import Codec, Codecs, Key, StoredTensors, piece_rows
+from mlsae.base.words import Key
+from mlsae.harvest.compute.codecs import Codec, Codecs, StoredTensors, piece_rows
 from mlsae.store.format.added_fvu import NUM_DECILES, added_fvu
 from mlsae.store.format.moments import eligible_groups
 

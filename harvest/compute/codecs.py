@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mlsae.base.words import Key
 from mlsae.store import Calibration, Encoding
 from mlsae.store.format.encoding import (
     BLOCK_CHANNELS,
@@ -24,7 +25,6 @@ from mlsae.store.format.encoding import (
     num_blocks,
 )
 
-Key = tuple[str, int]
 StoredTensors = tuple[Tensor, ...]
 """Stored values of some rows on a device: a tensor for each array of the store, (N, width)."""
 PartTypes = tuple[tuple[torch.dtype, int], ...]

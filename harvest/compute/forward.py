@@ -14,9 +14,10 @@ import numpy.typing as npt
 import torch
 
 from mlsae.base.errors import InputError, ResourceError
+from mlsae.base.words import Key
 from mlsae.harvest.compute.added_fvu import RunningFVU
 from mlsae.harvest.compute.batches import TextBatch
-from mlsae.harvest.compute.codecs import Codecs, Encoded, Key, StoredTensors
+from mlsae.harvest.compute.codecs import Codecs, Encoded, StoredTensors
 from mlsae.harvest.compute.moments import RunningMoments, each_alone
 from mlsae.models import Transformer
 from mlsae.models.capture import capture

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlsae.harvest.compute.codecs import Codecs, Key, StoredTensors
+from mlsae.base.words import Key
+from mlsae.harvest.compute.codecs import Codecs, StoredTensors
 from mlsae.store.format.moments import STANDARDIZE_EPS, Floats, GroupMoments
 
 

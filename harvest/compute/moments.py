@@ -18,7 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mlsae.harvest.compute.codecs import Codecs, Key, StoredTensors
+from mlsae.base.words import Key
+from mlsae.harvest.compute.codecs import Codecs, StoredTensors
 from mlsae.harvest.compute.layer_sums import Run, Tables, merge_runs
 from mlsae.store.format.accumulate import Block, blocks_of
 from mlsae.store.format.moments import GroupMoments

@@ -18,7 +18,7 @@ SHUFFLE_BUFFER = 10_000
 """Documents that the next one is drawn from, where they are shuffled."""
 ROWS_AT_ONCE = 256
 """Rows of a Parquet file; each may be a whole book, or a Python number for each token."""
-Row = Mapping[str, Any]
+TextRow = Mapping[str, Any]
 
 
 def kind_of(path: Path) -> str | None:
@@ -59,7 +59,7 @@ def files_in(directory: Path) -> list[Path]:
     return [directory / path for path in inside]
 
 
-def file_rows(files: Sequence[Path], column: str, shuffle_seed: int | None) -> Iterator[Row]:
+def file_rows(files: Sequence[Path], column: str, shuffle_seed: int | None) -> Iterator[TextRow]:
     """The rows of files of one kind, one file after another, or shuffled.
 
     Args:
@@ -79,7 +79,7 @@ def file_rows(files: Sequence[Path], column: str, shuffle_seed: int | None) -> I
     return _shuffled(_rows_in_order(files, column), draw)
 
 
-def _rows_in_order(files: Iterable[Path], column: str) -> Iterator[Row]:
+def _rows_in_order(files: Iterable[Path], column: str) -> Iterator[TextRow]:
     for path in files:
         kind = kind_of(path)
         if kind == ".parquet":
@@ -90,8 +90,8 @@ def _rows_in_order(files: Iterable[Path], column: str) -> Iterator[Row]:
             yield {column: _text(path)}
 
 
-def _shuffled(rows: Iterable[Row], draw: random.Random) -> Iterator[Row]:
-    buffer: list[Row] = []
+def _shuffled(rows: Iterable[TextRow], draw: random.Random) -> Iterator[TextRow]:
+    buffer: list[TextRow] = []
     for row in rows:
         if len(buffer) < SHUFFLE_BUFFER:
             buffer.append(row)
@@ -149,7 +149,7 @@ def _decoded(data: bytes, where: str) -> str:
         ) from error
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
+def _jsonl_rows(path: Path) -> Iterator[TextRow]:
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -164,7 +164,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
             yield row
 
 
-def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
+def _parquet_rows(path: Path, column: str) -> Iterator[TextRow]:
     import pyarrow
     import pyarrow.parquet
 

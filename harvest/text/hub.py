@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlsae.base.errors import InputError
-from mlsae.harvest.text.files import SHUFFLE_BUFFER, Row
+from mlsae.harvest.text.files import SHUFFLE_BUFFER, TextRow
 
 SPLIT_NAME = re.compile(
     r"(train|training|validation|valid|val|dev|test|testing|eval|evaluation)([-._ 0-9]|$)"
@@ -23,7 +23,9 @@ def is_hub_layout(directory: Path) -> bool:
     )
 
 
-def hub_rows(name: str, split: str, subset: str | None, shuffle_seed: int | None) -> Iterator[Row]:
+def hub_rows(
+    name: str, split: str, subset: str | None, shuffle_seed: int | None
+) -> Iterator[TextRow]:
     """The rows of one split of a data set, streamed.
 
     Args:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.errors import InputError
-from mlsae.harvest.text.files import FILE_KINDS, Row, file_rows, files_in, kind_of
+from mlsae.harvest.text.files import FILE_KINDS, TextRow, file_rows, files_in, kind_of
 from mlsae.harvest.text.hub import hub_rows, is_hub_layout
 from mlsae.harvest.text.mixture import parse_mixture
 
@@ -79,7 +79,7 @@ def open_sources(config: TextConfig) -> tuple[Source, ...]:
     )
 
 
-def _rows(name: str, config: TextConfig) -> Iterable[Row]:
+def _rows(name: str, config: TextConfig) -> Iterable[TextRow]:
     path = Path(name).expanduser()
     if path.is_dir():
         if is_hub_layout(path):
@@ -113,7 +113,7 @@ def _rows(name: str, config: TextConfig) -> Iterable[Row]:
     return file_rows(files, config.column, config.shuffle_seed)
 
 
-def _documents(name: str, rows: Iterable[Row], config: TextConfig) -> Iterator[Document]:
+def _documents(name: str, rows: Iterable[TextRow], config: TextConfig) -> Iterator[Document]:
     convert = _text_of if config.tokens_column is None else _tokens_of
     for number, row in enumerate(rows):
         if config.column not in row:

@@ -17,7 +17,7 @@ from mlsae.models.inputs import Inputs
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pass:
+class DocumentPass:
     """One forward pass of N sequences of L tokens."""
 
     inputs: Inputs
@@ -38,7 +38,7 @@ class Pass:
         return torch.where((places_NL >= 0)[..., None], part_NLd, otherwise_NLd).view_as(otherwise)
 
 
-def passes(inputs: Inputs) -> list[Pass]:
+def passes(inputs: Inputs) -> list[DocumentPass]:
     """Forward passes in which every token of `inputs` sees the tokens it may attend to, no others.
 
     Inputs without documents are one pass. Otherwise each run of a document (and of padding) is a
@@ -46,7 +46,7 @@ def passes(inputs: Inputs) -> list[Pass]:
     places, where a run is shorter than the longest by a quarter or 8 at most.
     """
     if inputs.documents is None:
-        return [Pass(inputs=inputs)]
+        return [DocumentPass(inputs=inputs)]
     starts, lengths = _runs(inputs)
     order = torch.argsort(lengths, descending=True, stable=True)
     starts, lengths = starts[order], lengths[order]
@@ -61,7 +61,7 @@ def passes(inputs: Inputs) -> list[Pass]:
 
 
 def together(
-    results: Iterable[tuple[Pass, Mapping[Any, Tensor]]], shape: torch.Size
+    results: Iterable[tuple[DocumentPass, Mapping[Any, Tensor]]], shape: torch.Size
 ) -> dict[Any, Tensor]:
     """Put each entry of the passes' results (N, L, d) together as one tensor (B, T, d).
 
@@ -97,11 +97,11 @@ def _runs(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return starts, ends - starts
 
 
-def _pass(inputs: Inputs, starts_N: Tensor, lengths_N: Tensor) -> Pass:
+def _pass(inputs: Inputs, starts_N: Tensor, lengths_N: Tensor) -> DocumentPass:
     steps_L = torch.arange(int(lengths_N.max()))
     filled_NL = steps_L >= lengths_N[:, None]
     inside_NL = torch.where(filled_NL, 0, steps_L) + starts_N[:, None]
-    return Pass(
+    return DocumentPass(
         inputs=Inputs(
             tokens=inputs.tokens.flatten()[inside_NL.to(inputs.tokens.device)],
             padding=filled_NL if bool(filled_NL.any()) else None,

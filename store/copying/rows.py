@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mlsae.base.words import Key
 from mlsae.store.copying.selection import Selection
 from mlsae.store.format.calibration import Calibration, Calibrator
 from mlsae.store.format.encoding import SiteCalibration
 from mlsae.store.read.records import read_commit
 from mlsae.store.read.store import Store
-from mlsae.store.schema import Key
 from mlsae.store.write.writer import Rows
 
 _BYTES_AT_ONCE = 2**26

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.errors import InputError
+from mlsae.base.words import Key
 from mlsae.store.format.encoding import SiteCalibration
-from mlsae.store.schema import Key
 
 CALIBRATION_ROWS = 4096
 """Eligible rows that a calibration needs, where there are so many."""

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mlsae.base.words import Key
 from mlsae.store.errors import NotFiniteError
 from mlsae.store.format.accumulate import Accumulator
 from mlsae.store.format.encoding import SiteCodec, Stored
 from mlsae.store.format.moments import GroupMoments
 from mlsae.store.plan import Plan
 from mlsae.store.read.records import Producer
-from mlsae.store.schema import Key
 from mlsae.store.write.commit import commit_shard
 from mlsae.store.write.shardfile import ShardFile
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from mlsae.base.errors import InputError
 from mlsae.base.files import remove_stale_partials
 from mlsae.base.machine.priority import yield_to_others
+from mlsae.base.words import Key
 from mlsae.store.errors import ActivationError, NotAStoreError, NotFiniteError
 from mlsae.store.format.added_fvu import MAX_ADDED_FVU, AddedFVU, check_added_fvu
 from mlsae.store.format.encoding import Stored
@@ -31,7 +32,6 @@ from mlsae.store.read.setup import read_calibration, site_codecs
 from mlsae.store.schema import (
     COMPLETE,
     SETUP,
-    Key,
 )
 from mlsae.store.write.completion import complete
 from mlsae.store.write.openshard import OpenShard

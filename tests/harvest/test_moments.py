@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from mlsae.base.words import Key
 from mlsae.harvest.compute import moments as module
-from mlsae.harvest.compute.codecs import Codecs, Key, codecs_for
+from mlsae.harvest.compute.codecs import Codecs, codecs_for
 from mlsae.harvest.compute.moments import RunningMoments
 from mlsae.store.format.moments import GROUPS
 

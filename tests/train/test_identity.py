@@ -10,7 +10,7 @@ from mlsae.base.errors import InputError
 from mlsae.base.settings import deciding, described, setting, settings
 from mlsae.store import open_store
 from mlsae.train import TrainConfig, run
-from mlsae.train.plan import Plan, make_plan
+from mlsae.train.plan import RunPlan, make_plan
 from mlsae.train.running.output import claim
 
 RELU = {"architecture": "relu", "l1": 0.1}
@@ -129,7 +129,7 @@ def test_a_new_deciding_setting_is_part_of_the_identity(
     store = open_store(basis["cache"])
 
     def identity(**more: Any) -> dict[str, Any]:
-        plan: Plan = make_plan(Wider(**basis, **more), store)
+        plan: RunPlan = make_plan(Wider(**basis, **more), store)
         return plan.settings()
 
     assert identity(colour="blue") == identity()

@@ -12,7 +12,7 @@ import torch
 from mlsae.store import AnyStore
 from mlsae.store.format.encoding import MIN_EXPONENT, POWERS, decode_int8_into
 
-Parts = tuple[torch.Tensor, ...]
+StoredParts = tuple[torch.Tensor, ...]
 """Rows as stored: (N, width) for each of the arrays that hold them."""
 
 
@@ -42,7 +42,7 @@ class RowDecoder:
             self._powers = torch.from_numpy(POWERS).to(device)
 
     def __call__(
-        self, parts: Parts, layer: torch.Tensor | int, origin: torch.Tensor | None = None
+        self, parts: StoredParts, layer: torch.Tensor | int, origin: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Decode rows.
 

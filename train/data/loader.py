@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from mlsae.store import AnyStore
-from mlsae.train.data.decode import Parts
+from mlsae.train.data.decode import StoredParts
 from mlsae.train.data.jobs import plan
 from mlsae.train.data.mixture import Mixture
 from mlsae.train.data.reading import Reading
@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     """(n,) int64 index into the layers of the run."""
     num_rows: int
     """Rows of the whole batch, over ranks."""
-    more: Parts = ()
+    more: StoredParts = ()
     """(n, width) for each further part of a stored row, such as the exponents of int8."""
     origin: torch.Tensor | None = None
     """(n,) int64 index into the store's `stores` of each row, where decoding asks for it."""

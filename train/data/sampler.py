@@ -37,7 +37,7 @@ _BLOCK = 1 << 12
 """Slices walked at once when a position is looked up."""
 
 
-class Parts(NamedTuple):
+class SliceParts(NamedTuple):
     """Slices, or parts of slices at the ends of slots; arrays of one length."""
 
     layer: Int64
@@ -136,7 +136,7 @@ class Order:
         )
         self._row_keys = derive_keys(num_layers, "rows", seed, epoch)
 
-    def part_order(self, parts: Parts) -> Int64:
+    def part_order(self, parts: SliceParts) -> Int64:
         """The eligible rows of parts in the order of their visits, counted within their slices.
 
         The order is by a keyed hash of the row, so it is the same whenever it is asked for.

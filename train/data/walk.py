@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlsae.train.data.sampler import Int64, Order, Parts, check_world_size, owned_slots
+from mlsae.train.data.sampler import Int64, Order, SliceParts, check_world_size, owned_slots
 
 _BLOCK_ROWS = 1 << 18
 """Rows of a rank's share of the steps that are walked at once, or nearly."""
@@ -24,7 +24,7 @@ class Block:
 
     steps: range
     """Steps of the epoch, from 0."""
-    parts: Parts
+    parts: SliceParts
     """Parts, in the order of the steps that need them first."""
     opens: Int64
     """(n,) step of the walk that needs the part first: ascending."""
@@ -110,7 +110,7 @@ class Walk:
         # Sorted, parts come in one order however many were opened before the walk began.
         by_opening = np.lexsort((first_round, place, opened))
         place, first_round, opened = place[by_opening], first_round[by_opening], opened[by_opening]
-        parts = Parts(*(column[by_opening] for column in parts))
+        parts = SliceParts(*(column[by_opening] for column in parts))
         return Block(
             steps=steps,
             parts=parts,
@@ -150,7 +150,7 @@ class _Cursors:
         self._next_round = np.maximum(self._before - self._start, 0)
         self._next_round[self._start + first_round >= self._stop] = np.iinfo(np.int64).max
 
-    def open_before(self, limit: Int64) -> tuple[Int64, Parts, Int64]:
+    def open_before(self, limit: Int64) -> tuple[Int64, SliceParts, Int64]:
         """Open, for each place, every part that it needs in a round before its limit.
 
         Returns:
@@ -174,4 +174,4 @@ class _Cursors:
             self._next_round[at] = np.maximum(before + count - start, 0)
             at = at[self._next_round[at] < limit[at]]
         place, next_round, *parts = (np.concatenate(column) for column in zip(*opened, strict=True))
-        return place, Parts(*parts), next_round
+        return place, SliceParts(*parts), next_round

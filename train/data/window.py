@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 
 from mlsae.store.read.scatter import Runs, ScatteredRows
-from mlsae.train.data.decode import Parts, origin_of, torch_rows
+from mlsae.train.data.decode import StoredParts, origin_of, torch_rows
 from mlsae.train.data.jobs import Share
 from mlsae.train.data.mixture import Mixture
 
@@ -60,7 +60,7 @@ class Window:
                 origin = self._row_origin(np.arange(start, start + num_rows))
                 self._origin[place[:num_rows]] = origin
 
-    def batch(self, share: Share) -> tuple[Parts, torch.Tensor, torch.Tensor | None]:
+    def batch(self, share: Share) -> tuple[StoredParts, torch.Tensor, torch.Tensor | None]:
         """The rows of a step that were read, the layer of each and, if asked for, its origin."""
         start = share.step % self._num_batches * self._batch_rows
         here = slice(start, start + len(share.layer))

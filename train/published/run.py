@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mlsae.base.errors import InputError
 from mlsae.sae import SAE
 from mlsae.store import AnyStore, open_corpus
-from mlsae.train.plan import Plan, make_plans
+from mlsae.train.plan import RunPlan, make_plans
 from mlsae.train.published.step import DEAD_AFTER, LR, PaperTrainer
 from mlsae.train.running.devices import make_accelerator
 from mlsae.train.running.evaluate import evaluate
@@ -88,7 +88,7 @@ def run_paper(sweep: Sweep) -> Mapping[str, Any] | None:
     return _finish(plan, trainer, rows, time.monotonic() - began)
 
 
-def _plan(sweep: Sweep) -> tuple[Plan, npt.NDArray[np.int64], int]:
+def _plan(sweep: Sweep) -> tuple[RunPlan, npt.NDArray[np.int64], int]:
     """The run, the sequences of an epoch in their order, and how many make a step."""
     config = sweep.config
     config = replace(
@@ -116,7 +116,7 @@ def _plan(sweep: Sweep) -> tuple[Plan, npt.NDArray[np.int64], int]:
     return replace(plan, num_steps=num_steps, num_rows=rows), order, count
 
 
-def _micro_batches(plan: Plan, sequences: npt.NDArray[np.int64]) -> Iterator[torch.Tensor]:
+def _micro_batches(plan: RunPlan, sequences: npt.NDArray[np.int64]) -> Iterator[torch.Tensor]:
     """(L, T, D) float32 of each sequence, rows with a flag set to 0."""
     store, length = plan.store, plan.store.rows_per_sequence
     for start in (sequences * length).tolist():
@@ -128,7 +128,7 @@ def _micro_batches(plan: Plan, sequences: npt.NDArray[np.int64]) -> Iterator[tor
 
 
 def _finish(
-    plan: Plan, trainer: PaperTrainer, rows: int, seconds: float
+    plan: RunPlan, trainer: PaperTrainer, rows: int, seconds: float
 ) -> Mapping[str, Any] | None:
     config, out, metrics = plan.config, plan.config.out, None
     if len(plan.validation):

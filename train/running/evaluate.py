@@ -13,7 +13,7 @@ import torch
 
 from mlsae.sae import SAE
 from mlsae.store import AnyStore
-from mlsae.train.data.decode import Parts, RowDecoder, origin_of, torch_rows
+from mlsae.train.data.decode import RowDecoder, StoredParts, origin_of, torch_rows
 from mlsae.train.step.auxiliary import Sum
 
 POSITION_0_IN, POSITION_0_OUT = "position_0_in", "position_0_out"
@@ -141,7 +141,7 @@ def _count(
 
 def _blocks(
     store: AnyStore, site: str, layer: int, sequences: npt.NDArray[np.int64]
-) -> Iterator[tuple[Parts, torch.Tensor, torch.Tensor | None]]:
+) -> Iterator[tuple[StoredParts, torch.Tensor, torch.Tensor | None]]:
     """Rows of the sequences as stored, some sequences at once, their positions and their stores.
 
     Rows with a flag have position −1.

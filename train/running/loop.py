@@ -29,7 +29,7 @@ class Done(NamedTuple):
     """True if the user stopped the pass; its checkpoints are written."""
 
 
-class Pass:
+class Loop:
     """The steps of a run.
 
     Args:

@@ -9,7 +9,7 @@ from mlsae.sae.directory import CONFIG
 from mlsae.train.data.decode import RowDecoder
 from mlsae.train.data.loader import Batch
 from mlsae.train.initial import initial_sae, make_objective
-from mlsae.train.plan import Plan
+from mlsae.train.plan import RunPlan
 from mlsae.train.running.checkpoint import Checkpoints
 from mlsae.train.running.devices import Alone
 from mlsae.train.running.log import Averages, Log
@@ -30,7 +30,7 @@ class Member:
     """
 
     def __init__(
-        self, plan: Plan, ranks: Accelerator | Alone, decode: RowDecoder | None, *, writes: bool
+        self, plan: RunPlan, ranks: Accelerator | Alone, decode: RowDecoder | None, *, writes: bool
     ) -> None:
         self.plan = plan
         self.ranks = ranks
@@ -133,12 +133,12 @@ class Member:
             self.checkpoints.prune()
 
 
-def is_finished(plan: Plan) -> bool:
+def is_finished(plan: RunPlan) -> bool:
     """True where the SAE is there already."""
     return (plan.config.out / CONFIG).is_file()
 
 
-def divergence(plan: Plan) -> DivergedError | None:
+def divergence(plan: RunPlan) -> DivergedError | None:
     """Error that ended an earlier training of the SAE and would end it again; None without one."""
     try:
         found = read_sealed(plan.config.out / DIVERGED)
@@ -147,7 +147,7 @@ def divergence(plan: Plan) -> DivergedError | None:
     return DivergedError(float(found["loss"]), found["step"], found["lr"], found["layers"])
 
 
-def _make_trainer(plan: Plan, ranks: Accelerator | Alone, decode: RowDecoder | None) -> Trainer:
+def _make_trainer(plan: RunPlan, ranks: Accelerator | Alone, decode: RowDecoder | None) -> Trainer:
     config = plan.config
     moments = plan.store.moments(plan.site, config.skip_positions)
     sae = initial_sae(plan.sae, moments, plan.layers, config.seed).to(ranks.device)

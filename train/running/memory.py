@@ -12,14 +12,14 @@ from mlsae.base.resources import require_memory
 from mlsae.base.units import format_bytes
 from mlsae.sae import SAEConfig
 from mlsae.sae.kernels.select import BLOCK_BYTES
-from mlsae.train.plan import Plan
+from mlsae.train.plan import RunPlan
 from mlsae.train.step.auxiliary import SAMPLE_ROWS, SAMPLE_SHARE, default_k_aux
 
 _FLOAT = 4
 
 
 def estimate(
-    plans: Sequence[Plan], rank: int, world_size: int, num_workers: int = 1
+    plans: Sequence[RunPlan], rank: int, world_size: int, num_workers: int = 1
 ) -> dict[str, int]:
     """Bytes by purpose of one rank: the `window` on the host, the rest on the device.
 
@@ -89,7 +89,7 @@ def _rows_memory(rows: int, d_in: int, k: int) -> int:
 
 
 def require_training_memory(
-    plans: Sequence[Plan],
+    plans: Sequence[RunPlan],
     accelerator: Accelerator,
     rank: int,
     world_size: int,

@@ -9,12 +9,12 @@ import torch
 from mlsae import __version__
 from mlsae.base.units import format_count
 from mlsae.sae import SAE
-from mlsae.train.plan import Plan
+from mlsae.train.plan import RunPlan
 from mlsae.train.running.evaluate import POSITION_0_IN, POSITION_0_OUT
 
 
 def training_record(
-    plan: Plan,
+    plan: RunPlan,
     sae: SAE,
     step: int,
     rows: int,
@@ -86,7 +86,7 @@ def format_summary(metrics: Mapping[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-def sweep_entry(plan: Plan, training: Mapping[str, Any] | str) -> dict[str, Any]:
+def sweep_entry(plan: RunPlan, training: Mapping[str, Any] | str) -> dict[str, Any]:
     """An SAE's line of summary.json.
 
     Args:

@@ -17,7 +17,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Shape(NamedTuple):
+class TeamShape(NamedTuple):
     """Shape of a team."""
 
     num_workers: int
@@ -26,7 +26,7 @@ class Shape(NamedTuple):
     """Threads of each step."""
 
 
-def team_shape(num_saes: int, device: torch.device, num_ranks: int) -> Shape:
+def team_shape(num_saes: int, device: torch.device, num_ranks: int) -> TeamShape:
     """Share the threads of a process among its SAEs.
 
     Args:
@@ -36,7 +36,7 @@ def team_shape(num_saes: int, device: torch.device, num_ranks: int) -> Shape:
     """
     threads = torch.get_num_threads()
     workers = min(num_saes, threads) if device.type == "cpu" and num_ranks == 1 else 1
-    return Shape(workers, threads // workers)
+    return TeamShape(workers, threads // workers)
 
 
 class Team:
@@ -46,7 +46,7 @@ class Team:
         shape: shape of the team; with one worker there are no threads but the caller's.
     """
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: TeamShape) -> None:
         self.shape = shape
         self._pool: ThreadPoolExecutor | None = None
         self._is_first = True
