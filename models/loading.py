@@ -10,7 +10,7 @@ import transformers
 from transformers.utils import logging as transformers_logging
 
 from mlsae.base.errors import InputError
-from mlsae.models.families.attention import BY_BLOCKS, blocks_pay
+from mlsae.models.families.attention import BY_BLOCKS, blocks_pay, register
 from mlsae.models.families.kinds import DECODER, auto_class, construction, kind_of
 from mlsae.models.families.sketch import sketch
 from mlsae.models.source.explanation import config_explained, explained
@@ -69,6 +69,7 @@ def load(
     attention = None if attention_implementation == "auto" else attention_implementation
     # Random weights are drawn in memory, and spread afterwards.
     spread = None if needs_redraw(init) or init == "random" else device_map
+    register()
     with explained(place, "model"), _quiet():
         with config_explained(place):
             config, place = _config(place), place.pinned()

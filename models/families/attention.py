@@ -8,23 +8,18 @@ transformers.
 B = sequences, H = heads, T = positions, d = channels of a head.
 """
 
+import functools
 import inspect
 import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mlsae.base.machine.processor import has_fast_bfloat16, has_matrix_units
 
 BY_BLOCKS = "sdpa_by_blocks"
 """Name of the implementation in transformers, in configs and in plans."""
-
-# The registries are typed too loosely to be checked here.
-_attentions: Any = ALL_ATTENTION_FUNCTIONS
-_masks: Any = ALL_MASK_ATTENTION_FUNCTIONS
 
 _FEW_QUERIES, _MANY_QUERIES, _MANY_POSITIONS = 128, 256, 1024
 """Queries at once, and the number of positions from which on they are many; measured best of 64 to
@@ -35,6 +30,20 @@ _LEAST_POSITIONS = 256
 """Below this torch's kernel is as fast."""
 _CHANGING = ("softcap", "position_bias", "cache")
 """Keyword arguments that change the result of a call."""
+
+
+@functools.cache
+def register() -> None:
+    """Make the implementation known to transformers under its name.
+
+    Needed before a model of that implementation is loaded. The modules of transformers that it
+    takes, which load torch's compiler, are imported with the first model and not before.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(BY_BLOCKS, attention_by_blocks)
+    AttentionMaskInterface.register(BY_BLOCKS, sdpa_mask)
 
 
 def blocks_pay(model: Any, device: torch.device) -> bool:
@@ -92,7 +101,9 @@ def attention_by_blocks(
         and all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in tensors)
     ):
         return _in_blocks(*tensors, scaling), None
-    return _attentions["sdpa"](  # type: ignore[no-any-return]
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(  # type: ignore[no-any-return]
         module, *tensors, attention_mask, dropout, scaling, is_causal, **more
     )
 
@@ -134,7 +145,3 @@ def _in_blocks(
                 -1, num_heads, stop - start, found.shape[2]
             ).transpose(1, 2)
     return out_BTHd
-
-
-_attentions.register(BY_BLOCKS, attention_by_blocks)
-_masks.register(BY_BLOCKS, _masks["sdpa"])
