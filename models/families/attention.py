@@ -103,7 +103,7 @@ def attention_by_blocks(
         return _in_blocks(*tensors, scaling), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    return sdpa_attention_forward(  # type: ignore[no-any-return]
+    return sdpa_attention_forward(
         module, *tensors, attention_mask, dropout, scaling, is_causal, **more
     )
 

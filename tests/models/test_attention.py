@@ -14,7 +14,7 @@ from mlsae.base.errors import InputError
 from mlsae.models import load
 from mlsae.models.capture import capture
 from mlsae.models.families import attention as module
-from mlsae.models.families.attention import BY_BLOCKS
+from mlsae.models.families.attention import BY_BLOCKS, register
 from mlsae.models.inputs import Inputs
 
 
@@ -49,6 +49,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 def computed(name: str, *tensors: Tensor, **settings: Any) -> Tensor:
     """Attention (B, H, T, d) as a module of a decoder asks transformers for it, by name."""
+    register()
     attending = nn.Module()
     attending.num_key_value_groups = tensors[0].shape[1] // tensors[1].shape[1]
     arguments = {"attention_mask": None, "is_causal": True, **settings}
