@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mlsae.base.embedded import embedded_model
 from mlsae.base.errors import InputError
-from mlsae.base.settings import ReadsStores, device_setting, setting, settings
+from mlsae.base.settings import ReadsStores, device_setting, flag, setting, settings
 from mlsae.base.units import parse_context, parse_count
 
 ROWS = ("validation", "train", "all")
@@ -38,20 +38,24 @@ class OverRows(ReadsStores):
         doc="Most tokens to read, in whole sequences from the first.",
     )
     batch_size: int = setting(
-        default=4096, decides=False, group="Run", parse=parse_count, doc="Rows encoded at once."
+        default=4096,
+        decides=True,
+        group="Run",
+        parse=parse_count,
+        doc="Rows encoded at once, which decides the last bits of values.",
     )
-    device: str = device_setting()
+    device: str = device_setting(decides=True)
 
     def __post_init__(self) -> None:
         if self.rows not in ROWS:
-            raise InputError(f"rows: expected one of {', '.join(ROWS)}; got {self.rows!r}")
+            raise InputError(f"--rows must be {' or '.join(ROWS)}, got {self.rows!r}")
         self._at_least(1, "max_tokens", "batch_size")
 
     def _at_least(self, least: int, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
             if value is not None and value < least:
-                raise InputError(f"{name}: expected at least {least}, got {value}")
+                raise InputError(f"{flag(type(self), name)} must be at least {least}, got {value}")
 
 
 @settings
@@ -109,7 +113,7 @@ class AnalyzeConfig(OverRows):
         decides=True,
         group="Examples",
         parse=parse_count,
-        doc="Examples more from each quarter of a latent's range of values, drawn at random.",
+        doc="Further examples from each quarter of a latent's range of values, drawn at random.",
     )
     context_tokens: tuple[int, int] = setting(
         default=(8, 4),
@@ -161,7 +165,7 @@ class AnalyzeConfig(OverRows):
         self._at_least(0, "examples", "samples")
         if not (len(self.context_tokens) == 2 and all(n >= 0 for n in self.context_tokens)):
             raise InputError(
-                f"context_tokens: expected two numbers of at least 0, got {self.context_tokens}"
+                f"--context-tokens must be two numbers of at least 0, got {self.context_tokens}"
             )
 
 

@@ -20,7 +20,9 @@ class Setting:
     doc: str
     """Meaning, unit and range, in sentences that need no other field's; shown by `--help`."""
     decides: bool
-    """True where another value gives another result."""
+    """True where another value gives another result: other bytes of a store or of events, or other
+    numbers of a training run. A run may go on with sums rounded differently, on another device or
+    in other micro-batches; a store and events are shared among processes to the byte."""
     group: str
     """Heading in `--help`."""
     unset: str | None = None
@@ -111,6 +113,14 @@ def deciding(cls: type[Any]) -> tuple[str, ...]:
     return tuple(name for name, of in described(cls).items() if of.decides)
 
 
+def flag(cls: type[Any], name: str) -> str:
+    """Option of a field as messages name it, or the field's name where it has no option."""
+    one = described(cls)[name]
+    if not one.on_command_line:
+        return name
+    return one.short if one.short == f"-{name}" else one.flag(name)
+
+
 def words_of(config: Any) -> list[str]:
     """Words of a command line that give the values of a configuration other than defaults.
 
@@ -120,23 +130,23 @@ def words_of(config: Any) -> list[str]:
     fields = dataclasses.fields(config)
     for field in sorted(fields, key=lambda field: field.default is not MISSING):
         one: Setting = field.metadata[_KEY]
-        value, flag = getattr(config, field.name), one.flag(field.name)
+        value, option = getattr(config, field.name), one.flag(field.name)
         if value == field.default or not one.on_command_line:
             continue
         if isinstance(value, bool):
-            words.append(flag if value else f"--no-{flag[2:]}")
+            words.append(option if value else f"--no-{option[2:]}")
             continue
         values = value if isinstance(value, tuple) else (value,)
         for text in values if one.again else (",".join(map(str, values)),):
-            words += [flag, str(text)]
+            words += [option, str(text)]
     return words
 
 
-def device_setting() -> Any:
-    """The field `device` of a settings class."""
+def device_setting(*, decides: bool = False) -> Any:
+    """The field `device` of a settings class; it decides where last bits count."""
     return setting(
         default="auto",
-        decides=False,
+        decides=decides,
         group="Run",
         doc="Device: cpu, cuda, cuda:N, or auto for CUDA where there is any.",
     )

@@ -1,5 +1,6 @@
 """Counts and byte sizes as people write them: `10M`, `1e7`, `200GB`, `64KiB`."""
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -115,6 +116,17 @@ def parse_numbers(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise InputError(f"expected numbers such as 1,0.5,2, got {text!r}") from None
+
+
+def check_not_negative(flag: str, values: tuple[float, ...] | None) -> None:
+    """Require finite numbers of at least 0; None is none.
+
+    Raises:
+        InputError: one is neither; the message begins with the flag.
+    """
+    if values is not None and not all(0 <= value < math.inf for value in values):
+        shown = ",".join(f"{value:g}" for value in values)
+        raise InputError(f"{flag} takes numbers of at least 0, got {shown}")
 
 
 def parse_context(text: str) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from mlsae.analyze import EventsConfig
 from mlsae.analyze.results.tables import TABLES
 from mlsae.base.settings import deciding, described
 from mlsae.cli import main as main_command
@@ -22,7 +23,11 @@ from mlsae.train import TrainConfig
 REFERENCE = Path(__file__).resolve().parent / "reference"
 ROOMS = ("store", "sae", "harvest", "train", "analyze", "models")
 """Rooms whose `__all__` is public, in the order of the page."""
-RESUMED = {"mlsae harvest": HarvestConfig, "mlsae train": TrainConfig}
+RESUMED = {
+    "mlsae harvest": HarvestConfig,
+    "mlsae train": TrainConfig,
+    "mlsae events": EventsConfig,
+}
 """Settings of commands that go on where a run stopped."""
 NOTICE = "<!-- Made by `make docs` from the docstrings; edit those. -->"
 COLUMNS = re.compile(r"(<!-- columns: (\w+) -->)\n.*?(<!-- end -->)", re.S)

@@ -3,10 +3,17 @@
 import math
 from dataclasses import fields
 from pathlib import Path
+from typing import NoReturn
 
 from mlsae.base.errors import InputError
-from mlsae.base.settings import ReadsStores, device_setting, setting, settings
-from mlsae.base.units import parse_bytes, parse_count, parse_layers, parse_numbers
+from mlsae.base.settings import ReadsStores, device_setting, flag, setting, settings
+from mlsae.base.units import (
+    check_not_negative,
+    parse_bytes,
+    parse_count,
+    parse_layers,
+    parse_numbers,
+)
 from mlsae.sae.architectures import ArchitectureSettings, get, registered
 from mlsae.sae.config import LAYER_SCALES, NORMALIZE
 from mlsae.train.step.objective import LOSS_SPACES
@@ -95,13 +102,6 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
         group="Data",
         parse=parse_bytes,
         doc="Memory of the window in which rows are shuffled, over all processes, such as 1GiB.",
-    )
-    architecture: str = setting(
-        default="topk",
-        decides=True,
-        group="SAE",
-        swept=True,
-        doc="Architecture: topk, or relu with an L1 penalty.",
     )
     expansion_factor: int | None = setting(
         default=None,
@@ -236,13 +236,16 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
         doc="Precision of the encoder product in training: float32, or bfloat16 with candidates "
         "re-scored in float32.",
     )
+    # Another number rounds sums differently, as another device or number of processes does. A run
+    # that ran out of memory or moved must still go on, so rounding is no part of its identity.
     micro_batch: int | None = setting(
         default=None,
         unset="all",
         decides=False,
         group="Run",
         parse=parse_count,
-        doc="Rows of a batch in memory at once; another number rounds sums differently.",
+        doc="Rows of a batch in memory at once; a run may go on with another number, which rounds "
+        "sums differently.",
     )
     device: str = device_setting()
     distribute: str = setting(
@@ -268,26 +271,28 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
         unset="none",
         decides=False,
         group="Run",
-        doc="Further place for the log: tensorboard or wandb.",
+        doc="Service that receives the log too: tensorboard or wandb.",
     )
 
     def __post_init__(self) -> None:
         for first, second in (("expansion_factor", "num_latents"), ("epochs", "max_rows")):
             if getattr(self, first) is not None and getattr(self, second) is not None:
-                raise InputError(f"give {_flag(first)} or {_flag(second)}, not both")
-        counts = ("expansion_factor", "num_latents", "k", "epochs", "max_rows")
+                raise InputError(f"give {self._flag(first)} or {self._flag(second)}, not both")
+        counts = ("expansion_factor", "num_latents", "epochs", "max_rows")
         for name in (*counts, "batch_size", "micro_batch", "keep"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise InputError(f"{_flag(name)} must be at least 1, got {value}")
+                raise InputError(f"{self._flag(name)} must be at least 1, got {value}")
         for name in ("lr", "clip_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{_flag(name)} must be above 0, got {value}")
+                raise InputError(f"{self._flag(name)} must be above 0, got {value}")
         for name in ("lr_decay", "warmup"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
-                raise InputError(f"{_flag(name)} is a share of the steps from 0 to 1, got {value}")
+                raise InputError(
+                    f"{self._flag(name)} is a share of the steps from 0 to 1, got {value}"
+                )
         if self.schedule == "constant" and self.lr_decay:
             raise InputError(
                 f"a constant --schedule has no decay, got --lr-decay {self.lr_decay}: leave one out"
@@ -300,33 +305,31 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
             ("track", (*TRACKERS, None)),
         ):
             if getattr(self, name) not in choices:
-                known = " or ".join(filter(None, choices))
-                raise InputError(f"{_flag(name)} must be {known}, got {getattr(self, name)!r}")
+                self._refuse_choice(name, tuple(filter(None, choices)))
         self._check_sae()
 
     def _check_sae(self) -> None:
         for name, choices in (
-            ("architecture", [kind.name for kind in registered()]),
+            ("architecture", tuple(kind.name for kind in registered())),
             ("normalize", NORMALIZE),
             ("layer_scale", LAYER_SCALES),
         ):
             if getattr(self, name) not in choices:
-                raise InputError(
-                    f"--{name.replace('_', '-')} must be {' or '.join(choices)}, got "
-                    f"{getattr(self, name)!r}"
-                )
+                self._refuse_choice(name, choices)
         if self.preset not in (None, "paper"):
             raise InputError(f"--preset must be paper, got {self.preset!r}")
         for kind in registered():
             if isinstance(self, kind.settings):
                 kind.check_values(self)
-        for name in ("layer_weights", "layer_l1"):
-            values = getattr(self, name)
-            if values is not None and not all(0 <= value < math.inf for value in values):
-                shown = ",".join(f"{value:g}" for value in values)
-                raise InputError(
-                    f"--{name.replace('_', '-')} takes numbers of at least 0, got {shown}"
-                )
+        check_not_negative(self._flag("layer_weights"), self.layer_weights)
+
+    def _flag(self, name: str) -> str:
+        return flag(type(self), name)
+
+    def _refuse_choice(self, name: str, choices: tuple[str, ...]) -> NoReturn:
+        raise InputError(
+            f"{self._flag(name)} must be {' or '.join(choices)}, got {getattr(self, name)!r}"
+        )
 
     def check_together(self) -> None:
         """Refuse values that exclude each other in one SAE.
@@ -339,8 +342,8 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
                 if getattr(self, name) not in values:
                     allowed = ["nothing" if value is None else str(value) for value in values]
                     raise InputError(
-                        f"--preset paper has {' or '.join(allowed)} for "
-                        f"--{name.replace('_', '-')}, got {getattr(self, name)}: leave it out"
+                        f"--preset paper has {' or '.join(allowed)} for {self._flag(name)}, got "
+                        f"{getattr(self, name)}: leave it out"
                     )
         chosen = get(self.architecture)
         chosen.check_chosen(self)
@@ -348,7 +351,7 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
         if self.precision not in chosen.precisions:
             others = [kind.name for kind in registered() if self.precision in kind.precisions]
             raise InputError(
-                f"--precision {self.precision} selects candidates of {' and '.join(others)}: "
+                f"--precision {self.precision} is for --architecture {' or '.join(others)}; "
                 f"{chosen.name} takes {' or '.join(chosen.precisions)}"
             )
         if self.layer_scale != "none" and self.normalize != "none":
@@ -365,8 +368,8 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
                 is_given = field.default is None and getattr(self, field.name, None) is not None
                 if is_given and field.name not in own:
                     raise InputError(
-                        f"--{field.name.replace('_', '-')} is of --architecture {kind.name}, got "
-                        f"{self.architecture}"
+                        f"{self._flag(field.name)} belongs to --architecture {kind.name}, got "
+                        f"{self.architecture}: leave it out, or choose {kind.name}"
                     )
 
     def latents(self, d_in: int) -> int:
@@ -390,7 +393,3 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
     def peak_lr(self, num_latents: int) -> float:
         """Learning rate of the plateau."""
         return self.lr if self.lr is not None else _PEAK_LR / math.sqrt(num_latents / _LR_LATENTS)
-
-
-def _flag(name: str) -> str:
-    return "-k" if name == "k" else "--" + name.replace("_", "-")

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from mlsae.base.errors import InputError
+from mlsae.base.settings import flag
 from mlsae.sae import SAE, SAEConfig
 from mlsae.sae.architectures import get
 from mlsae.store import Moments
@@ -144,7 +145,7 @@ def of_sae(
     """
     names = ["layer_weights", *_names(get(config.architecture).settings)]
     own: dict[str, Any] = {
-        name: of_layers(values, run_layers, layers, "--" + name.replace("_", "-"))
+        name: of_layers(values, run_layers, layers, flag(type(config), name))
         for name in names
         if isinstance(values := getattr(config, name), tuple)
     }

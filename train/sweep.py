@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlsae.base.errors import InputError
-from mlsae.base.settings import described
+from mlsae.base.settings import described, flag
 from mlsae.train.config import TrainConfig
 
 SUMMARY, SWEEP = "summary.json", "sweep.json"
@@ -74,7 +74,9 @@ class Sweep:
                 )
             if not values or len(set(values)) < len(values):
                 given = ", ".join(map(str, values))
-                raise InputError(f"{_flag(name)} takes each value once, got {given or 'none'}")
+                raise InputError(
+                    f"{flag(TrainConfig, name)} takes each value once, got {given or 'none'}"
+                )
 
     @property
     def is_single(self) -> bool:
@@ -112,8 +114,6 @@ class Sweep:
 
 def _word(name: str, value: Any) -> str:
     shown = f"{value:g}" if isinstance(value, float) else str(value)
-    return f"{_SHORT[name]}{shown}" if name in _SHORT else f"{_flag(name)[2:]}-{shown}"
-
-
-def _flag(name: str) -> str:
-    return "-k" if name == "k" else "--" + name.replace("_", "-")
+    if name in _SHORT:
+        return f"{_SHORT[name]}{shown}"
+    return f"{flag(TrainConfig, name).removeprefix('--')}-{shown}"

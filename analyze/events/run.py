@@ -10,7 +10,7 @@ from mlsae.analyze.config import EventsConfig
 from mlsae.analyze.events.plan import EventsPlan, PlannedPart, estimate_bytes, plan_events
 from mlsae.analyze.pairing import pair, provenance_of
 from mlsae.analyze.results.events import Events, load_events
-from mlsae.analyze.results.events_directory import KIND, EventsDirectory
+from mlsae.analyze.results.events_directory import KIND, PLACES, EventsDirectory
 from mlsae.analyze.results.parts import describe
 from mlsae.analyze.results.tables import TABLES_VERSION
 from mlsae.analyze.selection import Int, choose_sequences, read_rows
@@ -18,6 +18,7 @@ from mlsae.base.devices import resolve_device
 from mlsae.base.interruption import InterruptedWorkError, Interruption, StopNow, interruptible
 from mlsae.base.ranks import Ranks, wait_until
 from mlsae.base.resources import require_disk, require_writable
+from mlsae.base.settings import deciding
 from mlsae.base.units import format_count
 
 STOPPING = "finishing the part in hand, then stopping; press Ctrl-C again to stop at once"
@@ -96,15 +97,17 @@ def _content(config: EventsConfig, plan: EventsPlan, sequences: Int) -> dict[str
         "skip_positions": pairing.skip_positions,
         "context_length": pairing.store.context_length,
         "rows_per_sequence": pairing.store.rows_per_sequence,
-        "rows": config.rows,
-        "max_tokens": config.max_tokens,
-        "batch_size": config.batch_size,
-        "part_events": config.part_events,
-        "device": pairing.device.type,
+        **_settings(config, pairing.device),
         "num_sequences": len(sequences),
         "num_parts": len(plan.parts),
         "notes": list(pairing.notes),
     }
+
+
+def _settings(config: EventsConfig, device: torch.device) -> dict[str, Any]:
+    """Deciding settings; hashes stand for the places `cache` and `sae`, a kind for the device."""
+    names = [name for name in deciding(EventsConfig) if name not in PLACES]
+    return {**{name: getattr(config, name) for name in names}, "device": device.type}
 
 
 def _own(paths: list[str], ranks: Ranks) -> list[str]:

@@ -31,7 +31,7 @@ from mlsae.base.files import (
 KIND = "mlsae events"
 COMPLETE = "complete.json"
 RECORDS = "parts"
-_PLACES = ("cache", "sae")
+PLACES = ("cache", "sae")
 """Keys of the plan for the places of inputs, which may change."""
 
 
@@ -123,7 +123,7 @@ class EventsDirectory:
             )
         # Numbers follow from the other settings, so they come last.
         keys = sorted(
-            (there.keys() | plan.keys()) - set(_PLACES), key=lambda key: ("num_" in key, key)
+            (there.keys() | plan.keys()) - set(PLACES), key=lambda key: ("num_" in key, key)
         )
         if differences := [
             f"{key} is {_brief(there.get(key))} there, {_brief(plan.get(key))} here"

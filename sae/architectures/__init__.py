@@ -1,6 +1,6 @@
 """Architectures of SAEs, a file each, found by name; messages name them in this order."""
 
-from mlsae.base.settings import settings
+from mlsae.base.settings import setting, settings
 from mlsae.sae.architectures.base import Architecture, get, register, registered
 from mlsae.sae.architectures.relu import ReLU, ReLUSettings
 from mlsae.sae.architectures.topk import TopK, TopKSettings
@@ -10,7 +10,22 @@ register(ReLU)
 
 
 @settings
-class ArchitectureSettings(ReLUSettings, TopKSettings):
+class _Choice:
+    """The architecture itself, so that its option comes before those of all architectures."""
+
+    architecture: str = setting(
+        default=TopK.name,
+        decides=True,
+        group="Architecture",
+        swept=True,
+        doc="Architecture, by the latents that a row uses: "
+        + "; ".join(f"{kind.name}, {kind.summary}" for kind in registered())
+        + ".",
+    )
+
+
+@settings
+class ArchitectureSettings(ReLUSettings, TopKSettings, _Choice):
     """Training settings of all architectures, which a run's settings contain."""
 
 

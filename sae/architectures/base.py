@@ -94,6 +94,8 @@ class Architecture(ABC):
 
     name: ClassVar[str]
     """Name on the command line and, after `mlsae/`, in config.json."""
+    summary: ClassVar[str]
+    """Latents that a row uses, in a few words for `--help`, such as `the k largest of a row`."""
     settings: ClassVar[type]
     """Dataclass of the training settings that the architecture reads; `TrainConfig` extends it.
 

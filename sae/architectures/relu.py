@@ -15,7 +15,7 @@ import torch
 
 from mlsae.base.errors import InputError
 from mlsae.base.settings import setting, settings
-from mlsae.base.units import parse_count, parse_numbers
+from mlsae.base.units import check_not_negative, parse_count, parse_numbers
 from mlsae.sae.architectures.base import ActiveLatents, Architecture, Conversion, Weights
 from mlsae.sae.kernels.functions import bag, preactivations
 from mlsae.sae.kernels.listed import listed
@@ -89,6 +89,7 @@ class ReLU(Architecture):
     """The architecture `relu`."""
 
     name = "relu"
+    summary = "all above 0, with an L1 penalty in training"
     settings = ReLUSettings
     encoder_bias = True
     unit_decoder = False
@@ -108,6 +109,7 @@ class ReLU(Architecture):
     @classmethod
     def check_values(cls, settings: ReLUSettings) -> None:
         """Refuse negative numbers, and a warm-up that is no share."""
+        check_not_negative("--layer-l1", settings.layer_l1)
         if settings.l1 is not None and not 0 <= settings.l1 < math.inf:
             raise InputError(f"--l1 must be at least 0, got {settings.l1}")
         if not 0 <= settings.l1_warmup <= 1:

@@ -31,7 +31,7 @@ class TopKSettings:
         swept=True,
         short="-k",
         parse=parse_count,
-        doc="Latents that a row may use, in topk.",
+        doc="Latents that a row of topk may use.",
     )
 
 
@@ -45,6 +45,7 @@ class TopK(Architecture):
     """The architecture `topk`."""
 
     name = "topk"
+    summary = "the k largest of a row"
     settings = TopKSettings
     revival = "auxk"
     precisions = ("float32", "bfloat16")
@@ -67,8 +68,14 @@ class TopK(Architecture):
 
     @classmethod
     def wanted(cls, settings: TopKSettings) -> "TopK":
-        """With the k of the settings."""
+        """TopK with the k of the settings."""
         return cls(settings.k)
+
+    @classmethod
+    def check_values(cls, settings: TopKSettings) -> None:
+        """Refuse a k below 1."""
+        if settings.k < 1:
+            raise InputError(f"-k must be at least 1, got {settings.k}")
 
     def check(self, shape: Shape) -> None:
         """Refuse a k below 1 or above the number of latents."""

@@ -340,11 +340,11 @@ def test_settings_that_are_none_are_usage_errors(option: str, value: str, messag
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"examples": -1}, "examples: expected at least 0, got -1"),
-        ({"samples": -2}, "samples: expected at least 0, got -2"),
+        ({"examples": -1}, "--examples must be at least 0, got -1"),
+        ({"samples": -2}, "--samples must be at least 0, got -2"),
         (
             {"context_tokens": (1, -1)},
-            r"context_tokens: expected two numbers of at least 0, got \(1, -1\)",
+            r"--context-tokens must be two numbers of at least 0, got \(1, -1\)",
         ),
     ],
 )

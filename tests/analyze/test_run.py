@@ -399,9 +399,9 @@ def test_cuda_that_is_absent_is_refused(
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"rows": "test"}, "rows: expected one of validation, train, all; got 'test'"),
-        ({"max_tokens": 0}, "max_tokens: expected at least 1, got 0"),
-        ({"batch_size": -4}, "batch_size: expected at least 1, got -4"),
+        ({"rows": "test"}, "--rows must be validation or train or all, got 'test'"),
+        ({"max_tokens": 0}, "--max-tokens must be at least 1, got 0"),
+        ({"batch_size": -4}, "--batch-size must be at least 1, got -4"),
     ],
 )
 def test_settings_out_of_range_are_refused(setting: dict[str, Any], message: str) -> None:

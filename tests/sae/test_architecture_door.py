@@ -31,6 +31,7 @@ class AbsTopK(Architecture):
     """The k latents of largest |a|, with their signs."""
 
     name = "abstopk"
+    summary = "the k of largest magnitude"
     settings = TopKSettings
     revival = None
 
@@ -218,9 +219,9 @@ def test_what_it_cannot_do_is_refused_before_anything_is_written(
     for change, message in (
         (
             {"precision": "bfloat16"},
-            "--precision bfloat16 selects candidates of topk: abstopk take",
+            "--precision bfloat16 is for --architecture topk; abstopk take",
         ),
-        ({"l1": 0.1}, "--l1 is of --architecture relu, got abstopk"),
+        ({"l1": 0.1}, "--l1 belongs to --architecture relu, got abstopk"),
     ):
         with pytest.raises(InputError, match=message):
             run(TrainConfig(cache=sample.path, out=tmp_path / "out", **SETTINGS | change))

@@ -162,12 +162,12 @@ def test_log_is_refused_where_a_norm_is_not_above_1(sample: Any, tmp_path: Path)
     [
         ({"architecture": "gated"}, "--architecture must be topk or relu, got 'gated'"),
         ({"architecture": "relu"}, "--architecture relu needs --l1, the weight of its penalty"),
-        ({"l1": 0.1}, "--l1 is of --architecture relu, got topk"),
-        ({"layer_l1": (1.0, 2.0)}, "--layer-l1 is of --architecture relu, got topk"),
+        ({"l1": 0.1}, "--l1 belongs to --architecture relu, got topk: leave"),
+        ({"layer_l1": (1.0, 2.0)}, "--layer-l1 belongs to --architecture relu, got topk"),
         ({"architecture": "relu", "l1": -1.0}, "--l1 must be at least 0, got -1"),
         (
             {"architecture": "relu", "l1": 0.1, "precision": "bfloat16"},
-            "--precision bfloat16 selects candidates of topk: relu takes float32",
+            "--precision bfloat16 is for --architecture topk; relu takes float32",
         ),
         (
             {"architecture": "relu", "l1": 0.1, "l1_warmup": 2.0},

@@ -49,7 +49,7 @@ def run_paper(sweep: Sweep) -> Mapping[str, Any] | None:
     if accelerator.num_processes > 1:
         raise InputError(
             f"--preset paper takes one process, got {accelerator.num_processes}: the published "
-            f"code trains all of several on the same rows"
+            f"code gives every process the same rows, so more of them train no faster"
         )
     plan, order, count = _plan(sweep)
     config = plan.config
