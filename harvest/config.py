@@ -114,7 +114,7 @@ class HarvestConfig:
     )
     max_disk: int | None = setting(
         default=None,
-        unset="what the disk has free",
+        unset="free space of the disk",
         decides=False,
         group="Store",
         parse=parse_bytes,

@@ -5,12 +5,14 @@ import pyarrow as pa
 from mlsae.analyze.results.columns import Column
 
 _F, _I, _L = pa.float64(), pa.int64(), pa.int32()
-_FVU = "Σ‖x − x̂‖² / Σ‖x − μ‖², μ the mean of each channel over the same rows"
-_PUBLISHED = "Σ‖x − x̂‖² / Σ(x − μ)², μ one scalar mean over rows and channels"
+_FVU = "Σ‖x − x̂‖² / Σ‖x − μ‖² over eligible rows, μ their mean in each channel"
+_PUBLISHED = "Σ‖x − x̂‖² / Σ(x − μ)² over eligible rows, μ one scalar, their mean over all channels"
 _IN = "over unflagged rows at every position"
 _OUT = "over unflagged rows at positions from 1"
 _CE = "null where no transformer was at hand"
-_SPLICED = f"with the reconstruction of this layer's live activations spliced in; {_CE}"
+_SPLICED = (
+    f"cross-entropy with the reconstruction of this layer's live activations spliced in; {_CE}"
+)
 _HARMLESS = f"{_CE}, or the ablation costs nothing"
 
 _COUNTS = (
@@ -20,8 +22,8 @@ _COUNTS = (
 )
 
 _ROWS = (
-    Column("fvu", _F, "1", f"{_FVU}: the eligible ones; null if they do not vary"),
-    Column("fvu_published", _F, "1", f"{_PUBLISHED}: the eligible ones"),
+    Column("fvu", _F, "1", f"{_FVU}; null if the rows do not vary"),
+    Column("fvu_published", _F, "1", _PUBLISHED),
     Column("fvu_position_0_in", _F, "1", f"as fvu, {_IN}"),
     Column("fvu_published_position_0_in", _F, "1", f"as fvu_published, {_IN}"),
     Column("fvu_position_0_out", _F, "1", f"as fvu, {_OUT}"),
@@ -68,17 +70,17 @@ _ENTROPY = (
         "ce_store",
         _F,
         "nat/token",
-        f"with the stored activations of this layer spliced in; {_CE}, or the store keeps only "
-        "some positions",
+        f"cross-entropy with this layer's stored activations spliced in; {_CE}, or the store keeps "
+        "only some positions",
     ),
     Column("ce_sae", _F, "nat/token", _SPLICED),
     Column("delta_ce", _F, "nat/token", f"ce_sae − ce; {_CE}"),
-    Column("ce_zero", _F, "nat/token", f"with zeros in this layer's place; {_CE}"),
+    Column("ce_zero", _F, "nat/token", f"cross-entropy with zeros in this layer's place; {_CE}"),
     Column(
         "ce_mean",
         _F,
         "nat/token",
-        f"with the mean of the layer's eligible rows of the store in its place; {_CE}",
+        f"cross-entropy with the mean of the store's eligible rows in this layer's place; {_CE}",
     ),
     Column("loss_recovered_zero", _F, "1", f"(ce_zero − ce_sae) / (ce_zero − ce); {_HARMLESS}"),
     Column("loss_recovered_mean", _F, "1", f"(ce_mean − ce_sae) / (ce_mean − ce); {_HARMLESS}"),

@@ -275,7 +275,7 @@ class _Verification:
         for key, digest in objects.items():
             try:
                 if self._sha256(key) != digest:
-                    self.report("R-COMMIT-4", key, f"its SHA-256 is not {digest[:16]}…")
+                    self.report("R-COMMIT-4", key, f"the SHA-256 is not {digest[:16]}…")
             except FileNotFoundError:
                 self.report("R-COMMIT-4", key, f"is missing; {record} names it")
             except DamagedStoreError as error:

@@ -63,7 +63,7 @@ def card_of(
             "",
             f"# Activations of {_plain(model)}",
             "",
-            "What the layers of a transformer compute, row by row, for training and analyzing",
+            "Activations at the layers of a transformer, row by row, for training and analyzing",
             "sparse autoencoders without the transformer: one Zarr v3 group whose every byte can",
             "be checked.",
             "",

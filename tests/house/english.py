@@ -22,7 +22,9 @@ OPENINGS = (
 
 _OPENING = re.compile(rf"(?:{'|'.join(OPENINGS)})\b(?![-.(])", re.IGNORECASE)
 _DIRECTIVE = re.compile(r"noqa\b|type:|fmt:|pragma:|!|%")
-_HELP = {"help", "short_help", "epilog", "doc"}
+_HELP = {"help", "short_help", "epilog", "doc", "unset"}
+_SHOWN = {"Column": "column", "report": "line", "say": "line", "_say": "line", "echo": "line"}
+"""Function or class whose arguments are texts for people → kind of these texts."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Text:
     path: Path
     line: int
     kind: str
-    """`docstring`, `argument`, `comment`, `help` or `error`."""
+    """`docstring`, `argument`, `comment`, `help`, `error`, `column` or `line`."""
     text: str
 
     @property
@@ -46,10 +48,15 @@ class Text:
 
 
 def texts(path: Path) -> Iterator[Text]:
-    """Every docstring, described argument, comment, help text and error message of a file."""
+    """Texts for people in a file: its docstrings, comments, helps, errors, columns and lines."""
     source = path.read_text()
     for node in ast.walk(ast.parse(source)):
-        for line, kind, text in (*_docstrings(node), *_helps(node), *_errors(node)):
+        for line, kind, text in (
+            *_docstrings(node),
+            *_helps(node),
+            *_errors(node),
+            *_shown(node),
+        ):
             yield Text(path, line, kind, text.lstrip())
     for line, text in _comments(source):
         yield Text(path, line, "comment", text)
@@ -100,6 +107,21 @@ def _errors(node: ast.AST) -> Iterator[tuple[int, str, str]]:
         text = _literal(node.exc.args[0])
         if text is not None:
             yield node.lineno, "error", text
+
+
+def _shown(node: ast.AST) -> Iterator[tuple[int, str, str]]:
+    """Texts that a known function or class is given: units, definitions, lines that are printed."""
+    if isinstance(node, ast.Call) and (kind := _SHOWN.get(_last_name(node.func))) is not None:
+        for value in node.args:
+            if (text := _literal(value)) is not None:
+                yield value.lineno, kind, text
+
+
+def _last_name(function: ast.expr) -> str:
+    """Name of a called function, without that of its module or object."""
+    if isinstance(function, ast.Attribute):
+        return function.attr
+    return function.id if isinstance(function, ast.Name) else ""
 
 
 def _literal(value: ast.expr) -> str | None:

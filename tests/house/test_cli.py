@@ -174,7 +174,7 @@ def test_store_info_and_verify_speak_to_people_and_programs(sample, tmp_path: Pa
     assert damaged.returncode == 1
     index, whole = damaged.stdout.splitlines()
     assert index.startswith("R-SHARD-3 activations/resid_post/1: ")
-    assert whole.startswith("R-COMMIT-4 activations/resid_post/1/c.2.0: its SHA-256 is not")
+    assert whole.startswith("R-COMMIT-4 activations/resid_post/1/c.2.0: the SHA-256 is not")
     assert "breaks 2 rules of storage_schema.md" in damaged.stderr
 
 

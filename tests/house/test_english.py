@@ -46,11 +46,17 @@ def command(a: int) -> dict[str, str]:
 
 
 FIELD = {{"help": f"{opening} a field {{LIMIT}}"}}
+USUAL = setting(unset="{opening.lower()} a default", parse=int)
+COLUMN = Column("name", int, "{opening.lower()} a unit", f"{opening.lower()} a text {{LIMIT}}")
+click.echo("{opening} a line")
+click.report("rule", "{opening.lower()} a line")
 '''.replace("{{", "{").replace("}}", "}")
     )
     assert sorted(text.kind for text in refused(path)) == [
         "argument",
         "argument",
+        "column",
+        "column",
         "comment",
         "comment",
         "docstring",
@@ -58,6 +64,9 @@ FIELD = {{"help": f"{opening} a field {{LIMIT}}"}}
         "error",
         "help",
         "help",
+        "help",
+        "line",
+        "line",
     ]
 
 

@@ -47,7 +47,7 @@ def mean_layer(histograms: pa.Table) -> Figure:
     first.set_xlim(low - 0.4, high + 0.4)
     first.xaxis.set_major_locator(MaxNLocator(integer=True))
     bars(second, histograms, "layer_mean_to_whole")
-    second.set(title="Its distance to a whole number", xlim=(0, 0.5))
+    second.set(title="Distance to a whole number", xlim=(0, 0.5))
     second.set_xlabel("|mean layer − nearest layer| (layers)")
     for axes in (first, second):
         count_axis(axes, "living latents")

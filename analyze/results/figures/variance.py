@@ -25,7 +25,7 @@ def layer_variance(summary: Mapping[str, Any]) -> Figure:
     figure, (first, second) = canvas(PAGE, 2.1, 2)
     _terms(first, found)
     second.set(
-        title="Of a latent's own, at a single token",
+        title="Share at a single token, within latents",
         xlabel="E Var(L | J, T) / E Var(L | J)",
         xlim=(0, 1.18),
     )
