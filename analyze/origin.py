@@ -76,9 +76,9 @@ def _last_run(pairing: Pairing) -> dict[str, Any]:
 
 
 def commands(pairing: Pairing, config: AnalyzeConfig) -> dict[str, list[str] | str]:
-    """By stage, the command lines to run again, or why they are not known.
+    """Stage → command lines that make the analysis again, or why they are not known.
 
-    A harvest that is run again has come out the same where its plan_id is.
+    A repeated harvest came out the same if its plan_id is the same.
 
     Args:
         pairing: the store, whose plan and provenance name its model and text, and the SAE.

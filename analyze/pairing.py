@@ -145,7 +145,7 @@ def _notes(store: AnyStore) -> list[str]:
         return []
     return [
         f"the store keeps {store.rows_per_sequence} of the {store.context_length} positions of "
-        f"each sequence: what is said of rows is of those"
+        f"each sequence, and the analysis covers these alone"
     ]
 
 

@@ -63,9 +63,9 @@ class SettingsCommand(click.Command):
     They are made when they are first asked for, so that a list of commands imports no settings.
 
     Args:
-        args: as of `click.Command`.
-        settings: gives the class.
-        more: as of `click.Command`.
+        args: arguments of `click.Command`.
+        settings: function that returns the settings class.
+        more: further arguments of `click.Command`.
     """
 
     def __init__(self, *args: Any, settings: Callable[[], type[Any]], **more: Any) -> None:

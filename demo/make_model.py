@@ -57,7 +57,7 @@ OPTIMISATION: dict[str, Any] = {
 
 
 class UnfitModelError(MlsaeError):
-    """The trained model misses a figure that the demo promises."""
+    """The trained model misses a cross-entropy that the demo promises."""
 
 
 def build_model() -> Any:
@@ -137,7 +137,7 @@ def check(nats: dict[str, float]) -> None:
     """Compare the cross-entropies with the promises of the demo.
 
     Raises:
-        UnfitModelError: naming the figure that is missed.
+        UnfitModelError: a promise is missed; the message names it.
     """
     below = nats["unigram_held_out"] - nats["held_out"]
     if below < MIN_BELOW_UNIGRAM:
@@ -180,7 +180,7 @@ def _version(package: str) -> str:
 
 
 def make(out: Path, *, collect: bool) -> None:
-    """Train, score, print both figures and write the model to `out`."""
+    """Train, score, print the cross-entropies and write the model to `out`."""
     if collect:
         write_running(text_path())
     sources = read_sources(text_path())

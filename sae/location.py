@@ -22,7 +22,7 @@ class Found:
     """Files of an SAE on this machine."""
 
     directory: Path
-    """Where they lie."""
+    """Directory that holds the files."""
     source: str
     """The directory itself, or `owner/name[/folder]@commit`."""
 

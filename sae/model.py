@@ -29,12 +29,11 @@ from mlsae.sae.normalize import Standardized, by_layer, restore, standardize
 class Latents(NamedTuple):
     """Encoded rows: a few latents each, and the row statistics that decoding needs.
 
-    K is k for a topk SAE; for a relu SAE, the most latents that any of the rows uses.
+    K is the architecture's limit on the latents of a row, or else the most that any row uses.
     """
 
     values: torch.Tensor
-    """(..., K) in the SAE's dtype; 0 where a row uses fewer than K latents, above 0 elsewhere in a
-    topk or relu SAE."""
+    """(..., K) in the SAE's dtype; 0 where a row uses fewer than K latents."""
     indices: torch.Tensor
     """(..., K) int64 latent indices, each once a row, in no order."""
     mean: torch.Tensor
@@ -200,7 +199,7 @@ class SAE(torch.nn.Module):
             )
 
     def _its_layers(self) -> str:
-        return f"this SAE is of the layers {', '.join(map(str, self.config.layers or ()))}"
+        return f"this SAE has layers {', '.join(map(str, self.config.layers or ()))}"
 
     def decode(self, latents: Latents) -> torch.Tensor:
         """x̂ (..., d_in) in the rows' own units, in the SAE's dtype."""

@@ -1,8 +1,8 @@
 """Cost of a shard's encoding, measured where the transformer computed the rows.
 
-The figure is that of `mlsae.store.format.added_fvu`: of the eligible rows, in total and by decile
-of norm. Rows are summed in float32, each about the mean of the shard's first ones, so that nothing
-cancels, and pieces of rows in float64: a figure is right to a relative 1e-5. Rows that differ by no
+`mlsae.store.format.added_fvu` defines the number: over the eligible rows, in total and by decile of
+norm. Rows are summed in float32, each about the mean of the shard's first ones, so that nothing
+cancels, and pieces of rows in float64: a number is right to a relative 1e-5. Rows that differ by no
 more than float32 rounds have no variance here.
 
 Shape suffixes: N rows, D channels, Q deciles.

@@ -141,7 +141,7 @@ def runs_of(
 def _pickers(
     blocks: Sequence[Block], devices: set[torch.device]
 ) -> Iterator[Callable[[Tensor], Tensor]]:
-    """For each block a function that takes its rows; a view where they follow one another."""
+    """A function for each block, which takes the block's rows; consecutive rows as a view."""
     if not blocks:
         return
     all_rows = torch.from_numpy(np.concatenate([rows for _, rows in blocks]))

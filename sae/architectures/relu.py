@@ -103,7 +103,7 @@ class ReLU(Architecture):
 
     @classmethod
     def wanted(cls, settings: ReLUSettings) -> "ReLU":  # noqa: ARG003
-        """The one that there is."""
+        """The architecture, which has no settings of its own in an SAE."""
         return cls()
 
     @classmethod
@@ -129,11 +129,11 @@ class ReLU(Architecture):
 
     @property
     def most_active(self) -> None:
-        """Any number."""
+        """None: a row may use any number of latents."""
         return None
 
     def most_rows(self, num_latents: int, element_size: int) -> int:
-        """As many as make a block of rows × latents."""
+        """Rows that make one block of rows × latents."""
         return _block_rows(num_latents, element_size)
 
     def activate(

@@ -70,13 +70,13 @@ class Format:
     read: Callable[[Path, Mapping[str, Any]], Foreign]
     """Reads a directory, given the content of its configuration; raises ConversionError."""
     obstacle: Callable[[SAE, Origin], str | None]
-    """Why the format cannot express an SAE, as the end of `…: `; None where it can, exactly."""
+    """Reason why the format cannot express an SAE exactly, to end an error; None if it can."""
     weights: Callable[[SAE], bytes]
     """The file of tensors."""
     configuration: Callable[[SAE, Origin, int | None], dict[str, Any]]
-    """The JSON file, for one layer where the format is of single layers."""
+    """Content of the JSON file; the third argument is the layer, where the format holds one."""
     folder: Callable[[str, int], str] | None
-    """The folder of a site and layer; None where one SAE is of all layers."""
+    """Folder for a site and layer; None for a format whose SAE covers all layers."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -236,17 +236,17 @@ def encoder_bias(sae: SAE) -> torch.Tensor:
 
 
 def no_place(sae: SAE, form: str, *, normalize: Collection[str]) -> str | None:
-    """Why a format with these normalisations has no place for an SAE; None where it has."""
+    """Reason why a format with these normalisations cannot hold an SAE; None where it can."""
     config, known = sae.config, conversions(form)
     if type(config.architecture) not in known:
         return (
-            f"the SAE is of architecture {config.architecture.name}, and that format is of "
-            f"{' and '.join(kind.name for kind in known)} alone"
+            f"the SAE has architecture {config.architecture.name}, and that format can hold only "
+            f"{' and '.join(kind.name for kind in known)}"
         )
     if config.layer_scale != "none":
         return (
             f"the SAE multiplies rows by a factor of their layer (layer scale "
-            f"{config.layer_scale}), and that format has no place for one"
+            f"{config.layer_scale}), and that format cannot hold such a factor"
         )
     if config.depends_on_layer:
         return (

@@ -26,7 +26,7 @@ FORMATS: dict[str, Format] = {
     module.FORMAT.name: module.FORMAT
     for module in (saelens, sparsify, dictionary_learning, published)
 }
-"""By the name that `--to` takes."""
+"""Name of the format, as `--to` takes it → format."""
 
 _FILES = sorted({name for f in FORMATS.values() for name in (f.config_file, f.weights_file)})
 _SKIP_POSITIONS = 1
@@ -60,7 +60,7 @@ def export_sae(run: str | Path, to: str, out: Path, *, model: str | None = None)
     if form.folder is not None and (origin.site is None or not origin.layers):
         raise ConversionError(
             f"the SAE {run} cannot be exported to {to}: it does not say its site and layers, and "
-            f"that format is of single layers; import it again with --site and --layers"
+            f"that format holds one layer; import it again with --site and --layers"
         )
     if obstacle := form.obstacle(sae, origin):
         raise ConversionError(f"the SAE {run} cannot be exported to {to}: {obstacle}")
@@ -165,7 +165,7 @@ def _agreed(name: str, source: str | Path, theirs: Any, given: Any) -> Any:
     if theirs is not None and given is not None and theirs != given:
         shown = [plural(v) if isinstance(v, tuple) else v for v in (theirs, given)]
         raise ConversionError(
-            f"{source} says that it is of {name} {shown[0]}, --{name} says {shown[1]}"
+            f"{source} records {name} {shown[0]}, but --{name} is {shown[1]}; leave --{name} out"
         )
     return given if theirs is None else theirs
 

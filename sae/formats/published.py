@@ -88,7 +88,7 @@ def _obstacle(sae: SAE, origin: Origin) -> str | None:
     if sae.b_enc is not None:
         return "the SAE has an encoder bias, and that format has no place for one"
     if origin.site not in (None, _SITE):
-        return f"that format is for {_SITE}, the outputs of blocks, and the SAE is of {origin.site}"
+        return f"that format is for {_SITE}, the outputs of blocks, and the SAE has {origin.site}"
     return None
 
 

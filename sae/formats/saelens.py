@@ -54,8 +54,8 @@ def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
     metadata = config.get("metadata")
     if not isinstance(metadata, Mapping) or "sae_lens_version" not in metadata:
         raise ConversionError(
-            f"{path} is of a SAELens before 6.0, or of no SAELens: load it with SAELens 6 and save "
-            f"it again"
+            f"{path} was not written by SAELens 6 or later: load it with SAELens 6 and save it "
+            f"again"
         )
     kind = _check(config, path)
     d_in, d_sae = require(config, "d_in", path, int), require(config, "d_sae", path, int)

@@ -75,7 +75,7 @@ def select_screened(
 
 
 def _screening_pays(c_BD: torch.Tensor, W_enc_ND: torch.Tensor, k: int) -> bool:
-    """On CPUs that multiply bfloat16 faster than float32, and sum in float32."""
+    """True on CPUs that multiply bfloat16 faster than float32, and sum in float32."""
     return (
         c_BD.dtype == torch.float32
         and c_BD.device.type == "cpu"

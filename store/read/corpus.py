@@ -140,13 +140,13 @@ class Corpus:
         stores: complete ones, at least one.
 
     Raises:
-        InputError: they are not of one model, or hold the same text; the message names the
-            difference.
+        InputError: the stores differ in model, sites or layers, or hold the same text; the message
+            names the difference.
     """
 
     def __init__(self, stores: Iterable[Store]) -> None:
         self.stores: tuple[Store, ...] = tuple(sorted(stores, key=lambda store: store.store_id))
-        """By `store_id`, ascending."""
+        """The stores, ascending by `store_id`."""
         check_together(self.stores)
         first = self.stores[0]
         self.place = " + ".join(store.place for store in self.stores)
@@ -296,7 +296,7 @@ def combined_id(ids: Iterable[str]) -> str:
 def sequence_origin(
     store: AnyStore, sequences: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Whose the (n,) sequences are: (n,) index into `stores`, and (n,) their numbers there."""
+    """Store of each of (n,) sequences, as (n,) index into `stores`, and (n,) numbers within it."""
     borders = Borders("sequences", (member.num_sequences for member in store.stores))
     origin = borders.origin(sequences)
     return origin, sequences - np.array(borders.starts)[origin]

@@ -12,7 +12,7 @@ _DIGEST = 64
 
 
 def check_together(stores: Sequence[Store]) -> None:
-    """Refuse stores that are no one corpus.
+    """Refuse stores that cannot be read as one.
 
     They must agree in the producer's records of the model, the tokenizer and the packing, and
     in sites, layers, width, context length, rows of a sequence and encoding. Chunks,
@@ -32,7 +32,7 @@ def check_together(stores: Sequence[Store]) -> None:
         ]
         if differences:
             raise InputError(
-                f"{first.place} and {other.place} are no one corpus: {'; '.join(differences)}. "
+                f"{first.place} and {other.place} cannot be read as one: {'; '.join(differences)}. "
                 f"Give stores of one model and the same sites and layers, over different text"
             )
     for one, other in combinations(stores, 2):

@@ -37,10 +37,10 @@ from mlsae.store.write.completion import complete
 from mlsae.store.write.openshard import OpenShard
 
 _LEAST_WRITER_THREADS, MOST_WRITER_THREADS = 2, 8
-"""As many as there are cores, from the first to the second, hash and write. More would keep a fast
-disk no busier, and several ranks may share a machine."""
+"""Least and most threads that hash and write: one a core in between. More would keep a fast disk no
+busier, and several ranks may share a machine."""
 _FLUSHING_THREADS = 3
-"""They only wait for the disk."""
+"""Threads that flush, and so only wait for the disk."""
 Array = npt.NDArray[Any]
 Rows = Array | Stored
 """Floats, or values as stored: of int8 the quanta and their exponents."""
@@ -238,7 +238,7 @@ class Writer:
         For a caller that needs the cores of the threads that write.
 
         Raises:
-            ActivationError, ResourceError: as for `append`, of those rows.
+            ActivationError, ResourceError: the rows are refused as `append` refuses them.
         """
         self._finish_batch()
 
@@ -348,8 +348,8 @@ class Writer:
             if not np.array_equal(of_site.count_G, self._owed_G):
                 raise InputError(
                     f"{self.path}: the moments of {site} count {int(of_site.count_G.sum())} rows, "
-                    f"but not those of shard {shard}, group by group; give the moments of the rows "
-                    "that were written without"
+                    f"but not those of shard {shard}, group by group; give moments of exactly the "
+                    "rows appended without"
                 )
             if not of_site.is_finite():
                 self._explain_not_finite(self._batch, shard)

@@ -185,7 +185,9 @@ def test_stores_that_are_no_corpus_are_refused(
     stores: tuple[Path, Path], harvested: Callable[..., Path], sae: Path, tmp_path: Path
 ) -> None:
     trained = harvested(shuffle_seed=1)
-    with pytest.raises(InputError, match=r"no one corpus: .*model init \w+ and \w+; model init_se"):
+    with pytest.raises(
+        InputError, match=r"cannot be read as one: .*model init \w+ and \w+; model init_se"
+    ):
         analysis((stores[0], trained), sae, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -208,7 +208,9 @@ def test_an_analysis_holds_signed_events_and_sizes(
 
 def test_no_format_has_a_place_for_it(trained: Path, tmp_path: Path) -> None:
     """Refused by its name: nothing approximate is written."""
-    with pytest.raises(InputError, match="of architecture abstopk, and that format is of topk and"):
+    with pytest.raises(
+        InputError, match="has architecture abstopk, and that format can hold only topk and"
+    ):
         export_sae(trained, "saelens", tmp_path / "out")
 
 

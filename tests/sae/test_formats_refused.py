@@ -50,7 +50,7 @@ def refused(result: Result, message: str, out: Path) -> None:
         (
             "mlsae",
             {"site": "mlp_out"},
-            "that format is for resid_post, the outputs of blocks, and the SAE is of mlp_out",
+            "that format is for resid_post, the outputs of blocks, and the SAE has mlp_out",
         ),
         (
             "sparsify",
@@ -85,7 +85,7 @@ def test_an_sae_without_layers_has_no_place_in_a_format_of_single_layers(
     made = command("import", make_foreign(tmp_path / "theirs", "mlsae"), tmp_path / "sae")
     assert "note: layers not known: to analyze it, import it again with --layers" in made.output
     out = tmp_path / "out"
-    message = "does not say its site and layers, and that format is of single layers; import it"
+    message = "does not say its site and layers, and that format holds one layer; import it"
     refused(command("export", tmp_path / "sae", out, "--to", "saelens"), message, out)
     assert command("export", tmp_path / "sae", out, "--to", "mlsae").exit_code == 0
 
@@ -101,7 +101,7 @@ def test_an_sae_without_layers_has_no_place_in_a_format_of_single_layers(
         ),
         ("saelens", {"apply_b_dec_to_input": False}, "does not subtract its bias from the input"),
         ("saelens", {"reshape_activations": "hook_z"}, "reshape_activations is 'hook_z'"),
-        ("saelens", {"metadata": {}}, "is of a SAELens before 6.0, or of no SAELens"),
+        ("saelens", {"metadata": {}}, "was not written by SAELens 6 or later"),
         ("saelens", {"d_in": D + 1}, f"expected W_enc of shape ({D + 1}, {N}), got ({D}, {N})"),
         ("saelens", {"k": "5"}, "expected k as int, got '5'"),
         ("saelens", {"k": N + 1}, "k must be at most num_latents"),
@@ -134,9 +134,9 @@ def test_what_is_not_imported(
 def test_what_is_said_twice_must_agree(make_foreign: Make, tmp_path: Path) -> None:
     """An option completes what a file says; it does not overrule it."""
     theirs, out = make_foreign(tmp_path / "theirs", "saelens"), tmp_path / "sae"
-    message = "says that it is of layers 7, --layers says 0, 1"
+    message = "records layers 7, but --layers is 0, 1; leave --layers out"
     refused(command("import", theirs, out, "--layers", "0,1"), message, out)
-    message = "says that it is of site mlp_out, --site says attn_out"
+    message = "records site mlp_out, but --site is attn_out; leave --site out"
     refused(command("import", theirs, out, "--site", "attn_out"), message, out)
     message = "--site must be one of resid_pre, resid_mid, resid_post, attn_out, mlp_out, got"
     refused(command("import", theirs, out, "--site", "ln1"), message, out)

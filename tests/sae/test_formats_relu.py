@@ -90,7 +90,7 @@ def test_a_relu_sae_goes_there_and_back(
 def test_formats_of_topk_refuse_relu(to: str, tmp_path: Path) -> None:
     """They have no place for it."""
     run = make(tmp_path / "run", relu("none", bias=False))
-    message = f"to {to}: the SAE is of architecture relu, and that format is of topk alone"
+    message = f"to {to}: the SAE has architecture relu, and that format can hold only topk"
     with pytest.raises(ConversionError, match=message):
         export_sae(run, to, tmp_path / "out")
 

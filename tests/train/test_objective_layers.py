@@ -132,10 +132,10 @@ def test_the_layer_has_to_be_given(sample: Any, tmp_path: Path) -> None:
     for call in (lambda: sae.encode(x), lambda: sae(x), lambda: sae.standardize(x[0])):
         with pytest.raises(ValueError, match=message):
             call()
-    with pytest.raises(InputError, match="this SAE is of the layers 0, 1, 3, got 2"):
+    with pytest.raises(InputError, match="this SAE has layers 0, 1, 3, got 2"):
         sae.encode(x, 2)
     layers = torch.tensor([[3], [0], [1]])
-    with pytest.raises(InputError, match="this SAE is of the layers 0, 1, 3, got 7"):
+    with pytest.raises(InputError, match="this SAE has layers 0, 1, 3, got 7"):
         sae.encode(x, torch.where(layers == 1, 7, layers))
     together = sae(x, layers)
     for i, layer in enumerate(layers[:, 0].tolist()):

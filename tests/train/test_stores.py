@@ -256,7 +256,7 @@ def test_stores_that_are_no_corpus_are_refused_and_nothing_is_made(
 ) -> None:
     other = write(tmp_path / "other", 2, 9, layers=(0, 1))
     with pytest.raises(
-        InputError, match=r"are no one corpus: layers \[0, [12]\] and \[0, [12]\]\."
+        InputError, match=r"cannot be read as one: layers \[0, [12]\] and \[0, [12]\]\."
     ):
         train("out", (home.a, other))
     with pytest.raises(InputError, match="hold the same text: give one of them"):

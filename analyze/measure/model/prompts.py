@@ -26,10 +26,10 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prompt:
-    """A prompt as the transformer is given it: as the harvest would open a sequence with it."""
+    """A prompt, tokenised as the harvest would tokenise the start of a sequence."""
 
     text: str
-    """As it was given."""
+    """Text of the prompt, as given."""
 
     tokens: npt.NDArray[np.int64]
     """(T,) token ids, with the BOS that opens a context where the harvest opened each with one."""
