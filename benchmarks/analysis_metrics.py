@@ -276,7 +276,7 @@ def _randomised_low(study: dict[str, Any]) -> list[str]:
         )
         holds += [flat, separate([mean(run) for run in runs], trained)]
         parts.append(f"`{init}` {_ends(runs, '.2f')}")
-    return ["That of the re-randomised is flat and lower", listed(parts), _verdict(holds)]
+    return ["Token entropy of the re-randomised is flat and lower", listed(parts), _verdict(holds)]
 
 
 def _control_high(study: dict[str, Any]) -> list[str]:
@@ -289,7 +289,7 @@ def _control_high(study: dict[str, Any]) -> list[str]:
     here = f"{_ends(_entropies(study, 'control'), '.2f')}, above all others"
     if not all(holds):
         here = f"{_ends(_entropies(study, 'control'), '.2f')}"
-    return ["That of the control is high", here, _verdict(holds)]
+    return ["Token entropy of the control is high", here, _verdict(holds)]
 
 
 def _entropy_random(study: dict[str, Any]) -> list[str]:
@@ -300,7 +300,7 @@ def _entropy_random(study: dict[str, Any]) -> list[str]:
         separate([mean(run) for run in runs], [mean(run) for run in trained]),
     ]
     here = f"`random` {_ends(runs, '.2f')}, trained {_ends(trained, '.2f')}"
-    return ["That of step 0 is flat and lower", here, _verdict(holds)]
+    return ["Token entropy of step 0 is flat and lower", here, _verdict(holds)]
 
 
 def _loss_recovered(study: dict[str, Any]) -> list[str]:

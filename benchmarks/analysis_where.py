@@ -153,8 +153,8 @@ def _kinds_sentence(study: dict[str, Any]) -> str:
         return spread([of[place][name] for of in groups[init]], ".2f")
 
     return paragraph(
-        f"Of the trained model's latents {share('trained', 0)} keep to about one layer (below 1.5 "
-        f"effective layers) and {share('trained', 1)} to two or so (1.5 to 3), of `random` "
+        f"In the trained model {share('trained', 0)} of the latents keep to about one layer (below "
+        f"1.5 effective layers) and {share('trained', 1)} to two or so (1.5 to 3), in `random` "
         f"{share('random', 0)} and {share('random', 1)}. In the trained model the latter have a "
         f"median token entropy of {medians('trained', 1, 'token_entropy')} nats, and their median "
         f"mean layer is {medians('trained', 1, 'layer_mean')}; those of three layers and more have "

@@ -15,8 +15,8 @@ INTRODUCTION = (
     "Every ratio is one of medians within a run of interleaved rounds, so that a machine's "
     "changing speed touches both sides. The last line that a benchmark prints is a JSON object. "
     "Each script says at its head how it tells the truth: buffers reused, page cache kept full, "
-    "CPU time of the system printed. No figure is from a GPU yet. Measurements of earlier code, "
-    "on other machines and of the parts of a figure are in `benchmarks.json`, under `diary`."
+    "CPU time of the system printed. No number is from a GPU yet. Measurements of earlier code, "
+    "on other machines and of the parts of a whole are in `benchmarks.json`, under `diary`."
 )
 
 

@@ -245,7 +245,8 @@ def settings() -> str:
     """Every command of the command line with its options."""
     parts = ["# Settings", NOTICE.replace("docstrings", "options of the commands"), SETTINGS]
     for name, command in _commands(main_command, "mlsae"):
-        context = click.Context(command, info_name=name, show_default=True)
+        # click keeps the help option that it has made once: it must have both its names.
+        context = click.Context(command, info_name=name, **main_command.context_settings)
         usage = " ".join([name, *command.collect_usage_pieces(context)])
         parts += [f"## `{name}`", f"```\n{usage}\n```", _help(command)]
         options: dict[str, list[str]] = {}
