@@ -35,7 +35,8 @@ def run(config: AnalyzeConfig) -> Analysis:
     """Analyze an SAE on a store's rows, write the directory `config.out`, print a summary.
 
     Raises:
-        InputError: store, SAE, transformer or `out` are not what they should be.
+        InputError: store, SAE or transformer is missing, damaged or does not fit the others, or
+            `out` cannot be used.
         ResourceError: too little disk, or no such device.
     """
     # Here, so that whoever only loads an analysis does not wait for torch and transformers.
@@ -67,8 +68,8 @@ def run_events(config: EventsConfig) -> Events:
     r + w, …, and all of them wait for the last on the file system.
 
     Raises:
-        InputError: store and SAE are not what they should be, `out` holds something else or
-            events of other settings, or a part in it is damaged.
+        InputError: store or SAE is missing, damaged or does not fit the other, `out` holds
+            something else or events of other settings, or a part of the events is damaged.
         ResourceError: too little disk, the directory cannot be written, or no such device.
         InterruptedWorkError: SIGINT or SIGTERM came; the parts that are written stay.
     """

@@ -312,7 +312,7 @@ class HarvestConfig:
 
     @property
     def sized_as(self) -> str:
-        """The preset whose sizes are those of `encoding`: `auto` is one of two of 16 bits."""
+        """Preset with the sizes of `encoding`: for `auto`, one of the two with 16 bits."""
         return "float16" if self.encoding == "auto" else self.encoding
 
 

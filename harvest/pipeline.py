@@ -74,7 +74,7 @@ def run(config: HarvestConfig) -> HarvestResult | None:
     rank r of w computes the shards r, r + w, …
 
     Returns:
-        What was made, in every rank; None after a dry run.
+        The finished harvest, in every rank; None after a dry run.
 
     Raises:
         InputError: model, text or settings are not usable or do not fit together; a store of

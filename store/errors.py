@@ -8,7 +8,7 @@ class StoreError(InputError):
 
     Args:
         message: description of the fault, in one line.
-        rule: number of the rule of storage_schema.md that the store breaks, where it is one.
+        rule: number of the broken rule in storage_schema.md; None for other errors.
     """
 
     def __init__(self, message: str, *, rule: str | None = None) -> None:

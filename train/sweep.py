@@ -86,8 +86,8 @@ class Sweep:
     def saes(self, layers: tuple[int, ...]) -> list[SweptSAE]:
         """The SAEs, in the order of the values.
 
-        The order of the rows and the sequences held out are the same for all: those of
-        `data_seed`, or of the first seed.
+        All share the order of rows and the held-out sequences, which follow from
+        `data_seed`, or from the first seed without one.
 
         Args:
             layers: layers of the run.

@@ -91,7 +91,7 @@ class Analysis:
         return self.path / PAGE
 
     def examples_of(self, latent: int) -> pa.Table:
-        """The examples of one latent, without reading those of others.
+        """Examples of one latent; other latents' are not read.
 
         Raises:
             InputError: the analysis has no examples, or the SAE no such latent.

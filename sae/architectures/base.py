@@ -155,7 +155,7 @@ class Architecture(ABC):
         )
 
     def initial(self, shape: Shape, generator: torch.Generator | None) -> dict[str, torch.Tensor]:
-        """Parameters before training, of the shapes of `parameters`.
+        """Parameters before training, in the shapes that `parameters` gives.
 
         W_enc is uniform in ±1/√d_in, as torch's linear layers; W_dec its transpose, each row of
         unit length; everything else 0.

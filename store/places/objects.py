@@ -59,7 +59,7 @@ class Objects(Protocol):
         """Drop a copy that was kept of these bytes, because they are wrong.
 
         Returns:
-            Whether there was one, so that reading again may help.
+            True if there was one, so that reading again may help.
         """
         ...
 

@@ -214,12 +214,12 @@ class Writer:
         Args:
             moments: site → moments of the decoded stored values, for rows that were written with
                 `moments_follow`; None where there are none.
-            added_fvu: site → layer (decimal) → the mapping that `added_fvu` gives, of the
-                whole shard; None for what was measured here, of floats that the encoding changes
-                (of int8 all, else the shard's first call).
+            added_fvu: site → layer (decimal) → result of `added_fvu` for the whole shard; None for
+                the writer's own measurement, which covers floats that the encoding changes: for
+                int8 all rows, otherwise the shard's first call.
 
         Raises:
-            InputError: rows are missing, or the moments are those of other rows.
+            InputError: rows are missing, or the moments belong to other rows.
             ActivationError: the moments are not finite; else as for `append`, of the rows before.
             ResourceError: the disk is full.
         """

@@ -81,7 +81,7 @@ def _docstrings(node: ast.AST) -> Iterator[tuple[int, str, str]]:
     """A string that stands as a statement: a docstring of a module, class, function, attribute."""
     if isinstance(node, ast.Expr) and (text := _literal(node.value)) is not None:
         yield node.lineno, "docstring", text
-        for entry in re.finditer(r"(?m)^ +\*{0,2}\w+: ", text):
+        for entry in re.finditer(r"(?m)^ +(?:\*{0,2}\w+: |(?:Returns|Yields):\n +)", text):
             line = node.lineno + text.count("\n", 0, entry.start())
             yield line, "argument", text[entry.end() :]
 

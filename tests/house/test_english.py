@@ -39,6 +39,9 @@ def command(a: int) -> dict[str, str]:
     Args:
         a: {opening.lower()} an argument.
 
+    Returns:
+        {opening} a result.
+
     Raises:
         ValueError: {opening.lower()} an error.
     """
@@ -53,6 +56,7 @@ click.report("rule", "{opening.lower()} a line")
 '''.replace("{{", "{").replace("}}", "}")
     )
     assert sorted(text.kind for text in refused(path)) == [
+        "argument",
         "argument",
         "argument",
         "column",
