@@ -15,7 +15,7 @@ from mlsae.commands.options import DIRECTORY
 )
 @click.option(
     "--model",
-    help="Name of the transformer, for formats that record it; the recorded one if not given.",
+    help="Name of the transformer, for formats that record it. [default: the recorded one]",
 )
 def export(run: str, to: str, out: Path, model: str | None) -> None:
     """Write the SAE of RUN, a directory or hub id, to OUT in the format of another tool."""

@@ -13,15 +13,13 @@ from mlsae.commands.options import COUNT, DIRECTORY
 @click.option(
     "--where",
     "condition",
-    help="Condition on columns, such as 'density > 1e-5 and num_layers >= 3'; none if not given.",
+    help="Condition on columns, such as 'density > 1e-5 and num_layers >= 3'. [default: none]",
 )
-@click.option(
-    "--sort", help="Column to sort by, -COLUMN for the largest first; by number if not given."
-)
-@click.option("--limit", type=COUNT, help="Most latents; 20 if not given, or all with --out.")
+@click.option("--sort", help="Column to sort by, -COLUMN for the largest first. [default: latent]")
+@click.option("--limit", type=COUNT, help="Most latents. [default: 20, or all with --out]")
 @click.option(
     "--columns",
-    help="Columns, such as latent,density; if not given the most telling, or all with --out.",
+    help="Columns, such as latent,density. [default: the most telling, or all with --out]",
 )
 @click.option(
     "--out",

@@ -13,8 +13,6 @@ from mlsae.base.settings import Setting, described
 from mlsae.base.units import (
     parse_count,
     parse_layers,
-    parse_names,
-    parse_range,
 )
 
 
@@ -35,8 +33,6 @@ class Parsed(click.ParamType[Any]):
 
 COUNT = Parsed("count", parse_count)
 LAYERS = Parsed("layers", parse_layers)
-NAMES = Parsed("names", parse_names)
-ROWS = Parsed("rows", parse_range)
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 LOCATION = Parsed("location", str)
@@ -55,6 +51,11 @@ class GroupedOption(click.Option):
     def __init__(self, *args: Any, group: str, **more: Any) -> None:
         super().__init__(*args, **more)
         self.group = group
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Flags and help, with one space before each note, where click puts two."""
+        found = super().get_help_record(ctx)
+        return found and (found[0], found[1].replace("  [", " ["))
 
 
 class SettingsCommand(click.Command):
@@ -85,7 +86,7 @@ class SettingsCommand(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {}
         for option in self.get_params(ctx):
             record = option.get_help_record(ctx)
-            if record is not None:
+            if record is not None and isinstance(option, click.Option):
                 sections.setdefault(getattr(option, "group", "Other"), []).append(record)
         for heading, records in sections.items():
             with formatter.section(heading):

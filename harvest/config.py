@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mlsae.base.embedded import embedded_model, embedded_text
+from mlsae.base.embedded import embedded_model
 from mlsae.base.errors import InputError
 from mlsae.base.settings import device_setting, setting, settings
 from mlsae.base.units import (
@@ -14,7 +14,7 @@ from mlsae.base.units import (
 )
 from mlsae.base.words import SITES
 from mlsae.harvest.text.joints import BOS, PACKINGS
-from mlsae.harvest.text.sources import TextConfig
+from mlsae.harvest.text.sources import TextSettings
 from mlsae.store.format.added_fvu import MAX_ADDED_FVU
 from mlsae.store.format.layout import SHARD_BYTES
 from mlsae.store.format.presets import PRESETS
@@ -24,29 +24,13 @@ DEVICE_MAPS = ("auto",)
 
 
 @settings
-class HarvestConfig:
-    """Settings of a harvest; checked when made, against the model and the text when run.
-
-    Raises:
-        InputError: a value is out of range.
-    """
+class _ModelSettings:
+    """Settings of the model, whose options come first."""
 
     model: str = setting(
         decides=True,
         group="Model",
         doc="Hub id or local directory of a transformer with its tokenizer, or demo.",
-    )
-    dataset: str | tuple[str, ...] = setting(
-        decides=True,
-        group="Text",
-        again=True,
-        doc="Hub id, directory or file of text, or demo, demo:train or demo:held_out; given again "
-        "as NAME:SHARE, a mixture.",
-    )
-    out: Path = setting(
-        decides=False,
-        group="Store",
-        doc="Directory of the activation store: absent, empty, or a store of the same plan.",
     )
     revision: str | None = setting(
         default=None,
@@ -71,38 +55,35 @@ class HarvestConfig:
         group="Model",
         doc="Path of the module list that holds the blocks, such as transformer.h.",
     )
-    split: str = setting(
-        default="train",
+    model_dtype: str = setting(
+        default="auto",
         decides=True,
-        group="Text",
-        doc="Split of a hub data set, or of a directory in hub layout.",
+        group="Model",
+        doc="Precision the model runs in: float32, float16, bfloat16, or auto for the "
+        "checkpoint's.",
     )
-    subset: str | None = setting(
-        default=None,
-        unset="the only one",
+    attention_implementation: str = setting(
+        default="auto",
         decides=True,
-        group="Text",
-        doc="Subset (configuration) of a hub data set.",
+        group="Model",
+        option="--attn-implementation",
+        doc="Attention of the model: eager, sdpa, sdpa_by_blocks, flash_attention_2, …; auto is "
+        "sdpa_by_blocks where it is faster on this machine, else the library's choice.",
     )
-    shuffle_seed: int | None = setting(
-        default=None,
-        unset="the data set's own order",
-        decides=True,
-        group="Text",
-        doc="Seed of the order in which documents of a hub data set are streamed.",
-    )
-    text_column: str = setting(
-        default="text",
-        decides=True,
-        group="Text",
-        doc="Column that holds the text; a .txt file has none.",
-    )
-    tokens_column: str | None = setting(
-        default=None,
-        unset="the text is tokenised",
-        decides=True,
-        group="Text",
-        doc="Column of token ids, where the text is tokenised already.",
+
+
+@settings
+class HarvestConfig(TextSettings, _ModelSettings):
+    """Settings of a harvest; checked when made, against the model and the text when run.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+
+    out: Path = setting(
+        decides=False,
+        group="Store",
+        doc="Directory of the activation store: absent, empty, or a store of the same plan.",
     )
     max_tokens: int | None = setting(
         default=None,
@@ -192,21 +173,6 @@ class HarvestConfig:
         doc="Most FVU that the encoding may add to a shard, in total and in each decile of row "
         "norm.",
     )
-    model_dtype: str = setting(
-        default="auto",
-        decides=True,
-        group="Model",
-        doc="Precision the model runs in: float32, float16, bfloat16, or auto for the "
-        "checkpoint's.",
-    )
-    attention_implementation: str = setting(
-        default="auto",
-        decides=True,
-        group="Model",
-        option="--attn-implementation",
-        doc="Attention of the model: eager, sdpa, sdpa_by_blocks, flash_attention_2, …; auto is "
-        "sdpa_by_blocks where it is faster on this machine, else the library's choice.",
-    )
     batch_size: int | None = setting(
         default=None,
         unset="auto",
@@ -251,12 +217,8 @@ class HarvestConfig:
         from mlsae.models.loading import DTYPES
         from mlsae.models.weights.initialization import INITS
 
-        given = self.dataset
+        super().__post_init__()
         object.__setattr__(self, "model", embedded_model(self.model))
-        if isinstance(given, str):
-            object.__setattr__(self, "dataset", embedded_text(given))
-        else:
-            object.__setattr__(self, "dataset", tuple(embedded_text(name) for name in given))
         object.__setattr__(self, "out", Path(self.out))
         object.__setattr__(self, "sites", tuple(self.sites))
         for flag, value, least in (
@@ -292,18 +254,6 @@ class HarvestConfig:
                 f"--device-map {self.device_map} chooses the devices itself; leave out --device "
                 f"{self.device}"
             )
-
-    @property
-    def text(self) -> TextConfig:
-        """Where the documents come from."""
-        return TextConfig(
-            datasets=(self.dataset,) if isinstance(self.dataset, str) else tuple(self.dataset),
-            split=self.split,
-            subset=self.subset,
-            shuffle_seed=self.shuffle_seed,
-            text_column=self.text_column,
-            tokens_column=self.tokens_column,
-        )
 
     @property
     def shard_bytes(self) -> int:

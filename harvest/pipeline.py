@@ -148,7 +148,7 @@ def _pack_and_check_room(request: Request, model: Transformer, ranks: Ranks) -> 
         desc="pack", total=config.max_tokens, unit="tok", unit_scale=True, disable=None
     ) as bar:
         packed = pack(
-            open_sources(config.text),
+            open_sources(config),
             model.tokenizer,
             context_length=request.context_length,
             max_tokens=config.max_tokens,

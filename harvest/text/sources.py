@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mlsae.base.embedded import embedded_text
 from mlsae.base.errors import InputError
+from mlsae.base.settings import setting, settings
 from mlsae.harvest.text.files import FILE_KINDS, TextRow, file_rows, files_in, kind_of
 from mlsae.harvest.text.hub import hub_rows, is_hub_layout
 from mlsae.harvest.text.mixture import parse_mixture
@@ -18,30 +20,67 @@ Document = str | npt.NDArray[np.uint32]
 MOST_TOKEN = 2**32 - 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextConfig:
-    """Places and columns that documents are read from.
+@settings
+class TextSettings:
+    """Places and columns that documents are read from, which a harvest's settings contain.
 
     Raises:
         InputError: the data sets and their weights are not usable together.
     """
 
-    datasets: tuple[str, ...]
-    """Hub ids, local directories and files; of several, each with its share of the tokens behind
-    a colon, as in `A:0.7`."""
-    split: str = "train"
-    """Split of hub data sets and of directories in hub layout; other files have none."""
-    subset: str | None = None
-    """Subset (the hub's configuration) of such data sets; None for their only or default one."""
-    shuffle_seed: int | None = None
-    """Seed of the order of files and, in a buffer of 10,000, of documents; None for as stored."""
-    text_column: str = "text"
-    """Column that holds the text; a .txt file has none."""
-    tokens_column: str | None = None
-    """Column that holds token ids to be taken as they are, instead of text."""
+    dataset: str | tuple[str, ...] = setting(
+        decides=True,
+        group="Text",
+        again=True,
+        doc="Hub id, directory or file of text, or demo, demo:train or demo:held_out; given again "
+        "as NAME:SHARE, a mixture.",
+    )
+    split: str = setting(
+        default="train",
+        decides=True,
+        group="Text",
+        doc="Split of a hub data set, or of a directory in hub layout.",
+    )
+    subset: str | None = setting(
+        default=None,
+        unset="the only one",
+        decides=True,
+        group="Text",
+        doc="Subset (configuration) of a hub data set.",
+    )
+    shuffle_seed: int | None = setting(
+        default=None,
+        unset="the data set's own order",
+        decides=True,
+        group="Text",
+        doc="Seed of the order in which documents of a hub data set are streamed.",
+    )
+    text_column: str = setting(
+        default="text",
+        decides=True,
+        group="Text",
+        doc="Column that holds the text; a .txt file has none.",
+    )
+    tokens_column: str | None = setting(
+        default=None,
+        unset="the text is tokenised",
+        decides=True,
+        group="Text",
+        doc="Column of token ids, where the text is tokenised already.",
+    )
 
     def __post_init__(self) -> None:
+        given = self.dataset
+        if isinstance(given, str):
+            object.__setattr__(self, "dataset", embedded_text(given))
+        else:
+            object.__setattr__(self, "dataset", tuple(embedded_text(name) for name in given))
         parse_mixture(self.datasets)
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """Every data set, each of several with its weight."""
+        return (self.dataset,) if isinstance(self.dataset, str) else self.dataset
 
     @property
     def column(self) -> str:
@@ -61,7 +100,7 @@ class Source:
     """Documents in order; a missing one is an empty one."""
 
 
-def open_sources(config: TextConfig) -> tuple[Source, ...]:
+def open_sources(config: TextSettings) -> tuple[Source, ...]:
     """Find every data set; documents are read as they are asked for.
 
     A path is a .txt file (one document), a .jsonl or .parquet file (a document a row), the first
@@ -79,7 +118,7 @@ def open_sources(config: TextConfig) -> tuple[Source, ...]:
     )
 
 
-def _rows(name: str, config: TextConfig) -> Iterable[TextRow]:
+def _rows(name: str, config: TextSettings) -> Iterable[TextRow]:
     path = Path(name).expanduser()
     if path.is_dir():
         if is_hub_layout(path):
@@ -97,7 +136,7 @@ def _rows(name: str, config: TextConfig) -> Iterable[TextRow]:
     else:
         return hub_rows(name, config.split, config.subset, config.shuffle_seed)
     for flag, is_set in (
-        (f"--split {config.split}", config.split != TextConfig.split),
+        (f"--split {config.split}", config.split != TextSettings.split),
         (f"--subset {config.subset}", config.subset is not None),
     ):
         if is_set:
@@ -113,7 +152,7 @@ def _rows(name: str, config: TextConfig) -> Iterable[TextRow]:
     return file_rows(files, config.column, config.shuffle_seed)
 
 
-def _documents(name: str, rows: Iterable[TextRow], config: TextConfig) -> Iterator[Document]:
+def _documents(name: str, rows: Iterable[TextRow], config: TextSettings) -> Iterator[Document]:
     convert = _text_of if config.tokens_column is None else _tokens_of
     for number, row in enumerate(rows):
         if config.column not in row:

@@ -12,7 +12,14 @@ from mlsae.base.interruption import (
     StopNow,
     interruptible,
 )
-from mlsae.base.units import format_bytes, format_count
+from mlsae.base.settings import setting, settings
+from mlsae.base.units import (
+    format_bytes,
+    format_count,
+    parse_layers,
+    parse_names,
+    parse_range,
+)
 from mlsae.store.copying.derive import derive
 from mlsae.store.copying.manifest import Manifest
 from mlsae.store.copying.mirror import mirror
@@ -27,24 +34,61 @@ from mlsae.store.read.store import Store, open_store
 from mlsae.store.schema import SETUP
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class CopyConfig:
     """Settings of a copy."""
 
-    source: str
-    """Directory or URL of a complete store."""
-    target: str
-    """Directory, or `s3://bucket/prefix` for an exact copy of a local store."""
-    layers: tuple[int, ...] | None = None
-    """Layers to keep; None for all."""
-    sites: tuple[str, ...] | None = None
-    """Sites to keep; None for all."""
-    rows: tuple[int, int] | None = None
-    """First row to keep and the row after the last, whole sequences; None for all."""
-    encoding: str | None = None
-    """Preset that holds activations, such as int8 or float16-zstd; None for that of the source."""
-    max_encoding_fvu: float = MAX_ADDED_FVU
-    """Most FVU that another encoding may add to a shard, in total and in each decile of norm."""
+    source: str = setting(
+        decides=True,
+        group="Copy",
+        on_command_line=False,
+        doc="Directory or URL of a complete store.",
+    )
+    target: str = setting(
+        decides=False,
+        group="Copy",
+        on_command_line=False,
+        doc="Directory, or s3://bucket/prefix for an exact copy of a local store.",
+    )
+    layers: tuple[int, ...] | None = setting(
+        default=None,
+        unset="all",
+        decides=True,
+        group="Copy",
+        parse=parse_layers,
+        doc="Layers to keep, such as 0-5.",
+    )
+    sites: tuple[str, ...] | None = setting(
+        default=None,
+        unset="all",
+        decides=True,
+        group="Copy",
+        parse=parse_names,
+        doc="Sites to keep.",
+    )
+    rows: tuple[int, int] | None = setting(
+        default=None,
+        unset="all",
+        decides=True,
+        group="Copy",
+        parse=parse_range,
+        metavar="ROWS",
+        doc="Rows to keep, N or START:STOP; whole sequences.",
+    )
+    encoding: str | None = setting(
+        default=None,
+        unset="the source's",
+        decides=True,
+        group="Copy",
+        doc="Encoding of the copy, as for harvest, such as int8 or float16-zstd.",
+    )
+    max_encoding_fvu: float = setting(
+        default=MAX_ADDED_FVU,
+        decides=False,
+        group="Copy",
+        doc="Most FVU that another encoding may add to a shard, in total and in each decile of "
+        "row norm.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

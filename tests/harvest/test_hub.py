@@ -32,10 +32,10 @@ def hub_module() -> Any:
 READ = """
 import sys
 from mlsae.base.errors import InputError
-from mlsae.harvest.text.sources import TextConfig, open_sources
+from mlsae.harvest.text.sources import TextSettings, open_sources
 for name in sys.argv[1:]:
     try:
-        print(len(list(open_sources(TextConfig(datasets=(name,)))[0].documents)))
+        print(len(list(open_sources(TextSettings(dataset=name))[0].documents)))
     except InputError as error:
         print(error)
 """

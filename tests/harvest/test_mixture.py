@@ -12,7 +12,7 @@ from mlsae.base.errors import InputError
 from mlsae.harvest.text.mixture import parse_mixture
 from mlsae.harvest.text.packing import pack
 from mlsae.harvest.text.report import text_lines
-from mlsae.harvest.text.sources import Source, TextConfig, open_sources
+from mlsae.harvest.text.sources import Source, TextSettings, open_sources
 
 
 def test_weights_are_shares() -> None:
@@ -40,7 +40,7 @@ def test_weights_are_shares() -> None:
 )  # fmt: skip
 def test_weights_that_are_none_are_refused(datasets: list[str], message: str) -> None:
     with pytest.raises(InputError) as info:
-        TextConfig(datasets=tuple(datasets))
+        TextSettings(dataset=tuple(datasets))
     assert str(info.value).startswith(message)
 
 
@@ -121,7 +121,7 @@ def test_files_and_directories_are_mixed(
     (tmp_path / "b").mkdir()
     for part in range(10):
         (tmp_path / "b" / f"{part}.txt").write_text("w2 w2 w2")
-    config = TextConfig(datasets=(f"{tmp_path}/a.jsonl:3", f"{tmp_path}/b:1"))
+    config = TextSettings(dataset=(f"{tmp_path}/a.jsonl:3", f"{tmp_path}/b:1"))
     packed = pack(
         open_sources(config), tokenizer_maker(), context_length=4, max_tokens=100,
         packing="document", spool=tmp_path,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mlsae.base.errors import InputError, ResourceError
 from mlsae.harvest.text.joints import BOS, PACKINGS, Joints
 from mlsae.harvest.text.packing import PackedText, pack
-from mlsae.harvest.text.sources import Document, Source, TextConfig, open_sources
+from mlsae.harvest.text.sources import Document, Source, TextSettings, open_sources
 from mlsae.models import load_tokenizer
 from mlsae.models.source.tokenizer import tokenizer_sha256
 from mlsae.store import MASKED, PADDING, SPECIAL
@@ -354,7 +354,7 @@ def test_real_text_survives_packing(shared: Path) -> None:
     """TinyStories through a real tokenizer: BOS opens every sequence, every story is all there."""
     tokenizer = load_tokenizer(shared / "models" / "stories260k")
     source = str(shared / "text" / "tinystories_1000.jsonl")
-    texts = list(open_sources(TextConfig(datasets=(source,)))[0].documents)[:200]
+    texts = list(open_sources(TextSettings(dataset=source))[0].documents)[:200]
     packed = packed_of(texts, tokenizer, context_length=256)
     rows = packed.tokens.reshape(-1, 256)
     assert (rows[:, 0] == 1).all()

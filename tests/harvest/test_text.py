@@ -14,13 +14,13 @@ import pytest
 
 from mlsae.base.errors import MlsaeError
 from mlsae.harvest.text.hub import is_hub_layout
-from mlsae.harvest.text.sources import TextConfig, open_sources
+from mlsae.harvest.text.sources import TextSettings, open_sources
 
 TEXTS = ["one", "", "two\nlines", "três"]
 
 
 def read(dataset: Path | str, **settings: Any) -> list[Any]:
-    (source,) = open_sources(TextConfig(datasets=(str(dataset),), **settings))
+    (source,) = open_sources(TextSettings(dataset=str(dataset), **settings))
     return list(source.documents)
 
 
@@ -76,7 +76,7 @@ def test_directory_in_hub_layout_is_streamed_split_by_split(hub_directory: Path)
 def test_streaming_reads_no_further_than_asked(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "good"}\nbroken')
-    (source,) = open_sources(TextConfig(datasets=(str(path),)))
+    (source,) = open_sources(TextSettings(dataset=str(path)))
     assert next(source.documents) == "good"
 
 
