@@ -24,6 +24,13 @@ from mlsae.commands.train import train
 class _OneLineErrors(CommandList):
     """Commands, as a group that turns errors meant for the user into one line and exit status 1."""
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[:1] == ["activations"]:
+            ctx.fail("No such command 'activations': its name is mlsae events.")
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)

@@ -14,22 +14,25 @@ def _settings() -> type[Any]:
     return HarvestConfig
 
 
-@click.command(cls=SettingsCommand, settings=_settings)
-def harvest(**settings: Any) -> None:
-    """Run a transformer over text once and store the activations of its layers.
+def _costs() -> str:
+    """A line on the cost of each encoding."""
+    from mlsae.store.format.presets import COSTS
 
-    \b
-    --encoding     bytes an activation, FVU added, CPU time to read (stories260k)
-    auto           bfloat16 for a model in bfloat16, else float16
-    float16        2.00  6e-8  1     magnitudes up to 65,504
-    bfloat16       2.00  4e-6  0.7   any magnitude
-    float32        4.00  0     1     what the model computed
-    int8           1.02  4e-5  1.7   half the disk
-    float16-zstd   1.85  6e-8  3.1   less to send, slower to read
-    bfloat16-zstd  1.51  4e-6  3.5   the same
-    float32-zstd   3.54  0     5.2   the same
-    int8-zstd      0.96  4e-5  4.1   the least to send
-    """
+    return "\n".join(
+        [
+            "--encoding     bytes an activation, FVU added, CPU time to read (stories260k)",
+            "auto           bfloat16 for a model in bfloat16, else float16",
+            *(
+                f"{name:<15}{of.num_bytes}  {of.added_fvu:<6}{of.read_time:<6}{of.use}"
+                for name, of in COSTS.items()
+            ),
+        ]
+    )
+
+
+@click.command(cls=SettingsCommand, settings=_settings, table=_costs)
+def harvest(**settings: Any) -> None:
+    """Run a transformer over text once and store the activations of its layers."""
     from mlsae.base.devices import resolve_device
     from mlsae.harvest import HarvestConfig, run
 

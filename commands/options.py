@@ -66,18 +66,27 @@ class SettingsCommand(click.Command):
     Args:
         args: arguments of `click.Command`.
         settings: function that returns the settings class.
+        table: function that returns lines for the end of the help text, shown verbatim.
         more: further arguments of `click.Command`.
     """
 
-    def __init__(self, *args: Any, settings: Callable[[], type[Any]], **more: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        settings: Callable[[], type[Any]],
+        table: Callable[[], str] | None = None,
+        **more: Any,
+    ) -> None:
         super().__init__(*args, **more)
-        self._settings = settings
+        self._settings, self._table = settings, table
         self._made = False
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """All options, and that for help."""
+        """All options, and that for help; the first call completes the help text too."""
         if not self._made:
             self.params = [*options_of(self._settings()), *self.params]
+            if self._table is not None:
+                self.help = f"{self.help}\n\n\b\n{self._table()}"
             self._made = True
         return super().get_params(ctx)
 

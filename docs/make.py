@@ -1,4 +1,4 @@
-"""The pages of docs/reference, made from the code: `make docs`, or python docs/make.py."""
+"""Pages of docs/reference and a table of docs/harvest.md, made from the code by `make docs`."""
 
 import ast
 import dataclasses
@@ -18,6 +18,7 @@ from mlsae.analyze.results.tables import TABLES
 from mlsae.base.settings import deciding, described
 from mlsae.cli import main as main_command
 from mlsae.harvest import HarvestConfig
+from mlsae.store.format.presets import COSTS
 from mlsae.train import TrainConfig
 
 REFERENCE = Path(__file__).resolve().parent / "reference"
@@ -31,6 +32,8 @@ RESUMED = {
 """Settings of commands that go on where a run stopped."""
 NOTICE = "<!-- Made by `make docs` from the docstrings; edit those. -->"
 COLUMNS = re.compile(r"(<!-- columns: (\w+) -->)\n.*?(<!-- end -->)", re.S)
+ENCODINGS = re.compile(r"(<!-- encodings -->)\n.*?(<!-- end -->)", re.S)
+HARVEST = "../harvest.md"
 VERBATIM = "\b\n"
 """Before a paragraph that click sets as it is."""
 SETTINGS = """\
@@ -206,6 +209,21 @@ def tables() -> str:
     return COLUMNS.sub(lambda found: f"{found[1]}\n{_columns(found[2])}\n{found[3]}", page)
 
 
+def harvest() -> str:
+    """The page of the harvest with its table of encodings renewed."""
+    page = (REFERENCE / HARVEST).read_text()
+    lines = [
+        "| `--encoding` | bytes an activation | added FVU | time to read | |",
+        "|---|---|---|---|---|",
+        *(
+            f"| `{name}` | {of.num_bytes} | {of.added_fvu} | {of.read_time} | {of.use} |"
+            for name, of in COSTS.items()
+        ),
+    ]
+    rows = "\n".join(lines)
+    return ENCODINGS.sub(lambda found: f"{found[1]}\n{rows}\n{found[2]}", page)
+
+
 def _columns(table: str) -> str:
     """Name, type, unit and definition of each; intervals and columns of `layers` once, together."""
     columns = {column.name: column for column in TABLES[table]}
@@ -297,6 +315,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "api.md": api,
     "settings.md": settings,
     "tables.md": tables,
+    HARVEST: harvest,
 }
 
 

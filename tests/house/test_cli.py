@@ -98,8 +98,9 @@ def test_help_fits_a_screen_and_is_whole(flag: str):
 
 def test_help_and_docs_say_what_each_encoding_costs():
     """A line each."""
-    from mlsae.store.format.presets import PRESETS
+    from mlsae.store.format.presets import COSTS, PRESETS
 
+    assert [*COSTS] == [*PRESETS]
     shown = CliRunner().invoke(main, ["harvest", "--help"]).output
     lines = [line.split() for line in shown.splitlines()]
     page = (Path(__file__).resolve().parents[2] / "docs/harvest.md").read_text()
@@ -120,6 +121,7 @@ def test_help_and_docs_say_what_each_encoding_costs():
         (["harvest", "--layers", "3-1"], "got the range '3-1'"),
         (["harvest", "--max-disk", "200GX"], "expected a number of bytes such as 200GB"),
         (["fly"], "No such command 'fly'"),
+        (["activations", "--out", "a"], "No such command 'activations': its name is mlsae events"),
     ],
 )
 def test_wrong_usage_exits_with_2(arguments, message):
