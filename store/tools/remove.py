@@ -84,7 +84,7 @@ def find_removable(location: str | os.PathLike[str]) -> Removable:
         raise InputError(
             f"{path} is a link to {path.resolve()}; give that directory, then the link"
         )
-    plan = _plan(path)
+    record = _recorded_plan(path)
     folders, files, foreign, num_bytes = [], [], [], 0
     for name, is_folder, size in _walk(path):
         num_bytes += size
@@ -98,15 +98,15 @@ def find_removable(location: str | os.PathLike[str]) -> Removable:
         shown = ", ".join(sorted(foreign)[:_NAMED])
         more = f" and {len(foreign) - _NAMED} more" if len(foreign) > _NAMED else ""
         raise NotAStoreError(
-            f"{path} holds what is no part of a store: {shown}{more}; nothing was removed: move it "
-            f"away first"
+            f"{path} holds other files than those of a store: {shown}{more}; nothing was removed: "
+            f"move them away first"
         )
     state = "complete" if COMPLETE in files else "incomplete"
     return Removable(
         path=path,
         files=tuple(files),
         folders=tuple(sorted(folders, key=lambda name: name.count("/"), reverse=True)),
-        description=f"{path}: {state} store{_content(plan)}, {format_bytes(num_bytes)}",
+        description=f"{path}: {state} store{_content(record)}, {format_bytes(num_bytes)}",
     )
 
 
@@ -135,21 +135,29 @@ def remove(found: Removable) -> None:
     found.path.resolve().rmdir()
 
 
-def _plan(path: Path) -> dict[str, Any]:
-    """The plan of a store, whatever its version; empty if it is damaged."""
-    plan: dict[str, Any] = {}
+def _recorded_plan(path: Path) -> Mapping[str, Any]:
+    """JSON of a store's plan, unchecked: stores of every version are removed, and damaged ones.
+
+    Returns:
+        Keys and values as they are in the file; none if it is damaged.
+
+    Raises:
+        NotAStoreError: the file is missing, or belongs to another kind of directory.
+    """
+    record: dict[str, Any] = {}
     try:
-        plan = read_sealed(path / PLAN)
+        record = read_sealed(path / PLAN)
     except (FileNotFoundError, NotADirectoryError):
         raise NotAStoreError(
             f"{path} is not an activation store: it has no {PLAN}; nothing was removed"
         ) from None
     except DamagedFileError:
         pass
-    if "schema_version" in plan or _has_our_group(path):
-        return plan
+    if "schema_version" in record or _has_our_group(path):
+        return record
     raise NotAStoreError(
-        f"{path} is not an activation store: its {PLAN} is none of a store; nothing was removed"
+        f"{path} is not an activation store: its {PLAN} is not the plan of a store; nothing was "
+        f"removed"
     )
 
 
@@ -173,11 +181,12 @@ def _walk(path: Path) -> Iterator[tuple[str, bool, int]]:
             yield entry.name, False, 0 if is_link else entry.stat(follow_symlinks=False).st_size
 
 
-def _content(plan: Mapping[str, Any]) -> str:
+def _content(record: Mapping[str, Any]) -> str:
+    """Tokens, sites, layers and encoding of a store, or nothing where the record lacks one."""
     try:
         return (
-            f" of {format_count(plan['num_tokens'])} tokens, {', '.join(plan['sites'])} of layers "
-            f"{format_ranges(plan['layers'])} in {plan['encoding']}"
+            f" of {format_count(record['num_tokens'])} tokens, {', '.join(record['sites'])} of "
+            f"layers {format_ranges(record['layers'])} in {record['encoding']}"
         )
     except (KeyError, TypeError, ValueError):
         return ""

@@ -114,7 +114,10 @@ def test_what_is_no_store_is_refused(tmp_path: Path):
         (tmp_path / "absent", "absent is not an activation store: it has no plan.json; nothing"),
         (tmp_path / "thesis.tex", "thesis.tex is not an activation store: it has no plan.json"),
         (tmp_path, "is not an activation store: it has no plan.json; nothing was removed"),
-        (tmp_path / "notes", "notes is not an activation store: its plan.json is none of a store"),
+        (
+            tmp_path / "notes",
+            "notes is not an activation store: its plan.json is not the plan of a store",
+        ),
         ("s3://bucket/acts", "s3://bucket/acts is not on this machine; remove it with the tools"),
     ):
         refused(rm("--yes", location), message)
@@ -143,7 +146,7 @@ def test_a_store_with_foreign_files_is_left_alone(sample, made, named):
     before = tree(sample.path)
     refused(
         rm("--yes", sample.path),
-        f"{sample.path} holds what is no part of a store: {named}; nothing was removed: move it",
+        f"{sample.path} holds other files than those of a store: {named}; nothing was removed",
     )
     assert tree(sample.path) == before
 
@@ -161,7 +164,7 @@ def test_links_are_removed_and_what_they_point_at_is_not(sample, tmp_path: Path)
     layer = sample.path / "activations/resid_post/1"
     shutil.move(layer, elsewhere / "1")
     layer.symlink_to(elsewhere / "1")
-    refused(rm("--yes", sample.path), "no part of a store: activations/resid_post/1; nothing")
+    refused(rm("--yes", sample.path), "those of a store: activations/resid_post/1; nothing")
     layer.unlink()
     shutil.move(elsewhere / "1", layer)
     assert rm("--yes", sample.path).exit_code == 0
