@@ -55,7 +55,7 @@ def origin(pairing: Pairing, config: AnalyzeConfig) -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: version(name) for name in _LIBRARIES},
         },
-        "commands": commands(pairing, config),
+        "commands": command_lines(pairing, config),
     }
 
 
@@ -75,7 +75,7 @@ def _last_run(pairing: Pairing) -> dict[str, Any]:
     return next((run for run in reversed(records) if "model" in run), {})
 
 
-def commands(pairing: Pairing, config: AnalyzeConfig) -> dict[str, list[str] | str]:
+def command_lines(pairing: Pairing, config: AnalyzeConfig) -> dict[str, list[str] | str]:
     """Stage → command lines that make the analysis again, or why they are not known.
 
     A repeated harvest came out the same if its plan_id is the same.

@@ -29,8 +29,8 @@ from mlsae.analyze.origin import origin
 from mlsae.analyze.pairing import Pairing, fingerprint, pair, provenance_of
 from mlsae.analyze.results.analysis import Analysis, load
 from mlsae.analyze.results.directory import (
-    EVENTS,
-    FIGURES,
+    EVENTS_NAME,
+    FIGURES_FOLDER,
     KIND,
     PAGE,
     SUMMARY,
@@ -39,7 +39,7 @@ from mlsae.analyze.results.directory import (
 )
 from mlsae.analyze.results.figures import registry as figures
 from mlsae.analyze.results.page.render import write_page
-from mlsae.analyze.results.parts import totals_of
+from mlsae.analyze.results.records import totals_of
 from mlsae.analyze.results.tables import TABLES_VERSION
 from mlsae.analyze.results.text.summary import overall, render
 from mlsae.analyze.selection import Int, choose_sequences, first_tokens
@@ -87,7 +87,7 @@ def run(config: AnalyzeConfig) -> Analysis:
                 sequences,
                 batch_rows=config.batch_size,
                 events=events,
-                directory=directory / EVENTS,
+                directory=directory / EVENTS_NAME,
                 joint=joint,
                 examples=examples,
                 progress=progress,
@@ -179,7 +179,7 @@ def _plan_events(
         "the table of events",
         "lower --max-tokens or choose another --out",
     )
-    (directory / EVENTS).mkdir()
+    (directory / EVENTS_NAME).mkdir()
     return plan
 
 
@@ -218,10 +218,10 @@ def _tables(
 
 
 def _draw(directory: Path, sources: figures.Sources) -> list[str]:
-    (directory / FIGURES).mkdir()
+    (directory / FIGURES_FOLDER).mkdir()
     with _bar("figures", len(figures.names(sources)), "figure") as progress:
-        drawn = figures.draw_all(directory / FIGURES, sources, progress)
-    return [f"{FIGURES}/{name}" for name in drawn]
+        drawn = figures.draw_all(directory / FIGURES_FOLDER, sources, progress)
+    return [f"{FIGURES_FOLDER}/{name}" for name in drawn]
 
 
 def _settings(config: AnalyzeConfig) -> dict[str, Any]:

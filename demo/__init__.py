@@ -39,6 +39,6 @@ def run(out: Path) -> None:
             made.
         ResourceError: too little memory or disk.
     """
-    from mlsae.demo.walk import settings, walk
+    from mlsae.demo.walk import stage_settings, walk
 
-    walk(*settings(out))
+    walk(*stage_settings(out))

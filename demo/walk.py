@@ -17,7 +17,7 @@ from mlsae.train import run as train
 STORE, SAE, ANALYSIS = "acts", "sae", "analysis"
 
 
-def settings(out: Path) -> tuple[HarvestConfig, TrainConfig, AnalyzeConfig]:
+def stage_settings(out: Path) -> tuple[HarvestConfig, TrainConfig, AnalyzeConfig]:
     """Settings of the demo: 256,000 tokens, all six layers, an SAE of 1,024 latents, 16 a row."""
     return (
         HarvestConfig(

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mlsae.analyze.results.parts import PartRecord
+from mlsae.analyze.results.records import PartRecord
 from mlsae.base.files import fsync_directory, full_disk_explained, partial_path, sha256_file
 
 GROUP_EVENTS = 2**15

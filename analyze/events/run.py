@@ -11,7 +11,7 @@ from mlsae.analyze.events.plan import EventsPlan, PlannedPart, estimate_bytes, p
 from mlsae.analyze.pairing import pair, provenance_of
 from mlsae.analyze.results.events import Events, load_events
 from mlsae.analyze.results.events_directory import KIND, PLACES, EventsDirectory
-from mlsae.analyze.results.parts import describe
+from mlsae.analyze.results.records import ReadStore, RecordedPlan, describe
 from mlsae.analyze.results.tables import TABLES_VERSION
 from mlsae.analyze.selection import Int, choose_sequences, read_rows
 from mlsae.base.devices import resolve_device
@@ -78,30 +78,30 @@ def _run(config: EventsConfig, interruption: Interruption) -> Events:
     return found
 
 
-def _content(config: EventsConfig, plan: EventsPlan, sequences: Int) -> dict[str, Any]:
+def _content(config: EventsConfig, plan: EventsPlan, sequences: Int) -> RecordedPlan:
     """The plan of the directory: every setting that decides its bytes, and places of inputs."""
     pairing = plan.pairing
-    return {
-        "kind": KIND,
-        "tables_version": TABLES_VERSION,
+    return RecordedPlan(
+        kind=KIND,
+        tables_version=TABLES_VERSION,
         **provenance_of(pairing),
-        "cache": [member.place for member in pairing.store.stores],
-        "sae": str(config.sae),
-        "stores": [
-            {"store_id": member.store_id, "num_sequences": member.num_sequences}
+        cache=tuple(member.place for member in pairing.store.stores),
+        sae=str(config.sae),
+        stores=tuple(
+            ReadStore(store_id=member.store_id, num_sequences=member.num_sequences)
             for member in pairing.store.stores
-        ],
-        "site": pairing.site,
-        "layers": list(pairing.layers),
-        "num_latents": pairing.sae.config.num_latents,
-        "skip_positions": pairing.skip_positions,
-        "context_length": pairing.store.context_length,
-        "rows_per_sequence": pairing.store.rows_per_sequence,
-        **_settings(config, pairing.device),
-        "num_sequences": len(sequences),
-        "num_parts": len(plan.parts),
-        "notes": list(pairing.notes),
-    }
+        ),
+        site=pairing.site,
+        layers=pairing.layers,
+        num_latents=pairing.sae.config.num_latents,
+        skip_positions=pairing.skip_positions,
+        context_length=pairing.store.context_length,
+        rows_per_sequence=pairing.store.rows_per_sequence,
+        num_sequences=len(sequences),
+        num_parts=len(plan.parts),
+        notes=pairing.notes,
+        settings=_settings(config, pairing.device),
+    )
 
 
 def _settings(config: EventsConfig, device: torch.device) -> dict[str, Any]:

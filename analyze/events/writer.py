@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from mlsae.analyze.events.part import PartWriter
 from mlsae.analyze.events.plan import EventsPlan
-from mlsae.analyze.results.parts import PartRecord
+from mlsae.analyze.results.records import PartRecord
 
 
 class EventsWriter:

@@ -12,7 +12,7 @@ from mlsae.analyze.examples.collect import Examples, ExamplesPlan
 from mlsae.analyze.examples.sample import RANGES
 from mlsae.analyze.examples.table import write_examples
 from mlsae.analyze.pairing import Pairing
-from mlsae.analyze.results.directory import EXAMPLES
+from mlsae.analyze.results.directory import EXAMPLES_FILE
 from mlsae.analyze.results.tables import schema
 from mlsae.analyze.transformer import Pieces
 from mlsae.base.errors import ResourceError
@@ -85,7 +85,7 @@ def write_table(
     pieces, reason = text
     with tqdm(total=examples.num_latents, desc="examples", unit="latent", unit_scale=True) as bar:
         num_examples = write_examples(
-            directory / EXAMPLES, schema("examples", provenance), examples, pieces, bar.update
+            directory / EXAMPLES_FILE, schema("examples", provenance), examples, pieces, bar.update
         )
     plan = examples.plan
     return {

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 _FLOATS = pa.list_(pa.float64())
 
-DISTS = pa.schema(
+COMPANION_DISTS = pa.schema(
     [
         ("latent", pa.int64()),
         *((name, pa.float64()) for name in ("count", "total", "mean")),
@@ -24,7 +24,7 @@ DISTS = pa.schema(
 )
 """Columns of `tim-lawson/mlsae-…-dists`."""
 
-EXAMPLES = pa.schema(
+COMPANION_EXAMPLES = pa.schema(
     [
         *((name, pa.int64()) for name in ("latent", "layer", "token_id")),
         ("token", pa.string()),
@@ -36,7 +36,7 @@ EXAMPLES = pa.schema(
 
 
 def dists(latent_layers: pa.Table) -> pa.Table:
-    """The distributions over layers, one row a latent: the columns of `DISTS`.
+    """The distributions over layers, one row a latent: the columns of `COMPANION_DISTS`.
 
     A layer is given by its place among the SAE's layers, from 0, as in the published code; lists
     are in that order. For a dead latent, `mean` and `means` are 0, `probs` and the columns derived
@@ -68,12 +68,12 @@ def dists(latent_layers: pa.Table) -> pa.Table:
             np.sqrt(layer_var),
             *(_lists(of) for of in (counts, totals, _ratio(totals, counts), probs)),
         ],
-        schema=DISTS,
+        schema=COMPANION_DISTS,
     )
 
 
 def examples(examples: pa.Table) -> pa.Table:
-    """The events with the largest values of each latent at each layer: the columns of `EXAMPLES`.
+    """The events of largest values of each latent at each layer, as `COMPANION_EXAMPLES` says.
 
     By latent, layer and falling `act`. `layer` is the layer's id. `tokens` are the texts of tokens,
     where the published data sets have the vocabulary's spelling (`Ġthe`), and `token` and `tokens`
@@ -86,7 +86,7 @@ def examples(examples: pa.Table) -> pa.Table:
     chosen = examples.filter(pc.field("kind") == "top_layer")
     order = [("latent", "ascending"), ("layer", "ascending"), ("rank", "ascending")]
     rows = [_example(row) for row in chosen.sort_by(order).to_pylist()]
-    return pa.Table.from_pylist(rows, schema=EXAMPLES)
+    return pa.Table.from_pylist(rows, schema=COMPANION_EXAMPLES)
 
 
 def _example(row: dict[str, Any]) -> dict[str, Any]:

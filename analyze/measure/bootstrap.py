@@ -51,7 +51,7 @@ def group_of(places_N: Int, num_sequences: int) -> Int:
     return places_N * count_groups(num_sequences) // num_sequences
 
 
-def resample(num_groups: int) -> Float:
+def group_weights(num_groups: int) -> Float:
     """Weight of each group, (1 + R, G): one each in the first row, then the resamples.
 
     A pure function of `num_groups`, so that numbers of other layers, measured on the same
@@ -72,7 +72,7 @@ def ratio(numerator: Float, denominator: Float) -> Float:
 
 
 def estimate(values: Float) -> Estimate:
-    """A number (1 + R,), computed with each row of `resample`, and its interval."""
+    """A number (1 + R,), computed with each row of `group_weights`, and its interval."""
     value = None if np.isnan(values[0]) else float(values[0])
     if len(values) == 1 or np.isnan(values).any():
         return Estimate(value, None, None)

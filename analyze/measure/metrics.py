@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlsae.analyze.measure.bootstrap import Float, estimate, ratio, resample
+from mlsae.analyze.measure.bootstrap import Float, estimate, group_weights, ratio
 from mlsae.analyze.measure.model.cross_entropy import CrossEntropy
 from mlsae.analyze.measure.rows.sums import Ratio
 from mlsae.analyze.measure.rows.walk import LayerSums
@@ -64,7 +64,7 @@ def describe(
 
 
 def _row_ratios(of: LayerSums) -> dict[str, Ratio]:
-    weights = resample(len(of.eligible.scalars))
+    weights = group_weights(len(of.eligible.scalars))
     ratios = of.eligible.weighted(weights).ratios(len(of.latents.count))
     for suffix, rows in (("in", of.position_0_in), ("out", of.position_0_out)):
         weighted = rows.weighted(weights)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.dataset as pd
 import pyarrow.parquet as pq
 
-from mlsae.analyze.results.directory import EXAMPLES, PAGE, read_summary
+from mlsae.analyze.results.directory import EXAMPLES_FILE, PAGE, read_summary
 from mlsae.analyze.results.events import open_events
 from mlsae.analyze.results.tables import check_version, read_table, with_later_columns
 from mlsae.base.errors import InputError
@@ -113,7 +113,7 @@ class Analysis:
         return replace(
             self,
             path=directory,
-            examples=None if self.examples is None else _open_examples(directory / EXAMPLES),
+            examples=None if self.examples is None else _open_examples(directory / EXAMPLES_FILE),
             events=open_events(directory, self.summary["events"]),
         )
 
@@ -134,7 +134,9 @@ def load(directory: str | Path) -> Analysis:
     try:
         tables = {name: read_table(directory / f"{name}.parquet", name) for name in _WHOLE}
         events = open_events(directory, summary["events"])
-        examples = None if summary["examples"] is None else _open_examples(directory / EXAMPLES)
+        examples = (
+            None if summary["examples"] is None else _open_examples(directory / EXAMPLES_FILE)
+        )
     except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise InputError(

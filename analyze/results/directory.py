@@ -13,11 +13,11 @@ from mlsae.base.files import DamagedFileError, fsync_directory, read_sealed
 
 KIND = "mlsae analysis"
 SUMMARY = "summary.json"
-EVENTS = "events"
+EVENTS_NAME = "events"
 FORMERLY = "activations"
 """Name of the events in analyses and directories of version 0.4, which are read as well."""
-EXAMPLES = "examples.parquet"
-FIGURES = "figures"
+EXAMPLES_FILE = "examples.parquet"
+FIGURES_FOLDER = "figures"
 PAGE = "index.html"
 _OURS = frozenset(
     {
@@ -29,10 +29,10 @@ _OURS = frozenset(
         "histograms.parquet",
         "layer_cosine.parquet",
         "prompts.parquet",
-        EVENTS,
+        EVENTS_NAME,
         FORMERLY,
-        EXAMPLES,
-        FIGURES,
+        EXAMPLES_FILE,
+        FIGURES_FOLDER,
         PAGE,
     }
 )
@@ -59,14 +59,14 @@ def read_summary(directory: Path) -> dict[str, Any]:
             f"{summary.get('kind')!r}, expected {KIND!r}"
         )
     if FORMERLY in summary:
-        summary[EVENTS] = summary.pop(FORMERLY)
+        summary[EVENTS_NAME] = summary.pop(FORMERLY)
     return summary
 
 
 def events_folder(directory: Path) -> Path:
     """Folder of the events in an analysis, or in a directory of `mlsae events`."""
     former = directory / FORMERLY
-    return former if former.is_dir() else directory / EVENTS
+    return former if former.is_dir() else directory / EVENTS_NAME
 
 
 def check_replaceable(out: Path) -> None:

@@ -10,10 +10,10 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pd
 import pyarrow.parquet as pq
 
-from mlsae.analyze.results.directory import EVENTS, events_folder
+from mlsae.analyze.results.directory import EVENTS_NAME, events_folder
 from mlsae.analyze.results.events_directory import EventsDirectory
-from mlsae.analyze.results.parts import PartRecord, check_part, part_record
-from mlsae.analyze.results.tables import check_version, with_later_columns
+from mlsae.analyze.results.records import PartRecord, check_part, part_record
+from mlsae.analyze.results.tables import with_later_columns
 from mlsae.base.errors import InputError
 
 _PARTITIONING = pd.partitioning(pa.schema([("layer", pa.int32())]), flavor="hive")
@@ -57,10 +57,12 @@ def load_events(directory: str | Path) -> Events:
             is missing or damaged.
     """
     of = EventsDirectory(Path(directory))
-    summary = of.plan()
-    check_version(summary["tables_version"], of.path, "make them again with mlsae events")
-    summary[EVENTS] = of.totals()
-    return Events(path=of.path, summary=summary, events=open_events(of.path, summary[EVENTS]))
+    plan, totals = of.plan(), of.totals()
+    return Events(
+        path=of.path,
+        summary=plan.to_json() | {EVENTS_NAME: totals},
+        events=open_events(of.path, totals),
+    )
 
 
 def open_events(directory: Path, totals: Mapping[str, Any]) -> pd.Dataset:
@@ -113,7 +115,7 @@ def latent_events(
     known, num_latents = source.summary["layers"], source.summary["num_latents"]
     if not 0 <= latent < num_latents:
         raise InputError(
-            f"there is no latent {latent}: {source.path} is of an SAE with latents 0 to "
+            f"there is no latent {latent}: the SAE of {source.path} has latents 0 to "
             f"{num_latents - 1}"
         )
     if missing := [layer for layer in layers or () if layer not in known]:
@@ -126,7 +128,7 @@ def latent_events(
     try:
         found = source.events.to_table(filter=wanted)
     except (OSError, pa.ArrowException) as error:
-        for record in records_of(source.summary[EVENTS]):
+        for record in records_of(source.summary[EVENTS_NAME]):
             check_part(events_folder(source.path), record, every_byte=True)
         reason = str(error).splitlines()[0]
         raise InputError(f"the events in {source.path} cannot be read: {reason}") from None

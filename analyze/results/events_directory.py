@@ -10,13 +10,20 @@ Version 0.4 had activations.json and the folder activations, which are read as w
 Nothing in the directory depends on who wrote it, on the number of processes, or on the time.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mlsae.analyze.results.directory import EVENTS, FORMERLY
-from mlsae.analyze.results.parts import PartRecord, check_part, part_record, totals_of
+from mlsae.analyze.results.directory import EVENTS_NAME, FORMERLY
+from mlsae.analyze.results.records import (
+    PartRecord,
+    RecordedPlan,
+    check_part,
+    part_record,
+    totals_of,
+)
+from mlsae.analyze.results.tables import check_version
 from mlsae.base.errors import InputError
 from mlsae.base.files import (
     DamagedFileError,
@@ -40,7 +47,7 @@ class EventsDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._name = FORMERLY if (path / f"{FORMERLY}.json").exists() else EVENTS
+        self._name = FORMERLY if (path / f"{FORMERLY}.json").exists() else EVENTS_NAME
         self.data = path / self._name
         """Folder of the data set."""
         self.plan_file = path / f"{self._name}.json"
@@ -56,7 +63,7 @@ class EventsDirectory:
         """True once every part was there."""
         return (self.path / COMPLETE).exists()
 
-    def begin(self, plan: Mapping[str, Any]) -> None:
+    def begin(self, plan: RecordedPlan) -> None:
         """Make the directory, or require that its plan is the same.
 
         Raises:
@@ -65,7 +72,7 @@ class EventsDirectory:
         self.check_usable()
         if not self.is_begun:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_new_durably(self.plan_file, seal(plan))
+            write_new_durably(self.plan_file, seal(plan.to_json()))
         remove_stale_partials(self.path)
         self.check_plan(plan)
 
@@ -89,46 +96,37 @@ class EventsDirectory:
                 f"directory that is empty or absent"
             )
 
-    def plan(self) -> dict[str, Any]:
+    def plan(self) -> RecordedPlan:
         """Inputs and settings of the events.
 
         Raises:
-            InputError: no plan is there, or a damaged one.
+            InputError: no plan is there, a damaged one, or one of another major version.
         """
-        if not self.is_begun:
-            raise InputError(
-                f"{self.path} holds no events: it has no {self.plan_file.name}; make them with "
-                f"mlsae events"
-            )
-        plan, kind = _read(self.plan_file), f"mlsae {self._name}"
-        if plan.get("kind") != kind:
-            raise InputError(
-                f"{self.path} holds no events: the kind in its {self.plan_file.name} is "
-                f"{plan.get('kind')!r}, expected {kind!r}"
-            )
-        return plan
+        content = self._content()
+        check_version(content["tables_version"], self.path, "make them again with mlsae events")
+        return RecordedPlan.from_json(content)
 
-    def check_plan(self, plan: Mapping[str, Any]) -> None:
-        """Require that the plan is this one, but for the places of inputs.
+    def check_plan(self, plan: RecordedPlan) -> None:
+        """Require that the recorded plan is `plan`, apart from the places of inputs.
 
         Raises:
             InputError: settings differ; the message names all of them.
         """
-        there = self.plan()
-        if there["tables_version"] != plan["tables_version"]:
+        there, here = self._content(), plan.to_json()
+        if there["tables_version"] != plan.tables_version:
             raise InputError(
                 f"--out {self.path} was begun with tables of version {there['tables_version']}, "
-                f"this mlsae writes {plan['tables_version']}: go on with the mlsae that began it, "
+                f"this mlsae writes {plan.tables_version}: go on with the mlsae that began it, "
                 f"or give another directory"
             )
         # Numbers follow from the other settings, so they come last.
         keys = sorted(
-            (there.keys() | plan.keys()) - set(PLACES), key=lambda key: ("num_" in key, key)
+            (there.keys() | here.keys()) - set(PLACES), key=lambda key: ("num_" in key, key)
         )
         if differences := [
-            f"{key} is {_brief(there.get(key))} there, {_brief(plan.get(key))} here"
+            f"{key} is {_brief(there.get(key))} there, {_brief(here.get(key))} here"
             for key in keys
-            if there.get(key) != plan.get(key)
+            if there.get(key) != here.get(key)
         ]:
             raise InputError(
                 f"--out {self.path} was begun with other settings: {'; '.join(differences)}; give "
@@ -147,8 +145,7 @@ class EventsDirectory:
         content = _read(place)
         if content["plan"] != self._digest() or content["part"]["path"] != path:
             raise InputError(
-                f"{place} is the record of a part of other events; remove it and run the same "
-                f"command again"
+                f"{place} records a part of other events; remove it and run the same command again"
             )
         return part_record(content["part"])
 
@@ -169,19 +166,19 @@ class EventsDirectory:
     def progress(self) -> tuple[int, int]:
         """Numbers of recorded parts and of all parts."""
         there = sum(1 for _ in (self.path / RECORDS).rglob("*.json"))
-        return there, int(self.plan()["num_parts"])
+        return there, self.plan().num_parts
 
     def check_foreign(self, paths: Iterable[str]) -> None:
         """Require that the data set holds no file but the parts at `paths`.
 
         Raises:
-            InputError: a file is no part; the message names it.
+            InputError: there is another file; the message names it.
         """
         known = {self.data / path for path in paths}
         for file in sorted(self.data.rglob("*")):
             if file.is_file() and file not in known:
                 raise InputError(
-                    f"{file} is no part of the events in {self.path}: move it away and run "
+                    f"{file} does not belong to the events in {self.path}: move it away and run "
                     f"the same command again"
                 )
 
@@ -199,14 +196,14 @@ class EventsDirectory:
         records = [record for path in paths if (record := self.record(path)) is not None]
         write_durably(
             self.path / COMPLETE,
-            seal({"plan": self._digest(), EVENTS: totals_of(records)}),
+            seal({"plan": self._digest(), EVENTS_NAME: totals_of(records)}),
         )
 
     def totals(self) -> dict[str, Any]:
         """Sums over the parts, and the records of all.
 
         Raises:
-            InputError: parts are missing, or the record of all is damaged or of other events.
+            InputError: parts are missing, or their sums are damaged or those of other events.
         """
         if not self.is_complete:
             there, total = self.progress()
@@ -217,10 +214,25 @@ class EventsDirectory:
         content = _read(self.path / COMPLETE)
         if content["plan"] != self._digest():
             raise InputError(
-                f"{self.path / COMPLETE} is of other events; remove it and run the same "
-                f"command again"
+                f"{self.path / COMPLETE} was written for other events; remove it and run the "
+                f"same command again"
             )
         return dict(content[self._name])
+
+    def _content(self) -> dict[str, Any]:
+        """JSON of the plan, of any version."""
+        if not self.is_begun:
+            raise InputError(
+                f"{self.path} holds no events: it has no {self.plan_file.name}; make them with "
+                f"mlsae events"
+            )
+        content, kind = _read(self.plan_file), f"mlsae {self._name}"
+        if content.get("kind") != kind:
+            raise InputError(
+                f"{self.path} holds no events: the kind in its {self.plan_file.name} is "
+                f"{content.get('kind')!r}, expected {kind!r}"
+            )
+        return content
 
     def _place(self, path: str) -> Path:
         return (self.path / RECORDS / path).with_suffix(".json")

@@ -107,7 +107,7 @@ def _bounds(columns: tuple[Column, ...]) -> tuple[Column, ...]:
 _SHARED = (*_COUNTS, *_ROWS, *_SHARES)
 _SCORES = (*_TOKENS, *_ENTROPY)
 
-LAYERS = (
+LAYER_METRICS = (
     Column("layer", _L, "layer", "0-based block index"),
     *_SHARED,
     *_STORE,
@@ -115,7 +115,7 @@ LAYERS = (
     *_bounds((*_ROWS, *_ENTROPY)),
 )
 
-OVERALL = (
+OVERALL_METRICS = (
     Column("over", pa.string(), "", "`mean` or `all`, which the other columns are read by"),
     *_SHARED,
     *_SCORES,

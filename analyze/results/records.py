@@ -1,13 +1,113 @@
-"""Records of the parts of a table of events: one Parquet file of some rows at a layer each."""
+"""Records of a table of events: its plan, and each part, a Parquet file of some rows at a layer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from mlsae.base.errors import InputError
 from mlsae.base.files import sha256_file
 from mlsae.base.units import format_bytes, format_count
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadStore:
+    """A store that the rows were read from."""
+
+    store_id: str
+    """Hex digest of the store's content."""
+
+    num_sequences: int
+    """Sequences in the store."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedPlan:
+    """Plan of a directory of `mlsae events`, as its first file records it."""
+
+    kind: str
+    """Kind of the directory."""
+
+    tables_version: str
+    """Version of the table's columns."""
+
+    store_id: str
+    """Hex digest of the content of the store, or of several as one."""
+
+    plan_id: str
+    """Hex digest of the plan of the store, or of several as one."""
+
+    sae_sha256: str
+    """Hex SHA-256 of the SAE's weights file."""
+
+    cache: tuple[str, ...]
+    """Place of each store; may differ when the work goes on."""
+
+    sae: str
+    """Place of the SAE; may differ when the work goes on."""
+
+    stores: tuple[ReadStore, ...]
+    """Every store, in the order of its rows."""
+
+    site: str
+    """Site of the activations."""
+
+    layers: tuple[int, ...]
+    """Layer ids."""
+
+    num_latents: int
+    """Latents of the SAE."""
+
+    skip_positions: int
+    """Positions below this have no events."""
+
+    context_length: int
+    """Tokens of a sequence."""
+
+    rows_per_sequence: int
+    """Rows of a sequence at a layer."""
+
+    num_sequences: int
+    """Sequences that are read."""
+
+    num_parts: int
+    """Parts, over all layers."""
+
+    notes: tuple[str, ...]
+    """Notes on the store and the SAE for a reader, one line each."""
+
+    settings: Mapping[str, Any]
+    """Settings that decide the bytes, by name, beside the other fields in JSON."""
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """A plan read back; keys that are no field are settings.
+
+        Raises:
+            KeyError: a field is missing.
+        """
+        own = {field.name: content[field.name] for field in fields(cls) if field.name != _SETTINGS}
+        own |= {name: tuple(own[name]) for name in ("cache", "layers", "notes")}
+        own["stores"] = tuple(
+            ReadStore(**{field.name: store[field.name] for field in fields(ReadStore)})
+            for store in own["stores"]
+        )
+        return cls(**own, settings={key: content[key] for key in content.keys() - own.keys()})
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON, with lists for tuples.
+
+        Raises:
+            ValueError: a setting has the name of a field.
+        """
+        own = {key: value for key, value in asdict(self).items() if key != _SETTINGS}
+        if both := sorted(own.keys() & self.settings.keys()):
+            raise ValueError(f"settings with names of fields of a plan: {', '.join(both)}")
+        own = {key: list(of) if isinstance(of, tuple) else of for key, of in own.items()}
+        return own | dict(self.settings)
+
+
+_SETTINGS = "settings"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from mlsae.analyze.results.columns import (
     PROMPTS,
     Column,
 )
-from mlsae.analyze.results.metric_columns import LAYERS, OVERALL
+from mlsae.analyze.results.metric_columns import LAYER_METRICS, OVERALL_METRICS
 from mlsae.base.errors import InputError
 
 TABLES_VERSION = "1.0"
@@ -29,8 +29,8 @@ _FORMER = "0.4"
 """The version before, with the columns of 1.0 and `events` under the name `activations`."""
 
 TABLES: Mapping[str, tuple[Column, ...]] = {
-    "layers": LAYERS,
-    "overall": OVERALL,
+    "layers": LAYER_METRICS,
+    "overall": OVERALL_METRICS,
     "latents": LATENTS,
     "latent_layers": LATENT_LAYERS,
     "histograms": HISTOGRAMS,

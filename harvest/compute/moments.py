@@ -21,7 +21,7 @@ from torch import Tensor
 from mlsae.base.words import Key
 from mlsae.harvest.compute.codecs import Codecs, StoredTensors
 from mlsae.harvest.compute.layer_sums import Run, Tables, merge_runs
-from mlsae.store.format.accumulate import Block, blocks_of
+from mlsae.store.format.accumulate import GroupRows, blocks_of
 from mlsae.store.format.moments import GroupMoments
 
 PIECE_VALUES = {"cpu": 3 << 17, "cuda": 1 << 26}
@@ -119,7 +119,9 @@ class RunningMoments:
 
 
 @torch.inference_mode()
-def _add(runs: Sequence[Run], blocks: Sequence[Block], stored: Mapping[Key, StoredTensors]) -> None:
+def _add(
+    runs: Sequence[Run], blocks: Sequence[GroupRows], stored: Mapping[Key, StoredTensors]
+) -> None:
     """Add some blocks of a batch to the sums of one thread."""
     for run in runs:
         run.clear_largest()
@@ -139,7 +141,7 @@ def runs_of(
 
 
 def _pickers(
-    blocks: Sequence[Block], devices: set[torch.device]
+    blocks: Sequence[GroupRows], devices: set[torch.device]
 ) -> Iterator[Callable[[Tensor], Tensor]]:
     """A function for each block, which takes the block's rows; consecutive rows as a view."""
     if not blocks:

@@ -27,11 +27,11 @@ MAX_MEAN_TO_STD = 16.0
 """A row whose mean is larger, in standard deviations, has its mean taken off twice."""
 
 Array = npt.NDArray[Any]
-Block = tuple[int, npt.NDArray[np.int64]]
+GroupRows = tuple[int, npt.NDArray[np.int64]]
 """A group, and indices of some of its rows."""
 
 
-def blocks_of(group_N: npt.NDArray[np.int8], most_rows: int) -> list[Block]:
+def blocks_of(group_N: npt.NDArray[np.int8], most_rows: int) -> list[GroupRows]:
     """Blocks of at most `most_rows` rows, group after group."""
     blocks = []
     for group in np.unique(group_N).tolist():

@@ -3,7 +3,7 @@
 import sys
 
 from mlsae.analyze.results.events_directory import EventsDirectory
-from mlsae.analyze.results.parts import PartRecord
+from mlsae.analyze.results.records import PartRecord
 from mlsae.base.ranks import Ranks
 from mlsae.cli import main
 

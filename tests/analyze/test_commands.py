@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from mlsae.analyze import AnalyzeConfig, load
-from mlsae.analyze.origin import commands
+from mlsae.analyze.origin import command_lines
 from mlsae.analyze.pairing import pair
 from mlsae.base.files import read_sealed, seal
 from mlsae.base.settings import words_of
@@ -119,7 +119,7 @@ def test_a_harvest_that_does_not_say_all_of_itself(
     del content["datasets"]
     record.write_bytes(seal(content))
     sae = sae_maker(store)
-    found = commands(
+    found = command_lines(
         pair(store, sae, torch.device("cpu")), AnalyzeConfig(cache=store, sae=sae, out=tmp_path)
     )
     assert found["harvest"] == f"{store} does not say all of how it was harvested"

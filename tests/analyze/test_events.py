@@ -312,14 +312,14 @@ def test_what_is_no_part_is_named(copied: EventsConfig) -> None:
     folder = copied.out / "events"
     foreign = folder / "layer=1" / "part-000000000024.parquet"
     shutil.copy(folder / PART, foreign)
-    assert f"Error: {foreign} is no part of the events in {copied.out}: move it away" in (
+    assert f"Error: {foreign} does not belong to the events in {copied.out}: move it away" in (
         refused(command(copied))
     )
     foreign.unlink()
     record = copied.out / "parts" / "layer=1" / "part-000000000168.json"
     content = read_sealed(record)
     record.write_bytes(seal(content | {"plan": "0" * 64}))
-    assert f"Error: {record} is the record of a part of other events; remove it" in (
+    assert f"Error: {record} records a part of other events; remove it" in (
         refused(command(copied))
     )
     record.write_bytes(record.read_bytes().replace(b"num_bytes", b"num_bites"))
@@ -366,7 +366,7 @@ def test_what_is_unfinished_is_not_read(copied: EventsConfig) -> None:
 @pytest.mark.parametrize(
     ("latent", "layers", "message"),
     [
-        (48, None, "there is no latent 48: .* is of an SAE with latents 0 to 47"),
+        (48, None, "there is no latent 48: the SAE of .* has latents 0 to 47"),
         (-1, None, "there is no latent -1"),
         (3, [0, 2], "there is no layer 2 in .*; it has 0, 1, 3"),
     ],

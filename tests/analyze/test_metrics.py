@@ -9,8 +9,8 @@ import numpy.typing as npt
 import pytest
 
 from mlsae.analyze import Analysis, AnalyzeConfig, run
-from mlsae.analyze.measure.bootstrap import resample
-from mlsae.analyze.results.metric_columns import LAYERS as COLUMNS
+from mlsae.analyze.measure.bootstrap import group_weights
+from mlsae.analyze.results.metric_columns import LAYER_METRICS
 from mlsae.analyze.results.text.summary import render
 from mlsae.sae import load as load_sae
 
@@ -97,9 +97,9 @@ def test_the_mean_is_over_layers(analysis: Analysis) -> None:
 def test_intervals_of_fvu_are_those_of_resampled_rows(
     analysis: Analysis, world: Any, by_layer: dict[int, tuple[Float, Float, Float]]
 ) -> None:
-    """The mean that rows are measured from is the resample's own."""
+    """The mean that rows are measured from is the group_weights's own."""
     sequence = (np.arange(NUM_SEQUENCES * LENGTH) // LENGTH)[_eligible(world)]
-    weights = resample(NUM_SEQUENCES)[1:].astype(np.int64)
+    weights = group_weights(NUM_SEQUENCES)[1:].astype(np.int64)
     for row in analysis.layers.to_pylist():
         x, x_hat, _ = by_layer[row["layer"]]
         found = []
@@ -112,7 +112,7 @@ def test_intervals_of_fvu_are_those_of_resampled_rows(
 
 
 def test_every_figure_that_is_a_ratio_of_sums_lies_in_its_interval(analysis: Analysis) -> None:
-    names = [c.name.removesuffix("_low") for c in COLUMNS if c.name.endswith("_low")]
+    names = [c.name.removesuffix("_low") for c in LAYER_METRICS if c.name.endswith("_low")]
     assert len(names) == 23
     for row in analysis.layers.to_pylist() + analysis.overall.to_pylist():
         for name in names:
@@ -137,7 +137,7 @@ def test_one_sequence_has_figures_and_no_interval(
     for row in run(config).layers.to_pylist():
         assert row["fvu"] > 0
         assert row["ce"] > 0
-        assert {row[c.name] for c in COLUMNS if c.name.endswith(("_low", "_high"))} == {None}
+        assert {row[c.name] for c in LAYER_METRICS if c.name.endswith(("_low", "_high"))} == {None}
 
 
 def test_the_summary_has_the_mean_and_all_layers_at_once_with_their_intervals(

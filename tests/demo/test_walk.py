@@ -8,7 +8,7 @@ import pytest
 
 from mlsae.analyze import Analysis
 from mlsae.base.errors import InputError
-from mlsae.demo.walk import render, settings, walk
+from mlsae.demo.walk import render, stage_settings, walk
 
 README = Path(__file__).parents[2] / "README.md"
 NUMBER = re.compile(r"\s*\d[\d,.]*")
@@ -24,7 +24,7 @@ class Walked:
 
 
 def small_walk(out: Path) -> Walked:
-    to_harvest, to_train, to_analyze = settings(out)
+    to_harvest, to_train, to_analyze = stage_settings(out)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         analysis = walk(
@@ -103,7 +103,7 @@ def test_the_whole_demo_ends_with_the_table_of_readme(tmp_path: Path) -> None:
     table = shown.partition("```")[0].splitlines()
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        walk(*settings(tmp_path))
+        walk(*stage_settings(tmp_path))
     lines = printed.getvalue().splitlines()
     found = lines[lines.index(table[0]) :][: len(table)]
     assert re.sub(NUMBER, "#", "\n".join(found)) == re.sub(NUMBER, "#", "\n".join(table))

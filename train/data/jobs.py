@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from mlsae.store.read.scatter import Runs
 from mlsae.train.data.mixture import Mixture
-from mlsae.train.data.walk import Block, Walk
+from mlsae.train.data.walk import StepBlock, Walk
 
 Int64 = npt.NDArray[np.int64]
 
@@ -94,7 +94,7 @@ class _Epoch:
         self._mixture, self._walk, self._epoch_start = mixture, walk, epoch_start
         self._batch_rows, self._job_runs = batch_rows, job_runs
 
-    def plan(self, block: Block) -> tuple[list[Share], list[Job]]:
+    def plan(self, block: StepBlock) -> tuple[list[Share], list[Job]]:
         """The steps and jobs of the next block."""
         walk, steps = self._walk, block.steps
         rows = walk.rows_before(np.arange(steps.start, steps.stop + 1)).tolist()
@@ -118,7 +118,7 @@ class _Epoch:
             first = stop
         return shares, jobs
 
-    def _runs(self, block: Block) -> Runs:
+    def _runs(self, block: StepBlock) -> Runs:
         """Runs of rows of a block's parts, and the destination of each row."""
         mixture, parts, size = self._mixture, block.parts, self._mixture.slice_rows
         # (n, width) which row of its slice each visit is of.
@@ -142,7 +142,7 @@ class _Epoch:
         place[row.reshape(-1)] = self._places(block, row.shape[1]).reshape(-1)
         return Runs(parts.layer, starts + first, num_rows, place[:-1].reshape(len(row), width))
 
-    def _places(self, block: Block, width: int) -> Int64:
+    def _places(self, block: StepBlock, width: int) -> Int64:
         """(n, width) destination of the row of each visit to a part."""
         step, row = self._walk.visits(block, width)
         first = int(step.min())

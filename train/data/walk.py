@@ -19,7 +19,7 @@ _BLOCK_ROWS = 1 << 18
 
 
 @dataclass(frozen=True)
-class Block:
+class StepBlock:
     """Neighbouring steps, and the parts that one of them is the first to need."""
 
     steps: range
@@ -66,7 +66,7 @@ class Walk:
         self._owned_before = np.concatenate([[0], np.cumsum(owned)])
         self._cursors = _Cursors(order, self.layer, slot[owned], self._first_round(start))
 
-    def __iter__(self) -> Iterator[Block]:
+    def __iter__(self) -> Iterator[StepBlock]:
         share = self.order.batch_rows * len(self.layer) // self._round_items
         num_steps = max(1, _BLOCK_ROWS // max(1, share))
         for start in range(self.start, self.order.num_steps, num_steps):
@@ -88,7 +88,7 @@ class Walk:
         place = start % max(1, len(self.layer))
         return self._layers[place : place + stop - start]
 
-    def visits(self, block: Block, width: int) -> tuple[Int64, Int64]:
+    def visits(self, block: StepBlock, width: int) -> tuple[Int64, Int64]:
         """Times at which the rows of parts are visited.
 
         Args:
@@ -104,14 +104,14 @@ class Walk:
         step = (item[:, None] + nth * self._round_items) // self.order.batch_rows
         return step, row[:, None] + nth * len(self.layer)
 
-    def _block(self, steps: range) -> Block:
+    def _block(self, steps: range) -> StepBlock:
         place, parts, first_round = self._cursors.open_before(self._first_round(steps.stop))
         opened = self._step_of(place, first_round)
         # Sorted, parts come in one order however many were opened before the walk began.
         by_opening = np.lexsort((first_round, place, opened))
         place, first_round, opened = place[by_opening], first_round[by_opening], opened[by_opening]
         parts = SliceParts(*(column[by_opening] for column in parts))
-        return Block(
+        return StepBlock(
             steps=steps,
             parts=parts,
             opens=np.maximum(opened, self.start),

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlsae.analyze.measure.bootstrap import count_groups, group_of, resample
+from mlsae.analyze.measure.bootstrap import count_groups, group_of, group_weights
 from mlsae.analyze.measure.model.sequences import Sequences, read_sequences
 from mlsae.analyze.measure.rows.sums import Float, Ratio
 from mlsae.analyze.pairing import Pairing
@@ -90,7 +90,7 @@ class CrossEntropy:
 
     def ratios(self) -> list[dict[str, Ratio]]:
         """Every metric by column of the table `layers`, for each layer and then for all at once."""
-        weights_RG = resample(len(self.counted))
+        weights_RG = group_weights(len(self.counted))
 
         def total(sums_G: Float) -> Float:
             return weights_RG @ sums_G

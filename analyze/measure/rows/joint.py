@@ -19,7 +19,7 @@ from mlsae.store import AnyStore
 PUBLISHED_BATCH = 2048
 """Tokens of a batch in the published code, and of a block here."""
 
-Latents = Mapping[int, tuple[Tensor, Tensor]]
+LatentsByLayer = Mapping[int, tuple[Tensor, Tensor]]
 """Layer → (rows, K) values and (rows, K) indices of latents; K may differ between layers."""
 
 
@@ -40,10 +40,12 @@ class Joint:
         self.token_totals = TokenTotals()
         """Totals by latent and token id, over all layers."""
         self._store, self._num_latents, self._end_token = pairing.store, num_latents, end_token
-        self._held: list[tuple[Int, Latents]] = []
+        self._held: list[tuple[Int, LatentsByLayer]] = []
         self._num_held = 0
 
-    def add(self, tokens_N: Int, eligible_N: npt.NDArray[np.bool_], latents: Latents) -> None:
+    def add(
+        self, tokens_N: Int, eligible_N: npt.NDArray[np.bool_], latents: LatentsByLayer
+    ) -> None:
         """Add rows that come after those of earlier batches.
 
         Args:

@@ -20,7 +20,7 @@ from mlsae.analyze.measure.bootstrap import count_groups, group_of
 from mlsae.analyze.measure.rows.joint import Joint
 from mlsae.analyze.measure.rows.sums import GroupedRows, LatentSums, RowSums
 from mlsae.analyze.pairing import Pairing
-from mlsae.analyze.results.parts import PartRecord
+from mlsae.analyze.results.records import PartRecord
 from mlsae.analyze.selection import Int, Single
 
 Bool = npt.NDArray[np.bool_]

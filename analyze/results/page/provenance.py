@@ -69,7 +69,7 @@ def _listed(values: Iterable[object]) -> str:
     return ", ".join(str(value) for value in values if value is not None)
 
 
-def settings(summary: Row) -> list[tuple[str, str]]:
+def settings_rows(summary: Row) -> list[tuple[str, str]]:
     """Settings of the analysis, then of the training."""
     # An analysis with examples has their numbers under the name of the setting.
     rows = [
@@ -88,7 +88,7 @@ def _setting(value: object) -> str:
     return "–" if value is None else str(value)
 
 
-def commands(found: Mapping[str, Sequence[str] | str]) -> list[tuple[str, list[str], str]]:
+def commands_rows(found: Mapping[str, Sequence[str] | str]) -> list[tuple[str, list[str], str]]:
     """Stage, commands, and the reason where there are none, in the order of the stages."""
     rows: list[tuple[str, list[str], str]] = []
     for stage in (stage for stage in _STAGES if stage in found):

@@ -14,7 +14,7 @@ from mlsae.analyze.results.page.examples import examples_data
 from mlsae.analyze.results.page.figures import embed_figures
 from mlsae.analyze.results.page.json import as_json
 from mlsae.analyze.results.page.latents import COLUMNS, choose, latents_data
-from mlsae.analyze.results.page.provenance import commands, provenance, settings
+from mlsae.analyze.results.page.provenance import commands_rows, provenance, settings_rows
 from mlsae.analyze.results.page.tables import (
     definitions,
     headline,
@@ -110,8 +110,8 @@ def render(analysis: Analysis) -> str:
         examples_left_out=not data.get("complete", True),
         num_shown=len(chosen),
         provenance=provenance(summary),
-        settings=settings(summary),
-        commands=commands(summary["commands"]),
+        settings=settings_rows(summary),
+        commands=commands_rows(summary["commands"]),
         data=Markup(as_json(data)),
         script=Markup(script),
         style=Markup(style),

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mlsae.analyze.results.analysis import Analysis
-from mlsae.analyze.results.directory import EXAMPLES, FIGURES, events_folder
-from mlsae.analyze.results.parts import describe
+from mlsae.analyze.results.directory import EXAMPLES_FILE, FIGURES_FOLDER, events_folder
+from mlsae.analyze.results.records import describe
 from mlsae.base.units import format_count
 
 _SHOWN = {
@@ -107,7 +107,7 @@ def _figures_at(analysis: Analysis) -> list[str]:
     if not analysis.summary["figures"]:
         return []
     names = ",".join(analysis.figures)
-    return [f"figures   {analysis.path / FIGURES}/{{{names}}}.{{png,svg}}"]
+    return [f"figures   {analysis.path / FIGURES_FOLDER}/{{{names}}}.{{png,svg}}"]
 
 
 def _of_examples(analysis: Analysis) -> list[str]:
@@ -115,7 +115,7 @@ def _of_examples(analysis: Analysis) -> list[str]:
     if found is None:
         return []
     return [
-        f"examples  {analysis.path / EXAMPLES} ({format_count(found['num_examples'])} rows); "
+        f"examples  {analysis.path / EXAMPLES_FILE} ({format_count(found['num_examples'])} rows); "
         f"to read those of a latent: mlsae examples {analysis.path} LATENT"
     ]
 
