@@ -7,6 +7,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mlsae.analyze.config import EventsConfig
+from mlsae.analyze.events.encode import encode_rows, write_events
 from mlsae.analyze.events.plan import EventsPlan, PlannedPart, estimate_bytes, plan_events
 from mlsae.analyze.pairing import pair, provenance_of
 from mlsae.analyze.results.events import Events, load_events
@@ -159,20 +160,11 @@ def _write(
                 batches = read_rows(
                     pairing.store, pairing.site, part.layer, part.sequences, config.batch_size
                 )
-                for rows, tokens, stored in batches:
-                    encoded = pairing.sae.encode(
-                        torch.from_numpy(stored).to(pairing.device), part.layer
-                    )
-                    is_eligible = tokens % pairing.store.context_length >= pairing.skip_positions
-                    eligible = torch.from_numpy(is_eligible).to(pairing.device)
-                    writer.append(
-                        rows[is_eligible],
-                        tokens[is_eligible],
-                        encoded.values[eligible].cpu().numpy(),
-                        encoded.indices[eligible].cpu().numpy(),
-                    )
-                    bar.update(len(rows))
-                    seen += len(rows)
+                for batch in batches:
+                    encoded = encode_rows(pairing, part.layer, batch)
+                    write_events(writer, encoded, part.end_row)
+                    bar.update(len(encoded.rows))
+                    seen += len(encoded.rows)
             assert writer.record is not None
             directory.keep(writer.record)
             # The bar counts flagged rows too, which are not read.

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mlsae.analyze.events.encode import encode_rows, write_events
 from mlsae.analyze.events.plan import EventsPlan
 from mlsae.analyze.events.writer import EventsWriter
 from mlsae.analyze.examples.collect import Examples
@@ -150,29 +151,17 @@ class _Layer:
         """
         if (batch := next(self._reader, None)) is None:
             return None
-        rows_N, tokens_N, x_ND = batch
-        sae, device, length = self._pairing.sae, self._pairing.device, len(self._sequences)
-        x = torch.from_numpy(x_ND).to(device)
-        encoded = sae.encode(x, self.layer)
-        x_hat = sae.decode(encoded)
-        sequences_N, positions = np.divmod(tokens_N, self._pairing.store.context_length)
-        eligible_N = positions >= self._pairing.skip_positions
+        found = encode_rows(self._pairing, self.layer, batch)
+        x_hat = self._pairing.sae.decode(found.encoded)
+        sequences_N, positions = np.divmod(found.tokens, self._pairing.store.context_length)
         places = np.searchsorted(self._sequences, sequences_N)
-        part = np.where(positions == 0, 0, np.where(eligible_N, 2, 1))
-        keys = torch.from_numpy(part * self._num_groups + group_of(places, length))
-        self._rows.add(keys.to(device), x, x_hat, encoded.values)
-        eligible = torch.from_numpy(eligible_N).to(device)
-        values, indices = encoded.values[eligible], encoded.indices[eligible]
-        self._latents.add(values, indices)
-        # Rows ascend, so those that the events cover come first.
-        covered = int((rows_N[eligible_N] < end_row).sum())
-        self._writer.append(
-            rows_N[eligible_N][:covered],
-            tokens_N[eligible_N][:covered],
-            values[:covered].cpu().numpy(),
-            indices[:covered].cpu().numpy(),
-        )
-        return rows_N, tokens_N, eligible_N, (values, indices)
+        part = np.where(positions == 0, 0, np.where(found.eligible, 2, 1))
+        groups = group_of(places, len(self._sequences))
+        keys = torch.from_numpy(part * self._num_groups + groups)
+        self._rows.add(keys.to(self._pairing.device), found.x, x_hat, found.encoded.values)
+        self._latents.add(*found.latents)
+        write_events(self._writer, found, end_row)
+        return found.rows, found.tokens, found.eligible, found.latents
 
     def sums(self) -> LayerSums:
         """All sums, once the writer has been closed."""
