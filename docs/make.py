@@ -293,7 +293,7 @@ def _deciding(settings: type[Any], options: Sequence[click.Parameter]) -> str:
 
 def _commands(group: click.Group, prefix: str) -> Iterator[tuple[str, click.Command]]:
     """Full name and command, groups inside groups too."""
-    context = click.Context(group)
+    context = click.Context(group, **main_command.context_settings)
     for name in group.list_commands(context):
         command = group.get_command(context, name)
         if isinstance(command, click.Group):
