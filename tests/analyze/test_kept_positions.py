@@ -128,7 +128,7 @@ def test_cross_entropy_is_that_of_the_full_store_but_for_the_stored_activations(
         assert of_full["ce_store"] is not None
         assert of_kept["ce_store"] is None
     kept, unmeasured = both.of_kept.summary["notes"]
-    assert kept.startswith("the store keeps 7 of the 24 positions of each sequence: ")
+    assert kept.startswith("the store keeps 7 of the 24 positions of each sequence, ")
     assert unmeasured.startswith("ce_store was not measured: ")
     assert both.of_kept.summary["rows_per_sequence"] == KEPT
     assert both.of_full.summary["notes"] == []

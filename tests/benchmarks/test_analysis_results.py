@@ -161,7 +161,7 @@ def test_verdicts_on_claims_are_true_of_every_seed(content: dict[str, Any], page
     assert (verdicts["Token entropy of trained rises with depth"] == "yes") == rising
     lowest = min(mean(run) for run in entropy["control"])
     highest = max(mean(run) for n in INITS if n != "control" for run in entropy[n])
-    assert (verdicts["That of the control is high"] == "yes") == (lowest > highest)
+    assert (verdicts["Token entropy of the control is high"] == "yes") == (lowest > highest)
 
 
 def test_what_is_said_without_a_number_is_true(content: dict[str, Any]):

@@ -34,7 +34,7 @@ def test_settings_resolve_them(tmp_path: Path):
     """Of a harvest and of an analysis, in Python too."""
     harvest = HarvestConfig(model="demo", dataset=("demo:train:3", "./b:1"), out=tmp_path)
     assert harvest.model == str(model_path())
-    assert harvest.text.datasets == (f"{text_path('train')}:3", "./b:1")
+    assert harvest.datasets == (f"{text_path('train')}:3", "./b:1")
     assert HarvestConfig(model="./demo", dataset="demo", out=tmp_path).model == "./demo"
     analysis = AnalyzeConfig(cache="acts", sae=tmp_path, out=tmp_path, model=Path("demo"))
     assert analysis.model == model_path()
