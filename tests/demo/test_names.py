@@ -31,7 +31,7 @@ def test_names_of_text(name: str, place: str):
 
 
 def test_settings_resolve_them(tmp_path: Path):
-    """Of a harvest and of an analysis, in Python too."""
+    """Settings of a harvest and of an analysis take the names, in Python too."""
     harvest = HarvestConfig(model="demo", dataset=("demo:train:3", "./b:1"), out=tmp_path)
     assert harvest.model == str(model_path())
     assert harvest.datasets == (f"{text_path('train')}:3", "./b:1")

@@ -197,7 +197,7 @@ def test_rank_with_another_model_is_refused(
 def test_rank_with_another_attention_is_refused(
     config: Callable[..., HarvestConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its message says what to start every rank with."""
+    """The message names the option to start every rank with."""
     from mlsae.store import PlanMismatchError
 
     run(config(max_tokens=100, attention_implementation="eager"))

@@ -59,7 +59,7 @@ class AbsTopK(Architecture):
 
 @pytest.fixture(autouse=True)
 def _known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is known in the tests of this file alone."""
+    """Register AbsTopK for the tests of this file alone."""
     monkeypatch.setattr(base, "_registered", dict(base._registered))
     register(AbsTopK)
 
@@ -126,7 +126,7 @@ def test_training_learns_and_counts_signed_values(trained: Path) -> None:
 def test_a_stopped_run_goes_on_exactly(
     trained: Path, sample: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its checkpoint has what its own parameters need."""
+    """A checkpoint has all that the parameters of AbsTopK need."""
     config: dict[str, Any] = {"cache": sample.path, "out": tmp_path / "run", **SETTINGS}
     original = Trainer.step
 
@@ -151,7 +151,7 @@ def invoke(*words: object) -> str:
 
 
 def test_the_command_line_trains_it(trained: Path, sample: Any, tmp_path: Path) -> None:
-    """The same SAE."""
+    """An SAE that was saved and loaded equals the one that was trained."""
     out = tmp_path / "by-command"
     flags = "--architecture abstopk -k 4 --num-latents 64 --batch-size 60 --lr 3e-3 --device cpu"
     invoke(

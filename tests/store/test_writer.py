@@ -266,7 +266,7 @@ def test_a_shard_that_is_written_is_open_until_it_is_ended(tmp_path: Path):
 
 
 def test_given_moments_are_held_against_the_rows(tmp_path: Path):
-    """Their counts, their sites, and whether they are finite."""
+    """Counts, sites and finiteness of moments are checked."""
     batch = rows(8)
     writer = create(tmp_path / "a", tokens=TOKENS, **SHAPE, shard_bytes=60)
     good = moments_of(batch, writer.row_groups(0, 8))
