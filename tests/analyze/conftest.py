@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pytest
 import torch
 import transformers
 
+from mlsae.analyze.results.columns import LATENT_LAYERS, LATENTS
 from mlsae.harvest import HarvestConfig
 from mlsae.harvest import run as run_harvest
 from mlsae.models import load
@@ -212,3 +214,37 @@ def dense() -> Callable[[SAE], DenseSAE]:
 def training_record_() -> Callable[[Store], dict[str, Any]]:
     """`training_record`, for tests, which cannot import this file."""
     return training_record
+
+
+@pytest.fixture(scope="session")
+def random_tables() -> Callable[[int, int], tuple[pa.Table, pa.Table]]:
+    """Tables `latents` and `latent_layers` of random numbers, of (num_latents, num_layers)."""
+    return _random_tables
+
+
+def _random_tables(num_latents: int, num_layers: int) -> tuple[pa.Table, pa.Table]:
+    """`latents` and `latent_layers`, of random numbers."""
+    generator = np.random.default_rng(0)
+    counts = generator.integers(0, 10**6, (num_latents, num_layers))
+    counts[::17] = 0
+    prob = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+    index = np.arange(num_latents)
+    latents = {
+        column.name: pa.array(generator.random(num_latents) * 10, column.type, safe=False)
+        for column in LATENTS
+        if column.name not in {"latent", "count", "dead"}
+    }
+    latents |= {
+        "latent": pa.array(index, pa.int32()),
+        "count": pa.array(counts.sum(axis=1)),
+        "dead": pa.array(counts.sum(axis=1) == 0),
+    }
+    layers = {
+        "latent": pa.array(np.repeat(index, num_layers), pa.int32()),
+        "layer": pa.array(np.tile(np.arange(num_layers), num_latents), pa.int32()),
+        "count": pa.array(counts.ravel()),
+        "prob": pa.array(prob.ravel()),
+    }
+    for column in LATENT_LAYERS:
+        layers.setdefault(column.name, pa.nulls(num_latents * num_layers, column.type))
+    return pa.table(latents), pa.table(layers)

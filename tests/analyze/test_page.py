@@ -17,11 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlsae.analyze import Analysis, AnalyzeConfig, load, run
-from mlsae.analyze.results.columns import LATENT_LAYERS, LATENTS
 from mlsae.analyze.results.page.examples import AFTER, BEFORE, examples_data
-from mlsae.analyze.results.page.latents import MAX_CELLS, MAX_LATENTS, choose, latents_data
+from mlsae.analyze.results.page.latents import MAX_CELLS, choose, latents_data
 from mlsae.analyze.results.page.render import MAX_BYTES, render, write_page
 from mlsae.base.files import read_sealed, seal
+
+Tables = Callable[[int, int], tuple[pa.Table, pa.Table]]
+"""(num_latents, num_layers) → `latents` and `latent_layers`."""
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\"'\u2028"
 VOID = {"meta", "link", "img", "input", "br", "hr"}
@@ -353,61 +355,12 @@ def test_where_examples_do_not_fit_each_latent_keeps_as_many(tmp_path: Path) -> 
     assert {(latent, value) for latent in range(40) for value in (10, 9, 8)} <= kept
 
 
-def tables(num_latents: int, num_layers: int) -> tuple[pa.Table, pa.Table]:
-    """`latents` and `latent_layers`, of random numbers."""
-    generator = np.random.default_rng(0)
-    counts = generator.integers(0, 10**6, (num_latents, num_layers))
-    counts[::17] = 0
-    prob = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
-    index = np.arange(num_latents)
-    latents = {
-        column.name: pa.array(generator.random(num_latents) * 10, column.type, safe=False)
-        for column in LATENTS
-        if column.name not in {"latent", "count", "dead"}
-    }
-    latents |= {
-        "latent": pa.array(index, pa.int32()),
-        "count": pa.array(counts.sum(axis=1)),
-        "dead": pa.array(counts.sum(axis=1) == 0),
-    }
-    layers = {
-        "latent": pa.array(np.repeat(index, num_layers), pa.int32()),
-        "layer": pa.array(np.tile(np.arange(num_layers), num_latents), pa.int32()),
-        "count": pa.array(counts.ravel()),
-        "prob": pa.array(prob.ravel()),
-    }
-    for column in LATENT_LAYERS:
-        layers.setdefault(column.name, pa.nulls(num_latents * num_layers, column.type))
-    return pa.table(latents), pa.table(layers)
-
-
-def test_few_latents_are_all_shown_and_of_many_a_choice() -> None:
-    latents, _ = tables(MAX_LATENTS, 6)
-    chosen, rule = choose(latents, 6)
-    assert chosen.tolist() == list(range(MAX_LATENTS))
-    assert rule == f"All {MAX_LATENTS:,} latents."
-    latents, _ = tables(131_072, 6)
-    chosen, rule = choose(latents, 6)
-    assert len(chosen) == len(set(chosen.tolist())) == MAX_LATENTS
-    assert rule.startswith("4,096 of 131,072 latents: the most frequent, and of those at least as ")
-    count, spread = latents["count"].to_numpy(), latents["layer_std"].to_numpy()
-    often = np.flatnonzero(count >= np.median(count[count > 0]))
-    by_spread = often[np.argsort(spread[often])]
-    third = MAX_LATENTS // 3
-    expected = {*by_spread[:third].tolist(), *by_spread[-third:].tolist()}
-    for latent in np.argsort(-count, kind="stable").tolist():
-        if len(expected) < MAX_LATENTS:
-            expected.add(latent)
-    assert set(chosen.tolist()) == expected
-    assert len(choose(latents, 96)[0]) == MAX_CELLS // 96
-
-
 @pytest.mark.parametrize(("num_latents", "num_layers"), [(131_072, 6), (8_192, 96)])
 def test_a_page_of_131072_latents_is_small(
-    analysis: Analysis, tmp_path: Path, num_latents: int, num_layers: int
+    analysis: Analysis, random_tables: Tables, tmp_path: Path, num_latents: int, num_layers: int
 ) -> None:
     """With examples for all that are shown, and figures that are too large to be shown all."""
-    latents, latent_layers = tables(num_latents, num_layers)
+    latents, latent_layers = random_tables(num_latents, num_layers)
     chosen, _ = choose(latents, num_layers)
     examples = write_examples(tmp_path, chosen.tolist(), list(range(num_layers))[:2], num_top=4)
     figures = [*analysis.summary["figures"], "huge.png"]
@@ -430,9 +383,9 @@ def test_a_page_of_131072_latents_is_small(
     assert len(page.data["profile"]) == len(chosen) * num_layers <= MAX_CELLS
 
 
-def test_a_dead_sae_has_a_page(analysis: Analysis) -> None:
+def test_a_dead_sae_has_a_page(analysis: Analysis, random_tables: Tables) -> None:
     """No variance of layers, no living latent, nulls throughout."""
-    latents, latent_layers = tables(10, 3)
+    latents, latent_layers = random_tables(10, 3)
     nulls = {name: pa.nulls(10, pa.float64()) for name in ("layer_std", "layer_mean", "mean")}
     for name, column in {**nulls, "count": pa.array([0] * 10)}.items():
         latents = latents.set_column(latents.schema.get_field_index(name), name, column)
@@ -448,13 +401,6 @@ def test_a_dead_sae_has_a_page(analysis: Analysis) -> None:
     page = page_of(dead)
     assert page.data["columns"]["layer_std"] == [None] * 10
     assert "Variance of the layer" not in page.text
-
-
-def test_a_choice_among_dead_latents() -> None:
-    latents, _ = tables(MAX_LATENTS + 1, 2)
-    at = latents.schema.get_field_index("count")
-    latents = latents.set_column(at, "count", pa.array([0] * (MAX_LATENTS + 1)))
-    assert choose(latents, 2)[0].tolist() == list(range(MAX_LATENTS))
 
 
 def test_numbers_are_short_and_nulls_stay(analysis: Analysis) -> None:

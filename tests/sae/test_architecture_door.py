@@ -151,7 +151,7 @@ def invoke(*words: object) -> str:
 
 
 def test_the_command_line_trains_it(trained: Path, sample: Any, tmp_path: Path) -> None:
-    """An SAE that was saved and loaded equals the one that was trained."""
+    """The SAE that the command trains is equal to that of the functions."""
     out = tmp_path / "by-command"
     flags = "--architecture abstopk -k 4 --num-latents 64 --batch-size 60 --lr 3e-3 --device cpu"
     invoke(
