@@ -135,7 +135,7 @@ def test_layers_are_a_choice(config: MakeConfig) -> None:
 def test_the_plan_says_how_attention_is_computed(
     config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Attention decides bits: another CPU finishes a harvest by the same attention, or not at all."""
+    """Attention decides bits: another CPU finishes a harvest by the attention that began it."""
     monkeypatch.setattr(attention, "has_fast_bfloat16", lambda: True)
     monkeypatch.setattr(attention, "has_matrix_units", lambda: False)
     settings = config(max_tokens=500, model_dtype="bfloat16")
