@@ -28,7 +28,7 @@ class Refusal(Exception):  # noqa: N818
 
 
 class Hub:
-    """What is served, what is refused, and what was asked."""
+    """Files that are served, refusals to give, and requests that came."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -41,7 +41,7 @@ class Hub:
         """(method, path) of every request."""
 
     def environment(self, home: Path) -> dict[str, str]:
-        """What a process needs to see this hub, and nothing of the user's own cache or token."""
+        """Environment in which a process sees this hub, and not the user's own cache or token."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),

@@ -23,7 +23,7 @@ ACCESS_KEY = "AKIDEXAMPLE"
 
 
 class Faults:
-    """What goes wrong, and what was asked. A name is the path of the URL without its first /."""
+    """Faults to make, and requests that came. A name is the path of the URL without its first /."""
 
     def __init__(self) -> None:
         self.unavailable = 0.0
@@ -39,7 +39,7 @@ class Faults:
         self.requests: list[tuple[str, str, str | None]] = []
         """(method, name, Range header) of every request."""
         self.served: Counter[str] = Counter()
-        """How often each was met: `503`, `429`, `cut`, `refused`."""
+        """Fault (`503`, `429`, `cut`, `refused`) → number of requests that met it."""
         self.most_at_once = 0
         """Most requests that waited for `latency` at one time."""
         self._waiting = 0
@@ -69,7 +69,7 @@ class Faults:
             return None
 
     def cuts_now(self, method: str, name: str) -> bool:
-        """Whether this answer ends in the middle."""
+        """True if this answer ends in the middle."""
         with self._lock:
             is_cut = method == "GET" and self.cuts[name] > 0
             self.cuts[name] -= is_cut
@@ -161,7 +161,7 @@ class WebServer:
         self.url = ""
         self.faults = Faults()
         self.answers_ranges = True
-        """Whether a request for a part is answered with it, or else with the whole file."""
+        """True: a request for a part is answered with the part; False: with the whole file."""
         self.replies: dict[str, Callable[[Handler], None]] = {}
         """Name → what is answered in place of a file."""
         self.authorizations: list[str | None] = []
@@ -180,7 +180,7 @@ class BucketServer:
         """Authorization header of every request."""
 
     def environment(self) -> dict[str, str]:
-        """What a process needs to reach it, and nothing of the user's own profile."""
+        """Environment in which a process reaches the bucket, and not the user's own profile."""
         return {
             "AWS_ENDPOINT_URL": self.url,
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
@@ -217,14 +217,14 @@ class HubServer:
 
     def __init__(self, hub: Any, files: WebServer) -> None:
         self.hub = hub
-        """What tests/hub.py serves."""
+        """Hub that tests/hub.py serves."""
         self.files = files
         """The other host."""
         self.token: str | None = None
-        """What the hub asks for; None where everything is public."""
+        """Token that the hub asks for; None where everything is public."""
 
     def environment(self, home: Path) -> dict[str, str]:
-        """What a process needs to reach it, and nothing of the user's own cache or token."""
+        """Environment in which a process reaches the hub, and not the user's own cache or token."""
         found: dict[str, str] = self.hub.environment(home)
         return found
 

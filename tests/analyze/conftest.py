@@ -156,7 +156,7 @@ def sae_maker(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 def training_record(store: Store) -> dict[str, Any]:
-    """What training would record of a store, as far as an analysis asks for it."""
+    """Training's record of a store, as far as an analysis asks for it."""
     return {
         "store_id": store.store_id,
         "plan_id": store.plan_id,

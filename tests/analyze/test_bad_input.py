@@ -1,4 +1,4 @@
-"""What users get wrong with an analysis, through the command line."""
+"""Mistakes that users make with an analysis, through the command line."""
 
 import shutil
 import subprocess
@@ -142,7 +142,7 @@ def analysis(
     out = tmp_path_factory.mktemp("bad") / "out"
     done = analyze(world, sae_maker(world.store), out)
     assert done.exit_code == 0, done.output
-    # Its store is that of training.
+    # The analyzed store is that of training.
     assert "warning" not in done.stderr
     return out
 

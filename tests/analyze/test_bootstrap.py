@@ -29,7 +29,7 @@ def test_resamples_draw_as_many_groups_with_replacement_and_always_the_same() ->
     assert weights.shape == (1 + NUM_RESAMPLES, 37)
     assert (weights[0] == 1).all()
     assert (weights.sum(axis=1) == 37).all()
-    # How often a group is drawn is binomial: variance 36/37, and none is drawn more than others.
+    # Draws of a group are binomial: variance 36/37, and none is drawn more than others.
     assert weights[1:].var() == pytest.approx(36 / 37, rel=0.03)
     assert weights[1:].mean(axis=0) == pytest.approx(np.ones(37), abs=0.15)
     np.testing.assert_array_equal(weights, group_weights(37))

@@ -79,7 +79,7 @@ def test_dists_are_those_of_the_published_code(
     for name in expected[0]:
         values = np.array([row[name] for row in expected])
         ours = np.array(found[name].to_pylist())
-        # Its variance is a difference of squares in float32, below 0 where it is small.
+        # The published variance is a difference of squares in float32: a small one may be below 0.
         atol = {"layer_var": 1e-5, "layer_std": 4e-3}.get(name, 1e-6)
         if name == "layer_std":
             values = np.where(np.array([row["layer_var"] for row in expected]) < 0, 0, values)
@@ -118,7 +118,7 @@ def test_dists_have_the_types_that_a_generator_of_floats_gives() -> None:
 
 
 class Example(NamedTuple):
-    """Of mlsae/analysis/examples.py."""
+    """The class of this name in the published mlsae/analysis/examples.py."""
 
     latent: int
     layer: int

@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Sums:
-    """What the independent run adds up."""
+    """Sums of the independent run."""
 
     num_tokens: int = 0
     ce: float = 0.0

@@ -193,7 +193,7 @@ def test_nothing_active_is_nothing_to_decompose() -> None:
 def analyzed(
     world: Any, sae_maker: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Analysis, Path]:
-    """Of the first five validation sequences of seven, three tokens encoded at once."""
+    """Analysis of the first five of seven validation sequences, three tokens encoded at once."""
     directory = sae_maker(world.store, num_latents=160)
     config = AnalyzeConfig(
         figures=False,
@@ -255,7 +255,7 @@ def test_blocks_of_any_number_of_tokens_add_up_to_the_same(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """Of a block of 5 rows, some have none that is eligible; some blocks are covered in part."""
+    """Some blocks of 5 rows have no eligible one; some blocks are covered in part."""
     monkeypatch.setattr(joint_sums, "PUBLISHED_BATCH", block)
     directory = sae_maker(world.store, num_latents=160, skip_positions=16)
     cpu = torch.device("cpu")
@@ -287,7 +287,7 @@ def test_blocks_of_any_number_of_tokens_add_up_to_the_same(
     mass = terms["mass"].summary()
     assert {name: mass[name] for name in expected} == pytest.approx(expected, rel=1e-5)
     assert found.decomposition.num_tokens == eligible.sum()
-    # What is not covered was read too.
+    # Rows that are not covered were read too.
     swept = row[np.isin(row // 24, range(3, 14)) & (world.flags == 0)]
     assert sum(told) == 3 * len(swept)
     blocks = [eligible[n : n + block] for n in range(0, len(eligible), block)]

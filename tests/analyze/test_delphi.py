@@ -38,7 +38,7 @@ Event = tuple[int, int, int, np.float16]
 def analysis(
     world: Any, sae_maker: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Analysis:
-    """Of the rows of training, 30 sequences that are not consecutive, events of the first 20."""
+    """Training's rows, in 30 sequences that are not consecutive; events of the first 20."""
     return run(
         AnalyzeConfig(
             cache=world.store,
@@ -64,7 +64,7 @@ def _sequences(analysis: Analysis) -> list[int]:
 
 
 def _events(analysis: Analysis, layer: int) -> Counter[Event]:
-    """What the cache is to hold of a layer, by a loop over the table."""
+    """Events that the cache is to hold for a layer, by a loop over the table."""
     place = {sequence: n for n, sequence in enumerate(_sequences(analysis))}
     table = analysis.events.to_table(filter=pc.field("layer") == layer)
     return Counter(
@@ -244,7 +244,7 @@ def test_large_layers_are_cut_finer() -> None:
 
 
 def test_memory_does_not_grow_with_the_events(tmp_path: Path) -> None:
-    """What numpy takes, of 2²¹ events and of four times as many; with a latent to be sorted."""
+    """Peak of numpy's memory with 2²¹ events and four times as many, one latent to be sorted."""
     (tmp_path / "tokens").write_bytes(b"")
 
     def batches(num: int) -> Iterator[Any]:
@@ -266,7 +266,7 @@ def test_memory_does_not_grow_with_the_events(tmp_path: Path) -> None:
 
 
 def test_reading_the_events_holds_no_whole_file(analysis: Analysis, tmp_path: Path) -> None:
-    """Of 96 row groups a few, how many being Arrow's to choose; half a file would be 48."""
+    """A few of 96 row groups, as Arrow chooses; half a file would be 48."""
     generator, num_events = np.random.default_rng(0), 96 << 17
     table = pa.table(
         {

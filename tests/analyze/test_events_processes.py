@@ -27,7 +27,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 def alone(
     world: Any, sae_maker: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> EventsConfig:
-    """What one process wrote that nobody disturbed."""
+    """Events that one undisturbed process wrote."""
     config = EventsConfig(
         cache=world.store,
         sae=sae_maker(world.store),

@@ -27,7 +27,7 @@ CE_COLUMNS = ("num_ce_tokens", "ce", "ce_sae", "delta_ce", "kl")
 
 @dataclass(frozen=True)
 class Both:
-    """The same text in two stores, and one SAE's analysis of each, on the validation rows."""
+    """One text in two stores, and one SAE's analysis of each, on the validation rows."""
 
     full: Path
     kept: Path
@@ -84,7 +84,7 @@ def test_rows_and_their_tokens_are_the_kept_ones_of_the_full_store(both: Both) -
 
 
 def test_events_are_those_of_the_kept_tokens(both: Both) -> None:
-    """Of the same tokens as in the full store, and each with its token."""
+    """They equal the full store's events at those tokens, and each has its token."""
     full, kept = (
         analysis.events.to_table().to_pydict() for analysis in (both.of_full, both.of_kept)
     )

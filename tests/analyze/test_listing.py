@@ -48,7 +48,7 @@ def test_condition_sort_limit_and_columns_together() -> None:
 def analysis(
     world: Any, sae_maker: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Analysis:
-    """Of 160 latents."""
+    """An analysis of 160 latents."""
     directory = sae_maker(world.store, num_latents=160)
     out = tmp_path_factory.mktemp("listing") / "out"
     return run(AnalyzeConfig(figures=False, cache=world.store, sae=directory, out=out))

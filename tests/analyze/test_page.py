@@ -314,7 +314,7 @@ def test_a_path_that_is_no_utf_8_does_not_stop_it(analysis: Analysis, tmp_path: 
 
 
 def test_examples_keep_window_peak_and_values(tmp_path: Path) -> None:
-    """Those of other latents, and lesser ranks, are left out."""
+    """Examples of other latents, and of lower ranks, are left out."""
     found = write_examples(tmp_path, [5, 7, 9], [0, 1, 3])
     data = examples_data(found, np.array([5, 9]), 10**6)
     assert data["complete"]
@@ -413,7 +413,7 @@ def test_numbers_are_short_and_nulls_stay(analysis: Analysis) -> None:
 
 
 def test_the_summary_stays_sealed(analysis: Analysis) -> None:
-    """What the page reads of it is in the file."""
+    """The file holds what the page reads of the summary."""
     summary = read_sealed(analysis.path / "summary.json")
     assert summary == analysis.summary
     assert seal(summary) == (analysis.path / "summary.json").read_bytes()

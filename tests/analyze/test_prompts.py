@@ -44,7 +44,7 @@ def _ids(model: Path, text: str) -> list[int]:
 def _by_plain_hooks(
     model: Any, tokens: list[int], sae: Any, noise: torch.Tensor | None = None
 ) -> Events:
-    """What is active at the outputs of blocks 0 and 2, of the SAE by its definition."""
+    """Latents active at the outputs of blocks 0 and 2, by the definition of the SAE."""
     seen: dict[int, Any] = {}
 
     def hook_of(layer: int) -> Callable[..., None]:

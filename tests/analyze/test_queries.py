@@ -21,7 +21,7 @@ Rows = list[tuple[Any, ...]]
 def analysis(
     world: Any, sae_maker: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Analysis:
-    """Of a small SAE, in a directory named as on the page."""
+    """Analysis of a small SAE, in a directory named as on the page."""
     out = tmp_path_factory.mktemp("queries") / "analysis"
     return run(
         AnalyzeConfig(

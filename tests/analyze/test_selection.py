@@ -1,4 +1,4 @@
-"""Which rows are evaluated, and reading them."""
+"""Rows that are evaluated, and reading them."""
 
 from collections.abc import Callable
 from typing import Any

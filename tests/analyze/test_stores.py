@@ -29,7 +29,7 @@ CE = ("num_ce_tokens", "ce", "ce_store", "ce_sae", "delta_ce", "kl")
 
 @pytest.fixture(scope="module")
 def stores(harvested: Callable[..., Path]) -> tuple[Path, Path]:
-    """Of the control: a token's noise depends on where it lies in the text of its own store."""
+    """Stores of the control: a token's noise depends on where it lies in its own store's text."""
     settings: dict[str, Any] = {"init": "control", "init_seed": 3}
     return harvested(**settings), harvested(**settings, shuffle_seed=1, max_tokens=9 * LENGTH)
 
@@ -67,7 +67,7 @@ def entropy(cache: Any, sae: Path) -> CrossEntropy:
 def test_every_store_of_a_corpus_is_run_as_it_was_harvested(
     stores: tuple[Path, Path], sae: Path
 ) -> None:
-    """What is stored costs nothing, in batches with sequences of both too; sums are of both."""
+    """Stored rows cost nothing, in batches with sequences of both stores too; sums are of both."""
     found = entropy(stores, sae)
     np.testing.assert_allclose(found.ce_store, found.ce, atol=1e-5)
     alone = [entropy(path, sae) for path in stores]
@@ -198,7 +198,7 @@ def test_a_remote_store_that_lists_itself_is_analyzed_as_the_local_one(
     serve: Callable[[str, Path], str],
     tmp_path: Path,
 ) -> None:
-    """Its transformer is found by what the harvest noted."""
+    """The transformer is found by what the harvest noted."""
     local = analysis(stores[1], sae, tmp_path / "local")
     location = serve("hub", stores[1])
     found = analysis(location, sae, tmp_path / "remote", cache_dir=tmp_path / "kept")

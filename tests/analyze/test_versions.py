@@ -67,7 +67,7 @@ def _files(analysis: Path) -> list[Path]:
 
 
 def _to_later(analysis: Path) -> None:
-    """What a later minor version may do: columns at either end, a table, a file, keys."""
+    """Add what a later minor version may: columns at either end, a table, a file, keys."""
     sizes = {}
     for path in _files(analysis):
         table = pq.ParquetFile(path).read()

@@ -1,4 +1,4 @@
-"""What the machine lacks is said before work begins."""
+"""Resources that the machine lacks are named before work begins."""
 
 import shutil
 import subprocess

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 TRAINING_STATES = ("nothing", "claimed", "checkpoint", "finished")
-"""What kills of training met, which the page does not tell."""
+"""States that kills of training met; the page does not tell them."""
 RECORD = ROOT / "docs/evidence/reliability.json"
 
 

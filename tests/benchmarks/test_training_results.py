@@ -93,7 +93,7 @@ def test_sentences_on_layers_are_true_of_every_seed(content: dict[str, Any], pag
 
 
 def fvus(saes: list[dict[str, Any]], layers: list[int], num_latents: int, at: int) -> list[float]:
-    """Of each seed, at the given one of the SAE's layers."""
+    """FVU of each seed, at the given one of the SAE's layers."""
     return [
         sae["fvu_by_layer"][at]
         for sae in saes
@@ -132,7 +132,7 @@ def test_study_of_scalings_is_whole_and_its_fvu_that_of_its_mse(content: dict[st
 
 
 def test_guide_to_how_many_tokens_has_the_measured_ratios(content: dict[str, Any]):
-    """Its table, recomputed: held-out FVU over that with all of the text, by size and part."""
+    """The guide's table, recomputed: held-out FVU over that with all text, by size and part."""
     guide = (ROOT / "docs" / "how-large.md").read_text()
     rows = rows_of(guide, "Tokens that training wants")
     saes = content["tokens"]["saes"]

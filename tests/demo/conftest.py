@@ -123,7 +123,7 @@ def numpy_model() -> NumpyNeoX:
 
 @pytest.fixture(scope="session")
 def training() -> dict[str, Any]:
-    """What the package records of the model's training."""
+    """The package's record of the model's training."""
     record: dict[str, Any] = json.loads((model_path() / "training.json").read_text())
     return record
 

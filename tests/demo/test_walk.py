@@ -87,7 +87,7 @@ def test_walking_again_keeps_store_and_sae(walked: Walked) -> None:
 
 
 def test_walk_refuses_a_directory_of_other_things(tmp_path: Path) -> None:
-    """What is in the way is named, and it is left alone."""
+    """The file in the way is named and left alone."""
     (tmp_path / "acts").mkdir()
     (tmp_path / "acts" / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match=r"notes\.txt"):

@@ -26,7 +26,7 @@ REQUIREMENTS = {
         "safetensors",
         "torchmetrics",
     ],
-    # What its loader imports, in place of all that it asks for: vllm, bitsandbytes and a server.
+    # Imports of Delphi's loader, in place of all it requires: vllm, bitsandbytes and a server.
     "delphi": [
         "torch==2.13.0",
         "transformers==4.57.6",
@@ -41,7 +41,7 @@ REQUIREMENTS = {
         "safetensors",
         "simple-parsing",
     ],
-    # Its nnsight imports what transformers 5 no longer has; the others are what goes with 4, named
+    # nnsight imports what transformers 5 no longer has; the others go with transformers 4, named
     # so that pip need not try versions for minutes.
     "dictionary_learning": [
         "torch==2.13.0",
@@ -54,9 +54,9 @@ REQUIREMENTS = {
     "selenium": ["selenium==4.44.0"],
 }
 ALONE = {"delphi": ["eai-delphi==0.1.3"]}
-"""What is installed without what it asks for."""
+"""Tool → packages installed without their dependencies."""
 LIBRARIES = {"wandb": ["wandb==0.31.0"]}
-"""What is installed beside mlsae's own environment, in a folder for PYTHONPATH."""
+"""Library → packages installed beside mlsae's own environment, in a folder for PYTHONPATH."""
 UNWANTED = ["torchvision"]
 """Comes with a dependency, is not used, and fails to load beside a torch without CUDA."""
 

@@ -39,7 +39,7 @@ def read(cache, out):
 
 
 def records(cache, out, context):
-    """What an explainer is given of each latent: windows of tokens and values, and frequencies."""
+    """Write what an explainer gets for each latent: windows of tokens and values, frequencies."""
     rows = [
         {
             "latent": str(record.latent),

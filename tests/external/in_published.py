@@ -11,7 +11,7 @@ D, N, K = 24, 96, 6
 
 
 def module(source):
-    """Its class, without what its packages import to train."""
+    """The published class, without the modules that its packages import to train."""
     for name in ("mlsae", "mlsae.model", "mlsae.metrics"):
         package = types.ModuleType(name)
         package.__path__ = [str(Path(source, *name.split(".")))]
@@ -37,7 +37,7 @@ def make(directory, x, out, source):
 
 
 def train(directory, batches, out, source):
-    """Its loss curve on given micro-batches (steps, micro-batches, layers, tokens, channels)."""
+    """Write the loss curve on micro-batches (steps, micro-batches, layers, tokens, channels)."""
     MLSAE = module(source)
     from mlsae.metrics.auxiliary_loss import AuxiliaryLoss
     from mlsae.metrics.mse_loss import MSELoss

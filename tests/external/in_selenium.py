@@ -39,7 +39,7 @@ def look(page, chromium, driver_path, folder):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(driver_path))
-    # What a click or an address changes, it may change a moment later.
+    # A click or an address may change the page a moment later.
     driver.implicitly_wait(10)
     try:
         return walk(driver, page, folder)

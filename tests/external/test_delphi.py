@@ -88,7 +88,7 @@ def _dense(analysis: Analysis, layer: int) -> tuple[np.ndarray, np.ndarray]:
 def test_its_loader_gives_the_events_and_tokens(
     made: tuple[Store, Analysis, Path], peer: Callable[..., str], tmp_path: Path
 ) -> None:
-    """Of all latents and of chosen ones."""
+    """All latents are read, and chosen ones."""
     store, analysis, cache = made
     peer("delphi", "read", cache, tmp_path / "found.safetensors")
     found = load_file(tmp_path / "found.safetensors")

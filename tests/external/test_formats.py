@@ -83,7 +83,7 @@ def test_the_tool_reads_an_export(
     [
         ("saelens", "standardize", CLOSE),
         ("saelens", "none", CLOSE),
-        # Its loader makes decoder rows unit, in float32.
+        # The loader of dictionary_learning makes decoder rows unit, in float32.
         ("dictionary_learning", "none", ROUNDED),
     ],
 )
@@ -95,7 +95,7 @@ def test_the_tool_reads_an_export_of_relu(
     x: Path,
     tmp_path: Path,
 ) -> None:
-    """Of an architecture that both have under other names."""
+    """Both tools have this architecture under other names."""
     run = random_sae(tmp_path / "run", normalize, bias=True, architecture="relu")
     for directory in export_sae(run, tool.replace("_", "-"), tmp_path / "out", model="gpt2"):
         peer(tool, "forward", directory, x, tmp_path / "y.npy")
@@ -129,7 +129,7 @@ def test_an_sae_of_saelens_is_imported(
 def test_an_sae_of_another_tool_is_imported(
     tool: str, folder: str, peer: Callable[..., str], x: Path, tmp_path: Path
 ) -> None:
-    """That of dictionary_learning trained by its own trainer."""
+    """Random weights of sparsify; dictionary_learning trains its SAE with its own trainer."""
     peer(tool, "make", tmp_path / folder, x, tmp_path / "y.npy")
     sae = import_sae(tmp_path / folder, tmp_path / "sae")
     np.testing.assert_allclose(ours(sae, x), np.load(tmp_path / "y.npy"), **CLOSE)
@@ -144,7 +144,7 @@ def test_an_sae_of_another_tool_is_imported(
 def test_the_published_module_both_ways(
     normalize: str, peer: Callable[..., str], x: Path, tmp_path: Path
 ) -> None:
-    """It is no package of the index, so its source has to be given."""
+    """The module is no package of the index: a checkout of its source has to be given."""
     source = os.environ["MLSAE_PUBLISHED"]
     run = random_sae(tmp_path / "run", normalize, bias=False)
     (directory,) = export_sae(run, "mlsae", tmp_path / "out")

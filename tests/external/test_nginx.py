@@ -38,7 +38,7 @@ def nginx(root: Path, folder: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     folder.mkdir()
-    # Its workers run as another user, who may not look into the test's folders.
+    # nginx's workers run as another user, who may not look into the test's folders.
     user = "user root;" if root.owner() == "root" else ""
     text = user + CONFIGURATION.format(folder=folder, port=port, root=root)
     (folder / "nginx.conf").write_text(text)

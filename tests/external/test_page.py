@@ -38,7 +38,7 @@ def chromium() -> tuple[str, str]:
 
 @pytest.fixture
 def analysis(sample_maker: Callable[..., Any], tmp_path: Path) -> Analysis:
-    """Of an untrained SAE, in a folder whose name is markup, with examples that are markup."""
+    """Analysis of an untrained SAE; its folder's name and its examples are markup."""
     folder = tmp_path / "<img src=x onerror=alert(3)>"
     store = open_store(sample_maker().path)
     sae = SAE(
@@ -120,7 +120,7 @@ def test_the_page_in_chromium(
     peer: Callable[..., str],
     tmp_path: Path,
 ) -> None:
-    """It opens from the disk, sorts, filters, opens latents, and fits wide and narrow windows."""
+    """The page opens from the disk, sorts, filters, opens latents, fits wide and narrow windows."""
     shots = tmp_path / "shots"
     shots.mkdir()
     seen = json.loads(peer("selenium", analysis.page, *chromium, shots))

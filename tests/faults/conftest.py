@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 class Counts:
-    """What each campaign met and survived, for docs/evidence/reliability.md."""
+    """Campaign → faults met and survived, for docs/evidence/reliability.md."""
 
     def __init__(self) -> None:
         self.campaigns: dict[str, Counter[str]] = {}
@@ -68,7 +68,7 @@ def recorded(request: pytest.FixtureRequest, counts: Counts) -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """What was done, a line a campaign."""
+    """Print a line for each campaign."""
     if (found := config.stash.get(COUNTS, None)) is None:
         return
     terminalreporter.section("what was done and survived")
@@ -84,7 +84,7 @@ def kit() -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
-    # Its dataclasses look themselves up there.
+    # Dataclasses of the module look themselves up there.
     sys.modules["fault_kit"] = module
     spec.loader.exec_module(module)
     return module
@@ -101,7 +101,7 @@ def unbroken(kit: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def store_id(kit: Any, unbroken: Path) -> str:
-    """Its identity."""
+    """Identity of the unbroken store."""
     found: str = kit.open_store(unbroken).store_id
     kit.assert_sound(unbroken, found)
     return found

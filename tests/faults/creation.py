@@ -89,7 +89,7 @@ def in_child(work: Callable[[], object]) -> int:
 
 
 def fingerprint_of(path: Path) -> str:
-    """Of the names and bytes of a folder; of temporary files, which nothing reads, the names."""
+    """Hash of a folder's names and bytes; temporary files, which nothing reads, count by name."""
     digest = hashlib.sha256()
     for entry in sorted(path.rglob("*"), key=lambda entry: _PARTIAL.sub("", str(entry))):
         digest.update(_PARTIAL.sub(".partial", str(entry.relative_to(path))).encode() + b"\0")
@@ -156,7 +156,7 @@ def main() -> None:
                     cut_power(places[name], done, keep_names=keep_names)
                     counts["power_cuts"] += 1
             for what, place in places.items():
-                # The same files, whatever temporary ones hold, are the same store.
+                # Equal files make the same store, whatever temporary ones hold.
                 if (fingerprint := fingerprint_of(place)) in seen:
                     continue
                 seen.add(fingerprint)

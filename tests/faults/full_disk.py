@@ -148,7 +148,7 @@ def analyses(disk: Disk, store: Path, sae: Path, counts: Counter[str]) -> None:
         return next(disk.path.glob(".analysis.*.partial"), None)
 
     moments: dict[str, tuple[Reached, int, str]] = {
-        # What the largest table needs is estimated before it is begun.
+        # Room for the largest table is estimated before it is begun.
         "events": (lambda: partial() is not None, 0, "not enough disk"),
         "tables": (lambda: any(disk.path.glob(".analysis.*/events/*")), 8_000, "disk is full"),
     }

@@ -133,7 +133,7 @@ def edits(draw: DrawFn, base: Base) -> Edit:
 
 @composite
 def cases(draw: DrawFn, base: Base) -> dict[str, Any]:
-    """What `mutate` and `put` take."""
+    """Draw arguments of `mutate` and `put`."""
     kinds = {}
     if draw(st.integers(0, 9)) == 0:
         kinds[draw(st.sampled_from(base.names))] = draw(st.sampled_from(KINDS))
@@ -198,7 +198,7 @@ class Campaign:
         self.slowest = 0.0
 
     def run(self, base: Base, num_cases: int, number: int) -> None:
-        """So many cases of a store."""
+        """Run `num_cases` cases of a store."""
 
         @seed(number)
         @settings(

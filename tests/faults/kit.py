@@ -97,7 +97,7 @@ def assert_refused(done: "subprocess.CompletedProcess[str]", *words: str) -> str
 
 
 def state_of(path: Path) -> str:
-    """What a reader sees: absent, begun, tokens, shards or complete; anything else is an error."""
+    """State a reader sees: absent, begun, tokens, shards or complete; anything else is an error."""
     try:
         store = open_store(path, incomplete=True)
     except StoreError as error:

@@ -21,12 +21,12 @@ from mlsae.store.plancheck import check_plan
 
 PLAN, SETUP, COMPLETE = "plan.json", "commits/setup.json", "complete.json"
 KINDS = ("nothing", "directory", "pipe", "zeros", "loop", "nowhere")
-"""What `put` can leave where an object should be."""
+"""Kinds of file that `put` can leave where an object should be."""
 NEST = "@nest:"
 """A string that begins so is written as brackets nested so many times."""
 Edit = tuple[Any, ...]
 _SHAPED = (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError)
-"""What edits and seals meet in records that other edits have bent."""
+"""Errors that edits and seals meet in records that other edits have bent."""
 
 
 def make_store(path: Path, **options: Any) -> Path:
@@ -85,7 +85,7 @@ class Files(dict[str, bytes]):
 
     @classmethod
     def read(cls, path: Path) -> "Files":
-        """Of a store on disk."""
+        """Read a store on disk."""
         found = (file for file in path.rglob("*") if file.is_file())
         files = {file.relative_to(path).as_posix(): file.read_bytes() for file in found}
         # A run's record has a random name, and cases are to be the same each time.
@@ -142,7 +142,7 @@ def mutate(base: Files, edits: list[Edit], *, resealed: bool, follow: bool) -> F
 
 
 def sealed_names(names: Iterable[str]) -> list[str]:
-    """Those of some names that are sealed records."""
+    """Names of sealed records among `names`."""
     return [name for name in names if name.endswith(".json") and not name.endswith("zarr.json")]
 
 
@@ -307,7 +307,7 @@ def put(files: Files, path: Path, kinds: Mapping[str, str]) -> None:
     """Write a store to an empty directory.
 
     Args:
-        files: its objects.
+        files: name → bytes of the store's objects.
         path: the directory.
         kinds: name → what stands there in the object's place: nothing, a directory, a pipe that
             nobody writes to, a link to a device, to itself or to nowhere.

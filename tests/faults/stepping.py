@@ -135,7 +135,7 @@ class Stepper:
 
 
 def read_journal(path: Path) -> list[Line]:
-    """Its steps, one a line; the last step of a process that was killed was begun and not done."""
+    """Read the steps, one a line; the last step of a killed process was begun and not done."""
     steps: list[Line] = []
     for line in path.read_text().splitlines():
         if line == '"failed"':  # A folder that is there already, mostly.

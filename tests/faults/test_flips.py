@@ -69,7 +69,7 @@ def flipped(path: Path, at: int, mask: int) -> Iterator[None]:
 
 
 def readings(path: Path) -> dict[str, Callable[[], Any]]:
-    """What → how to read it, from a store opened anew each time."""
+    """Name of a reading → function that opens the store anew and reads it."""
     store = open_store(path)
     found: dict[str, Callable[[], Any]] = {
         name: lambda name=name: getattr(open_store(path), name)()  # type: ignore[misc]
@@ -102,7 +102,7 @@ def trained_on(path: Path, site: str) -> tuple[bytes, int]:
 
 
 def analyzed(path: Path, site: str) -> list[tuple[int, bytes]]:
-    """Of each layer all that analysis is given, its rows counted, and hashed."""
+    """Number and hash of the rows that analysis is given, by layer."""
     store, found = open_store(path), []
     for layer in store.layers:
         digest, num_rows = hashlib.sha256(), 0
@@ -123,7 +123,7 @@ def attempt(read: Callable[[], Any]) -> tuple[str | None, Any]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two readings gave one thing."""
+    """True if two readings are equal."""
     return np.array_equal(one, other) if isinstance(one, np.ndarray) else bool(one == other)
 
 
@@ -139,7 +139,7 @@ def places(files: list[Path], generator: random.Random) -> Iterator[tuple[Path, 
 
 
 def kind_of(name: str) -> str:
-    """What is in a file, for the counts."""
+    """Kind of a file's content, for the counts."""
     folder = name.split("/")[0]
     if name.endswith("zarr.json"):
         return "metadata"

@@ -35,7 +35,7 @@ STEPS = {
 
 
 def test_at_every_step_of_making_a_small_store(kit: Any, counts: Any, tmp_path: Path) -> None:
-    """Of two kinds, in children of one process; what a power cut would leave is looked at too."""
+    """Two kinds of store, in children of one process; leavings of a power cut are read too."""
 
     def sweep(variant: int) -> dict[str, Any]:
         script = [sys.executable, HERE / "creation.py", "--variant", variant]

@@ -43,7 +43,7 @@ def one_of_each_kind(path: Path) -> dict[str, Path]:
     """Kind → a file of it."""
     files = sorted(file for file in path.rglob("*") if file.is_file())
     found = {kind_of(file.relative_to(path).as_posix()): file for file in files}
-    # Of shards and their records the first, one in the middle and the last, which is short.
+    # Shards and their records: the first, one in the middle and the last, which is short.
     last = len(list(path.glob("commits/[0-9]*.json"))) - 1
     numbers = re.compile(rf"(c\.|/0*)(0|1|{last})(\.|$)")
     return {
@@ -115,7 +115,7 @@ def test_cut_short_emptied_longer_or_missing(counts: Any, stores: list[Path]) ->
         truth = truth_of(path)
         for file in one_of_each_kind(path).values():
             name = file.relative_to(path).as_posix()
-            # Whether to have a card, or a record of a run, is the owner's affair.
+            # A card, or a record of a run, may be removed by its owner.
             is_optional = name == "README.md" or name.startswith("provenance/")
             for harm in harms:
                 data = file.read_bytes()

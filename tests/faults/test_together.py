@@ -42,7 +42,7 @@ def rank_of(launcher: Any, rank: int) -> psutil.Process | None:
         try:
             if process.environ().get("RANK") == str(rank):
                 return process
-        except psutil.Error:  # It is just beginning, or has ended.
+        except psutil.Error:  # The process is just beginning, or has ended.
             continue
     return None
 
@@ -86,7 +86,7 @@ def test_of_two_ranks_one_is_killed(kit: Any, counts: Any, store_id: str, tmp_pa
 def test_without_a_launcher_the_other_rank_waits(
     kit: Any, counts: Any, store_id: str, tmp_path: Path
 ) -> None:
-    """It says for what; begun again by itself, the rank that was killed lets both finish."""
+    """A line says for which rank; begun again by itself, the killed rank lets both finish."""
     path = tmp_path / "acts"
 
     def rank(number: int) -> Any:

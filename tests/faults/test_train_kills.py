@@ -34,7 +34,7 @@ def saes(out: Path, kind: str) -> list[Path]:
 
 
 def state_of(directory: Path) -> str:
-    """What a kill left of an SAE."""
+    """State in which a kill left an SAE."""
     if (directory / "config.json").exists():
         return "finished"
     if list(directory.glob("checkpoints/*.json")):

@@ -225,7 +225,7 @@ def test_other_hardware_is_refused_unless_it_is_allowed(
     result = run(config(max_tokens=500, allow_mixed_hardware=True))
     assert result is not None
     assert first is not None
-    # The same CPU after all, so the same bytes.
+    # Only the version's name had changed: the same CPU computes the same bytes.
     assert result.store_id == first.store_id
 
 

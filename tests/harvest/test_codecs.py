@@ -126,7 +126,7 @@ def test_value_that_is_not_finite_is_marked_and_shows_in_the_largest(bad: float)
 
 
 def test_one_scratch_serves_batches_of_different_sizes() -> None:
-    """What a longer batch left behind is not in the padding of a shorter one's last block."""
+    """Values left by a longer batch are not in the padding of a shorter one's last block."""
     x = hard_rows(100)
     codec, mean, scale = codec_of(x)
     codec.encode(torch.from_numpy(x * 1e4))

@@ -126,7 +126,7 @@ def test_short_batch_runs_in_full_shape_and_its_filling_is_dropped(
 
 
 def test_earlier_batch_is_untouched_by_the_next(transformer: Transformer) -> None:
-    """What the writer still holds is not written into."""
+    """Arrays that the writer still holds are not written into."""
     forward = begin(transformer, (1,), "float32")
     (first,) = measured(forward, batch(1, 4, 0)).stored()["resid_post", 1]
     copy = first.copy()

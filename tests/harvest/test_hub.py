@@ -43,7 +43,7 @@ for name in sys.argv[1:]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command printed, and how long it took."""
+    """Printed lines, exit status and duration of a command."""
 
     status: int
     stdout: str
@@ -52,7 +52,7 @@ class Outcome:
 
     @property
     def error(self) -> str:
-        """Its one line for the user."""
+        """The command's one line for the user."""
         (line,) = [line for line in self.stderr.splitlines() if line.startswith("Error: ")]
         return line.removeprefix("Error: ")
 

@@ -42,7 +42,7 @@ KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """How documents are to be packed, and what the tokenizer does by default."""
+    """Settings of packing, and the tokenizer's own default."""
 
     context_length: int
     packing: str = "concatenate"

@@ -77,7 +77,7 @@ def test_store_holds_what_its_preset_names_in_the_bytes_of_the_dry_run(
 def test_what_the_encoding_costs_is_recorded_for_every_shard(
     name: str, config: MakeConfig, exact: Store
 ) -> None:
-    """Of int8 over all eligible rows, of a cast over the first batch, of float32 nothing."""
+    """All eligible rows are measured for int8, the first batch for a cast, none for float32."""
     store = harvested(config(encoding=name, max_tokens=700))
     eligible = store.eligible(1)
     batch_rows = 3 * 16

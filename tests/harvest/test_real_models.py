@@ -60,7 +60,7 @@ def test_stories_model_predicts_stories_from_its_stored_activations(
 
 
 def test_character_model_without_any_separator(shared: Path, tmp_path: Path) -> None:
-    """Its tokenizer has neither EOS nor BOS: stories follow one another, every token a row."""
+    """The tokenizer has neither EOS nor BOS: stories follow one another, every token a row."""
     run(
         HarvestConfig(
             model=str(shared / "models" / "tinystories-char-gpt2"),

@@ -1,6 +1,6 @@
-"""Texts of the package that open without a noun or verb of their own.
+"""Texts of the repository that open without a noun or verb of their own.
 
-`python tests/house/english.py [FOLDER_OR_FILE …]` lists them, in the whole package by default.
+`python tests/house/english.py [FOLDER_OR_FILE …]` lists them, in the whole repository by default.
 """
 
 import ast
@@ -19,6 +19,9 @@ OPENINGS = (
     "Whether", "Which", "How",
 )  # fmt: skip
 """A reader who meets one of these first has to look elsewhere for the noun it stands for."""
+
+OTHERS = ("tests", "benchmarks", "docs", "examples")
+"""Folders beside the package whose files are held to the same rules."""
 
 _OPENING = re.compile(rf"(?:{'|'.join(OPENINGS)})\b(?![-.(])", re.IGNORECASE)
 _DIRECTIVE = re.compile(r"noqa\b|type:|fmt:|pragma:|!|%")
@@ -69,8 +72,9 @@ def refused(*places: Path) -> list[Text]:
 
 
 def rooms() -> list[Path]:
-    """Folders of the package, and the modules beside them."""
-    return sorted([*(path.parent for path in ROOT.glob("*/__init__.py")), *ROOT.glob("*.py")])
+    """Folders of the package, the modules beside them, and other folders with Python files."""
+    package = [*(path.parent for path in ROOT.glob("*/__init__.py")), *ROOT.glob("*.py")]
+    return sorted([*package, *(ROOT / name for name in OTHERS)])
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""What users get wrong, through the command line: one line, exit status 1, nothing half-made."""
+"""Mistakes of users, through the command line: one line, exit status 1, nothing half-made."""
 
 import json
 import shutil

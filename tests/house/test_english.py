@@ -1,4 +1,4 @@
-"""Texts of the package open with a noun or verb of their own."""
+"""Texts of the repository open with a noun or verb of their own."""
 
 import sys
 from pathlib import Path

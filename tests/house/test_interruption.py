@@ -51,7 +51,7 @@ def test_first_signal_only_asks(process, number):
 
 
 def test_second_signal_stops_at_once(process):
-    """It does not wait for the piece."""
+    """The piece in hand is not waited for."""
     process.send_signal(signal.SIGINT)
     process.stderr.readline()
     process.stderr.readline()

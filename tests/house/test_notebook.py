@@ -20,7 +20,7 @@ def code_cells(notebook: Path) -> list[dict[str, Any]]:
 
 
 def printed(notebook: Path) -> str:
-    """What all cells wrote, on stdout and nowhere else."""
+    """Text that all cells wrote, on stdout and nowhere else."""
     outputs = [output for cell in code_cells(notebook) for output in cell["outputs"]]
     streams = [output for output in outputs if output["output_type"] == "stream"]
     assert {output["name"] for output in streams} == {"stdout"}
@@ -38,7 +38,7 @@ def pictures(notebook: Path) -> list[str]:
 
 
 def check_same(text: str, stored: str) -> None:
-    """The same words and shapes; other numbers as near as another machine's rounding allows."""
+    """Words and shapes are equal, other numbers as near as another machine's rounding allows."""
     assert NUMBER.sub("#", text) == NUMBER.sub("#", stored)
     assert re.findall(r"\([^)]*\)", text) == re.findall(r"\([^)]*\)", stored)
     for found, expected in zip(NUMBER.findall(text), NUMBER.findall(stored), strict=True):

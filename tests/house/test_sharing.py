@@ -18,7 +18,7 @@ def load(path: Path) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
-    # Its dataclasses look themselves up.
+    # Dataclasses of the module look themselves up there.
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module

@@ -211,7 +211,7 @@ def test_auto_takes_blocks_where_they_pay(
 def test_a_name_means_the_same_on_every_processor(
     tmp_path: Path, processor: Callable[..., None]
 ) -> None:
-    """What a plan says can be computed again elsewhere; `sdpa` is torch's own everywhere."""
+    """The name in a plan can be computed again elsewhere; `sdpa` is torch's own everywhere."""
     saved(tmp_path, "rotary")
     inputs = Inputs(tokens=torch.arange(300)[None] % 64)
     found = {}

@@ -50,7 +50,7 @@ def directory(request: pytest.FixtureRequest, make_model_directory: Callable[[st
 
 
 def first_input(transformer: Transformer, inputs: Inputs) -> torch.Tensor:
-    """What the embedding returns to the model in a forward pass within the context."""
+    """Output of the embedding in a forward pass within the context."""
     seen = []
     with control_embeddings(transformer, inputs):
         embedding = transformer.model.get_input_embeddings()

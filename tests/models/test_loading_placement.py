@@ -54,7 +54,7 @@ def test_offloaded_to_disk(directory: Path, tmp_path: Path, init: str) -> None:
 
 
 def test_the_librarys_own_map_over_memory_and_disk(directory: Path) -> None:
-    """What `--device-map auto` asks transformers for, with less memory than the model takes."""
+    """Placement as by `--device-map auto`, with less memory than the model takes."""
     plain = load(directory)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, device_map="auto", max_memory={"cpu": 60_000}
@@ -123,7 +123,7 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_read(
 
 
 def test_a_full_device_is_one_line() -> None:
-    """What a GPU raises when it is full is this very error; which GPU and how much is torch's."""
+    """A full GPU raises this very error; torch's text names the GPU and the bytes."""
     with (
         pytest.raises(ResourceError) as info,
         full_memory_explained("some/model", "on cuda:0", "--device-map auto, another --device"),

@@ -154,7 +154,7 @@ def _post_with(
 
 
 def _mlp_of(transformer: Transformer, inputs: Inputs, mid: torch.Tensor) -> torch.Tensor:
-    """What the MLP of block 1 adds to another `resid_mid`: seen while the modules that read it,
+    """Sum that the MLP of block 1 adds to another `resid_mid`: seen while the modules that read it,
     named in the block's anatomy, are given it. Every MLP works on tokens one by one."""
     block, anatomy = transformer.blocks[1], anatomies(transformer)[1]
     reader, mlp = anatomy.mid_readers[0], anatomy.taps["mlp_out"]

@@ -1,4 +1,4 @@
-"""What is not converted, and the one line that says why; nothing of a foreign file is run."""
+"""SAEs that are not converted, and the one line that says why; no foreign code is run."""
 
 import pickle
 from collections.abc import Callable
@@ -81,7 +81,7 @@ def test_what_a_format_cannot_express(
 def test_an_sae_without_layers_has_no_place_in_a_format_of_single_layers(
     make_foreign: Make, tmp_path: Path
 ) -> None:
-    """It does where one file is of all layers."""
+    """A format with one file for all layers takes it."""
     made = command("import", make_foreign(tmp_path / "theirs", "mlsae"), tmp_path / "sae")
     assert "note: layers not known: to analyze it, import it again with --layers" in made.output
     out = tmp_path / "out"

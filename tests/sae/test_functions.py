@@ -18,7 +18,7 @@ def leaf(*shape: int, seed: int) -> torch.Tensor:
 def dense_path(
     u: torch.Tensor, W_enc: torch.Tensor, W_dec: torch.Tensor, b: torch.Tensor, at: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same mathematics with dense tensors, given the selected places."""
+    """Values and reconstruction by dense tensors, given the selected places."""
     pre = (u - b) @ W_enc.T
     mask = torch.zeros_like(pre).scatter(1, at, 1.0)
     z = (pre * mask).relu()

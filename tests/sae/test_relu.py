@@ -53,7 +53,7 @@ def test_encode_and_decode_equal_the_definition(
 
 
 def test_lists_are_filled_up_with_latents_that_are_not_in_them() -> None:
-    """Of rows that have none, some, the last ones and all."""
+    """Rows have no active latent, some, the last ones, and all."""
     pre = torch.full((4, 6), -1.0)
     pre[1, [0, 2, 3]] = torch.tensor([5.0, 6.0, 7.0])
     pre[2, 4:] = 8.0
@@ -96,7 +96,7 @@ def test_the_directory_says_what_it_is(tmp_path: Path) -> None:
 
 
 def test_k_is_no_setting_of_it() -> None:
-    """It could only mislead; and a topk SAE has one."""
+    """A k of a ReLU SAE could only mislead; and a topk SAE has one."""
     shape = {"d_in": D, "num_latents": N, "normalize": "none"}
     for content, message in (
         (

@@ -96,7 +96,7 @@ def made(kind: Kind, num_rows: int, d_in: int, num_latents: int) -> tuple[torch.
 @every_kind
 @pytest.mark.parametrize("d_in", [8, 300])
 def test_no_product_is_more_than_what_was_said(kind: Kind, d_in: int) -> None:
-    """Of every row with every direction, against float64; and float32's own value of it."""
+    """Every row with every direction, against float64 and float32's own value."""
     c, W = made(kind, 40, d_in, 500)
     screen, c16 = Screen(W), c.bfloat16()
     seen = c16 @ screen.W_ND.T
@@ -167,7 +167,7 @@ def test_a_row_that_is_no_number_comes_as_ever() -> None:
 
 
 def test_select_screens_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same latents with and without; the product in bfloat16 is of this machine."""
+    """Latents are equal with and without; the product in bfloat16 is of this machine."""
     c, W = made(plain, 600, 256, 2048)
     monkeypatch.setattr(module, "has_fast_bfloat16", lambda: False)
     _, without = select(c, W, K)

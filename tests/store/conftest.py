@@ -16,11 +16,11 @@ class Located(NamedTuple):
     """Objects of `content` in some place."""
 
     location: str
-    """What opens them."""
+    """Location that opens the objects."""
     faults: Any
-    """What goes wrong where their bytes come from; see tests/servers.py."""
+    """`Faults` of the server that the bytes come from; see tests/servers.py."""
     prefix: str
-    """What the names of the faults begin with."""
+    """Beginning of every name in `faults`."""
 
 
 @pytest.fixture(scope="session")

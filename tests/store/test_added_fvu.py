@@ -1,4 +1,4 @@
-"""What an encoding costs is what its definition says, and too much of it stops the writer."""
+"""The cost of an encoding equals its definition, and too high a cost stops the writer."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What was read of a remote store is kept: once asked for, within bounds, never trusted blindly."""
+"""Parts read from a remote store are kept: asked for once, within bounds, never trusted blindly."""
 
 import fcntl
 import os
@@ -120,7 +120,7 @@ def test_a_part_larger_than_the_cache_passes_by(objects, tmp_path, content):
 
 
 def test_nothing_else_in_the_directory_is_touched(objects, tmp_path):
-    """It may be a directory that holds other things."""
+    """The cache's directory may hold other things."""
     mine = [tmp_path / "cache" / name for name in ("notes", "chunks/notes", "chunks/x/y/z")]
     for path in mine:
         path.parent.mkdir(parents=True, exist_ok=True)

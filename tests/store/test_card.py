@@ -38,7 +38,7 @@ def table(card: str) -> dict[str, str]:
 
 
 def calibrated(made) -> dict[str, object]:
-    """What `create` needs for int8 of a sample's activations."""
+    """Options of `create` for int8, from a sample's activations."""
     keys = [("resid_post", layer) for layer in made.activations]
     calibrator = Calibrator(keys, 20)
     calibrator.add({key: made.activations[key[1]][1:500] for key in keys})
@@ -270,7 +270,7 @@ def test_a_card_may_be_edited_replaced_or_taken_away(sample):
 
 
 def test_a_store_with_a_missing_object_is_not_completed(sample):
-    """Its size could not be told, and it would be no store."""
+    """A store without an object has no size to tell, and is none."""
     store = open_store(sample.path)
     (sample.path / "complete.json").unlink()
     (sample.path / "activations/resid_post/1/c.2.0").unlink()

@@ -216,7 +216,7 @@ def test_a_copy_to_a_bucket_goes_on(sample, s3):
     ],
 )
 def test_a_damaged_object_stops_the_copy(sample, tmp_path, place, kind, harm):
-    """It is named with its shard, it does not arrive, and once restored the copy goes on."""
+    """The object is named with its shard and does not arrive; the copy goes on once it is whole."""
     name = "activations/resid_post/1/c.2.0"
     good = (sample.path / name).read_bytes()
     bad = {
@@ -243,7 +243,7 @@ def test_a_damaged_object_stops_the_copy(sample, tmp_path, place, kind, harm):
 
 
 def test_a_damaged_object_does_not_reach_a_bucket(sample, s3):
-    """It is hashed before it is sent."""
+    """Objects are hashed before they are sent."""
     shard = sample.path / "activations/resid_post/1/c.2.0"
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     with pytest.raises(DamagedStoreError, match="is damaged: its SHA-256 is not that in"):
@@ -303,7 +303,7 @@ def test_another_store_at_the_target_is_left_alone(sample_maker, tmp_path, s3):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/thesis.tex").write_text("precious")
     other = sample_maker("other", layers=(0, 1)).path
-    # The same text, so the same plan, but not the same values.
+    # Equal text gives an equal plan; the values differ.
     twin = sample_maker("twin").path
     twin_of = files(twin)
     shard = "activations/resid_post/0/c.1.0"
@@ -332,7 +332,7 @@ def test_another_store_at_the_target_is_left_alone(sample_maker, tmp_path, s3):
 
 
 def test_places_that_are_one_are_refused(sample, tmp_path, monkeypatch):
-    """The same by another name, one inside the other, nothing here, a place that takes nothing."""
+    """One place under two names, one inside the other, nothing here, a place that takes nothing."""
     (tmp_path / "link").symlink_to(sample.path)
     monkeypatch.chdir(tmp_path)
     before = files(sample.path)

@@ -1,4 +1,4 @@
-"""What is damaged is named wherever it is met, and hides nothing else."""
+"""Damaged objects are named wherever they are met, and hide nothing else."""
 
 from pathlib import Path
 

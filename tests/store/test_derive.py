@@ -268,7 +268,7 @@ def test_an_encoding_that_costs_too_much_is_refused(two_sites, tmp_path):
     with pytest.raises(ActivationError, match=r"or allow it with --max-encoding-fvu"):
         copied(two_sites, tmp_path / "int8", encoding="int8", max_encoding_fvu=1e-9)
     copied(two_sites, tmp_path / "int8", encoding="int8", max_encoding_fvu=1.0)
-    # What was accepted once is not held against a later copy.
+    # A cost that was accepted once is not held against a later copy.
     copied(tmp_path / "int8", tmp_path / "part", layers=(0,), max_encoding_fvu=1e-9)
 
 
@@ -380,7 +380,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(sample_maker, tmp_path, monk
 
 
 def test_a_damaged_chunk_stops_a_copy(sample, tmp_path):
-    """It is named; the shards before it are kept."""
+    """The chunk is named; the shards before it are kept."""
     shard = sample.path / "activations/resid_post/1/c.2.0"
     good = shard.read_bytes()
     shard.write_bytes(good[:10] + bytes([good[10] ^ 1]) + good[11:])
@@ -394,7 +394,7 @@ def test_a_damaged_chunk_stops_a_copy(sample, tmp_path):
 
 
 def test_parts_of_a_store_elsewhere(two_sites, tmp_path, web):
-    """The same store as from here; each chunk that is wanted is asked for once, no other ever."""
+    """The store equals a copy from here; each wanted chunk is asked for once, no other ever."""
     shutil.copytree(two_sites, web.root / "mine")
     options = {"layers": (2,), "rows": (24, 888), "encoding": "int8"}
     here = copied(two_sites, tmp_path / "here", **options)

@@ -1,4 +1,4 @@
-"""What int8 and compression promise, on real activations and on hard ones, in real stores."""
+"""Promises of int8 and compression, on real activations and on hard ones, in real stores."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Harvested:
-    """The same text through the same model twice."""
+    """Two stores of one text through one model."""
 
     exact: Store
     """In float32, the precision of the model."""
@@ -72,7 +72,7 @@ def by_decile(x: Array, decoded: Array) -> list[float]:
 
 
 def calibrate(rows: dict[tuple[str, int], Array], eligible: Array) -> Calibration:
-    """Of the first 4,096 eligible rows: what a producer can know."""
+    """Calibrate by the first 4,096 eligible rows, which a producer can know."""
     (width,) = {x.shape[1] for x in rows.values()}
     calibrator = Calibrator(list(rows), width)
     calibrator.add({key: x[eligible][:4096] for key, x in rows.items()})
@@ -222,7 +222,7 @@ def test_rows_that_are_all_equal_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 def test_kept_positions_are_stored_in_int8(tmp_path: Path) -> None:
-    """Their eligibility is that of their tokens."""
+    """A kept row is eligible if its token is."""
     x = np.random.default_rng(0).normal(size=(640, 70)).astype(np.float32)
     calibrator = Calibrator([(SITE, 0), (SITE, 2)], 70)
     calibrator.add({(SITE, 0): x, (SITE, 2): 2 * x})

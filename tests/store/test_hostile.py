@@ -190,7 +190,7 @@ def test_positions_are_not_kept_of_a_sequence_longer_than_memory():
 
 
 def test_no_writer_begins_what_no_reader_would_open():
-    """The same limits, before anything is written."""
+    """Writers refuse at the limits of readers, before anything is written."""
     wide = {"layers": range(900), "sites": ("resid_pre", "resid_post"), "d_model": 8192}
     with pytest.raises(
         InputError, match=r"the moments of 1800 layers and sites would take 9\.44 G"

@@ -54,7 +54,7 @@ def test_another_producer_is_refused_at_once(tmp_path: Path):
 
 
 def test_another_producer_that_turns_up_meanwhile_stops_the_writer(tmp_path: Path):
-    """Its shard is seen when one's own is committed, and when one waits for the others."""
+    """The other's shard is seen when one's own is committed, and when one waits for the others."""
     ours = begin(tmp_path / "a", producer=GPU)
     waiting = begin(tmp_path / "a", producer=GPU)
     with begin(tmp_path / "a", producer=CPU) as theirs:

@@ -27,7 +27,7 @@ def objects(
     locate: Callable[[str], Any],
     open_quickly: Callable[..., Any],
 ) -> Any:
-    """The same objects in each kind of place."""
+    """Equal objects in each kind of place."""
     if request.param == "local":
         return LocalObjects(write_content(tmp_path / "local"))
     return open_quickly(f"{locate(request.param).location}/")

@@ -1,4 +1,4 @@
-"""What a server can do wrong: asked again while that may help, else the fault is named."""
+"""Faults of servers: requests are repeated while that may help, else the fault is named."""
 
 import re
 import threading
@@ -251,7 +251,7 @@ def test_memory_is_not_taken_for_a_size_that_is_only_claimed(web, open_quickly):
 
 
 def test_an_answer_that_ends_before_it_says_is_a_cut(web, content, open_quickly):
-    """Its length fits its body, and neither fits the part that it claims to be."""
+    """The answer's length fits its body, and neither fits the part that it claims to be."""
 
     def short(handler: Any) -> None:
         del web.replies["store/plan.json"]

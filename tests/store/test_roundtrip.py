@@ -1,4 +1,4 @@
-"""What is written is what every reader reads."""
+"""Every reader reads what was written."""
 
 from collections.abc import Callable
 from pathlib import Path

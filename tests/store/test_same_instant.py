@@ -52,7 +52,7 @@ def test_one_plan_wins_and_is_whole(tmp_path: Path, lengths: tuple[int, int]):
 def test_a_store_that_begins_while_one_looks_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Its files are not taken for those of somebody else."""
+    """Files of the new store are not taken for those of somebody else."""
     path, outcomes, list_directory = tmp_path / "a", list[str](), Path.iterdir
     path.mkdir()
 

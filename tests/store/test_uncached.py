@@ -1,4 +1,4 @@
-"""What a writer need not leave in the page cache: the same bytes, and gone from there."""
+"""Shards written past the page cache: equal bytes, and gone from there."""
 
 import errno
 import mmap
@@ -46,7 +46,7 @@ def write(path: Path, *, cached: bool, piece: int) -> str:
 
 
 def in_page_cache(path: Path) -> bool:
-    """Whether the first page of a file can be read without waiting for the disk."""
+    """True if the first page of a file can be read without waiting for the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         return bool(os.preadv(descriptor, [bytearray(mmap.PAGESIZE)], 0, os.RWF_NOWAIT))

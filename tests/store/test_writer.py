@@ -210,7 +210,7 @@ def test_shapes_and_names_of_a_batch_are_checked(tmp_path: Path):
 
 
 def moments_of(rows_of: dict[tuple[str, int], np.ndarray], groups: np.ndarray) -> GroupMoments:
-    """What a device would compute of float16 rows."""
+    """Moments that a device would compute of float16 rows."""
     moments = Accumulator((0, 1), 4, SiteCodec("float16", 4))
     stored = [(rows_of["resid_post", layer].astype(np.float16),) for layer in (0, 1)]
     assert moments.add(groups, stored)
@@ -292,7 +292,7 @@ def test_given_moments_are_held_against_the_rows(tmp_path: Path):
 
 
 def test_a_ring_of_two_sets_of_buffers_is_enough(tmp_path: Path):
-    """What was given to the call before last may be overwritten as soon as `append` returns."""
+    """Rows of the call before last may be overwritten as soon as `append` returns."""
     shape = {"context_length": 64, "layers": (0,), "d_model": 512, "batch_sequences": 4}
     tokens = np.zeros(64 * 4 * 24, np.int64)
     ring = [np.empty((256, 512), np.float16) for _ in range(2)]
@@ -361,7 +361,7 @@ def test_killed_setups_leave_nothing_behind(tmp_path: Path):
 
 
 def test_who_completes_a_store_takes_away_what_others_left_meanwhile(tmp_path: Path):
-    """Of two writers one is killed while the other is at work, which finishes alone."""
+    """One of two writers is killed while the other is at work, which finishes alone."""
     with create(tmp_path / "a", tokens=TOKENS, **SHAPE) as writer:
         writer.append(rows(64))
         stale, alive = leave_partials(tmp_path / "a")

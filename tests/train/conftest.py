@@ -31,7 +31,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def thinned() -> Callable[..., Path]:
-    """The same text and values as a sample's, in a store beside it that keeps some positions.
+    """Text and values of a sample in a store beside it that keeps some positions.
 
     `thinned(sample, num=7)`: 7 of the positions of each sequence.
     """
@@ -62,7 +62,7 @@ def thinned() -> Callable[..., Path]:
 
 @pytest.fixture
 def encoded() -> Callable[..., Path]:
-    """The same text and values as a sample's, in a store beside it of another encoding.
+    """Text and values of a sample in a store beside it, in another encoding.
 
     `encoded(sample, encoding="int8", compression="zstd")`.
     """

@@ -1,4 +1,4 @@
-"""Which checkpoints stay, and which one a run of several SAEs goes on from."""
+"""Checkpoints that stay, and the one from which a run of several SAEs goes on."""
 
 from pathlib import Path
 

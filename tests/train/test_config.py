@@ -1,4 +1,4 @@
-"""What a run refuses before it starts, one line each, and what it takes for granted."""
+"""Settings that a run refuses before it starts, one line each, and its defaults."""
 
 import math
 from collections.abc import Callable

@@ -42,7 +42,7 @@ def test_rows_are_decoded_as_the_store_does(
 def test_a_row_of_a_corpus_is_decoded_as_its_own_store_does(
     encoding: str, sample_maker: Callable, encoded: Callable
 ) -> None:
-    """Their scales differ, and a batch holds rows of both."""
+    """Scales of the stores differ, and a batch holds rows of both."""
     samples = [sample_maker(f"acts{seed}", seed=seed) for seed in (0, 1)]
     corpus = open_corpus([encoded(sample, encoding=encoding) for sample in samples])
     mixture = Mixture.plan(

@@ -1,4 +1,4 @@
-"""What is planned before anything is read: nothing waits for itself, nothing is read over."""
+"""Jobs planned before anything is read: none waits for itself, none overwrites waiting rows."""
 
 from collections.abc import Callable
 
@@ -50,7 +50,7 @@ def test_a_place_is_read_over_once_its_row_was_given(
             first_steps.count(share.step) for share in shares
         ]
         held = np.full(num_batches * batch_rows + 1, -1)
-        """Which row lies at each place of the batches, numbered over layers."""
+        """Row at each place of the batches, numbered over layers."""
         left, seen = jobs, []
         for share in shares:
             # All that may be read by then is, as if by the fastest of threads.

@@ -37,7 +37,7 @@ def plan(store: AnyStore, batch_rows: int = 33, window: int | None = None) -> Mi
 
 
 def load(mixture: Mixture, start: int, stop: int, **options: int) -> list[Share]:
-    """Of each batch the bytes of every row in turn, their layers, and the rows over ranks."""
+    """Bytes of every row in turn, their layers, and the rows over ranks, by batch."""
     with Loader(mixture, start=start, stop=stop, **options) as loader:
         return [(row_bytes(batch), batch.layer.tolist(), batch.num_rows) for batch in loader]
 
@@ -48,7 +48,7 @@ def row_bytes(batch: Batch) -> list[bytes]:
 
 
 def rows_by_bytes(store: AnyStore) -> dict[tuple[int, bytes], int]:
-    """Which row of which layer the bytes of a row are; random vectors are distinct."""
+    """(layer, bytes) → row; random vectors are distinct."""
     names = {}
     for i, layer in enumerate(store.layers):
         parts = [part.view(np.uint8) for part in store.reader("resid_post", layer).read()]

@@ -1,4 +1,4 @@
-"""What a step takes in memory: measured in processes of their own, against the estimate."""
+"""Memory of a step: measured in processes of their own, against the estimate."""
 
 import subprocess
 import sys
@@ -70,7 +70,7 @@ class TestPeak:
         assert grown(4096, SAEConfig(d_in=16, num_latents=65536, architecture=TopK(4))) < 2**30 / 10
 
     def test_micro_batches_bound_the_activations(self) -> None:
-        """What is left is the batch itself, and what the rows of one piece take."""
+        """The batch itself is left, and the memory for the rows of one piece."""
         sae = SAEConfig(d_in=256, num_latents=1024, architecture=TopK(8))
         rows = 16384
         whole, pieces = grown(rows, sae), grown(rows, sae, micro_batch=512)

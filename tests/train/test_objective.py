@@ -194,7 +194,7 @@ def test_layer_variances_are_those_of_the_eligible_rows(loss_space: str, sample)
 
 
 def test_a_layer_that_does_not_vary_is_refused(sample) -> None:
-    """It could only divide by zero."""
+    """The weight of such a layer would divide by zero."""
     moments = open_store(sample.path).moments("resid_post", 1)
     still = dataclasses.replace(moments, u_m2=np.zeros_like(moments.u_m2))
     with pytest.raises(InputError, match=r"layer 1 do not vary \(variance 0\)"):
@@ -270,7 +270,7 @@ def test_fifty_steps_equal_dense_autograd_and_torchs_adam() -> None:
 
 
 def test_the_decoder_gradient_has_no_part_along_its_rows() -> None:
-    """What the optimiser sees is tangential."""
+    """The optimiser sees a tangential gradient."""
     sae = make_sae()
     ours = trainer(sae)
     before = sae.W_dec.detach().clone()

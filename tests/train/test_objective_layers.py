@@ -54,7 +54,7 @@ def eligible_rows(sample: Any, layer: int) -> np.ndarray[Any, Any]:
 
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES.keys())
 def test_a_run_of_every_kind(changes: dict[str, Any], sample: Any, tmp_path: Path) -> None:
-    """Its FVU is that of the rows' own units, by brute force; read back, it needs its layers."""
+    """FVU is in the rows' own units, by brute force; read back, the SAE needs its layers."""
     sae = load(run(config(sample, tmp_path / "sae", **changes)).directory)
     assert sae.config.layers == (LAYERS if sae.config.depends_on_layer else None)
     store, record = open_store(sample.path), sae.training_record
@@ -194,7 +194,7 @@ def test_what_cannot_be_asked_for(changes: dict[str, Any], message: str, tmp_pat
 
 
 def test_values_of_layers_are_as_many_as_layers(sample: Any, tmp_path: Path) -> None:
-    """Of the run's layers; an SAE of one of them has its own."""
+    """A value is given for each layer of the run; the SAE of a single layer takes that layer's."""
     wanted = config(sample, tmp_path / "out", layer_weights=(1.0, 2.0))
     message = "--layer-weights takes a number for each layer: got 2 for the layers 0, 1, 3"
     with pytest.raises(InputError, match=message):

@@ -90,7 +90,7 @@ def test_fifty_steps_equal_dense_autograd() -> None:
 
 
 def test_the_geometric_median_has_the_least_sum_of_distances() -> None:
-    """Of points around it; where it is a point itself, too."""
+    """Points around it have a larger sum; so too where the median is a point itself."""
     generator = torch.Generator().manual_seed(1)
     points = torch.randn(101, 3, generator=generator, dtype=torch.float64) ** 3
     median = geometric_median(points, 1000, 1e-12)

@@ -1,4 +1,4 @@
-"""What training finds in data whose directions are known."""
+"""Training finds the directions of data that was made from known ones."""
 
 from __future__ import annotations
 

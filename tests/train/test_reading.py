@@ -134,7 +134,7 @@ def test_threads_that_read_let_those_that_compute_go_first() -> None:
 
 
 def test_an_error_of_the_plan_comes_too() -> None:
-    """What goes wrong while the next job is made is raised as well."""
+    """Errors raised while the next job is made are raised as well."""
 
     def broken() -> Iterator[Planned]:
         yield from plan_of(5)

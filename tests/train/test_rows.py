@@ -1,4 +1,4 @@
-"""Which rows are trained on, against a computation over whole arrays."""
+"""Rows that are trained on, against a computation over whole arrays."""
 
 from collections.abc import Callable
 
@@ -47,7 +47,7 @@ def test_rows_of_kept_positions_are_those_of_the_full_store_that_were_kept(
     thinned: Callable,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The same tokens and values are trained on, in any range and by slice."""
+    """Equal tokens and values are trained on, in any range and by slice."""
     monkeypatch.setattr(module, "_BLOCK_ROWS", 50)
     sample = sample_maker(batch_sequences=5)
     full, kept = open_store(sample.path), open_store(thinned(sample, num=7))
@@ -72,7 +72,7 @@ def test_rows_of_kept_positions_are_those_of_the_full_store_that_were_kept(
 def test_places_are_those_of_the_rows_in_their_slices(
     skip_positions: int, slice_rows: int, kept: int, sample_maker: Callable, thinned: Callable
 ) -> None:
-    """Of any slices in any order, the short last one included."""
+    """Any slices are taken in any order, the short last one included."""
     sample = sample_maker(batch_sequences=5)
     store = open_store(sample.path if kept == 24 else thinned(sample, num=kept))
     rows = TrainingRows(store, skip_positions, np.array([0, 4, 5, 36]))
@@ -131,7 +131,7 @@ def test_a_window_sets_the_slices(sample_maker: Callable) -> None:
 
 
 def test_a_window_of_less_than_a_row_a_slot_is_refused(sample_maker: Callable) -> None:
-    """What it needs, and what was asked for."""
+    """The bytes needed and the bytes asked for are named."""
     store = open_store(sample_maker(encoding="float32", d_model=32).path)
     with pytest.raises(InputError, match=r"--window must hold .*, 4\.22 kB, got 2 kB; raise it"):
         Mixture.plan(
@@ -151,7 +151,7 @@ def test_a_window_of_less_than_a_row_a_slot_is_refused(sample_maker: Callable) -
 def test_the_slots_of_a_rank_are_those_that_the_order_gives_it(
     sample_maker: Callable, batch_rows: int, world_size: int
 ) -> None:
-    """What memory is reserved for is what `owned_slots` deals out, and ranks leave none."""
+    """Memory is reserved for the slots that `owned_slots` deals out, and ranks leave none."""
     store = open_store(sample_maker().path)
     mixture = Mixture.plan(
         store,

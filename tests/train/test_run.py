@@ -200,7 +200,7 @@ def test_a_run_without_checkpoint_resumes_from_the_start(
 def test_a_damaged_checkpoint_is_refused_by_name(
     sample: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It says what to delete, and which checkpoint is tried then."""
+    """The line says what to delete, and which checkpoint is tried then."""
     out = tmp_path / "run"
     run_until(10, monkeypatch, config(sample, out, checkpoint_seconds=0))
     path = out / "checkpoints" / "step-0000000010.safetensors"

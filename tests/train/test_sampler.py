@@ -75,7 +75,7 @@ def test_any_number_of_ranks_sees_the_same_batches(
 
 
 def test_a_lane_holds_its_share_of_a_batch_give_or_take_a_row_a_layer(play: Callable) -> None:
-    """So ranks do equal work."""
+    """Ranks do equal work."""
     played = play(20_000, num_layers=5, batch_rows=400)
     for lane in range(NUM_LANES):
         for batch in list(played.steps(rank=lane, world_size=NUM_LANES))[:-1]:
@@ -86,7 +86,7 @@ def test_a_lane_holds_its_share_of_a_batch_give_or_take_a_row_a_layer(play: Call
 def test_resuming_at_a_step_equals_never_having_stopped(
     case: dict[str, float], play: Callable
 ) -> None:
-    """The same rows in the same places, from any step to the end."""
+    """Equal rows in equal places, from any step to the end."""
     played = play(**case)
     whole = list(played.steps())
     for step in {0, 1, len(whole) // 3, len(whole) - 1} & set(range(len(whole))):

@@ -189,7 +189,7 @@ def test_auxk_sees_at_least_256_rows() -> None:
 
 
 def test_the_sampled_auxk_is_right_in_the_mean() -> None:
-    """Its gradient over many samples is that of all rows, to what their number leaves to chance."""
+    """The mean gradient over many samples is that of all rows, but for chance."""
     sae = make_sae(dtype=torch.float32)
     objective = Objective(sae, VARIANCES, "standardized")
     dead = torch.arange(0, 64, 3)

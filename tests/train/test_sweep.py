@@ -145,7 +145,7 @@ def test_an_sae_of_a_layer_sees_the_rows_of_its_layer(
 
 
 def test_rows_of_a_layer_are_counted_without_seeing_them(config: Any, sample: Any) -> None:
-    """Of every batch, the short last one of an epoch included."""
+    """Every batch is counted, the short last one of an epoch included."""
     sweep = Sweep(config=config("sweep", epochs=2), each_layer=True)
     plans = make_plans(sweep, open_store(sample.path))
     with Loader(plans[0].mixture, start=0, stop=plans[0].num_steps) as loader:
@@ -160,7 +160,7 @@ def test_rows_of_a_layer_are_counted_without_seeing_them(config: Any, sample: An
 def test_a_short_last_batch_without_a_row_of_a_layer_is_no_step_of_its_sae(
     config: Any, sample: Any
 ) -> None:
-    """It goes on in the next epoch, and has seen each of its rows."""
+    """The SAE goes on in the next epoch, and has seen each of its rows."""
     rows = make_plans(Sweep(config=config("none")), open_store(sample.path))[0].num_rows
     size = next(size for size in range(50, rows) if rows % size == 1)
     sweep = Sweep(config=config("sweep", epochs=2, batch_size=size), each_layer=True)
@@ -195,7 +195,7 @@ def test_the_summary_is_a_table_and_a_file(config: Any, capsys: pytest.CaptureFi
 
 
 def test_one_value_is_no_sweep(config: Any) -> None:
-    """Its directory is that of the run."""
+    """The SAE's directory is that of the run."""
     (result,) = run_sweep(Sweep(config=config("run"), axes={"k": (3,)}))
     assert result.directory == config("run").out
     assert load(result.directory).architecture == TopK(3)
@@ -313,7 +313,7 @@ def test_one_sae_that_diverges_stops_with_its_step_layer_and_rate(config: Any) -
 
 
 def test_memory_is_that_of_all_saes(config: Any, sample: Any) -> None:
-    """What each keeps adds up; the window and what a step takes are there once."""
+    """Memory that each SAE keeps adds up; the window and a step's memory are there once."""
     sweep = Sweep(config=config("sweep"), axes={"num_latents": (100, 300)})
     plans = make_plans(sweep, open_store(sample.path))
     both, *each = (estimate(of, 0, 1) for of in (plans, plans[:1], plans[1:]))

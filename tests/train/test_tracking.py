@@ -30,7 +30,7 @@ def sweep(sample: Any, out: Path, **settings: Any) -> Sweep:
 
 
 def sent(directory: Path) -> dict[int, dict[str, float]]:
-    """What TensorBoard itself reads: step → name → value."""
+    """Values that TensorBoard itself reads: step → name → value."""
     script = Path(__file__).with_name("read_tensorboard.py")
     done = subprocess.run(
         [sys.executable, str(script), str(directory)], capture_output=True, text=True, check=True

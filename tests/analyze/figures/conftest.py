@@ -36,7 +36,7 @@ def draw_here() -> Callable[[Path], None]:
 def make_parts(
     num_latents: int, layers: tuple[int, ...], *, dead: float = 0.1, measured: bool = True
 ) -> dict[str, Any]:
-    """What an analysis of so many latents could hold."""
+    """Plausible tables of an analysis with `num_latents` latents."""
     generator = np.random.default_rng(0)
     counts = generator.integers(0, 3000, (len(layers), num_latents))
     counts[generator.random(counts.shape) < 0.3] = 0

@@ -1,4 +1,4 @@
-"""What figures show is what the tables hold."""
+"""Figures show the numbers that the tables hold."""
 
 from collections import Counter
 from collections.abc import Callable
