@@ -71,11 +71,33 @@ def test_the_choice_does_not_depend_on_threads(dtype: torch.dtype) -> None:
     assert torch.equal(found[0], found[2])
 
 
-def test_what_numpy_cannot_do_is_left_to_torch() -> None:
-    """float64, which has no wider integer, and rows too wide for the place of a group."""
+@pytest.mark.parametrize("num_latents", [2**16, 2**16 + 1, 75_000, 75_008, 131_080])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_place_is_too_large_for_the_integer_that_holds_it(
+    num_latents: int, dtype: torch.dtype
+) -> None:
+    """Rows in full and in groups; the largest lie where a place of 16 bits would be another."""
+    pre = rows(3, num_latents).to(dtype)
+    pre[:, -4:] = torch.tensor([5.0, 6, 7, 8], dtype=dtype)
+    found = places(pre, 4)
+    assert (found.sort(dim=1).values == torch.arange(num_latents - 4, num_latents)).all()
+
+
+@pytest.mark.parametrize("k", [4096, 4097])
+def test_members_of_many_groups_are_more_than_16_bits_hold(k: int) -> None:
+    """k · 16 candidates, which are a row of their own, from one more than 65,536 on."""
+    num_latents = 16 * 4 * 4097
+    pre = (torch.arange(num_latents) * 7919 % num_latents + 1).float()[None]
+    order = pre.bfloat16()  # Ties by the hundred.
+    for values in (pre, order):
+        assert_largest(values, places(values, k))
+
+
+def test_float64_is_left_to_torch() -> None:
+    """There is no wider integer to hold a place beside a value."""
     assert supports(rows(2, 8))
+    assert supports(torch.empty(1, (16 << 16) + 1, dtype=torch.bfloat16))
     assert not supports(rows(2, 8).double())
-    assert not supports(torch.empty(1, (16 << 16) + 1, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 100])

@@ -1,10 +1,12 @@
 """Selection is exact: the k largest pre-activations of every row, whatever the blocks."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from mlsae.sae.kernels import select as module
-from mlsae.sae.kernels.select import select, select_mixed, top_k
+from mlsae.sae.kernels.select import select, select_mixed, select_screened, top_k
 
 
 def rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -70,3 +72,20 @@ def test_mixed_selection_agrees_with_the_exact_one_and_has_exact_values() -> Non
     agreeing = (exact[:, :, None] == indices[:, None, :]).any(dim=2).double().mean()
     assert agreeing >= 0.999
     torch.testing.assert_close((c @ W.T).gather(1, indices), values, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_latents", [2**16 + 1, 75_000, 75_008])
+@pytest.mark.parametrize("way", [select, select_mixed, select_screened])
+def test_more_latents_than_16_bits_number_are_selected_exactly(
+    num_latents: int, way: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    """By every way; the largest are far apart, and some of them last."""
+    W = rows(num_latents, 8, dtype=torch.float32) / 8
+    c = rows(5, 8, seed=1, dtype=torch.float32)
+    places = torch.arange(num_latents - 4, num_latents)
+    W[places] = torch.linspace(4, 5, 4)[:, None] * c[0]
+    values, indices = way(c, W, 4)
+    assert set(indices[0].tolist()) == set(places.tolist())
+    torch.testing.assert_close((c @ W.T).gather(1, indices), values, rtol=1e-5, atol=1e-4)
+    exact = (c @ W.T).topk(4, dim=1).values.sort(dim=1).values
+    torch.testing.assert_close(values.sort(dim=1).values, exact, rtol=1e-4, atol=1e-4)
