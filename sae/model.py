@@ -19,7 +19,7 @@ from mlsae.base.errors import InputError
 from mlsae.sae.architectures.base import Architecture, Weights
 from mlsae.sae.config import SAEConfig
 from mlsae.sae.directory import FILES, read, write
-from mlsae.sae.kernels.functions import bag
+from mlsae.sae.kernels.functions import as_given, bag, selected
 from mlsae.sae.kernels.listed import listed
 from mlsae.sae.kernels.sparse import FullSupport, Support
 from mlsae.sae.location import find
@@ -119,7 +119,8 @@ class SAE(torch.nn.Module):
         """
         x_BD = x_BD.to(self.W_enc.dtype)
         if self.config.normalize == "standardize":
-            return standardize(x_BD)
+            with as_given(x_BD):
+                return standardize(x_BD)
         if at is None:
             self._check_layer_given(at)
             at = 0
@@ -135,11 +136,13 @@ class SAE(torch.nn.Module):
         Returns:
             (B, K) values, 0 where a latent is not active, and their places.
         """
-        return self.architecture.activate(u_BD, self.weights, mixed=mixed)
+        with as_given(u_BD):
+            return self.architecture.activate(u_BD, self.weights, mixed=mixed)
 
     def reconstruct(self, values_BK: torch.Tensor, support: Support) -> torch.Tensor:
         """û = W_dec z + b, (B, D) normalised, with gradients for values, decoder and b."""
-        return bag(values_BK, self.W_dec, support) + self.b
+        with as_given(values_BK):
+            return bag(values_BK, self.W_dec, support) + self.b
 
     def encode(self, x: torch.Tensor, layer: torch.Tensor | int | None = None) -> Latents:
         """The latents of rows; selection is exact.
@@ -164,7 +167,9 @@ class SAE(torch.nn.Module):
         values_BK, support = self.activate(u_BD)
         indices_BK = support.indices_BK
         if isinstance(support, FullSupport):
-            _, indices_BK = listed([values_BK.detach()], self.config.num_latents)
+            _, indices_BK = selected(
+                lambda values_BN: listed([values_BN], values_BN.shape[1]), values_BK
+            )
             values_BK = values_BK.gather(1, indices_BK)
         k = indices_BK.shape[1]
         return Latents(
@@ -214,14 +219,22 @@ class SAE(torch.nn.Module):
         """x̂ for x, both (..., d_in); `layer` as for `encode`."""
         return self.decode(self.encode(x, layer))
 
-    def save(self, directory: Path, training: Mapping[str, Any]) -> None:
+    def extra_repr(self) -> str:
+        """Size, architecture and normalisation, for `repr`."""
+        config = self.config
+        return (
+            f"{config.num_latents:,} latents of {config.d_in} channels, "
+            f"{self.architecture.describe()}, normalize {config.normalize}, {self.b.dtype}"
+        )
+
+    def save(self, directory: str | Path, training: Mapping[str, Any]) -> None:
         """Write the SAE directory: sae.safetensors, training.json and, last, config.json.
 
         Args:
             directory: made if it is not there; files of an SAE already there are replaced.
             training: record of the training, as JSON.
         """
-        write(directory, self.config, self.state_dict(), training)
+        write(Path(directory), self.config, self.state_dict(), training)
 
 
 def load(path_or_hub_id: str | Path, device: str | torch.device = "cpu") -> SAE:
@@ -233,7 +246,8 @@ def load(path_or_hub_id: str | Path, device: str | torch.device = "cpu") -> SAE:
         device: device of the weights.
 
     Returns:
-        The SAE in float32, in evaluation mode, its training.json in `training_record`.
+        The SAE in float32, whatever it was saved in, in evaluation mode, its training.json in
+        `training_record`.
 
     Raises:
         NotAnSAEError: there is no SAE there.
@@ -243,6 +257,7 @@ def load(path_or_hub_id: str | Path, device: str | torch.device = "cpu") -> SAE:
     config, tensors, training = read(find(path_or_hub_id, FILES).directory)
     with torch.device("meta"):
         sae = SAE(config)
-    sae.load_state_dict({name: t.to(device) for name, t in tensors.items()}, assign=True)
+    state = {name: t.to(device, torch.float32) for name, t in tensors.items()}
+    sae.load_state_dict(state, assign=True)
     sae.training_record = training
     return sae.eval()

@@ -17,7 +17,7 @@ from mlsae.base.errors import InputError
 from mlsae.base.settings import setting, settings
 from mlsae.base.units import check_not_negative, parse_count, parse_numbers
 from mlsae.sae.architectures.base import ActiveLatents, Architecture, Conversion, Weights
-from mlsae.sae.kernels.functions import bag, preactivations
+from mlsae.sae.kernels.functions import bag, preactivations, selected
 from mlsae.sae.kernels.listed import listed
 from mlsae.sae.kernels.select import BLOCK_BYTES
 from mlsae.sae.kernels.sparse import FullSupport, Support
@@ -149,20 +149,12 @@ class ReLU(Architecture):
         latents are many has every latent of each row instead.
         """
         W_enc, b, b_enc = weights["W_enc"], weights["b"], weights.get("b_enc")
+        pre_BK, indices_BK = selected(_choose, u_BD.detach() - b.detach(), W_enc, b_enc)
         support: Support
-        with torch.no_grad():
-            c_BD = u_BD - b
-            if len(c_BD) <= _block_rows(len(W_enc), c_BD.element_size()):
-                pre_BK = _product(c_BD, W_enc, b_enc)
-                most = int((pre_BK > 0).sum(dim=1).amax()) if len(c_BD) else 0
-                if most * _DENSE > len(W_enc):
-                    support = FullSupport(len(c_BD), len(W_enc), c_BD.device)
-                else:
-                    pre_BK, indices_BK = listed([pre_BK], len(W_enc))
-                    support = Support(indices_BK, len(W_enc))
-            else:
-                pre_BK, indices_BK = positive(c_BD, W_enc, b_enc)
-                support = Support(indices_BK, len(W_enc))
+        if indices_BK.shape[1] == len(W_enc):
+            support = FullSupport(len(u_BD), len(W_enc), u_BD.device)
+        else:
+            support = Support(indices_BK, len(W_enc))
         return preactivations(u_BD, W_enc, b, pre_BK, support, b_enc).relu(), support
 
     def extra_loss(self, settings: ReLUSettings, num_steps: int, like: torch.Tensor) -> L1 | None:
@@ -175,6 +167,24 @@ class ReLU(Architecture):
             by_layer=None if by_layer is None else like.new_tensor(by_layer),
             rise=round(settings.l1_warmup * num_steps),
         )
+
+
+def _choose(
+    c_BD: torch.Tensor, W_enc_ND: torch.Tensor, b_enc_N: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pre-activations and their places, as `positive`; with K = N, each latent at its place."""
+    num_latents = len(W_enc_ND)
+    if len(c_BD) > _block_rows(num_latents, c_BD.element_size()):
+        pre_BK, indices_BK = positive(c_BD, W_enc_ND, b_enc_N)
+        if indices_BK.shape[1] < num_latents:
+            return pre_BK, indices_BK
+        pre_BN = torch.zeros_like(pre_BK).scatter_(1, indices_BK, pre_BK)
+    else:
+        pre_BN = _product(c_BD, W_enc_ND, b_enc_N)
+        most = int((pre_BN > 0).sum(dim=1).amax()) if len(c_BD) else 0
+        if most * _DENSE <= num_latents:
+            return listed([pre_BN], num_latents)
+    return pre_BN, torch.arange(num_latents, device=c_BD.device).expand(pre_BN.shape)
 
 
 def positive(

@@ -15,7 +15,7 @@ from mlsae.base.errors import InputError
 from mlsae.base.settings import setting, settings
 from mlsae.base.units import parse_count
 from mlsae.sae.architectures.base import Architecture, Conversion, Shape, Weights
-from mlsae.sae.kernels.functions import preactivations
+from mlsae.sae.kernels.functions import preactivations, selected
 from mlsae.sae.kernels.select import select, select_mixed
 from mlsae.sae.kernels.sparse import Support
 
@@ -103,8 +103,9 @@ class TopK(Architecture):
             W_enc = torch.cat([W_enc, b_enc[:, None]], dim=1)
             b = torch.cat([b, b.new_zeros(1)])
             u_BD = torch.cat([u_BD, u_BD.new_ones(len(u_BD), 1)], dim=1)
-        with torch.no_grad():
-            pre_BK, indices_BK = choose(u_BD - b, W_enc, self.k)
+        pre_BK, indices_BK = selected(
+            lambda c_BD, W: choose(c_BD, W, self.k), u_BD.detach() - b.detach(), W_enc
+        )
         support = Support(indices_BK, len(W_enc))
         return preactivations(u_BD, W_enc, b, pre_BK, support).relu(), support
 

@@ -1,14 +1,15 @@
 """Products with a (rows × latents) matrix that is known by its support.
 
 Where that is some latents of each row, all three run as bags of gathered rows or sampled dot
-products, on CPU and CUDA, in float32 and float64; their cost does not grow with the number of
-latents. Where it is every latent they are dense products.
+products, on CPU and CUDA; their cost does not grow with the number of latents. Where it is every
+latent they are dense products.
 
 Shape suffixes: B rows, D channels, N latents, K selected latents.
 """
 
 import functools
 import warnings
+from typing import Any
 
 import torch
 from torch.nn.functional import embedding_bag
@@ -51,17 +52,11 @@ class Support:
 
     def sampled_product(self, x_BD: torch.Tensor, W_ND: torch.Tensor) -> torch.Tensor:
         """x Wᵀ at the support alone: (B, K) dot products of each row with its K latents' rows."""
-        _silence_beta_warning()
-        num_rows, k = self.indices_BK.shape
-        places = torch.sparse_csr_tensor(
-            torch.arange(0, num_rows * k + 1, k, device=x_BD.device),
-            self.indices_BK.reshape(-1),
-            x_BD.new_zeros(num_rows * k),
-            size=(num_rows, self.num_latents),
-            check_invariants=False,
-        )
-        sampled: torch.Tensor = torch.sparse.sampled_addmm(places, x_BD, W_ND.T, beta=0.0)
-        return sampled.values().view(num_rows, k)
+        if x_BD.dtype in (torch.bfloat16, torch.float16):
+            # torch has no such product in 16 bits.
+            return self.sampled_product(x_BD.float(), W_ND.float()).to(x_BD.dtype)
+        sampled: torch.Tensor = torch.ops.mlsae.sampled_product(x_BD, W_ND, self.indices_BK)
+        return sampled
 
 
 class FullSupport(Support):
@@ -88,6 +83,31 @@ class FullSupport(Support):
     def sampled_product(self, x_BD: torch.Tensor, W_ND: torch.Tensor) -> torch.Tensor:
         """x Wᵀ: (B, N)."""
         return x_BD @ W_ND.T
+
+
+def _sampled_product(
+    x_BD: torch.Tensor, W_ND: torch.Tensor, indices_BK: torch.Tensor
+) -> torch.Tensor:
+    _silence_beta_warning()
+    num_rows, k = indices_BK.shape
+    places = torch.sparse_csr_tensor(
+        torch.arange(0, num_rows * k + 1, k, device=x_BD.device),
+        indices_BK.reshape(-1),
+        x_BD.new_zeros(num_rows * k),
+        size=(num_rows, len(W_ND)),
+        check_invariants=False,
+    )
+    sampled: torch.Tensor = torch.sparse.sampled_addmm(places, x_BD, W_ND.T, beta=0.0)
+    return sampled.values().view(num_rows, k)
+
+
+_library: Any = torch.library  # torch leaves it untyped
+_OPERATORS = _library.Library("mlsae", "DEF")
+"""Operators of torch's dispatcher, which takes entry by entry the batches of tensors of its own
+kind that `torch.autograd.functional.jacobian(vectorize=True)` makes; a sparse tensor cannot be
+one."""
+_OPERATORS.define("sampled_product(Tensor x, Tensor W, Tensor indices) -> Tensor")
+_OPERATORS.impl("sampled_product", _sampled_product, "CompositeExplicitAutograd")
 
 
 @functools.cache

@@ -37,6 +37,16 @@ def test_load_gives_back_what_was_saved(directory: Path) -> None:
     assert torch.equal(loaded(x), sae(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_an_sae_of_another_dtype_comes_back_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    """As `load` says; the directory may be text."""
+    sae = SAE(SAEConfig(d_in=8, num_latents=32, architecture=TopK(4))).to(dtype)
+    sae.save(str(tmp_path / "sae"), TRAINING)
+    loaded = load(str(tmp_path / "sae"))
+    assert loaded.W_enc.dtype == loaded.b.dtype == torch.float32
+    assert torch.equal(loaded.W_enc, sae.W_enc.float())
+
+
 def test_nothing_else_is_left_in_the_directory(directory: Path) -> None:
     """Three files, no temporary ones."""
     names = {path.name for path in directory.iterdir()}

@@ -48,6 +48,13 @@ def test_forward_equals_the_definition() -> None:
     np.testing.assert_allclose(dense, z, rtol=1e-9)
 
 
+def test_its_representation_is_one_line() -> None:
+    """Size, architecture, normalisation and dtype."""
+    assert repr(make()) == (
+        "SAE(32 latents of 8 channels, k 4, normalize standardize, torch.float32)"
+    )
+
+
 def test_any_leading_shape_and_dtype() -> None:
     """(B, T, d) and float16 rows give what flat float32 rows give."""
     sae = make()
