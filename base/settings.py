@@ -1,6 +1,7 @@
 """Settings: one description of each serves its dataclass, the command line, run files and docs."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -90,6 +91,8 @@ def setting(
 def settings(cls: type[T]) -> type[T]:
     """Make a frozen dataclass with keyword arguments alone, every field of which is a `setting`.
 
+    A field that is a `Path` takes text, too.
+
     Raises:
         TypeError: a field, inherited ones too, does not say whether it decides the result.
     """
@@ -100,6 +103,15 @@ def settings(cls: type[T]) -> type[T]:
                 f"{cls.__name__}.{field.name} must be a setting(decides=…, …), which says whether "
                 f"the field decides the result"
             )
+    paths = {f.name for f in dataclasses.fields(made) if f.type in (Path, Path | None)}
+    initialize = made.__init__
+
+    @functools.wraps(initialize)
+    def with_paths(self: Any, /, **given: Any) -> None:
+        texts = {name for name in paths & given.keys() if isinstance(given[name], str)}
+        initialize(self, **given | {name: Path(given[name]) for name in texts})
+
+    made.__init__ = with_paths
     return cls
 
 

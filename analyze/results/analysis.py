@@ -29,7 +29,7 @@ _WHOLE = (
 """Tables that are in memory."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Analysis:
     """An analysis as it lies on disk; the columns are defined in docs/reference/tables.md."""
 
@@ -66,6 +66,10 @@ class Analysis:
 
     events: pd.Dataset
     """One row an active latent of a row and layer, read as they are scanned."""
+
+    def __repr__(self) -> str:
+        layers = ", ".join(map(str, self.summary["layers"]))
+        return f"Analysis({str(self.path)!r}: {len(self.latents):,} latents, layers {layers})"
 
     @property
     def figures(self) -> tuple[str, ...]:

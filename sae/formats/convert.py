@@ -33,7 +33,9 @@ _SKIP_POSITIONS = 1
 """First positions that analyze leaves out for an SAE that does not name those of training."""
 
 
-def export_sae(run: str | Path, to: str, out: Path, *, model: str | None = None) -> list[Path]:
+def export_sae(
+    run: str | Path, to: str, out: str | Path, *, model: str | None = None
+) -> list[Path]:
     """Write an SAE in the format of another tool.
 
     Reconstructions are the same function of the activations. A format that is of single layers
@@ -54,7 +56,7 @@ def export_sae(run: str | Path, to: str, out: Path, *, model: str | None = None)
     """
     if to not in FORMATS:
         raise InputError(f"--to must be one of {', '.join(FORMATS)}, got {to!r}")
-    form = FORMATS[to]
+    form, out = FORMATS[to], Path(out)
     sae = load(run)
     origin = _origin_of(sae.training_record, model)
     if form.folder is not None and (origin.site is None or not origin.layers):
@@ -86,7 +88,7 @@ def export_sae(run: str | Path, to: str, out: Path, *, model: str | None = None)
 
 def import_sae(
     source: str | Path,
-    out: Path,
+    out: str | Path,
     *,
     site: str | None = None,
     layers: tuple[int, ...] | None = None,
@@ -113,7 +115,7 @@ def import_sae(
     """
     if site is not None and site not in SITES:
         raise InputError(f"--site must be one of {', '.join(SITES)}, got {site!r}")
-    found = find(source, _FILES)
+    found, out = find(source, _FILES), Path(out)
     form = _format_of(found)
     content = read_json(found.directory / form.config_file)
     foreign = form.read(found.directory, content)

@@ -183,6 +183,8 @@ class Corpus:
         self._readers: dict[tuple[str, int], CorpusReader] = {}
         self._group_moments: dict[str, GroupMoments] | None = None
 
+    __repr__ = Store.__repr__
+
     @property
     def calibrations(self) -> tuple[Calibration | None, ...]:
         """See `AnyStore`."""

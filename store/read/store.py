@@ -180,6 +180,13 @@ class Store:
         self._readers: dict[tuple[str, int], RowReader] = {}
         self._group_moments: dict[str, GroupMoments] | None = None
 
+    def __repr__(self) -> str:
+        layers = ", ".join(map(str, self.layers))
+        return (
+            f"{type(self).__name__}({self.place!r}: {self.num_rows:,} rows of {self.d_model} "
+            f"channels, {self.encoding}, {', '.join(self.sites)}, layers {layers})"
+        )
+
     @property
     def stores(self) -> tuple["Store", ...]:
         """This store alone; a `Corpus` has several."""

@@ -96,6 +96,8 @@ def test_a_later_minor_version_is_read_and_what_is_new_in_it_kept(
     analysis: Path, made: Path, tmp_path: Path
 ) -> None:
     before = load(made)
+    assert repr(before).startswith(f"Analysis({str(made)!r}: ")
+    assert len(repr(before).splitlines()) == 1
     _to_later(analysis)
     found = load(analysis)
     for name in ("layers", "overall", "latents", "latent_layers"):

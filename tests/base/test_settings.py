@@ -1,6 +1,8 @@
 """Settings say of themselves whether they decide a result."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from inspect import signature
+from pathlib import Path
 
 import pytest
 
@@ -47,3 +49,21 @@ def test_settings_are_frozen_dataclasses_with_keywords_alone():
         Some()  # type: ignore[call-arg]
     with pytest.raises(TypeError):
         Some(3)  # type: ignore[misc]
+
+
+def test_a_path_may_be_text():
+    """As Python users give them; the field is a path in any case, in heirs and copies too."""
+
+    @settings
+    class Some:
+        out: Path = setting(decides=False, group="A", doc="A directory.")
+
+    @settings
+    class Heir(Some):
+        other: Path | None = setting(default=None, decides=False, group="A", doc="Another.")
+        name: str = setting(default="b", decides=False, group="A", doc="A name.")
+
+    made = Heir(out="a", other="c")  # type: ignore[arg-type]
+    assert made == Heir(out=Path("a"), other=Path("c"))
+    assert (replace(made, other=None).other, made.name) == (None, "b")
+    assert list(signature(Heir).parameters) == ["out", "other", "name"]

@@ -118,6 +118,15 @@ def test_a_corpus_is_its_stores_one_after_another(corpus: Corpus) -> None:
                 read(*span)
 
 
+def test_their_representations_are_one_line(corpus: Corpus) -> None:
+    """Place, size and contents, of a store and of several."""
+    for one, kind in ((corpus, "Corpus"), (corpus.stores[0], "Store")):
+        assert repr(one) == (
+            f"{kind}({one.place!r}: {one.num_rows:,} rows of 70 channels, {one.encoding}, "
+            f"mlp_out, resid_post, layers 1, 4)"
+        )
+
+
 def test_rows_are_read_into_the_callers_buffers_across_stores(corpus: Corpus) -> None:
     """As stored, in every part."""
     reader = corpus.reader("mlp_out", 4)
