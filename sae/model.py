@@ -49,6 +49,7 @@ class SAE(torch.nn.Module):
         config: shape, architecture and normalisation.
         generator: source of the initial weights (`Architecture.initial`); torch's global one if
             None.
+        weights: initial parameters by name, in place of drawn ones.
     """
 
     W_enc: torch.nn.Parameter
@@ -64,12 +65,20 @@ class SAE(torch.nn.Module):
     layer_shift: torch.Tensor | None
     """(L, D) vector subtracted from rows at each of `config.layers`; None for 0."""
 
-    def __init__(self, config: SAEConfig, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        config: SAEConfig,
+        generator: torch.Generator | None = None,
+        *,
+        weights: Weights | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.training_record: dict[str, Any] = {}
         """training.json, after `load`; `training` is torch's own flag."""
-        for name, tensor in config.architecture.initial(config, generator).items():
+        if weights is None:
+            weights = config.architecture.initial(config, generator)
+        for name, tensor in weights.items():
             self.register_parameter(name, torch.nn.Parameter(tensor))
         if not config.encoder_bias:
             self.register_parameter("b_enc", None)
@@ -255,8 +264,9 @@ def load(path_or_hub_id: str | Path, device: str | torch.device = "cpu") -> SAE:
         InputError: this version does not know such a configuration.
     """
     config, tensors, training = read(find(path_or_hub_id, FILES).directory)
-    with torch.device("meta"):
-        sae = SAE(config)
+    # Only shapes: arithmetic on this device, such as a draw, would import torch's compiler.
+    shapes = config.architecture.parameters(config)
+    sae = SAE(config, weights={p.name: torch.empty(p.shape, device="meta") for p in shapes})
     state = {name: t.to(device, torch.float32) for name, t in tensors.items()}
     sae.load_state_dict(state, assign=True)
     sae.training_record = training

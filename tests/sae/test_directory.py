@@ -8,7 +8,7 @@ import torch
 
 from mlsae.base.errors import InputError
 from mlsae.base.files import read_sealed, seal
-from mlsae.sae import SAE, DamagedSAEError, NotAnSAEError, SAEConfig, TopK, load
+from mlsae.sae import SAE, Architecture, DamagedSAEError, NotAnSAEError, SAEConfig, TopK, load
 
 TRAINING = {"store_id": "ab", "layers": [0, 2], "metrics": {"fvu": 0.25}}
 
@@ -45,6 +45,12 @@ def test_an_sae_of_another_dtype_comes_back_in_float32(tmp_path: Path, dtype: to
     loaded = load(str(tmp_path / "sae"))
     assert loaded.W_enc.dtype == loaded.b.dtype == torch.float32
     assert torch.equal(loaded.W_enc, sae.W_enc.float())
+
+
+def test_loading_draws_no_weights(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing needs them, and to draw them without memory takes a second of imports."""
+    monkeypatch.delattr(Architecture, "initial")
+    assert load(directory).W_enc.shape == (32, 8)
 
 
 def test_nothing_else_is_left_in_the_directory(directory: Path) -> None:
