@@ -67,9 +67,11 @@ def save(figure: Figure, directory: Path, name: str) -> list[str]:
     with mpl.rc_context(STYLE), warnings.catch_warnings():
         # Prompts may be in a script that this font lacks; in the SVG their text stays text.
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
+        # One layout serves both files; without an engine each is drawn once, not twice.
+        if (layout := figure.get_layout_engine()) is not None:
+            layout.execute(figure)
+            figure.set_layout_engine(None)
         figure.savefig(directory / files[0])
-        # The layout of the first file serves the second.
-        figure.set_layout_engine("none")
         figure.savefig(directory / files[1], metadata={"Date": None})
     return files
 
