@@ -69,7 +69,10 @@ def collect() -> tuple[list[Module], list[Module]]:
 
 
 def _modules(stdlib: Path) -> Iterator[Module]:
-    for path in sorted(stdlib.rglob("*.py")):
+    # Not below site-packages, where most files lie.
+    packages = (path for path in stdlib.iterdir() if path.name in sys.stdlib_module_names)
+    inner = (path for package in packages for path in package.rglob("*.py"))
+    for path in sorted([*stdlib.glob("*.py"), *inner]):
         parts = path.relative_to(stdlib).with_suffix("").parts
         if parts[0] not in sys.stdlib_module_names or _SKIPPED_PACKAGES & set(parts):
             continue
@@ -107,7 +110,8 @@ def _entries(node: ast.AST, heading: str, prefix: str = "") -> Iterator[str]:
         elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
             name = f"{prefix}{child.name}"
             yield from _entries(child, f"{name}({ast.unparse(child.args)})", f"{name}.")
-        else:
+        elif isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
+            # Expressions define nothing that is documented.
             yield from _entries(child, "", prefix)
 
 

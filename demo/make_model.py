@@ -20,7 +20,7 @@ import torch
 
 from mlsae.base.errors import MlsaeError
 from mlsae.base.files import sha256_file, write_durably
-from mlsae.demo import model_path, text_path
+from mlsae.demo import corpus, model_path, text_path
 from mlsae.demo.scoring import Ids, cross_entropy, unigram_cross_entropy
 from mlsae.demo.text_files import (
     HELD_OUT,
@@ -184,7 +184,7 @@ def make(out: Path, *, collect: bool) -> None:
     if collect:
         write_running(text_path())
     sources = read_sources(text_path())
-    difference = difference_from_running(sources)
+    difference = difference_from_running(sources, corpus.collect())
     if difference is not None:
         print(difference, file=sys.stderr)
     train_texts, held_out_texts = (read_texts(text_path() / name) for name in (TRAIN, HELD_OUT))

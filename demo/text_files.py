@@ -61,9 +61,16 @@ def read_sources(directory: Path) -> dict[str, Any]:
     return sources
 
 
-def difference_from_running(sources: dict[str, Any]) -> str | None:
-    """One line if the running Python's documentation differs from the shipped text, else None."""
-    parts = zip((TRAIN, HELD_OUT), map(_encoded, collect()), strict=True)
+def difference_from_running(
+    sources: dict[str, Any], running: tuple[list[Module], list[Module]]
+) -> str | None:
+    """One line if the running Python's documentation differs from the shipped text, else None.
+
+    Args:
+        sources: content of `sources.json`.
+        running: modules of the running Python, as `collect` gives them.
+    """
+    parts = zip((TRAIN, HELD_OUT), map(_encoded, running), strict=True)
     if all(_account(data) == sources["files"][name] for name, data in parts):
         return None
     return (
