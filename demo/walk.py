@@ -81,14 +81,14 @@ def render(analysis: Analysis) -> str:
             f"{format_count(dead)} of {format_count(num_latents)} ({dead / num_latents:.1%})"
         )
     dead_everywhere = format_count(analysis.summary["overall"]["num_dead"])
-    figures = [analysis.path / name for name in analysis.summary["figures"]]
-    shown = [figure.name for figure in figures if figure.suffix == ".png"]
-    lines += [
+    lines.append(
         f"held-out sequences; FVU 0 is perfect; delta CE in nats a token; {dead_everywhere} "
-        "latents dead at every layer",
-        f"figures in {figures[0].parent}: {', '.join(shown)}",
-        f"all of it on one page, to open in a browser: {analysis.page}",
-    ]
+        "latents dead at every layer"
+    )
+    if figures := [analysis.path / name for name in analysis.summary["figures"]]:
+        shown = [figure.name for figure in figures if figure.suffix == ".png"]
+        lines.append(f"figures in {figures[0].parent}: {', '.join(shown)}")
+    lines.append(f"all of it on one page, to open in a browser: {analysis.page}")
     return "\n".join(lines)
 
 
