@@ -1,5 +1,7 @@
 """A small transformer, its store, SAEs that fit it, and an independent dense SAE in float64."""
 
+import contextlib
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +15,8 @@ import pytest
 import torch
 import transformers
 
+from mlsae.analyze import Analysis, AnalyzeConfig
+from mlsae.analyze import run as run_analyze
 from mlsae.analyze.results.columns import LATENT_LAYERS, LATENTS
 from mlsae.harvest import HarvestConfig
 from mlsae.harvest import run as run_harvest
@@ -153,6 +157,28 @@ def sae_maker(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return directory
 
     return make
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An analysis with every figure, and the lines that it printed."""
+
+    analysis: Analysis
+    printed: str
+
+
+@pytest.fixture(scope="session")
+def drawn(
+    world: World, sae_maker: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Drawn:
+    """The world and an SAE analyzed with default settings; not to be changed."""
+    out = tmp_path_factory.mktemp("drawn") / "deep" / "out"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        analysis = run_analyze(
+            AnalyzeConfig(cache=world.store, sae=sae_maker(world.store), out=out)
+        )
+    return Drawn(analysis, printed.getvalue())
 
 
 def training_record(store: Store) -> dict[str, Any]:

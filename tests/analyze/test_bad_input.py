@@ -24,7 +24,8 @@ def command(*arguments: object) -> Result:
 
 
 def analyze(world: Any, sae: Path, out: Path, *more: object) -> Result:
-    return command("analyze", "--cache", world.store, "--sae", sae, "--out", out, *more)
+    words = ("--cache", world.store, "--sae", sae, "--out", out, "--no-figures")
+    return command("analyze", *words, *more)
 
 
 def refused(result: Result, message: str, absent: Path | None = None) -> None:
@@ -162,11 +163,11 @@ def test_a_condition_that_no_latent_meets_is_no_error(analysis: Path) -> None:
 
 
 def test_an_out_with_something_else(
-    world: Any, sae_maker: Callable[..., Path], analysis: Path, tmp_path: Path
+    world: Any, sae_maker: Callable[..., Path], drawn: Any, tmp_path: Path
 ) -> None:
     """Everything is left as it was; a whole analysis, page and all, is replaced."""
     sae = sae_maker(world.store)
-    notes = tmp_path / "notes"
+    analysis, notes = drawn.analysis.path, tmp_path / "notes"
     shutil.copytree(analysis, notes)
     (notes / "notes.md").write_text("precious")
     (tmp_path / "file").write_text("precious")
@@ -258,7 +259,7 @@ def test_little_memory_for_all_pairs_of_directions() -> None:
 
 
 def test_too_little_disk_for_the_events(
-    world: Any, sae_maker: Callable[..., Path], tmp_path: Path
+    sample: Any, sae_maker: Callable[..., Path], tmp_path: Path
 ) -> None:
     """On a real small file system: estimated before any work, and nothing is left there."""
     if shutil.which("unshare") is None:
@@ -271,7 +272,7 @@ def test_too_little_disk_for_the_events(
     prefix = ["unshare", "--mount", "sh", "-c", mount, "sh"]
     if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount a small file system")
-    words = ["analyze", "--cache", world.store, "--sae", sae_maker(world.store), "--rows", "all"]
+    words = ["analyze", "--cache", sample.path, "--sae", sae_maker(sample.path), "--rows", "all"]
     done = subprocess.run(
         [*prefix, sys.executable, "-m", "mlsae", *map(str, words), "--out", str(disk / "out")],
         capture_output=True,

@@ -62,7 +62,14 @@ def test_dists_are_those_of_the_published_code(
     """Dead latents and a layer left out among them; with what is not above 0 taken off."""
     sae = sae_maker(world.store, num_latents=96, k=2)
     analysis = run(
-        AnalyzeConfig(cache=world.store, sae=sae, out=tmp_path / "out", rows="all", device="cpu")
+        AnalyzeConfig(
+            cache=world.store,
+            sae=sae,
+            out=tmp_path / "out",
+            rows="all",
+            figures=False,
+            device="cpu",
+        )
     )
     eligible = (world.flags == 0) & (np.arange(len(world.flags)) % LENGTH >= 1)
     published = Dists(len(LAYERS), 96)

@@ -292,7 +292,13 @@ def test_the_command_writes_it_beside_the_analysis(
     """And says which tokens it covers, and that examples of 32 tokens do not fit."""
     store = harvested()
     command = ["analyze", "--cache", str(store), "--sae", str(sae_maker(store)), "--rows", "all"]
-    command += ["--out", str(tmp_path / "analysis"), "--to-delphi", str(tmp_path / "latents")]
+    command += [
+        "--no-figures",
+        "--out",
+        str(tmp_path / "analysis"),
+        "--to-delphi",
+        str(tmp_path / "latents"),
+    ]
     (tmp_path / "latents").mkdir()
     done = CliRunner().invoke(main, command)
     assert done.exit_code == 0, done.output

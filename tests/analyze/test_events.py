@@ -164,7 +164,7 @@ def test_an_analysis_writes_the_same_parts(
 ) -> None:
     """Byte for byte: two doors, one code path."""
     settings: dict[str, Any] = {"cache": world.store, "sae": written.sae, "rows": "all"}
-    found = run(AnalyzeConfig(**settings, out=tmp_path / "analysis", batch_size=50))
+    found = run(AnalyzeConfig(**settings, out=tmp_path / "analysis", batch_size=50, figures=False))
     run_events(EventsConfig(**settings, out=tmp_path / "events", batch_size=50))
     ours = contents(tmp_path / "analysis" / "events")
     assert ours == contents(tmp_path / "events" / "events")

@@ -49,6 +49,7 @@ def analysis(
                 examples=3,
                 samples=2,
                 context_tokens=(4, 2),
+                figures=False,
                 device="cpu",
             )
         )
@@ -182,6 +183,7 @@ def test_text_is_missing_where_the_tokenizer_is_not_that_of_the_store(
             out=tmp_path / "out",
             model=moved,
             examples=1,
+            figures=False,
             device="cpu",
         )
     )
@@ -213,6 +215,7 @@ def test_a_damaged_tokenizer_leaves_the_text_out(
             out=tmp_path / "out",
             model=moved,
             examples=1,
+            figures=False,
             device="cpu",
         )
     )
@@ -285,7 +288,9 @@ def test_an_analysis_without_examples_has_no_table_and_says_so(
 ) -> None:
     sae, out = sae_maker(store), tmp_path / "out"
     command = ["analyze", "--cache", str(store), "--sae", str(sae), "--out", str(out)]
-    done = CliRunner().invoke(main, [*command, "--examples", "0", "--device", "cpu"])
+    done = CliRunner().invoke(
+        main, [*command, "--examples", "0", "--no-figures", "--device", "cpu"]
+    )
     assert done.exit_code == 0, done.output
     assert not (out / "examples.parquet").exists()
     found = load(out)

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from functools import cached_property
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ class Page(HTMLParser):
     def text(self) -> str:
         return " ".join(" ".join(self.words).split())
 
-    @property
+    @cached_property
     def data(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.raw["data"])
         return found
@@ -130,11 +131,10 @@ def write_examples(
 
 
 @pytest.fixture(scope="module")
-def analysis(
-    world: Any, sae_maker: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Analysis:
-    out = tmp_path_factory.mktemp("page") / "out"
-    return run(AnalyzeConfig(cache=world.store, sae=sae_maker(world.store), out=out))
+def analysis(drawn: Any) -> Analysis:
+    """The analysis with every figure."""
+    found: Analysis = drawn.analysis
+    return found
 
 
 def page_of(analysis: Analysis) -> Page:
@@ -245,6 +245,7 @@ def test_what_is_missing_is_said_with_its_reason(
             out=tmp_path / "out",
             rows="all",
             examples=0,
+            figures=False,
         )
         text = page_of(run(config)).text
     finally:

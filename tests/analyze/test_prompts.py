@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 from mlsae.analyze import Analysis, AnalyzeConfig, run
 from mlsae.analyze.measure.model.prompts import read_texts
+from mlsae.analyze.results.figures import registry
 from mlsae.base.errors import InputError
 from mlsae.cli import main
 from mlsae.models import load
@@ -147,11 +148,16 @@ def test_prompts_run_through_the_initialisation_that_was_harvested(
 
 
 def test_each_prompt_has_a_heat_map_of_its_eligible_tokens(
-    harvested: Callable[..., Path], sae_maker: Callable[..., Path], tmp_path: Path
+    harvested_once: Path,
+    sae_maker: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    store = harvested()
+    """After the other figures, of which one is drawn here."""
+    monkeypatch.setattr(registry, "FIGURES", {"sparsity": registry.FIGURES["sparsity"]})
+    store = harvested_once
     analysis = _analyzed(store, sae_maker(store), tmp_path / "out", prompts=PROMPTS)
-    assert analysis.figures[-3:] == ("prompt_0", "prompt_1", "prompt_2")
+    assert analysis.figures == ("sparsity", "prompt_0", "prompt_1", "prompt_2")
     totals: dict[int, dict[int, float]] = defaultdict(lambda: {0: 0.0, 2: 0.0})
     for (position, layer, latent), value in _events(analysis, 1).items():
         if position > 0:

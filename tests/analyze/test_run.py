@@ -41,22 +41,14 @@ def _first_row(world: Any) -> int:
     return 24 * int(held_out[0])
 
 
-def test_an_analysis_is_complete_and_says_what_it_found(
-    world: Any,
-    sae_maker: Callable[..., Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    directory = sae_maker(world.store)
-    out = tmp_path / "deep" / "out"
-    found = run(AnalyzeConfig(cache=world.store, sae=directory, out=out))
+def test_an_analysis_is_complete_and_says_what_it_found(world: Any, drawn: Any) -> None:
+    found, text, out = drawn.analysis, drawn.printed, drawn.analysis.path
     assert _tree(out) == [
         *(f"events/layer={n}/part-{_first_row(world):012d}.parquet" for n in (0, 1, 3)),
         "examples.parquet",
         *(f"figures/{name}" for name in PICTURES),
         *sorted([*(f"{name}.parquet" for name in TABLES), "index.html", "summary.json"]),
     ]
-    text = capsys.readouterr().out
     assert re.search(r"^layer +fvu +fvu_published +fvu_position_0_in +mse ", text, re.MULTILINE)
     layers = found.layers.to_pylist()
     for row in layers:

@@ -217,7 +217,8 @@ def test_without_a_list_of_files_the_transformer_has_to_be_given(
 ) -> None:
     """A web server lists nothing; a store beside it that does knows the transformer."""
     url = serve("web", stores[1])
-    words = ["analyze", "--cache", url, "--sae", str(sae), "--cache-size", "0", "--device", "cpu"]
+    words = ["analyze", "--cache", url, "--sae", str(sae), "--cache-size", "0", "--no-figures"]
+    words += ["--device", "cpu"]
     done = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "alone")])
     assert done.exit_code == 0, done.output
     alone = load(tmp_path / "alone")

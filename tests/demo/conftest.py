@@ -90,10 +90,15 @@ class NumpyNeoX:
         normed = _layer_norm(x, block["input_layernorm.weight"], block["input_layernorm.bias"], eps)
         fused = _linear(normed, block, "attention.query_key_value").reshape(B, T, heads, 3 * size)
         q, k, v = (fused[..., i * size : (i + 1) * size].swapaxes(1, 2) for i in range(3))
-        scores = self._rotate(q) @ self._rotate(k).swapaxes(-1, -2) / math.sqrt(size)
-        scores = np.where(np.tril(np.ones((T, T), dtype=bool)), scores, -np.inf)
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        mixed = (weights / weights.sum(-1, keepdims=True)) @ v
+        q, k, mixed = self._rotate(q) / math.sqrt(size), self._rotate(k), np.empty_like(v)
+        # A few queries at a time need no more keys than those before the last of them.
+        for first in range(0, T, 32):
+            end = min(first + 32, T)
+            weights = q[..., first:end, :] @ k[..., :end, :].swapaxes(-1, -2)
+            weights += np.triu(np.full((end - first, end), -np.inf), first + 1)
+            weights -= weights.max(-1, keepdims=True)
+            np.exp(weights, out=weights)
+            mixed[..., first:end, :] = weights @ v[..., :end, :] / weights.sum(-1, keepdims=True)
         return _linear(mixed.swapaxes(1, 2).reshape(B, T, D), block, "attention.dense")
 
     def _rotate(self, x: Array) -> Array:

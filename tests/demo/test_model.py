@@ -44,7 +44,7 @@ def test_recorded_cross_entropy_on_unseen_modules_is_an_independent_model_s(
 ) -> None:
     """Held-out cross-entropy, recomputed in float64 numpy, is as recorded."""
     sequences = packed["held_out.jsonl"]
-    nats = np.concatenate([numpy_model.nats(ids) for ids in np.array_split(sequences, 40)])
+    nats = np.concatenate([numpy_model.nats(ids) for ids in np.array_split(sequences, 80)])
     recorded = training["cross_entropy_nats_per_token"]["held_out"]
     assert nats.mean() == pytest.approx(recorded, abs=1e-5)
 
@@ -66,7 +66,7 @@ def test_a_sample_of_training_text_agrees_with_the_recorded_cross_entropy(
 ) -> None:
     """Every 16th training sequence scores the recorded figure within four standard errors."""
     sequences = packed["train.jsonl"][::16]
-    nats = np.concatenate([numpy_model.nats(ids) for ids in np.array_split(sequences, 20)])
+    nats = np.concatenate([numpy_model.nats(ids) for ids in np.array_split(sequences, 40)])
     error = nats.mean(1).std(ddof=1) / np.sqrt(len(nats))
     recorded = training["cross_entropy_nats_per_token"]["train"]
     assert abs(nats.mean() - recorded) < 4 * error

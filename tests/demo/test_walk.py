@@ -28,7 +28,7 @@ def small_walk(out: Path, *, figures: bool) -> Walked:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         analysis = walk(
-            replace(to_harvest, max_tokens=16_384, device="cpu"),
+            replace(to_harvest, max_tokens=8_192, device="cpu"),
             replace(to_train, epochs=1, batch_size=1024, device="cpu"),
             replace(to_analyze, device="cpu", figures=figures),
         )

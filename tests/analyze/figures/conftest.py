@@ -1,7 +1,6 @@
 """Parts of an analysis of any size, made up."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,6 @@ import torch
 from mlsae.analyze.measure.directions import decoder_pairs
 from mlsae.analyze.measure.histograms import histograms_table, layer_cosine_table
 from mlsae.analyze.results.distribution import layer_distribution
-from mlsae.analyze.results.figures import registry as figures
-from mlsae.analyze.results.figures.style import save
 from mlsae.analyze.results.tables import schema
 
 Float = npt.NDArray[np.float64]
@@ -25,12 +22,6 @@ CE = ("ce", "ce_store", "delta_ce", "kl", "loss_recovered_zero", "loss_recovered
 def make() -> Callable[..., dict[str, Any]]:
     """`make_parts`, for tests, which cannot import this file."""
     return make_parts
-
-
-@pytest.fixture(scope="session")
-def draw_here() -> Callable[[Path], None]:
-    """`draw_some`, likewise."""
-    return draw_some
 
 
 def make_parts(
@@ -141,10 +132,3 @@ def _row(n: int, layer: int, num_latents: int, measured: bool) -> dict[str, Any]
 
 
 _ENDS = (("low", 0.9), ("high", 1.05))
-
-
-def draw_some(directory: Path) -> None:
-    """Some figures of a fixed analysis, with and without meshes, into a directory."""
-    parts = make_parts(100, (0, 1, 2))
-    for name in ("layer_std", "layer_distribution", "sparsity"):
-        assert save(figures.draw(name, parts), directory, name) == [f"{name}.png", f"{name}.svg"]

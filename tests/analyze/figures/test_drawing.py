@@ -1,9 +1,11 @@
 """Figures of tables of any size: labelled, small, the same bytes again."""
 
+import pickle
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from mlsae.analyze import load
 from mlsae.analyze.results.figures import registry as figures
 from mlsae.analyze.results.figures.style import save
 from mlsae.base.errors import InputError
@@ -43,19 +46,37 @@ def test_every_figure_can_be_drawn_and_is_labelled(
         _check_labels(figure)
 
 
-def test_every_figure_is_written_as_picture_and_as_text(make: Make, tmp_path: Path) -> None:
-    parts = make(16, (0, 1, 2))
+@dataclass(frozen=True)
+class Large:
+    """Figures of 131,072 latents at 16 layers, written, and how that went."""
+
+    parts: dict[str, Any]
+    directory: Path
+    names: list[str]
+    told: list[int]
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def large(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Large:
+    """Not to be changed."""
+    parts, directory = make(131_072, tuple(range(16))), tmp_path_factory.mktemp("large")
     told: list[int] = []
-    names = figures.draw_all(tmp_path, parts, told.append)
+    start = time.process_time()
+    names = figures.draw_all(directory, parts, told.append)
+    return Large(parts, directory, names, told, time.process_time() - start)
+
+
+def test_every_figure_is_written_as_picture_and_as_text(large: Large) -> None:
     expected = [*figures.FIGURES, "prompt_0"]
-    assert names == [f"{name}.{suffix}" for name in expected for suffix in ("png", "svg")]
-    assert sorted(names) == sorted(path.name for path in tmp_path.iterdir())
-    assert told == [1] * len(expected)
+    assert large.names == [f"{name}.{suffix}" for name in expected for suffix in ("png", "svg")]
+    assert sorted(large.names) == sorted(path.name for path in large.directory.iterdir())
+    assert large.told == [1] * len(expected)
     for name in expected:
-        pixels = imread(tmp_path / f"{name}.png")
+        pixels = imread(large.directory / f"{name}.png")
         assert pixels.shape[1] in (660, 1350)
         assert pixels[..., :3].std() > 0.01
-        _check_svg(tmp_path / f"{name}.svg")
+        _check_svg(large.directory / f"{name}.svg")
 
 
 def _check_labels(figure: Figure) -> None:
@@ -81,13 +102,10 @@ def _check_svg(path: Path) -> None:
     assert len(text) < 150_000
 
 
-def test_131072_latents_take_seconds_and_little_room(make: Make, tmp_path: Path) -> None:
-    parts = make(131_072, tuple(range(16)))
-    start = time.process_time()
-    names = figures.draw_all(tmp_path, parts, lambda _: None)
-    assert time.process_time() - start < 20
-    assert max((tmp_path / name).stat().st_size for name in names) < 200_000
-    axes = figures.draw("layer_distribution", parts).axes[0]
+def test_131072_latents_take_seconds_and_little_room(large: Large) -> None:
+    assert large.seconds < 20
+    assert max((large.directory / name).stat().st_size for name in large.names) < 200_000
+    axes = figures.draw("layer_distribution", large.parts).axes[0]
     image = np.asarray(axes.images[0].get_array())
     assert image.shape == (16, 1200)
     np.testing.assert_allclose(image.sum(axis=0), 1)
@@ -133,33 +151,34 @@ def test_a_prompt_fits_its_title_and_what_cannot_be_shown_is_a_space(
     assert figure.axes[0].get_title(loc="left").endswith(f" latents of “{shown}”")
 
 
-def test_a_figure_is_the_same_bytes_again(
-    draw_here: Callable[[Path], None], tmp_path: Path
-) -> None:
-    """Also in another process, where hashes of strings differ."""
-    script = Path(__file__).with_name("conftest.py")
-    again = (
-        "import importlib.util, pathlib, sys\n"
-        f"spec = importlib.util.spec_from_file_location('own', {str(script)!r})\n"
-        "own = importlib.util.module_from_spec(spec)\n"
-        "spec.loader.exec_module(own)\n"
-        "own.draw_some(pathlib.Path(sys.argv[1]))\n"
-    )
+AGAIN = """
+import pickle, sys
+from pathlib import Path
+from mlsae.analyze.results.figures import registry
+from mlsae.analyze.results.figures.style import save
+parts = pickle.loads(Path(sys.argv[1]).read_bytes())
+for name in sys.argv[3:]:
+    save(registry.draw(name, parts), Path(sys.argv[2]), name)
+"""
+
+
+def test_a_figure_is_the_same_bytes_again(make: Make, tmp_path: Path) -> None:
+    """Also in another process, where hashes of strings differ; with and without meshes."""
+    parts, names = make(100, (0, 1, 2)), ("layer_std", "layer_distribution", "sparsity")
+    (tmp_path / "parts").write_bytes(pickle.dumps(parts))
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    draw_here(tmp_path / "a")
-    subprocess.run([sys.executable, "-c", again, str(tmp_path / "b")], check=True)
+    for name in names:
+        files = save(figures.draw(name, parts), tmp_path / "a", name)
+        assert files == [f"{name}.png", f"{name}.svg"]
+    words = [str(tmp_path / "parts"), str(tmp_path / "b"), *names]
+    subprocess.run([sys.executable, "-c", AGAIN, *words], check=True)
     for path in sorted((tmp_path / "a").iterdir()):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
-def test_every_figure_has_its_place_in_an_analysis(
-    world: Any, sae_maker: Callable[..., Path], tmp_path: Path
-) -> None:
-    from mlsae.analyze import AnalyzeConfig, load, run
-
-    run(AnalyzeConfig(cache=world.store, sae=sae_maker(world.store), out=tmp_path / "out"))
-    analysis = load(tmp_path / "out")
+def test_every_figure_has_its_place_in_an_analysis(drawn: Any, tmp_path: Path) -> None:
+    analysis = load(drawn.analysis.path)
     assert analysis.figures == tuple(figures.FIGURES)
     assert analysis.summary["figures"] == [
         f"figures/{name}.{suffix}" for name in analysis.figures for suffix in ("png", "svg")
