@@ -182,7 +182,7 @@ def _stores_of(training: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _ids(store_ids: Iterable[str]) -> str:
     ids = sorted(map(_short, store_ids))
-    return f"store{'s' if len(ids) > 1 else ''} {', '.join(ids)}"
+    return f"store{'' if len(ids) == 1 else 's'} {', '.join(ids)}"
 
 
 def _short(digest: object) -> str:

@@ -50,6 +50,16 @@ def format_count(count: float) -> str:
     return f"{count:,.0f}"
 
 
+def counted(num: int, noun: str) -> str:
+    """A number of things for people: `1 shard`, `480,000 rows`, `0 tokens`."""
+    return f"{format_count(num)} {noun}{'' if num == 1 else 's'}"
+
+
+def portion(num: int, total: int, noun: str) -> str:
+    """Part of a number of things, with the verb: `3 of 20 shards are`, `1 of 20 shards is`."""
+    return f"{format_count(num)} of {counted(total, noun)} {'is' if 1 in (num, total) else 'are'}"
+
+
 def format_ranges(numbers: Sequence[int]) -> str:
     """Ascending numbers for people, neighbours joined: `0–5, 8`."""
     runs: list[list[int]] = []

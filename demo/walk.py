@@ -7,7 +7,7 @@ import pyarrow.compute as pc
 
 from mlsae.analyze import Analysis, AnalyzeConfig
 from mlsae.analyze import run as analyze
-from mlsae.base.units import format_count
+from mlsae.base.units import counted, format_count
 from mlsae.demo import model_path, text_path
 from mlsae.harvest import HarvestConfig
 from mlsae.harvest import run as harvest
@@ -80,10 +80,10 @@ def render(analysis: Analysis) -> str:
             f"{row['layer']:5d}  {row['fvu']:6.4f}  {delta:>8}  {row['l0']:4.1f}  "
             f"{format_count(dead)} of {format_count(num_latents)} ({dead / num_latents:.1%})"
         )
-    dead_everywhere = format_count(analysis.summary["overall"]["num_dead"])
+    dead_everywhere = counted(analysis.summary["overall"]["num_dead"], "latent")
     lines.append(
         f"held-out sequences; FVU 0 is perfect; delta CE in nats a token; {dead_everywhere} "
-        "latents dead at every layer"
+        "dead at every layer"
     )
     if figures := [analysis.path / name for name in analysis.summary["figures"]]:
         shown = [figure.name for figure in figures if figure.suffix == ".png"]

@@ -17,6 +17,7 @@ from mlsae.base.interruption import (
 )
 from mlsae.base.ranks import Ranks, wait_until
 from mlsae.base.resources import require_writable
+from mlsae.base.units import counted, portion
 from mlsae.harvest.compute.batch_size import choose_batch_size
 from mlsae.harvest.compute.batches import Batches, Slice
 from mlsae.harvest.compute.calibrate import calibrate
@@ -282,8 +283,8 @@ def _await_others(writer: Writer, ranks: Ranks) -> None:
         return
     if others := writer.pending():
         ranks.say(
-            f"waiting for {len(others)} shards of other ranks; if one of them has died, stop "
-            "this and run the same command again"
+            f"waiting for {counted(len(others), 'shard')} of other ranks; if one of them has died, "
+            "stop this and run the same command again"
         )
         wait_until(lambda: not writer.pending())
     complete(writer.path, writer.plan)
@@ -300,8 +301,8 @@ def _stopped(config: HarvestConfig, interruption: Interruption) -> InterruptedWo
         total = plan.num_shards
         done = total - len(pending_shards(objects, plan))
         line = (
-            f"stopped: {done} of {total} shards are safe in {config.out}; run the same command to "
-            "go on"
+            f"stopped: {portion(done, total, 'shard')} safe in {config.out}; run "
+            "the same command to go on"
         )
     return InterruptedWorkError(line, interruption.signal_number)
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mlsae.base.resources import free_disk
-from mlsae.base.units import format_bytes, format_count
+from mlsae.base.units import counted, format_bytes, format_count
 from mlsae.harvest.config import HarvestConfig
 from mlsae.harvest.outliers import outlier_lines
 from mlsae.harvest.text.packing import PackedText
@@ -28,12 +28,12 @@ def dry_run_lines(
         bound = "" if PRESETS[name].compression == "none" else "at most "
         yield (
             f"{name}: {bound}{format_bytes(size.total_bytes)}, shards of each layer: "
-            f"{format_count(size.num_shards)} of up to {format_count(size.shard_rows)} rows"
+            f"{format_count(size.num_shards)} of up to {counted(size.shard_rows, 'row')}"
         )
     yield f"free at {config.out}: {format_bytes(free_disk(config.out))}"
     # As a literal: newlines and control characters of the text must not break the report.
     beginning = tokenizer.decode(packed.tokens[:DECODED_TOKENS].tolist())
-    yield f"first {min(DECODED_TOKENS, len(packed.tokens))} tokens: {beginning!r}"
+    yield f"first {counted(min(DECODED_TOKENS, len(packed.tokens)), 'token')}: {beginning!r}"
     yield "dry run: nothing was written"
 
 
@@ -52,7 +52,7 @@ def layer_tables(store: Store) -> Iterator[str]:
             yield f"{layer:>5}  {_figure(norm):>10}  {_figure(largest):>11}  {cosine:>14}"
         yield from outlier_lines(store, site)
     yield (
-        f"over {format_count(moments.count)} rows of each layer: position 0 and special tokens "
+        f"over {counted(moments.count, 'row')} of each layer: position 0 and special tokens "
         "are out; the cosine is pooled over rows, about each layer's mean"
     )
 
@@ -74,9 +74,9 @@ def last_line(store: Store, num_bytes: int, seconds: float) -> str:
     """Summary of the store, its place and the time it took."""
     sites = f" at {len(store.sites)} sites" if len(store.sites) > 1 else ""
     return (
-        f"harvested {format_count(store.num_tokens)} tokens, {format_count(store.num_rows)} rows "
-        f"of each of {len(store.layers)} layers{sites}, in {seconds:.1f} s to {store.place}: "
-        f"{format_bytes(num_bytes)}, store_id {store.store_id[:12]}"
+        f"harvested {counted(store.num_tokens, 'token')}, {counted(store.num_rows, 'row')} of "
+        f"each of {counted(len(store.layers), 'layer')}{sites}, in {seconds:.1f} s to "
+        f"{store.place}: {format_bytes(num_bytes)}, store_id {store.store_id[:12]}"
     )
 
 

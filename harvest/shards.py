@@ -6,7 +6,7 @@ from tqdm.auto import tqdm
 
 from mlsae.base.interruption import Interruption
 from mlsae.base.ranks import Ranks
-from mlsae.base.units import format_bytes
+from mlsae.base.units import format_bytes, portion
 from mlsae.harvest.compute.batches import Batches
 from mlsae.harvest.compute.codecs import codecs_for
 from mlsae.harvest.compute.forward import Computed, Forward
@@ -47,9 +47,8 @@ def harvest_shards(
     """
     pending = writer.pending()
     if len(pending) < writer.num_shards:
-        ranks.say(
-            f"going on: {writer.num_shards - len(pending)} of {writer.num_shards} shards are there"
-        )
+        there = writer.num_shards - len(pending)
+        ranks.say(f"going on: {portion(there, writer.num_shards, 'shard')} there")
     shards = ranks.own(pending)
     if not shards:
         return

@@ -19,6 +19,7 @@ from mlsae.base.interruption import (
     StopNow,
     interruptible,
 )
+from mlsae.base.units import counted
 from mlsae.sae.directory import TRAINING
 from mlsae.store import open_corpus
 from mlsae.train.config import TrainConfig
@@ -152,8 +153,8 @@ class _Run:
         mine = left if shares else left[rank::world_size]
         if len(left) < world_size and not shares:
             raise InputError(
-                f"{world_size} ranks cannot share {len(left)} SAEs: start at most {len(left)}, "
-                f"or give --distribute rows"
+                f"{world_size} ranks cannot share {counted(len(left), 'SAE')}: start at most "
+                f"{len(left)}, or give --distribute rows"
             )
         # Counts all SAEs of the run, so that one that goes on after others has as many threads.
         num_saes = len(plans) if shares else -(-len(plans) // world_size)

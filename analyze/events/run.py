@@ -20,7 +20,7 @@ from mlsae.base.interruption import InterruptedWorkError, Interruption, StopNow,
 from mlsae.base.ranks import Ranks, wait_until
 from mlsae.base.resources import require_disk, require_writable
 from mlsae.base.settings import deciding
-from mlsae.base.units import format_count
+from mlsae.base.units import counted, format_count, portion
 
 STOPPING = "finishing the part in hand, then stopping; press Ctrl-C again to stop at once"
 
@@ -65,7 +65,8 @@ def _run(config: EventsConfig, interruption: Interruption) -> Events:
     _check(directory, [path for path in _own(paths, ranks) if path not in pending], ranks)
     if not was_complete:
         if len(pending) < len(paths):
-            ranks.say(f"going on: {len(paths) - len(pending)} of {len(paths)} parts are there")
+            there = len(paths) - len(pending)
+            ranks.say(f"going on: {portion(there, len(paths), 'part')} there")
         own = set(_own(paths, ranks)) & pending
         parts = [part for part in plan.parts if part.path in own]
         _write(plan, parts, directory, config, ranks, interruption)
@@ -180,8 +181,8 @@ def _await_others(directory: EventsDirectory, paths: list[str], ranks: Ranks) ->
     """Wait until every part is there, and record that in the directory."""
     if others := directory.pending(paths):
         ranks.say(
-            f"waiting for {len(others)} parts of other ranks; if one of them has died, stop this "
-            f"and run the same command again"
+            f"waiting for {counted(len(others), 'part')} of other ranks; if one of them has died, "
+            f"stop this and run the same command again"
         )
         wait_until(lambda: not directory.pending(paths))
     directory.complete(paths)
@@ -195,7 +196,7 @@ def _stopped(config: EventsConfig, interruption: Interruption) -> InterruptedWor
     if directory.is_begun:
         there, total = directory.progress()
         line = (
-            f"stopped: {there} of {total} parts are safe in {config.out}; run the same command to "
-            f"go on"
+            f"stopped: {portion(there, total, 'part')} safe in {config.out}; run "
+            f"the same command to go on"
         )
     return InterruptedWorkError(line, interruption.signal_number)

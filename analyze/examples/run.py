@@ -17,7 +17,7 @@ from mlsae.analyze.results.tables import schema
 from mlsae.analyze.transformer import Pieces
 from mlsae.base.errors import ResourceError
 from mlsae.base.resources import require_disk, require_memory
-from mlsae.base.units import format_bytes
+from mlsae.base.units import counted, format_bytes
 
 _REMEDY = "lower --examples, --samples or --context-tokens"
 
@@ -47,7 +47,7 @@ def plan_examples(
         seed=config.examples_seed,
     )
     num_latents, num_layers = pairing.sae.config.num_latents, len(pairing.layers)
-    what = f"the examples of {num_latents} latents at {num_layers} layers"
+    what = f"the examples of {counted(num_latents, 'latent')} at {counted(num_layers, 'layer')}"
     num_bytes = plan.num_bytes(num_latents, num_layers)
     if pairing.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(pairing.device)

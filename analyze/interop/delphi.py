@@ -30,7 +30,7 @@ from mlsae.analyze.transformer import find_places
 from mlsae.base.errors import InputError
 from mlsae.base.files import full_disk_explained
 from mlsae.base.resources import require_disk, require_writable
-from mlsae.base.units import format_count
+from mlsae.base.units import counted, portion
 from mlsae.store import PADDING, AnyStore, open_corpus
 
 CONFIG = "config.json"
@@ -69,10 +69,10 @@ class DelphiCache:
     @property
     def lines(self) -> list[str]:
         """Lines to print."""
-        tokens = format_count(self.num_sequences * self.context_length)
+        tokens = counted(self.num_sequences * self.context_length, "token")
         return [
-            f"delphi    {self.path} ({len(self.modules)} modules, "
-            f"{format_count(self.num_events)} events of the {tokens} tokens that the table "
+            f"delphi    {self.path} ({counted(len(self.modules), 'module')}, "
+            f"{counted(self.num_events, 'event')} of the {tokens} that the table "
             f"`events` covers)",
             *(f"note: {note}" for note in self.notes),
         ]
@@ -311,8 +311,8 @@ def _notes(store: AnyStore, sequences: Int, model: str) -> Iterator[str]:
         )
     if num_padding := _count_padding(store, sequences):
         yield (
-            f"{format_count(num_padding)} of the {format_count(len(sequences) * length)} tokens "
-            f"are padding, which Delphi may show as text where a latent is inactive"
+            f"{portion(num_padding, len(sequences) * length, 'token')} padding, which "
+            f"Delphi may show as text where a latent is inactive"
         )
     if not model:
         yield "where the transformer lay is not known: give Delphi's loader a tokenizer"

@@ -34,6 +34,7 @@ from mlsae.base.files import (
     write_durably,
     write_new_durably,
 )
+from mlsae.base.units import portion
 
 KIND = "mlsae events"
 COMPLETE = "complete.json"
@@ -208,8 +209,8 @@ class EventsDirectory:
         if not self.is_complete:
             there, total = self.progress()
             raise InputError(
-                f"{self.path} is unfinished: {there} of {total} parts are there; run the same "
-                f"mlsae events again to go on"
+                f"{self.path} is unfinished: {portion(there, total, 'part')} "
+                f"there; run the same mlsae events again to go on"
             )
         content = _read(self.path / COMPLETE)
         if content["plan"] != self._digest():

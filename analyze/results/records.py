@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from mlsae.base.errors import InputError
 from mlsae.base.files import sha256_file
-from mlsae.base.units import format_bytes, format_count
+from mlsae.base.units import counted, format_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +148,8 @@ def describe(totals: Mapping[str, Any]) -> str:
     """The sums of `totals_of` in words."""
     each = totals["bytes_per_event"]
     return (
-        f"{format_count(totals['num_events'])} events in {format_count(len(totals['parts']))} "
-        f"parts, {format_bytes(totals['num_bytes'])}"
+        f"{counted(totals['num_events'], 'event')} in {counted(len(totals['parts']), 'part')}, "
+        f"{format_bytes(totals['num_bytes'])}"
         f"{'' if each is None else f', {each:.2f} bytes an event'}"
     )
 

@@ -2,6 +2,7 @@
 
 import click
 
+from mlsae.base.units import counted
 from mlsae.commands.options import LOCATION
 
 
@@ -18,7 +19,7 @@ def verify(location: str) -> None:
         click.echo(line)
     if problems := len(report.problems):
         raise click.ClickException(
-            f"{location} breaks {problems} rule{'s' if problems > 1 else ''} of storage_schema.md"
+            f"{location} breaks {counted(problems, 'rule')} of storage_schema.md"
         )
     store_id = open_store(location, cache_bytes=0).store_id
     click.echo(f"{location} is sound: store_id {store_id}")

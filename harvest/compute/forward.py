@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from mlsae.base.errors import InputError, ResourceError
+from mlsae.base.units import counted
 from mlsae.base.words import Key
 from mlsae.harvest.compute.added_fvu import RunningFVU
 from mlsae.harvest.compute.batches import TextBatch
@@ -277,9 +278,9 @@ def memory_explained(num_sequences: int | None = None) -> Iterator[None]:
             raise
         if isinstance(error, ResourceError):
             raise
-        where = f"a forward pass of {num_sequences} sequences"
-        if num_sequences is None:
-            where = "measuring the rows of a forward pass"
+        where = "measuring the rows of a forward pass"
+        if num_sequences is not None:
+            where = f"a forward pass of {counted(num_sequences, 'sequence')}"
         raise ResourceError(
             f"out of memory in {where}; use a smaller "
             "--batch-size (it belongs to the plan, so begin again in an empty --out)"

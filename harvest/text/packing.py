@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.errors import InputError
+from mlsae.base.units import counted
 from mlsae.harvest.text.joints import Joints
 from mlsae.harvest.text.mixture import lags_most
 from mlsae.harvest.text.sequences import SequenceBuilder
@@ -166,7 +167,7 @@ def _too_little(taken: Sequence[Taken], context_length: int) -> str:
     num_tokens = sum(one.num_tokens for one in taken)
     if num_tokens:
         return (
-            f"the data set holds {num_tokens:,} tokens, less than one sequence of "
+            f"the data set holds {counted(num_tokens, 'token')}, less than one sequence of "
             f"{context_length}; give more text or a smaller --context-length"
         )
     empty = [one.name for one in taken if one.ran_out]

@@ -8,6 +8,7 @@ from typing import Any
 
 from mlsae.base.errors import InputError
 from mlsae.base.files import canonical_json, fsync_directory, sha256_file, write_durably
+from mlsae.base.units import counted
 from mlsae.base.words import SITES
 from mlsae.sae.directory import CONFIG, WEIGHTS, write
 from mlsae.sae.formats import dictionary_learning, published, saelens, sparsify
@@ -134,7 +135,7 @@ def format_imported(sae: SAE, out: Path) -> str:
     config, record = sae.config, sae.training_record
     imported = record["imported"]
     lines = [
-        f"{imported['format']}: {config.num_latents:,} latents of {config.d_in} channels, "
+        f"{imported['format']}: {counted(config.num_latents, 'latent')} of {config.d_in} channels, "
         f"{config.architecture.describe()}, normalize {config.normalize}"
     ]
     lines += [f"note: {change}" for change in imported["changes"]]

@@ -13,13 +13,7 @@ from mlsae.base.interruption import (
     interruptible,
 )
 from mlsae.base.settings import setting, settings
-from mlsae.base.units import (
-    format_bytes,
-    format_count,
-    parse_layers,
-    parse_names,
-    parse_range,
-)
+from mlsae.base.units import counted, format_bytes, parse_layers, parse_names, parse_range, portion
 from mlsae.store.copying.derive import derive
 from mlsae.store.copying.manifest import Manifest
 from mlsae.store.copying.mirror import mirror
@@ -228,7 +222,7 @@ def _content(store: Store) -> str:
     num_layers, num_sites = len(store.layers), len(store.sites)
     layers = f"each of {num_layers} layers" if num_layers > 1 else "one layer"
     sites = f" at {num_sites} sites" if num_sites > 1 else ""
-    return f"{format_count(store.num_rows)} rows of {layers}{sites} in {store.plan.preset.name}"
+    return f"{counted(store.num_rows, 'row')} of {layers}{sites} in {store.plan.preset.name}"
 
 
 def _stopped(config: CopyConfig, interruption: Interruption) -> InterruptedWorkError:
@@ -245,7 +239,7 @@ def _stopped(config: CopyConfig, interruption: Interruption) -> InterruptedWorkE
         total = plan.num_shards
         done = total - len(pending_shards(objects, plan))
         line = (
-            f"stopped: {done} of {total} shards are safe in {config.target}; run the same command "
-            f"to go on"
+            f"stopped: {portion(done, total, 'shard')} safe in {config.target}; "
+            f"run the same command to go on"
         )
     return InterruptedWorkError(line, interruption.signal_number)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.errors import InputError
+from mlsae.base.units import portion
 from mlsae.store.errors import DamagedStoreError, IncompleteStoreError, InvalidStoreError
 from mlsae.store.format.calibration import Calibration
 from mlsae.store.format.encoding import Part, Stored
@@ -148,8 +149,8 @@ class Store:
             total = self.plan.num_shards
             done = total - len(pending_shards(objects, self.plan))
             raise IncompleteStoreError(
-                f"{self.place} is incomplete: {done} of {total} shards are committed; "
-                f"run the same harvest or copy again to finish it",
+                f"{self.place} is incomplete: {portion(done, total, 'shard')} "
+                f"committed; run the same harvest or copy again to finish it",
                 rule="R-COMPLETE-1",
             )
         self._check_records()

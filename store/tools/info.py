@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mlsae.base.units import format_bytes, format_count, format_ranges
+from mlsae.base.units import counted, format_bytes, format_count, format_ranges
 from mlsae.store.errors import RemoteError
 from mlsae.store.format.moments import Moments
 from mlsae.store.plan import Plan
@@ -91,16 +91,16 @@ class StoreInfo:
         lines = [
             f"{self.place}: {state}, schema {plan.schema_version}",
             f"  model       {model if isinstance(model, str) else '(not recorded)'}",
-            f"  tokens      {format_count(plan.num_tokens)} in {format_count(plan.num_sequences)}"
-            f" sequences of {plan.context_length}",
+            f"  tokens      {format_count(plan.num_tokens)} in "
+            f"{counted(plan.num_sequences, 'sequence')} of {plan.context_length}",
             *_rows_line(plan),
             f"  activations {', '.join(plan.sites)}; layers {format_ranges(plan.layers)}; "
             f"d_model {plan.d_model}; {plan.preset.name}",
             *_added_line(self.added_fvu),
             f"  shards      {self.num_committed} of {plan.num_shards} committed, "
-            f"{format_count(plan.shard_rows)} rows each",
+            f"{counted(plan.shard_rows, 'row')} each",
             *(
-                f"  made by     {describe_producer(producer)}: {format_count(num_shards)} shards"
+                f"  made by     {describe_producer(producer)}: {counted(num_shards, 'shard')}"
                 for producer, num_shards in self.producers
             ),
             f"  on disk     {_size(self.num_bytes)}",
@@ -155,7 +155,7 @@ def _provenance(store: Store) -> tuple[dict[str, Any], ...]:
 def _moments_table(site: str, moments: Moments) -> str:
     """A table by layer: mean norm, largest magnitude, pooled cosine with the next layer."""
     rows = [
-        f"  {site}, {format_count(moments.count)} eligible rows a layer "
+        f"  {site}, {counted(moments.count, 'eligible row')} a layer "
         f"(position 0, special, padding and masked tokens left out)",
         f"  {'layer':>5} {'mean norm':>10} {'max |x|':>10} {'cosine to next':>15}",
     ]
@@ -187,6 +187,6 @@ def _rows_line(plan: Plan) -> list[str]:
     if keep is None:
         return []
     return [
-        f"  rows        {format_count(plan.num_rows)}: {keep.num} positions of a sequence, "
-        f"seed {keep.seed}"
+        f"  rows        {format_count(plan.num_rows)}: {counted(keep.num, 'position')} of a "
+        f"sequence, seed {keep.seed}"
     ]

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlsae.base.errors import InputError
 from mlsae.base.files import DamagedFileError, fsync_directory, read_sealed
-from mlsae.base.units import format_bytes, format_count, format_ranges
+from mlsae.base.units import counted, format_bytes, format_ranges
 from mlsae.base.words import SITES
 from mlsae.store.errors import NotAStoreError
 from mlsae.store.places.remote import is_remote, open_objects
@@ -185,7 +185,7 @@ def _content(record: Mapping[str, Any]) -> str:
     """Tokens, sites, layers and encoding of a store, or nothing where the record lacks one."""
     try:
         return (
-            f" of {format_count(record['num_tokens'])} tokens, {', '.join(record['sites'])} of "
+            f" of {counted(record['num_tokens'], 'token')}, {', '.join(record['sites'])} of "
             f"layers {format_ranges(record['layers'])} in {record['encoding']}"
         )
     except (KeyError, TypeError, ValueError):

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from mlsae.base.units import format_bytes, format_count, format_ranges
+from mlsae.base.units import counted, format_bytes, format_count, format_ranges
 from mlsae.store.plan import Plan
 from mlsae.store.read.commits import LargestAddedFVU
 from mlsae.store.schema import activation_array
@@ -146,7 +146,7 @@ def _table(
     compression, derived = plan.compression, plan.derived_from
     rows = format_count(plan.num_rows)
     if keep is not None:
-        rows += f": {keep.num} positions of each sequence, seed {keep.seed}"
+        rows += f": {counted(keep.num, 'position')} of each sequence, seed {keep.seed}"
     encoding: str = plan.encoding
     if compression is not None:
         encoding += f", compressed ({compression.name}, level {compression.level})"

@@ -15,6 +15,7 @@ import pytest
 
 from mlsae.analyze import EventsConfig, load_events, run_events
 from mlsae.base.errors import InputError
+from mlsae.base.units import portion
 
 PATIENCE_SECONDS = 120
 NUM_PARTS = 111
@@ -111,7 +112,9 @@ def test_killed_at_random_instants_it_ends_as_the_same_bytes(
         _, errors = process.communicate()
         assert process.returncode == -signal.SIGKILL, errors
         assert there < num_recorded(config.out) < NUM_PARTS
-        with pytest.raises(InputError, match=r"is unfinished: \d+ of 111 parts are there; run the"):
+        with pytest.raises(
+            InputError, match=r"is unfinished: \d+ of 111 parts (is|are) there; run the"
+        ):
             load_events(config.out)
     before = {file: file.stat().st_ino for file in config.out.rglob("*.parquet")}
     recorded = num_recorded(config.out)
@@ -163,7 +166,8 @@ def test_what_a_killed_rank_leaves_is_written_by_a_rerun(
     there = num_recorded(config.out)
     assert first.returncode == 128 + signal.SIGINT
     assert errors.splitlines()[-1] == (
-        f"stopped: {there} of 111 parts are safe in {config.out}; run the same command to go on"
+        f"stopped: {portion(there, 111, 'part')} safe in {config.out}; "
+        "run the same command to go on"
     )
     assert 56 <= there < NUM_PARTS
     run_events(config)
@@ -186,7 +190,8 @@ def test_stopped_it_finishes_its_part_and_says_how_to_go_on(
     there = num_recorded(config.out)
     assert 0 < there < NUM_PARTS
     assert errors.splitlines()[-1] == (
-        f"stopped: {there} of 111 parts are safe in {config.out}; run the same command to go on"
+        f"stopped: {portion(there, 111, 'part')} safe in {config.out}; "
+        "run the same command to go on"
     )
     assert len(list((config.out / "events").rglob("*.parquet"))) == there
     run_events(config)

@@ -3,7 +3,14 @@
 import pytest
 
 from mlsae.base.errors import InputError
-from mlsae.base.units import format_bytes, parse_bytes, parse_count, parse_layers
+from mlsae.base.units import (
+    counted,
+    format_bytes,
+    parse_bytes,
+    parse_count,
+    parse_layers,
+    portion,
+)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +49,28 @@ def test_bytes_are_shown_with_three_digits():
     """The unit changes at 1,000."""
     shown = [format_bytes(n) for n in (0, 999, 1000, 61_440_000_000, 1.234e15)]
     assert shown == ["0 B", "999 B", "1 kB", "61.4 GB", "1.23e+03 TB"]
+
+
+def test_one_thing_is_singular():
+    """Any other number of things is plural, 0 too."""
+    assert [counted(n, "dead latent") for n in (0, 1, 2, 480_000)] == [
+        "0 dead latents",
+        "1 dead latent",
+        "2 dead latents",
+        "480,000 dead latents",
+    ]
+
+
+def test_a_portion_has_the_verb_of_its_number():
+    """Singular for one thing, and for any part of a single one."""
+    found = [portion(*of, "shard") for of in ((0, 20), (1, 20), (2, 2000), (0, 1), (1, 1))]
+    assert found == [
+        "0 of 20 shards are",
+        "1 of 20 shards is",
+        "2 of 2,000 shards are",
+        "0 of 1 shard is",
+        "1 of 1 shard is",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from kit import ENVIRONMENT, MLSAE, Harvest, assert_refused, assert_sound, run, state_of
 
+from mlsae.base.units import portion
 from mlsae.store import open_store
 
 # A checkpoint at every line of the log.
@@ -94,7 +95,7 @@ def harvests(disk: Disk, store_id: str, counts: Counter[str]) -> None:
         again = Harvest(acts).run()
         assert again.returncode == 0, again.stderr
         if before:
-            assert f"going on: {before} of 16 shards are there" in again.stdout
+            assert f"going on: {portion(before, 16, 'shard')} there" in again.stdout
         assert_sound(acts, store_id)
         shutil.rmtree(acts)
         counts["harvest"] += 1

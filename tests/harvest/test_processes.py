@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from mlsae.base.units import portion
 from mlsae.harvest import HarvestConfig, run
 from mlsae.store import IncompleteStoreError, open_store
 from mlsae.store.schema import commit_record
@@ -170,7 +171,8 @@ def test_stopped_harvest_finishes_its_shard_and_goes_on(
     done = len(list((settings.out / "commits").glob("0*.json")))
     last = errors.splitlines()[-1]
     assert last == (
-        f"stopped: {done} of 40 shards are safe in {settings.out}; run the same command to go on"
+        f"stopped: {portion(done, 40, 'shard')} safe in {settings.out}; "
+        "run the same command to go on"
     )
     assert 0 < done < 40
     alone = run(small_shards(tmp_path / "alone"))

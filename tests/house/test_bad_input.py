@@ -126,7 +126,7 @@ def test_train_and_analyze_refuse_stores_that_are_not_whole(walked: Path, tmp_pa
     for cache, message in (
         (absent, "absent does not exist; expected an activation store"),
         (walked, "is not an activation store: it has no plan.json"),
-        (incomplete, "incomplete is incomplete: 0 of 1 shards are committed"),
+        (incomplete, "incomplete is incomplete: 0 of 1 shard is committed"),
         (newer, "the store follows schema 2.0, this mlsae reads 1.0; upgrade mlsae"),
         (damaged, "(shard 0 of activations/resid_post/3) is damaged: the checksum of its chunk"),
     ):

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from mlsae.base.errors import InputError
 from mlsae.base.files import read_sealed
-from mlsae.base.units import parse_range
+from mlsae.base.units import parse_range, portion
 from mlsae.cli import main
 from mlsae.store import (
     ActivationError,
@@ -352,7 +352,7 @@ def test_a_killed_copy_goes_on_to_the_same_store(sample_maker, tmp_path):
     assert "finishing the shard in hand, then stopping" in done.stderr
     now = len(list(target.glob("commits/[0-9]*.json")))
     assert done.stderr.splitlines()[-1] == (
-        f"stopped: {now} of 6 shards are safe in {target}; run the same command to go on"
+        f"stopped: {portion(now, 6, 'shard')} safe in {target}; run the same command to go on"
     )
     assert len(committed) < now < 6
     assert command(*arguments).exit_code == 0

@@ -374,7 +374,7 @@ def test_more_ranks_than_saes_to_distribute_are_refused(
 ) -> None:
     """Before anything is made."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    with pytest.raises(AssertionError, match="2 ranks cannot share 1 SAEs: start at most 1, or gi"):
+    with pytest.raises(AssertionError, match="2 ranks cannot share 1 SAE: start at most 1, or gi"):
         launch(*command(sample.path, tmp_path / "two"), "--distribute", "saes")
     assert not (tmp_path / "two").exists()
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from mlsae import __version__
-from mlsae.base.units import format_count
+from mlsae.base.units import counted, format_count
 from mlsae.sae import SAE
 from mlsae.train.plan import RunPlan
 from mlsae.train.running.evaluate import POSITION_0_IN, POSITION_0_OUT
@@ -80,8 +80,8 @@ def format_summary(metrics: Mapping[str, Any] | None) -> str:
         columns = [_number(v) for v in (a["fvu"], a["fvu_standardized"], a["l0"], b["fvu"])]
         lines.append("{:>5} {:>8} {:>10} {:>6} {:>21}".format(a["layer"], *columns))
     lines.append(
-        f"dead: {outside['num_dead']} latents ({outside['dead_fraction']:.2%}) unused by all "
-        f"{format_count(outside['num_rows'])} validation rows"
+        f"dead: {counted(outside['num_dead'], 'latent')} ({outside['dead_fraction']:.2%}) unused "
+        f"by all {format_count(outside['num_rows'])} validation rows"
     )
     return "\n".join(lines)
 

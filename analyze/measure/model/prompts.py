@@ -16,6 +16,7 @@ import torch
 from mlsae.analyze.pairing import Pairing
 from mlsae.analyze.results.tables import schema
 from mlsae.base.errors import InputError
+from mlsae.base.units import counted
 from mlsae.models import Inputs, Transformer
 from mlsae.models.capture import capture
 from mlsae.models.source.tokenizer import texts_of_tokens, tokenizer_sha256
@@ -109,8 +110,8 @@ def prepare(
         if len(tokens) > store.context_length:
             opened = ", the BOS that opens it included," if opening else ""
             raise InputError(
-                f"{name} is too long: it has {len(tokens):,} tokens{opened} and the store's "
-                f"sequences {store.context_length:,}; shorten it"
+                f"{name} is too long: it has {counted(len(tokens), 'token')}{opened} and the "
+                f"store's sequences {store.context_length:,}; shorten it"
             )
         if not ids:
             raise InputError(f"{name} has no token: {text!r}; give other text, or leave it out")

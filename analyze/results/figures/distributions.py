@@ -25,6 +25,7 @@ from mlsae.analyze.results.figures.style import (
     layer_ticks,
     nothing,
 )
+from mlsae.base.units import counted
 
 _MAX_COLUMNS = 1200
 _NAMED = 24
@@ -78,7 +79,7 @@ def prompt(
     of = distribution(totals[:, kept], tuple(ids.tolist()))
     figure = _heat_map(of.probs, of.mean, ids, latents[kept], "no latent is active")
     figure.axes[0].set_title(
-        f"{int(kept.sum()):,} latents of “{_shortened(summary['prompts'][number])}”",
+        f"{counted(int(kept.sum()), 'latent')} of “{_shortened(summary['prompts'][number])}”",
         parse_math=False,
     )
     return figure
@@ -98,7 +99,7 @@ def _of_all(latents: pa.Table, latent_layers: pa.Table, by: str, what: str) -> F
     )
     dead = len(mean) - int(alive.sum())
     figure.axes[0].set_title(
-        f"Layers of {int(alive.sum()):,} latents, {what}"
+        f"Layers of {counted(int(alive.sum()), 'latent')}, {what}"
         + (f" ({dead:,} dead left out)" if dead else "")
     )
     return figure

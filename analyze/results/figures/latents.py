@@ -28,6 +28,7 @@ from mlsae.analyze.results.figures.style import (
     nothing,
     stairs,
 )
+from mlsae.base.units import counted
 
 _HEIGHT = 2.3
 _FEW = 10
@@ -147,7 +148,7 @@ def density(latents: pa.Table) -> Figure:
     dead = len(latents) - len(alive)
     figure, axes = canvas(COLUMN, _HEIGHT)
     axes.set(
-        title=f"{len(alive):,} living latents, {dead:,} dead",
+        title=f"{counted(len(alive), 'living latent')}, {dead:,} dead",
         xlabel="log₁₀ density (share of rows at which active)",
     )
     count_axis(axes, "living latents")

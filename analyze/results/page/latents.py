@@ -10,6 +10,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mlsae.base.units import counted
+
 Int = npt.NDArray[np.int64]
 
 MAX_LATENTS = 4096
@@ -44,7 +46,7 @@ def choose(latents: pa.Table, num_layers: int) -> tuple[Int, str]:
     most = max(3, min(MAX_LATENTS, MAX_CELLS // num_layers))
     count = latents["count"].to_numpy()
     if len(count) <= most:
-        return np.arange(len(count)), f"All {len(count):,} latents."
+        return np.arange(len(count)), f"All {counted(len(count), 'latent')}."
     spread = latents["layer_std"].to_numpy()
     frequent = np.argsort(-count, kind="stable")
     living = count[count > 0]

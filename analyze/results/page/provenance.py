@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 from mlsae.analyze.results.page.tables import Row, number
-from mlsae.base.units import format_ranges
+from mlsae.base.units import counted, format_ranges
 
 _STAGES = ("harvest", "train", "analyze")
 _SETTINGS = (
@@ -25,7 +25,7 @@ def provenance(summary: Row) -> list[tuple[str, str]]:
     """Names and values of the inputs of an analysis, in the order of the page."""
     model, sae = summary["model"], summary["sae_config"]
     stores = [
-        f"{of['store_id']} ({number(of['num_sequences'])} sequences)" for of in summary["stores"]
+        f"{of['store_id']} ({counted(of['num_sequences'], 'sequence')})" for of in summary["stores"]
     ]
     rows: list[tuple[str, object]] = [
         ("transformer", model.get("name") or "not recorded"),
@@ -46,8 +46,8 @@ def provenance(summary: Row) -> list[tuple[str, str]]:
         (
             "rows evaluated",
             f"{number(summary['num_rows'])} over all layers ({summary['rows']}: "
-            f"{number(summary['num_sequences'])} sequences of {summary['context_length']} tokens, "
-            f"positions from {summary['skip_positions']})",
+            f"{counted(summary['num_sequences'], 'sequence')} of {summary['context_length']} "
+            f"tokens, positions from {summary['skip_positions']})",
         ),
         ("device", summary["device"]),
         ("versions", _listed(f"{key} {value}" for key, value in summary["versions"].items())),

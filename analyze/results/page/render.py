@@ -25,6 +25,7 @@ from mlsae.analyze.results.page.tables import (
     variance_table,
 )
 from mlsae.base.files import write_durably
+from mlsae.base.units import counted
 
 MAX_BYTES = 6_000_000
 """Largest size of a page, whatever the analysis."""
@@ -129,8 +130,7 @@ def _title(summary: Mapping[str, Any]) -> str:
     model = PurePosixPath(str(summary["model"].get("name") or "an unnamed transformer"))
     # Two parts are a hub id, and tell more of a path than the last one alone.
     name = "/".join(model.parts[-2:])
-    layers = len(summary["layers"])
     return (
-        f"{number(summary['overall']['num_latents'])} latents on {layers} "
-        f"layer{'' if layers == 1 else 's'} of {name}"
+        f"{counted(summary['overall']['num_latents'], 'latent')} on "
+        f"{counted(len(summary['layers']), 'layer')} of {name}"
     )

@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 from mlsae.analyze.results.analysis import Analysis
-from mlsae.base.units import format_count
+from mlsae.base.units import format_count, portion
 
 Row = Mapping[str, Any]
 
@@ -125,8 +125,9 @@ def headline(analysis: Analysis) -> list[dict[str, str]]:
             "name": "Dead latents",
             "value": f"{total['dead_fraction']:.2%}",
             "interval": "",
-            "text": f"{number(total['num_dead'])} of {number(total['num_latents'])} latents are "
-            f"active at none of the {number(summary['num_rows'])} rows evaluated; counted, so "
+            "text": f"{portion(total['num_dead'], total['num_latents'], 'latent')} "
+            f"active at none of the {number(summary['num_rows'])} rows "
+            "evaluated; counted, so "
             "there is no interval.",
         },
         {

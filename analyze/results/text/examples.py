@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from mlsae.analyze.results.analysis import Analysis, load
 from mlsae.analyze.results.columns import SAMPLE, TOP, TOP_LAYER
 from mlsae.base.errors import InputError
-from mlsae.base.units import format_count
+from mlsae.base.units import counted
 
 _BARS = "▁▂▃▄▅▆▇█"
 """Bars from the smallest value to the largest; a space stands for 0."""
@@ -57,7 +57,7 @@ def list_examples(analysis: Path, *, latent: int, layer: int | None, limit: int 
 def _of_latent(analysis: Analysis, latent: int) -> str:
     row = analysis.latents.slice(latent, 1).to_pylist()[0]
     return (
-        f"latent {latent}: active {format_count(row['count'])} times, density "
+        f"latent {latent}: active {counted(row['count'], 'time')}, density "
         f"{row['density']:.4g}, mean value {row['mean']:.4g}, layer {row['layer_mean']:.2f} ± "
         f"{row['layer_std']:.2f}"
     )

@@ -11,7 +11,7 @@ from mlsae.analyze.results.analysis import load
 from mlsae.analyze.results.text.filter import check_columns, check_named_latents, where
 from mlsae.base.errors import InputError
 from mlsae.base.files import write_durably
-from mlsae.base.units import format_count
+from mlsae.base.units import counted, format_count
 
 SHOWN = (
     "latent",
@@ -90,7 +90,7 @@ def list_latents(
     if out is not None and out.exists():
         raise InputError(f"--out {out} exists already: give another name")
     chosen = choose(latents, condition=condition, sort=sort, columns=columns or None)
-    whole = f"{format_count(len(chosen))} of {format_count(len(latents))} latents"
+    whole = f"{format_count(len(chosen))} of {counted(len(latents), 'latent')}"
     if out is not None:
         kept = chosen.slice(0, limit)
         buffer = pa.BufferOutputStream()

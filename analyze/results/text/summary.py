@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from mlsae.analyze.results.analysis import Analysis
 from mlsae.analyze.results.directory import EXAMPLES_FILE, FIGURES_FOLDER, events_folder
 from mlsae.analyze.results.records import describe
-from mlsae.base.units import format_count
+from mlsae.base.units import counted, format_count
 
 _SHOWN = {
     "fvu": ".4f",
@@ -63,8 +63,8 @@ def render(analysis: Analysis) -> str:
     lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
     lines += [
         "",
-        f"{format_count(summary['num_rows'])} rows over {num_layers} layers "
-        f"({summary['rows']}: {format_count(summary['num_sequences'])} sequences of "
+        f"{counted(summary['num_rows'], 'row')} over {counted(num_layers, 'layer')} "
+        f"({summary['rows']}: {counted(summary['num_sequences'], 'sequence')} of "
         f"{summary['context_length']} tokens, positions from {summary['skip_positions']})",
         *_over_layers(analysis.overall),
         f"dead latents on these rows: {total['dead_fraction']:.2%} "
@@ -84,8 +84,8 @@ def render(analysis: Analysis) -> str:
         )
     else:
         ce = analysis.layers["ce"][0].as_py()
-        tokens = format_count(summary["cross_entropy"]["num_tokens"])
-        lines.append(f"untouched transformer: ce {ce:.4f} nats over {tokens} scored tokens")
+        tokens = counted(summary["cross_entropy"]["num_tokens"], "scored token")
+        lines.append(f"untouched transformer: ce {ce:.4f} nats over {tokens}")
     examples = summary["examples"]
     if examples is not None and (reason := examples["no_text_because"]) is not None:
         lines.append(f"examples have token ids and no text: {reason}")
@@ -115,7 +115,7 @@ def _of_examples(analysis: Analysis) -> list[str]:
     if found is None:
         return []
     return [
-        f"examples  {analysis.path / EXAMPLES_FILE} ({format_count(found['num_examples'])} rows); "
+        f"examples  {analysis.path / EXAMPLES_FILE} ({counted(found['num_examples'], 'row')}); "
         f"to read those of a latent: mlsae examples {analysis.path} LATENT"
     ]
 
@@ -134,7 +134,7 @@ def _layer_variance(found: Mapping[str, Any] | None) -> list[str]:
         f"variance of a latent's layer at a single token, of that over all tokens: "
         f"{', '.join(terms)}; by the published code {coded}",
         f"a latent that is active for a token is so at {found['layers_of_a_pair']:.2f} layers "
-        f"(mean over {format_count(found['num_tokens'])} tokens)",
+        f"(mean over {counted(found['num_tokens'], 'token')})",
     ]
 
 
