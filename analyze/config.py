@@ -1,4 +1,4 @@
-"""Settings of an analysis, and of the events alone."""
+"""Settings for an analysis, and for the events alone."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ PART_EVENTS = 2**22
 
 @settings
 class OverRows(ReadsStores):
-    """Settings of work that runs an SAE over the rows of a store.
+    """Settings for work that runs an SAE over a store's rows.
 
     Raises:
         InputError: `rows` is not one of its choices, or a size is below 1.
@@ -60,7 +60,7 @@ class OverRows(ReadsStores):
 
 @settings
 class AnalyzeConfig(OverRows):
-    """Settings of an analysis.
+    """Settings for an analysis.
 
     Raises:
         InputError: `rows` is not one of its choices, or a number is out of range.
@@ -69,43 +69,43 @@ class AnalyzeConfig(OverRows):
     out: Path = setting(
         decides=False,
         group="Data",
-        doc="Directory of the analysis: absent, empty, or an analysis, which is then replaced.",
+        doc="Directory for the analysis: absent, empty, or an analysis, which is then replaced.",
     )
     model: Path | None = setting(
         default=None,
         unset="the place that the store names",
         decides=False,
         group="Data",
-        doc="Directory of the transformer, where it was moved after the harvest, or demo.",
+        doc="Directory with the transformer, where it was moved after the harvest, or demo.",
     )
     ce_max_tokens: int = setting(
         default=1_000_000,
         decides=True,
         group="Measures",
         on_command_line=False,
-        doc="Most tokens, of those read, on which the cross-entropy family is measured.",
+        doc="Most tokens, among those read, on which the cross-entropy family is measured.",
     )
     events_max_tokens: int = setting(
         default=1_000_000,
         decides=True,
         group="Measures",
         on_command_line=False,
-        doc="Most tokens, of those read, that the table of events covers.",
+        doc="Most tokens, among those read, that the events table covers.",
     )
     decomposition_max_tokens: int = setting(
         default=1_000_000,
         decides=True,
         group="Measures",
         parse=parse_count,
-        doc="Most tokens, of those read, whose layers are compared: for the variance decomposition "
-        "and the entropy over token ids.",
+        doc="Most tokens, among those read, whose layers are compared: for the variance "
+        "decomposition and the entropy over token ids.",
     )
     examples: int = setting(
         default=16,
         decides=True,
         group="Examples",
         parse=parse_count,
-        doc="Largest values of each latent with their text, over all layers and at each layer; 0 "
+        doc="Largest values for each latent with their text, over all layers and at each layer; 0 "
         "for no table of examples.",
     )
     samples: int = setting(
@@ -113,7 +113,7 @@ class AnalyzeConfig(OverRows):
         decides=True,
         group="Examples",
         parse=parse_count,
-        doc="Further examples from each quarter of a latent's range of values, drawn at random.",
+        doc="Further examples from each quarter of a latent's range, drawn at random.",
     )
     context_tokens: tuple[int, int] = setting(
         default=(8, 4),
@@ -121,10 +121,10 @@ class AnalyzeConfig(OverRows):
         group="Examples",
         parse=parse_context,
         metavar="BEFORE,AFTER",
-        doc="Tokens of an example before its peak, and after the peak.",
+        doc="Tokens in an example before its peak, and after the peak.",
     )
     examples_seed: int = setting(
-        default=0, decides=True, group="Examples", doc="Seed of the examples drawn at random."
+        default=0, decides=True, group="Examples", doc="Seed for the examples drawn at random."
     )
     prompts: tuple[str, ...] = setting(
         default=(),
@@ -141,20 +141,20 @@ class AnalyzeConfig(OverRows):
         decides=True,
         group="Prompts",
         is_file=True,
-        doc="UTF-8 file of texts as for --prompt, one a line.",
+        doc="UTF-8 file with texts as for --prompt, one a line.",
     )
     figures: bool = setting(
         default=True,
         decides=True,
         group="Run",
-        doc="Draw the figures, which takes seconds; `Analysis.figure` draws any of them later.",
+        doc="Draw the figures, which takes seconds; `Analysis.figure` draws any later.",
     )
     to_delphi: Path | None = setting(
         default=None,
         unset="none",
         decides=False,
         group="Data",
-        doc="Directory for the events as a latent cache of Delphi.",
+        doc="Directory for the events as a latent cache that Delphi reads.",
     )
 
     def __post_init__(self) -> None:
@@ -171,7 +171,7 @@ class AnalyzeConfig(OverRows):
 
 @settings
 class EventsConfig(OverRows):
-    """Settings of the events alone.
+    """Settings for the events alone.
 
     Raises:
         InputError: `rows` is not one of its choices, or a size is below 1.
@@ -180,14 +180,14 @@ class EventsConfig(OverRows):
     out: Path = setting(
         decides=False,
         group="Data",
-        doc="Directory of the events: absent, empty, or one that the same settings began.",
+        doc="Directory for the events: absent, empty, or one that the same settings began.",
     )
     part_events: int = setting(
         default=PART_EVENTS,
         decides=True,
         group="Run",
         parse=parse_count,
-        doc="Most events of a file, about: they are sorted in memory, and lost in a crash.",
+        doc="Most events a file, about: they are sorted in memory, and lost in a crash.",
     )
 
     def __post_init__(self) -> None:

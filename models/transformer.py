@@ -1,4 +1,4 @@
-"""A loaded transformer: blocks, tokenizer, sizes, and the record of its identity."""
+"""A loaded transformer: blocks, tokenizer, sizes, and its recorded identity."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,24 +17,24 @@ from mlsae.models.weights.placement import input_device
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Transformer:
-    """A model of the transformers library, in eval mode, without gradients."""
+    """A model from the transformers library, in eval mode, without gradients."""
 
     model: Any
-    """The `*ForCausalLM` module of a decoder, the `*Model` module of an encoder."""
+    """A decoder's `*ForCausalLM` module, an encoder's `*Model` module."""
     blocks: list[nn.Module]
-    """Blocks in order; layer i is the output of block i, before any final norm."""
+    """Blocks in order; layer i is block i's output, before any final norm."""
     blocks_path: str
-    """Dotted path of the list of blocks in `backbone`."""
+    """Dotted path to the list of blocks in `backbone`."""
     name: str
-    """Hub id, or the absolute path of a local directory."""
+    """Hub id, or a local directory's absolute path."""
     revision: str | None = None
-    """Commit of a hub model; None for a local directory."""
+    """Commit, for a hub model; None for a local directory."""
     kind: str = DECODER
     """Either `decoder` or `encoder`; an encoder has no head and no logits."""
     init: str = "trained"
-    """Origin of the weights, one of `weights.initialization.INITS`."""
+    """The weights' origin, one of `weights.initialization.INITS`."""
     init_seed: int = 0
-    """Seed of the initialisation; without meaning for `trained`."""
+    """Seed for the initialisation; without meaning for `trained`."""
 
     @property
     def backbone(self) -> nn.Module:
@@ -53,27 +53,27 @@ class Transformer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids, from the rows of the embedding."""
+        """Token ids, counted by the embedding's rows."""
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     @property
     def max_context_length(self) -> int | None:
-        """Largest number of positions of a sequence; None where there is no limit."""
+        """Most positions in a sequence; None where there is no limit."""
         return max_context_length(self.model)
 
     @property
     def device(self) -> torch.device:
-        """Device of the token embedding, which takes the tokens."""
+        """The token embedding's device, which takes the tokens."""
         return input_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the weights."""
+        """The weights' precision."""
         return self.model.dtype  # type: ignore[no-any-return]
 
     @property
     def config_hash(self) -> str:
-        """Hex SHA-256 of the config; see `weights.fingerprint.config_sha256`."""
+        """The config's hex SHA-256; see `weights.fingerprint.config_sha256`."""
         return config_sha256(self.model.config)
 
     @property
@@ -83,7 +83,7 @@ class Transformer:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Tokenizer of the model, read from the same place at first use.
+        """The model's tokenizer, read from the same place at first use.
 
         Raises:
             InputError: there is no tokenizer, or it cannot be read.
@@ -95,13 +95,13 @@ class Transformer:
         return weights_sha256(self.model)
 
     def fingerprint(self) -> str:
-        """Hex SHA-256 of the loaded weights; see `weights.fingerprint.weights_sha256`."""
+        """Hex SHA-256 over the loaded weights; see `weights.fingerprint.weights_sha256`."""
         return self._fingerprint
 
     def describe(self) -> dict[str, str | int | None]:
-        """Identity of this model, as the `model` entry of a store's source.
+        """The model's identity, as the `model` entry in a store's source.
 
-        The place of the files is left out, so that harvests on several machines make one store.
+        The files' place is left out, so that harvests on several machines make one store.
         """
         return {
             "fingerprint": self.fingerprint(),

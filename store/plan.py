@@ -29,12 +29,12 @@ from mlsae.store.schema import (
 
 @dataclass(frozen=True, kw_only=True)
 class KeptPositions:
-    """A seeded choice of the positions whose activations are stored."""
+    """A seeded choice of positions whose activations are stored."""
 
     num: int
     """Positions kept in each sequence."""
     seed: int
-    """Seed of the choice."""
+    """Seed for the choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class PlannedCalibration:
     num_rows: int
     """Eligible rows that the calibration was made from."""
     sha256: str
-    """Hex SHA-256 of its arrays, as `Calibration.sha256` gives it."""
+    """Hex SHA-256 over the arrays, as `Calibration.sha256` gives it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,33 +52,33 @@ class Plan:
     """All settings that decide a store's bytes, and the sizes and names that follow from them.
 
     `mlsae.store.plancheck.check_plan` makes a plan from JSON that was read, and
-    `mlsae.store.write.plan.make_plan` from the settings of a producer.
+    `mlsae.store.write.plan.make_plan` from a producer's settings.
     """
 
     schema_version: str
     """Version of the specification, MAJOR.MINOR."""
     num_tokens: int
-    """Tokens of the text, whole sequences."""
+    """Tokens in the text, whole sequences."""
     context_length: int
-    """Tokens of a sequence."""
+    """Tokens per sequence."""
     tokens_sha256: str
-    """Hex SHA-256 of the token ids, little-endian uint32."""
+    """Hex SHA-256 over the token ids, little-endian uint32."""
     documents_sha256: str
-    """Hex SHA-256 of the document indices, little-endian uint32."""
+    """Hex SHA-256 over the document indices, little-endian uint32."""
     token_flags_sha256: str
-    """Hex SHA-256 of the flags, uint8."""
+    """Hex SHA-256 over the flags, uint8."""
     sites: tuple[str, ...]
     """Places in a block whose activations are stored."""
     layers: tuple[int, ...]
     """Block indices from 0, ascending."""
     d_model: int
-    """Channels of an activation."""
+    """Channels per activation."""
     encoding: Encoding
     """Form in which activations are held."""
     calibration: PlannedCalibration | None
-    """Calibration of the channels; for int8 alone."""
+    """Channel calibration; for int8 alone."""
     compression: Compression | None
-    """Compression of activation chunks; None where they lie as they are."""
+    """Compression for activation chunks; None where they lie as they are."""
     batch_sequences: int
     """Sequences that the producer computes at once; shards hold whole batches."""
     keep_positions: KeptPositions | None
@@ -88,19 +88,19 @@ class Plan:
     shard_rows: int
     """Rows in an activation shard, the unit of writing and resuming."""
     token_chunk: int
-    """Items in a chunk of each token array."""
+    """Items in a chunk of a token array."""
     token_shard: int
-    """Items in a shard of each token array."""
+    """Items in a shard of a token array."""
     derived_from: Mapping[str, Any] | None
-    """JSON object with the `store_id` of the store that this one was made from, if any."""
+    """JSON object with the `store_id` from which this store was made, if any."""
     source: Mapping[str, Any]
-    """JSON object on the origin of the values, as the producer gave it."""
+    """JSON object on the values' origin, as the producer gave it to `create`."""
     extensions: Mapping[str, Any] = field(default_factory=dict)
-    """Keys of a later minor version that a reader may pass by; they belong to `id` too."""
+    """Keys from a later minor version that a reader may pass by; they belong to `id` too."""
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Self:
-        """The plan of a JSON object that keeps to the specification."""
+        """The plan in a JSON object that keeps to the specification."""
         known = {name: record[name] for name in PLAN_KEYS}
         keep, compression = known["keep_positions"], known["compression"]
         calibration = known["calibration"]
@@ -117,7 +117,7 @@ class Plan:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """JSON object of the plan, as it lies in `plan.json`."""
+        """The plan's JSON object, as it lies in `plan.json`."""
         record = {name: getattr(self, name) for name in PLAN_KEYS}
         for name in ("keep_positions", "compression", "calibration"):
             record[name] = None if record[name] is None else asdict(record[name])
@@ -133,7 +133,7 @@ class Plan:
         """`key: ours there, theirs here` for each leaf in which this plan differs, hashes last.
 
         Args:
-            asked: another plan, or some keys of one in their JSON form.
+            asked: another plan, or some keys from one in their JSON form.
         """
         present = self.to_json()
         if isinstance(asked, Plan):
@@ -144,26 +144,26 @@ class Plan:
 
     @property
     def num_sequences(self) -> int:
-        """Sequences of the text."""
+        """Sequences in the text."""
         return self.num_tokens // self.context_length
 
     @property
     def rows_per_sequence(self) -> int:
-        """Rows of each sequence."""
+        """Rows per sequence."""
         return self.context_length if self.keep_positions is None else self.keep_positions.num
 
     @property
     def num_rows(self) -> int:
-        """Rows of every activation array."""
+        """Rows in every activation array."""
         return self.num_sequences * self.rows_per_sequence
 
     @property
     def num_shards(self) -> int:
-        """Shards of every activation array."""
+        """Shards in every activation array."""
         return -(-self.num_rows // self.shard_rows)
 
     def shard(self, number: int) -> range:
-        """Rows of a shard."""
+        """Rows in a shard."""
         start = number * self.shard_rows
         return range(start, min(start + self.shard_rows, self.num_rows))
 
@@ -184,7 +184,7 @@ class Plan:
 
     @property
     def token_arrays(self) -> tuple[ArraySpec, ...]:
-        """Arrays of the text: tokens, documents, flags, and each row's token where it is stored."""
+        """Arrays about the text: tokens, documents, flags, and rows' tokens where stored."""
         sizes = {name: (dtype, self.num_tokens) for name, dtype in TOKEN_ARRAYS.items()}
         if self.keep_positions is not None:
             sizes[ROW_TOKEN] = (ROW_TOKEN_DTYPE, self.num_rows)
@@ -203,7 +203,7 @@ class Plan:
 
     @property
     def calibration_arrays(self) -> tuple[ArraySpec, ...]:
-        """Arrays of channel means and scales, (layers, d_model) for each site; for int8 alone."""
+        """Arrays with channel means and scales, (layers, d_model) for each site; for int8 alone."""
         if self.calibration is None:
             return ()
         return tuple(
@@ -240,7 +240,7 @@ class Plan:
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
-        """All arrays of the store."""
+        """All arrays in the store."""
         activations = [spec for key in self.keys for spec in self.activation_arrays(*key)]
         return (*self.token_arrays, *self.calibration_arrays, *activations)
 
@@ -250,7 +250,7 @@ class Plan:
         return zarr_metadata(self.arrays, about)
 
     def setup_objects(self) -> list[str]:
-        """Names of the shards that are written before the first activation."""
+        """Names of shards that are written before the first activation."""
         specs = (*self.token_arrays, *self.calibration_arrays)
         return [spec.object(shard) for spec in specs for shard in range(spec.num_shards)]
 
@@ -270,7 +270,7 @@ class Plan:
 
 
 PLAN_KEYS = frozenset(entry.name for entry in fields(Plan)) - {"extensions"}
-"""Keys of a plan that every reader understands."""
+"""Plan keys that every reader understands."""
 
 
 def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

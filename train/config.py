@@ -1,4 +1,4 @@
-"""Settings of a training run."""
+"""Training settings."""
 
 import math
 from dataclasses import fields
@@ -53,7 +53,7 @@ def parse_training_layers(text: str) -> Layers:
 
 @settings
 class TrainConfig(ArchitectureSettings, ReadsStores):
-    """Settings of a training run, with those of the architectures.
+    """Settings for a training run, with those that architectures have.
 
     Raises:
         InputError: a value is out of range, or two exclude each other.
@@ -79,21 +79,21 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
         default=0.01,
         decides=True,
         group="Data",
-        doc="Share of the sequences held out for validation, from 0 to below 1.",
+        doc="Share of sequences held out for validation, from 0 to below 1.",
     )
     skip_positions: int = setting(
         default=1,
         decides=True,
         group="Data",
         parse=parse_count,
-        doc="First positions of a sequence that are neither trained on nor counted, 0 to 16.",
+        doc="First positions in a sequence that are neither trained on nor counted, 0 to 16.",
     )
     data_seed: int | None = setting(
         default=None,
         unset="the first --seed",
         decides=True,
         group="Data",
-        doc="Seed of the order of the rows and of the sequences held out.",
+        doc="Seed for the order of rows and for the sequences held out.",
     )
     window: int | None = setting(
         default=None,
@@ -101,7 +101,7 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
         decides=True,
         group="Data",
         parse=parse_bytes,
-        doc="Memory of the window in which rows are shuffled, over all processes, such as 1GiB.",
+        doc="Memory for the window in which rows are shuffled, over all processes, such as 1GiB.",
     )
     expansion_factor: int | None = setting(
         default=None,
@@ -127,25 +127,25 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
         decides=True,
         group="SAE",
         swept=True,
-        doc="Normalisation of rows: standardize, none, scale or center.",
+        doc="Normalisation for rows: standardize, none, scale or center.",
     )
     layer_scale: str = setting(
         default="none",
         decides=True,
         group="SAE",
         swept=True,
-        doc="Scale of each layer from the mean norms of all, with --normalize none: none, log, "
+        doc="Scale for each layer from all layers' mean norms, with --normalize none: none, log, "
         "sqrt or linear.",
     )
     seed: int = setting(
-        default=0, decides=True, group="SAE", swept=True, doc="Seed of the initial weights."
+        default=0, decides=True, group="SAE", swept=True, doc="Seed for the initial weights."
     )
     preset: str | None = setting(
         default=None,
         unset="none",
         decides=True,
         group="Optimisation",
-        doc="paper: the step of the published multi-layer SAEs.",
+        doc="paper: the training step from the published multi-layer SAEs.",
     )
     loss_space: str = setting(
         default="standardized",
@@ -160,7 +160,7 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
         decides=True,
         group="Optimisation",
         parse=parse_numbers,
-        doc="Weight of each layer's reconstruction error in the loss, as 1,1,2.",
+        doc="Weight in the loss for each layer's reconstruction error, as 1,1,2.",
     )
     batch_size: int = setting(
         default=16384,
@@ -183,7 +183,7 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
         decides=True,
         group="Optimisation",
         parse=parse_count,
-        doc="Rows to train on instead of --epochs, such as 100M, a row of each layer counting for "
+        doc="Rows to train on instead of --epochs, such as 100M, a row at each layer counting for "
         "itself; the last batch is whole.",
     )
     lr: float | None = setting(
@@ -207,44 +207,44 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
         decides=True,
         group="Optimisation",
         swept=True,
-        doc="Last share of the steps, over which the learning rate falls to 0.",
+        doc="Last share of steps, over which the learning rate falls to 0.",
     )
     warmup: float = setting(
         default=0.01,
         decides=True,
         group="Optimisation",
         swept=True,
-        doc="First share of the steps, over which the learning rate rises.",
+        doc="First share of steps, over which the learning rate rises.",
     )
     clip_grad_norm: float | None = setting(
         default=None,
         unset="any",
         decides=True,
         group="Optimisation",
-        doc="Largest L2 norm of a step's gradient.",
+        doc="Largest L2 norm for a step's gradient.",
     )
     out: Path = setting(
         decides=False,
         group="Run",
-        doc="Directory of the SAE, or of several, with log, checkpoints and curves.",
+        doc="Directory for the SAE, or for several, with log, checkpoints and curves.",
     )
     precision: str = setting(
         default="float32",
         decides=True,
         group="Run",
         swept=True,
-        doc="Precision of the encoder product in training: float32, or bfloat16 with candidates "
+        doc="Precision for the encoder product in training: float32, or bfloat16 with candidates "
         "re-scored in float32.",
     )
-    # Another number rounds sums differently, as another device or number of processes does. A run
-    # that ran out of memory or moved must still go on, so rounding is no part of its identity.
+    # Another number rounds sums differently, as another device or process count does. A run
+    # that ran out of memory or moved must still go on, so rounding does not belong to its identity.
     micro_batch: int | None = setting(
         default=None,
         unset="all",
         decides=False,
         group="Run",
         parse=parse_count,
-        doc="Rows of a batch in memory at once; a run may go on with another number, which rounds "
+        doc="Batch rows in memory at once; a run may go on with another number, which rounds "
         "sums differently.",
     )
     device: str = device_setting()
@@ -252,7 +252,7 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
         default="rows",
         decides=False,
         group="Run",
-        doc="Share of each of several processes: rows of a batch, or saes of a sweep.",
+        doc="Work shared between several processes: rows within a batch, or saes within a sweep.",
     )
     resume: bool = setting(
         default=False,
@@ -361,7 +361,7 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
             )
 
     def _check_others(self) -> None:
-        """Refuse settings of other architectures."""
+        """Refuse settings that belong to other architectures."""
         own = {field.name for field in fields(get(self.architecture).settings)}
         for kind in registered():
             for field in fields(kind.settings):
@@ -373,23 +373,23 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
                     )
 
     def latents(self, d_in: int) -> int:
-        """Number of latents for rows of `d_in` channels."""
+        """Latents for rows with `d_in` channels."""
         if self.num_latents is not None:
             return self.num_latents
         return d_in * (self.expansion_factor or DEFAULT_EXPANSION_FACTOR)
 
     @property
     def decay(self) -> float:
-        """Last share of the steps, over which the learning rate falls."""
+        """Last share of steps, over which the learning rate falls."""
         if self.lr_decay is not None:
             return self.lr_decay
         return {"constant": 0.0, "linear": 0.2, "cosine": 1 - self.warmup}[self.schedule]
 
     @property
     def order_seed(self) -> int:
-        """Seed of the order of the rows and the validation split."""
+        """Seed for the row order and the validation split."""
         return self.seed if self.data_seed is None else self.data_seed
 
     def peak_lr(self, num_latents: int) -> float:
-        """Learning rate of the plateau."""
+        """Learning rate at the plateau."""
         return self.lr if self.lr is not None else _PEAK_LR / math.sqrt(num_latents / _LR_LATENTS)

@@ -1,7 +1,7 @@
-"""Where each latent is strongest, and random events of each range of its values, in one pass.
+"""Where each latent is strongest, and random events from quarters of its range, in one pass.
 
-Shapes: N rows of a block, R rows held, K active slots a row, E events (token, layer, latent), A
-of them that are kept, M = num_latents, L layers, W places of a window.
+Shapes: N rows in a block, R rows held, K active slots a row, E events (token, layer, latent), A
+events that are kept, M = num_latents, L layers, W window places.
 """
 
 from collections.abc import Mapping
@@ -18,32 +18,32 @@ from mlsae.analyze.pairing import Pairing
 from mlsae.analyze.selection import Int
 
 _EVENTS = 2**20
-"""Events that are gathered before they are looked at; those of one sequence at least."""
+"""Events that are gathered before they are looked at; at least a whole sequence's."""
 _AT_ONCE = 2**16
 """Events whose windows are made at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExamplesPlan:
-    """Choice of the examples that are kept of a latent."""
+    """Choice of examples that are kept for a latent."""
 
     top: int
-    """Strongest ones over all layers, and of each layer; at least 1."""
+    """Strongest ones over all layers, and at each layer; at least 1."""
 
     samples: int
-    """Random ones of each of `RANGES`."""
+    """Random ones from each of `RANGES`."""
 
     before: int
-    """Tokens of the window before the peak."""
+    """Window tokens before the peak."""
 
     after: int
     """Tokens after it."""
 
     seed: int
-    """Seed of the random choice."""
+    """Seed for the random choice."""
 
     def fields(self, num_layers: int) -> dict[str, Field]:
-        """Fields that are kept of an example."""
+        """Fields that are kept with an example."""
         width = self.before + 1 + self.after
         return {
             "event": Field(1, torch.int64),
@@ -54,15 +54,15 @@ class ExamplesPlan:
         }
 
     def most_examples(self, num_latents: int, num_layers: int) -> int:
-        """Rows of the table, at most."""
+        """Table rows, at most."""
         return num_latents * (self.top * (num_layers + 1) + self.samples * RANGES)
 
     def disk_bytes(self, num_layers: int) -> int:
-        """Bytes of a compressed row of the table, about."""
+        """Bytes a compressed table row takes, about."""
         return 30 + 5 * (self.before + 1 + self.after) + 3 * num_layers
 
     def num_bytes(self, num_latents: int, num_layers: int) -> int:
-        """Memory of all examples."""
+        """Memory for all examples."""
         fields = self.fields(num_layers)
         return Best.num_bytes(num_latents * num_layers, self.top, fields) + Sample.num_bytes(
             num_latents, self.samples, fields
@@ -72,7 +72,7 @@ class ExamplesPlan:
 class Examples:
     """Collector of examples from blocks of tokens.
 
-    Memory: all examples (`ExamplesPlan.num_bytes`), on the device, and 2²⁰ events or those of one
+    Memory: all examples (`ExamplesPlan.num_bytes`), on the device, and 2²⁰ events or those in one
     sequence, whichever are more.
 
     Args:
@@ -88,19 +88,19 @@ class Examples:
         self._device = pairing.device
         fields = plan.fields(len(self.layers))
         self.top = Best(self.num_latents * len(self.layers), plan.top, fields, pairing.device)
-        """Group latent · L + index of the layer: the strongest of the layer."""
+        """Group latent · L + layer index: the layer's strongest."""
         self.samples = Sample(self.num_latents, plan.samples, fields, pairing.device)
-        """Random ones of each range."""
+        """Random ones from each range."""
         self._rows: list[tuple[Int, Int]] = []
         self._events: list[tuple[Tensor, Tensor, Tensor]] = []
         self._num_rows = self._num_events = 0
 
     def add(self, rows_N: Int, tokens_N: Int, latents: Mapping[int, tuple[Tensor, Tensor]]) -> None:
-        """Add a block of eligible rows, which come after those of earlier blocks.
+        """Add a block of eligible rows, which come after those in earlier blocks.
 
         Args:
             rows_N: rows, ascending.
-            tokens_N: index of each one's token.
+            tokens_N: each one's token index.
             latents: layer → (N, K) values and (N, K) indices, layers in order; K may differ.
         """
         widest = max(values.shape[1] for values, _ in latents.values())
@@ -128,7 +128,7 @@ class Examples:
             self._look(is_last=True)
 
     def _look(self, *, is_last: bool) -> None:
-        """Take the events of all sequences but the last, which may go on, or of all."""
+        """Take the events in all sequences but the last, which may go on, or in all."""
         rows_R, tokens_R = (np.concatenate(of) for of in zip(*self._rows, strict=True))
         at_E, latent_E, value_E = (torch.cat(of) for of in zip(*self._events, strict=True))
         length, num_layers = self._store.context_length, len(self.layers)
@@ -191,7 +191,7 @@ class Examples:
             kept.write(places_A[some], **self._known(held, joined, at_A[some]))
 
     def _known(self, held: "_Held", joined: Joined, at_A: Tensor) -> dict[str, Tensor]:
-        """The fields of events."""
+        """Event fields."""
         rows_A, tokens_A, local_A = held.rows[held.places[at_A]].unbind(1)
         layer_A, pair_A = held.layers[at_A], joined.pairs[at_A]
         ids, values = windows(
@@ -214,19 +214,19 @@ class Examples:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Held:
-    """The events of whole sequences."""
+    """Events in whole sequences."""
 
     text: Text
-    """Tokens of the rows."""
+    """Tokens at the rows."""
 
     rows: Tensor
-    """(R, 3): of each eligible row its number, its token in the store and its token in `text`."""
+    """(R, 3): each eligible row's number, its token in the store and its token in `text`."""
 
     places: Tensor
     """(E,) index of each event's row in `rows`."""
 
     layers: Tensor
-    """(E,) index of its layer."""
+    """(E,) each event's layer index."""
 
     latents: Tensor
     """(E,) latent."""

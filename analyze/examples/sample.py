@@ -1,15 +1,15 @@
-"""Random events of each quarter of a latent's range of values, whose end is known last of all.
+"""Random events from each quarter of a latent's range, whose end is known last of all.
 
-Wanted of each quarter of (0, m], m the largest value of a latent, are the events with the largest
+Wanted in each quarter of (0, m], m a latent's largest value, are the events with the largest
 scores. While m may still grow, an event is dropped once `size` others with larger scores must share
 its quarter, however large m becomes. A quarter other than the lowest is an interval (a, r · a] with
 r = 2, 3/2 or 4/3. If it holds a value v, it holds all values from v / √r to v, or all from v to
 √r · v: an event is dropped if `size` better ones lie in each of these intervals. An event at or
 below m / 4 stays in the lowest quarter, and is compared with the others that do. Scores do not
-depend on values, so the number of events kept grows with the logarithm of that of all events.
+depend on values, so the number of kept events grows with the logarithm of the number of all.
 
-Shapes: M = num_latents, E events that are offered, A of them that are kept, C candidates in order
-of latent, then value, G quarters of some latents, S events wanted of each.
+Shapes: M = num_latents, E offered events, A kept ones, C candidates sorted by latent, then by
+value, G latents' quarters, S events wanted in each.
 """
 
 from collections.abc import Mapping
@@ -20,41 +20,41 @@ from torch import Tensor
 from mlsae.analyze.examples.best import Field, nth_largest, stable_order
 
 RANGES = 4
-"""Equal parts of a latent's range of values, from 0 to its largest."""
+"""Equal parts of a latent's range, from 0 to its largest value."""
 
 CANDIDATES = 20
-"""Events kept for each one that is wanted of a quarter, about.
+"""Events kept for each one that is wanted in a quarter, about.
 
-A comparison left 6 to 12 of a million to forty million events of 4,096 latents."""
+A comparison left 6 to 12 out of a million to forty million events at 4,096 latents."""
 
 _LATENT_BITS = 32
 """A key is a latent, then the bits of a float32 above 0, whose order is that of the values."""
 
 _REACH = 16
-"""Neighbours in order of value that an event is compared with on either side, by `size`."""
+"""Neighbours in value that an event is compared with on either side, by `size`."""
 
 _COMPARED = 2**22
 """Pairs that are compared at once."""
 
 _NARROWER = 1 - 1e-6
-"""Factor of an interval's half width, to allow for rounding."""
+"""Factor on an interval's half width, to allow for rounding."""
 
 _SHRINKS = 0.5
-"""Candidates are compared again while a comparison leaves no more than this share of them."""
+"""Candidates are compared again while a comparison leaves no more than this share."""
 
 _BINS = 24
-"""Equal parts of values from a quarter of the largest to the largest, by which events are tested
+"""Equal parts from a quarter of the largest value up to it, by which events are tested
 when they come; one more is below, and one above."""
 
 
 class Sample:
-    """Keeps the events that may turn out to be the best of a quarter of their latent's range.
+    """Keeps the events that may turn out best in a quarter of their latent's range.
 
     Args:
         num_latents: M.
         size: S.
-        fields: fields of an event, by name; one is `event`, a number that orders events.
-        device: device of the tensors.
+        fields: an event's fields, by name; one is `event`, a number that orders events.
+        device: device for the tensors.
     """
 
     def __init__(
@@ -62,14 +62,14 @@ class Sample:
     ) -> None:
         self.size = size
         self.largest = torch.zeros(num_latents, device=device)
-        """(M,) float32 largest value of each latent until now."""
+        """(M,) float32 largest value by latent until now."""
         self._expected = CANDIDATES * size * num_latents
         # Candidates; those since the last comparison are behind, in no order.
         self._keys = torch.zeros(0, dtype=torch.int64, device=device)
         self._scores = torch.zeros(0, dtype=torch.int32, device=device)
         self._places = torch.zeros(0, dtype=torch.int64, device=device)
         self._num_compared = self._num_sorted = 0
-        # As of the last comparison; by latent and bin, the score that an event there must reach.
+        # As at the last comparison; by latent and bin, the score that an event there must reach.
         self._tested = self.largest.clone()
         self._thresholds = torch.zeros(num_latents * (_BINS + 2), dtype=torch.int32, device=device)
         self._free = torch.zeros(0, dtype=torch.int64, device=device)
@@ -85,7 +85,7 @@ class Sample:
 
     @property
     def edges(self) -> Tensor:
-        """(RANGES − 1, M) float32 upper ends of quarters but the last; each holds its own."""
+        """(RANGES − 1, M) float32 upper ends of all quarters but the last; each holds its own."""
         parts = torch.arange(1, RANGES, device=self.largest.device)[:, None] / RANGES
         return self.largest * parts
 
@@ -93,12 +93,12 @@ class Sample:
         """Take events in; `write` must follow.
 
         Args:
-            latents_E: latent of each event.
+            latents_E: each event's latent.
             values_E: values, float32 above 0.
             scores_E: scores, int32 above 0, as good as random.
 
         Returns:
-            (A,) int64 indices of those that are kept, and (A,) int64 places for `write`.
+            (A,) int64 indices of the kept ones, and (A,) int64 places for `write`.
         """
         self.largest.scatter_reduce_(0, latents_E, values_E, "amax")
         passes = scores_E >= self._thresholds[self._bins(latents_E, values_E)]
@@ -120,10 +120,10 @@ class Sample:
             self._fields[name][places_A] = values
 
     def read(self, first: int, last: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The best events of the quarters of the latents from `first` to before `last`.
+        """Best events in the quarters of the latents from `first` to before `last`.
 
         Returns:
-            (G, S) bool, whether there is such an event, and (G, S, width) of each field.
+            (G, S) bool, whether there is such an event, and (G, S, width) by field.
         """
         if self._num_sorted < len(self._keys):
             self._sort()
@@ -152,13 +152,13 @@ class Sample:
 
     @staticmethod
     def num_bytes(num_latents: int, size: int, fields: Mapping[str, Field]) -> int:
-        """Memory of one, about."""
+        """Memory for one, about."""
         event = sum(of.width * of.dtype.itemsize for of in fields.values())
-        # Beside an event: key, score and place, and those of the last comparison.
+        # Beside an event: key, score and place, and those at the last comparison.
         return num_latents * size * CANDIDATES * (32 + event)
 
     def _bins(self, latents_E: Tensor, values_E: Tensor) -> Tensor:
-        """Index into `_thresholds` of each event, (E,) int64; ascending with the value."""
+        """Each event's index into `_thresholds`, (E,) int64; ascending with the value."""
         share = values_E / self._tested[latents_E]
         width = (1 - 1 / RANGES) / _BINS
         bins = (share - 1 / RANGES).div_(width).ceil_().clamp_(0, _BINS + 1)
@@ -188,7 +188,7 @@ class Sample:
         self._places = self._places[chosen]
 
     def _compare(self) -> None:
-        """Drop candidates that cannot be among the best of any quarter."""
+        """Drop candidates that cannot be among the best in any quarter."""
         self._sort()
         before = 0
         while len(self._keys) <= _SHRINKS * before or before == 0:
@@ -217,7 +217,7 @@ class Sample:
         nth = low[_ranks(latents[low]) == self.size - 1]
         lowest = torch.zeros(len(self.largest), dtype=torch.int32, device=keys.device)
         lowest[latents[nth]] = scores[nth]
-        # Around whatever lies between two candidates are those above the first of them and those
+        # Around whatever lies between two candidates are those above the first and those
         # below the second; no candidate of the latent, no score to reach. A gap across m / 2 or
         # 3m / 4 is no exception: the quarter above it reaches up to 3m / 4 or m at least.
         gaps = torch.minimum(above, torch.cat([below[1:], below.new_zeros(1)]))
@@ -231,7 +231,7 @@ class Sample:
         return torch.where(share <= 1 / RANGES, lowest[latents], torch.minimum(above, below))
 
     def _nth_best(self, scores_C: Tensor, reach_C: Tensor) -> Tensor:
-        """The S-th largest score of the next `reach_C` candidates, 0 if they are fewer, (C,)."""
+        """S-th largest score among the next `reach_C` candidates, 0 if they are fewer, (C,)."""
         width = _REACH * self.size
         steps = torch.arange(1, width + 1, device=scores_C.device)
         following = torch.cat([scores_C, scores_C.new_zeros(width)]).unfold(0, width + 1, 1)[:, 1:]
@@ -254,7 +254,7 @@ def _latents_and_values(keys_C: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _ranks(sorted_C: Tensor) -> Tensor:
-    """Number of equal numbers before each, (C,) int64."""
+    """Equal numbers before each, (C,) int64."""
     _, counts = torch.unique_consecutive(sorted_C, return_counts=True)
     at: Tensor = torch.arange(len(sorted_C), device=sorted_C.device)
     first: Tensor = (counts.cumsum(0) - counts).repeat_interleave(counts)

@@ -1,4 +1,4 @@
-"""The files of a module of Delphi's latent cache: ranges of latents, written in constant memory.
+"""Files of a module in Delphi's latent cache: ranges of latents, written in constant memory.
 
 A file holds `locations` (N, 3): sequence, position, latent − first latent of the file;
 `activations` (N,); and `tokens` (sequences, context length). Events lie by latent, then token:
@@ -22,12 +22,12 @@ from mlsae.analyze.selection import Int
 from mlsae.store import AnyStore
 
 EventBatch = tuple[Int, Int, npt.NDArray[np.float32]]
-"""Place among the cache's tokens, latent and value of each event."""
+"""Place among the cache's tokens, latent and value, event by event."""
 
 _FEWEST_SPLITS = 5
 """Delphi's default."""
 _SPLIT_EVENTS = 2**23
-"""Most events of a file, in the mean: Delphi's loader takes about 100 bytes an event."""
+"""Most events a file, on average: Delphi's loader takes about 100 bytes an event."""
 _AT_ONCE = 2**18
 """Events or tokens in memory at a time."""
 _SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
@@ -40,7 +40,7 @@ class Totals:
     """Counts and range of a layer's events, needed before they are written."""
 
     counts: Int
-    """(num_latents,) number of events of each latent."""
+    """(num_latents,) events by latent."""
 
     smallest: float
     """The smallest value."""
@@ -50,14 +50,14 @@ class Totals:
 
     @property
     def num_events(self) -> int:
-        """Number of events over all latents."""
+        """Events over all latents."""
         return int(self.counts.sum())
 
 
 def count(
     events: Iterable[EventBatch], num_latents: int, progress: Callable[[int], object]
 ) -> Totals:
-    """Count the events of a layer."""
+    """Count a layer's events."""
     counts = np.zeros(num_latents, dtype=np.int64)
     smallest, largest = np.inf, -np.inf
     for places, latents, values in events:
@@ -70,7 +70,7 @@ def count(
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """A file with the events of a range of latents."""
+    """A file with the events in a range of latents."""
 
     start: int
     """First latent."""
@@ -79,29 +79,29 @@ class Split:
     """Last latent."""
 
     num_events: int
-    """Number of events of these latents."""
+    """Events at these latents."""
 
     locations: np.dtype[Any]
     """Type of `locations`: uint16, Delphi's own, where every number fits, else uint32."""
 
     activations: np.dtype[Any]
-    """Type of `activations`: float16, Delphi's own, or float32 where a value of the layer is
-    outside the range of float16. Delphi's loader reads both."""
+    """Type of `activations`: float16, Delphi's own, or float32 where a value at the layer is
+    outside float16's range. Delphi's loader reads both."""
 
     num_sequences: int
-    """Number of sequences in `tokens`."""
+    """Sequences in `tokens`."""
 
     context_length: int
-    """Number of tokens of a sequence."""
+    """Tokens per sequence."""
 
     @property
     def name(self) -> str:
-        """Name of the file."""
+        """File name."""
         return f"{self.start}_{self.end}.safetensors"
 
     @property
     def tensors(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-        """Type and shape of each tensor, in the order of the file."""
+        """Type and shape by tensor, in the file's order."""
         return {
             "tokens": (np.dtype(np.int64), (self.num_sequences, self.context_length)),
             "locations": (self.locations, (self.num_events, 3)),
@@ -110,14 +110,14 @@ class Split:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the tensors in bytes."""
+        """Bytes that the tensors take."""
         return sum(_bytes(dtype, shape) for dtype, shape in self.tensors.values())
 
 
 def split(
     totals: Totals, num_splits: int, num_sequences: int, context_length: int
 ) -> tuple[Split, ...]:
-    """The files of a layer: Delphi's ranges, with those without events joined to a neighbour.
+    """A layer's files: Delphi's ranges, with those without events joined to a neighbour.
 
     Delphi's own writer fails on a range without events.
     """
@@ -147,7 +147,7 @@ def split(
 
 
 def choose_num_splits(totals: Collection[Totals]) -> int:
-    """Number of files a layer: five as in Delphi, or more where its loader's memory needs it."""
+    """Files a layer: five as in Delphi, or more where its loader's memory needs it."""
     most = max(total.num_events for total in totals)
     num_latents = max(len(total.counts) for total in totals)
     return min(num_latents, max(_FEWEST_SPLITS, -(-most // _SPLIT_EVENTS)))
@@ -172,15 +172,15 @@ def write_module(
     tokens: Path,
     progress: Callable[[int], object],
 ) -> None:
-    """Write the files of a layer into `folder`, which exists.
+    """Write a layer's files into `folder`, which exists.
 
     Args:
-        folder: folder of the module.
+        folder: the module's folder.
         totals: counts and range of `events`.
         splits: the files.
-        events: all events of the layer, in any order.
+        events: all events at the layer, in any order.
         tokens: the file that `write_tokens` wrote.
-        progress: called with the number of events of each batch.
+        progress: called with the number of events in each batch.
     """
     starts = np.concatenate([[0], np.cumsum(totals.counts)])
     scratch = folder / "events"
@@ -205,11 +205,11 @@ def write_module(
 def _order(
     path: Path, starts: Int, events: Iterable[EventBatch], progress: Callable[[int], object]
 ) -> npt.NDArray[np.uint64]:
-    """The events by latent, then place, in a file; an entry is place << 32 | bits of the value."""
+    """A file's events by latent, then place; an entry is place << 32 | bits of the value."""
     num_events = int(starts[-1])
     if num_events == 0:
         return np.empty(0, dtype=np.uint64)
-    # Where the disk is full, a map of a file with holes would end the process.
+    # On a full disk, a mapped file with holes would end the process.
     with path.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, 8 * num_events)
     keys = np.memmap(path, dtype=np.uint64, mode="r+", shape=(num_events,))
@@ -228,12 +228,12 @@ def _order(
 
 
 def _unsorted(keys: npt.NDArray[np.uint64], starts: Int) -> list[int]:
-    """Latents whose events are not in the order of places."""
+    """Latents whose events are out of order."""
     latents: set[int] = set()
     for at, block in _blocks(keys, 0, len(keys), overlap=1):
         falls = at + 1 + np.flatnonzero(block[1:] < block[:-1])
         found = np.searchsorted(starts, falls, side="right") - 1
-        # A fall at the border of two latents does not count.
+        # A fall at the border between two latents does not count.
         latents.update(found[starts[found] < falls].tolist())
     return sorted(latents)
 

@@ -1,6 +1,6 @@
 """Cosines of decoder directions with one another and with embeddings, block by block.
 
-Shapes: M = num_latents, D = d_in, V rows of an embedding, C bins of cosines, S bins of distances.
+Shapes: M = num_latents, D = d_in, V embedding rows, C cosine bins, S distance bins.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,18 +26,18 @@ _SMALLEST_BLOCK = 64
 """Below this, the time would be the calls'."""
 
 _PAIR_BYTES = 32
-"""Memory that a pair of a block takes, at most."""
+"""Most memory for a pair of blocks."""
 
 COSINE_BINS = 200
-"""Equal bins of cosines from −1 to 1."""
+"""Equal cosine bins from −1 to 1."""
 
 DISTANCE_BINS = 4
-"""Equal bins, of each layer, of the distance between two latents' mean layers."""
+"""Equal bins, a layer each, for the distance between two latents' mean layers."""
 
 
 @dataclass(frozen=True, eq=False)
 class Nearest:
-    """For each direction, the one of others that is nearest to it; NaN and −1 if there is none."""
+    """Each direction's nearest other one; NaN and −1 if there is none."""
 
     cosines: Float
     """(M,) largest cosine."""
@@ -48,10 +48,10 @@ class Nearest:
 
 @dataclass(frozen=True, eq=False)
 class DecoderPairs:
-    """Summary of the cosines of all pairs of a decoder's directions."""
+    """Summary of a decoder's pairwise cosines."""
 
     nearest: Nearest
-    """Nearest of the other directions."""
+    """Nearest other direction."""
 
     mmcs: float | None
     """Mean over latents of the largest cosine with another; None where there is no other."""
@@ -60,21 +60,21 @@ class DecoderPairs:
     """Mean largest cosine with earlier latents, 0 at least (tim-lawson/mlsae, figures/mmcs.py)."""
 
     counts: Int
-    """(S + 1, C) pairs by distance of their mean layers, and by cosine. The last of the distances
-    holds the pairs of which one latent has no mean layer."""
+    """(S + 1, C) pairs by distance between their mean layers, and by cosine. The last distance
+    holds the pairs with a latent that has no mean layer."""
 
 
 def check_memory(decoder_MD: Tensor) -> None:
-    """See, before hours of work, that the cosines of all pairs can be had at all.
+    """See, before hours of work, that all pairwise cosines can be had at all.
 
     Raises:
-        ResourceError: too little memory even for a block of one row.
+        ResourceError: too little memory even for blocks with one row.
     """
     _block_size(decoder_MD)
 
 
 def block_size(num_latents: int, d_in: int, available: int) -> int:
-    """Directions of a block for which `decoder_pairs` fits into memory.
+    """Directions per block for which `decoder_pairs` fits into memory.
 
     Args:
         num_latents: M.
@@ -109,7 +109,7 @@ def _block_size(decoder_MD: Tensor) -> int:
 
 
 def unit_rows(rows_MD: Tensor) -> Tensor:
-    """Rows scaled to length 1, float32; a row of zeros stays."""
+    """Rows scaled to length 1, float32; a zero row stays."""
     return torch.nn.functional.normalize(rows_MD.float(), dim=1)
 
 
@@ -117,19 +117,19 @@ def unit_rows(rows_MD: Tensor) -> Tensor:
 def decoder_pairs(
     decoder_MD: Tensor, layer_means_M: Float, span: int, progress: Callable[[int], object]
 ) -> DecoderPairs:
-    """Look at every pair of directions once, in memory for the pairs of two blocks of them.
+    """Look at every pair of directions once, in memory for the pairs between two blocks.
 
-    The mean of the largest cosines (MMCS) is that of Sharkey et al. (2022) of a dictionary with
+    The mean largest cosine (MMCS) is that of Sharkey et al. (2022), a dictionary compared with
     itself.
 
     Args:
-        decoder_MD: the directions, of any length.
-        layer_means_M: mean layer of each latent; NaN for one that has none.
+        decoder_MD: the directions, at any length.
+        layer_means_M: mean layer by latent; NaN for one that has none.
         span: the last layer's id minus the first's.
-        progress: told the number of pairs of each finished block.
+        progress: told the number of pairs in each finished block.
 
     Raises:
-        ResourceError: too little memory even for a block of one row.
+        ResourceError: too little memory even for blocks with one row.
     """
     block = _block_size(decoder_MD)
     unit_MD, device = unit_rows(decoder_MD), decoder_MD.device
@@ -154,7 +154,7 @@ def decoder_pairs(
         if i == j:
             later = torch.ones_like(cosines, dtype=torch.bool).triu(1)
             bins = bins[later]
-            # Both orders of each pair, none with itself.
+            # Each pair in both orders, none with itself.
             keep(i, cosines.clone().fill_diagonal_(-torch.inf), j, 1)
             cosines = cosines.masked_fill(~later, -torch.inf)
         else:
@@ -180,7 +180,7 @@ def _block_pairs(num_latents: int, size: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _bins(cosines: Tensor, means_I: Tensor, means_J: Tensor, num_distances: int) -> Tensor:
-    """Bin of each pair: distance of the mean layers, then cosine."""
+    """Bin for each pair: distance between the mean layers, then cosine."""
     # Whole numbers as float32 until the end, in place: this takes longer than the product.
     by_cosine = (cosines + 1).mul_(COSINE_BINS / 2).floor_().clamp_(0, COSINE_BINS - 1)
     by_distance = (means_I[:, None] - means_J).abs_().mul_(DISTANCE_BINS).floor_()
@@ -190,10 +190,10 @@ def _bins(cosines: Tensor, means_I: Tensor, means_J: Tensor, num_distances: int)
 
 @torch.no_grad()
 def nearest_rows(decoder_MD: Tensor, rows_VD: Tensor) -> Nearest:
-    """The row of an embedding that each direction has the largest cosine with.
+    """The embedding row with which each direction has its largest cosine.
 
     Raises:
-        ResourceError: too little memory even for a block of one row.
+        ResourceError: too little memory even for blocks with one row.
     """
     block = _block_size(decoder_MD)
     unit_MD = unit_rows(decoder_MD)

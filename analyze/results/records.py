@@ -1,4 +1,4 @@
-"""Records of a table of events: its plan, and each part, a Parquet file of some rows at a layer."""
+"""Records of an events table: its plan, and each part, a Parquet file of some rows at a layer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -23,49 +23,49 @@ class ReadStore:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedPlan:
-    """Plan of a directory of `mlsae events`, as its first file records it."""
+    """Plan for a directory that `mlsae events` writes, as its first file records it."""
 
     kind: str
-    """Kind of the directory."""
+    """Directory kind."""
 
     tables_version: str
     """Version of the table's columns."""
 
     store_id: str
-    """Hex digest of the content of the store, or of several as one."""
+    """Hex digest over the store's content, or over several as one."""
 
     plan_id: str
-    """Hex digest of the plan of the store, or of several as one."""
+    """Hex digest over the store's plan, or over several as one."""
 
     sae_sha256: str
     """Hex SHA-256 of the SAE's weights file."""
 
     cache: tuple[str, ...]
-    """Place of each store; may differ when the work goes on."""
+    """Each store's place; may differ when the work goes on."""
 
     sae: str
-    """Place of the SAE; may differ when the work goes on."""
+    """The SAE's place; may differ when the work goes on."""
 
     stores: tuple[ReadStore, ...]
-    """Every store, in the order of its rows."""
+    """Every store, in row order."""
 
     site: str
-    """Site of the activations."""
+    """Site at which the activations were taken."""
 
     layers: tuple[int, ...]
     """Layer ids."""
 
     num_latents: int
-    """Latents of the SAE."""
+    """Latents in the SAE."""
 
     skip_positions: int
     """Positions below this have no events."""
 
     context_length: int
-    """Tokens of a sequence."""
+    """Tokens per sequence."""
 
     rows_per_sequence: int
-    """Rows of a sequence at a layer."""
+    """Rows per sequence at a layer."""
 
     num_sequences: int
     """Sequences that are read."""
@@ -98,7 +98,7 @@ class RecordedPlan:
         """The plan as JSON, with lists for tuples.
 
         Raises:
-            ValueError: a setting has the name of a field.
+            ValueError: a setting has a field's name.
         """
         own = {key: value for key, value in asdict(self).items() if key != _SETTINGS}
         if both := sorted(own.keys() & self.settings.keys()):
@@ -115,16 +115,16 @@ class PartRecord:
     """Record of a part that is written."""
 
     path: str
-    """Path within the folder of the data set: `layer=<l>/part-<first row>.parquet`."""
+    """Path within the data set's folder: `layer=<l>/part-<first row>.parquet`."""
 
     num_events: int
-    """Number of events in the part."""
+    """Events in the part."""
 
     num_bytes: int
-    """Size of the file in bytes."""
+    """File size in bytes."""
 
     sha256: str
-    """Hex SHA-256 of the file."""
+    """The file's hex SHA-256."""
 
 
 def part_record(content: Mapping[str, Any]) -> PartRecord:
@@ -145,7 +145,7 @@ def totals_of(records: Sequence[PartRecord]) -> dict[str, Any]:
 
 
 def describe(totals: Mapping[str, Any]) -> str:
-    """The sums of `totals_of` in words."""
+    """Sums of `totals_of` in words."""
     each = totals["bytes_per_event"]
     return (
         f"{counted(totals['num_events'], 'event')} in {counted(len(totals['parts']), 'part')}, "
@@ -158,8 +158,8 @@ def check_part(folder: Path, record: PartRecord, *, every_byte: bool) -> None:
     """Require that a part is there as it was written.
 
     Args:
-        folder: the folder of the data set.
-        record: the record of the part.
+        folder: the data set's folder.
+        record: the part's record.
         every_byte: True reads the file; False looks at its size alone.
 
     Raises:

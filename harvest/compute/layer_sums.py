@@ -1,10 +1,10 @@
-"""Sums over the rows of a shard, all layers of some rows of one group at a time.
+"""Sums over a shard's rows, all layers of some rows in one group at a time.
 
-The sums that `mlsae.store.format.accumulate` makes of rows on the host, for rows on any device.
+The sums that `mlsae.store.format.accumulate` makes on the host, for rows on any device.
 Rows are summed about a centre near their mean, kept for a whole shard, so that nothing cancels:
 in float32 within a piece, in float64 between pieces.
 
-Shape suffixes: L layers, N rows of a piece, D channels.
+Shape suffixes: L layers, N rows in a piece, D channels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,23 +20,23 @@ from mlsae.store.format.moments import STANDARDIZE_EPS, Floats, GroupMoments
 
 @dataclass
 class Sums:
-    """Sums over one group of rows, for the layers of a run; u is the standardised row."""
+    """Sums over one group of rows, for a run's layers; u is the standardised row."""
 
     centre: Tensor
-    """(2, L, 1, D) float32; the mean of the first rows of x and of u."""
+    """(2, L, 1, D) float32; mean x and mean u over the first rows."""
     columns: Tensor
     """(4, L, D) float64; Σ (x − centre) and Σ (x − centre)², then the same of u."""
     norm: Tensor
     """(L,) float64 Σ ‖x‖₂."""
     cross: Tensor
-    """(L,) float64 Σ ⟨x − centre, the same of the layer below⟩; 0 for the lowest layer of all."""
+    """(L,) float64 Σ ⟨x − centre, the same one layer below⟩; 0 for the lowest layer of all."""
     max_abs: Tensor
     """(L,) float32."""
     count: int = 0
 
     @classmethod
     def zeros(cls, num_layers: int, d_model: int, device: torch.device) -> "Sums":
-        """Sums of no rows."""
+        """Sums over no rows."""
         wide = torch.float64
         return cls(
             torch.zeros(2, num_layers, 1, d_model, device=device),
@@ -64,14 +64,14 @@ class Tables:
         return self._values[:, :size].view(3, self._num_layers, num_rows, self._d_model)
 
     def sum_columns(self, place: int, y_LND: Tensor, scratch_LND: Tensor) -> None:
-        """Sums over the rows of y and of y², to two of the columns."""
+        """Sums over the rows of y and y², to two columns."""
         torch.sum(y_LND, dim=1, out=self._column_LD[place])
         torch.square(y_LND, out=scratch_LND)
         torch.sum(scratch_LND, dim=1, out=self._column_LD[place + 1])
 
 
 class Run:
-    """Neighbouring layers of a site whose rows are on one device."""
+    """A site's neighbouring layers whose rows are on one device."""
 
     def __init__(
         self,
@@ -86,13 +86,13 @@ class Run:
         self._is_lowest = is_lowest
         self._codecs = [codecs[key] for key in keys]
         self.sums: dict[int, Sums] = {}
-        """Sums of each group."""
+        """Sums by group."""
         self.clear_largest()
 
     def clear_largest(self) -> None:
         """Begin a batch."""
         self.largest_L = torch.zeros(len(self.keys), device=self._tables.device)
-        """Largest magnitudes of the batch."""
+        """Largest magnitudes in the batch."""
 
     def add(
         self,
@@ -105,14 +105,14 @@ class Run:
         """Add a piece of a batch.
 
         Args:
-            group: index into `mlsae.store.format.moments.GROUPS` of the rows.
+            group: the rows' index into `mlsae.store.format.moments.GROUPS`.
             stored: the batch.
             picked: takes the rows out of it.
             num_rows: N.
             below_ND: centred rows that the run before returned; unused in a site's lowest run.
 
         Returns:
-            (N, D) centred rows of the highest layer.
+            (N, D) centred rows at the highest layer.
         """
         if group not in self.sums:
             self.sums[group] = Sums.zeros(len(self.keys), self._d_model, self._tables.device)
@@ -134,7 +134,7 @@ class Run:
         if below_ND is not None and not self._is_lowest:
             sums.cross[0] += (below_ND.to(y_LND.device) * y_LND[0]).sum()
         self._tables.sum_columns(0, y_LND, scratch_LND)
-        # u, in the place of x.
+        # u, where x was.
         mean_LN1 = x_LND.mean(dim=2, keepdim=True)
         x_LND.sub_(mean_LN1)
         deviation_LN1 = torch.linalg.vector_norm(x_LND, dim=2, keepdim=True)
@@ -152,7 +152,7 @@ class Run:
 
 
 def merge_runs(runs: Sequence[Run], moments: GroupMoments) -> None:
-    """Merge the sums of a site, its runs from the lowest up, into moments; the runs begin anew."""
+    """Merge a site's sums, its runs from the lowest up, into moments; the runs begin anew."""
     for group in runs[0].sums:
         sums = [run.sums[group] for run in runs]
         columns_4LD = _on_host([of_run.columns for of_run in sums], 1)

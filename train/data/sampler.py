@@ -1,22 +1,22 @@
 """The order in which an epoch visits rows: layers mixed evenly, neighbours kept apart.
 
-A pure function of (eligible rows of each slice, settings, seed, epoch). Nothing that grows with
+A pure function of (each slice's eligible rows, settings, seed, epoch). Nothing that grows with
 the store is held but the one count a slice, which all layers share; permutations are computed.
 
-A *slice* is a run of consecutive rows, the unit of reading. A layer's eligible rows, taken in a
+A *slice* is a run of consecutive rows, the reading unit. A layer's eligible rows, taken in a
 permuted order of its slices, are cut into `num_slots` equal runs, the *slots*: as many as a batch
-holds rows of a layer. The layer's order takes the first row of every slot, then the second of every
+holds rows at a layer. The layer's order takes the first row in every slot, then the second in every
 slot, and so on, so that neighbours in the order come from different slots. Items of the epoch
 alternate between layers; a batch is the next `batch_rows` items. Hence:
 
-- every batch has equal rows of every layer, give or take one, and every eligible (layer, row)
+- every batch has equal rows at every layer, give or take one, and every eligible (layer, row)
   comes once an epoch;
-- a batch has at most one row of a slice: a slot is at one slice at a time, and the two parts of a
-  slice that a cut between slots divides are visited at opposite ends of the epoch;
+- a batch has at most one row from a slice: a slot is at one slice at a time, and the two parts into
+  which a cut between slots divides a slice are visited at opposite ends of the epoch;
 - what is in memory is one slice for each slot, whatever the store's size, and slots move on to
   their next slices at different times, so that reading is steady.
 
-Slot j of layer l belongs to *lane* (j + l) mod lanes, and rank r of w has lanes r, r + w, …: any w
+Slot j at layer l belongs to *lane* (j + l) mod lanes, and rank r of w has lanes r, r + w, …: any w
 that divides the lanes gives the same batches.
 """
 
@@ -38,24 +38,24 @@ _BLOCK = 1 << 12
 
 
 class SliceParts(NamedTuple):
-    """Slices, or parts of slices at the ends of slots; arrays of one length."""
+    """Slices, or parts at the ends of slots; arrays with one length."""
 
     layer: Int64
-    """Index into the layers of the run."""
+    """Index into the run's layers."""
     slice: Int64
-    """Index of the slice: rows slice · slice_rows and on."""
+    """Slice index: rows slice · slice_rows and on."""
     first: Int64
-    """The part starts at this one of the slice's eligible rows, counted from 0."""
+    """The part starts at this one among the slice's eligible rows, counted from 0."""
     num_rows: Int64
-    """Eligible rows of the part, at least 1."""
+    """Eligible rows in the part, at least 1."""
 
 
 def slice_rows(num_eligible: int, batch_rows: int, num_layers: int, max_rows: int) -> int:
-    """Rows of a slice: nearly `max_rows`, and so few that a slot runs over several slices.
+    """Rows per slice: nearly `max_rows`, and so few that a slot runs over several slices.
 
-    Of the sizes from 0.8 of the largest up, the one of which a slot takes a whole number and about
-    0.618 more: then cuts between slots fall at scattered places in slices, and slots do not all
-    need their next slice at once.
+    Among sizes from 0.8 of the largest up, the one that leaves a slot a fraction of about 0.618
+    slices: then cuts between slots fall at scattered places in slices, and slots do not all need
+    their next slice at once.
     """
     slot = num_eligible / -(-batch_rows // num_layers)
     largest = max(1, min(max_rows, math.floor(slot / (1 + _GOLDEN))))
@@ -79,19 +79,19 @@ def check_world_size(world_size: int, num_lanes: int = NUM_LANES) -> None:
 def owned_slots(
     layer: Int64, slot: Int64, rank: int, world_size: int, num_lanes: int = NUM_LANES
 ) -> npt.NDArray[np.bool_]:
-    """True for each (layer, slot) in a lane of this rank; the arguments broadcast."""
+    """True for each (layer, slot) in one of this rank's lanes; the arguments broadcast."""
     owned: npt.NDArray[np.bool_] = (slot + layer) % num_lanes % world_size == rank
     return owned
 
 
 class Order:
-    """The order of one epoch.
+    """The order in one epoch.
 
     Args:
-        counts: (num_slices,) eligible rows of each slice, any unsigned integer type; kept.
-        num_layers: layers of the run.
-        batch_rows: rows of a batch, over all layers and ranks.
-        seed: seed of the run.
+        counts: (num_slices,) eligible rows by slice, any unsigned integer type; kept.
+        num_layers: layers in the run.
+        batch_rows: rows in a batch, over all layers and ranks.
+        seed: the run's seed.
         epoch: from 0; every epoch has its own permutations.
         num_lanes: shares into which the order can be cut.
 
@@ -119,7 +119,7 @@ class Order:
         self.batch_rows = batch_rows
         self.num_lanes = num_lanes
         self.num_rows = int(counts.sum(dtype=np.int64))
-        """Eligible rows of a layer."""
+        """Eligible rows at a layer."""
         if self.num_rows == 0:
             raise InputError(
                 "no row is left to train on: every row has a flag, is skipped by "
@@ -130,19 +130,19 @@ class Order:
         rounds, rest = divmod(self.num_rows, self.num_slots)
         slots = np.arange(self.num_slots + 1)
         self.starts: Int64 = slots * rounds + np.minimum(slots, rest)
-        """(num_slots + 1,) eligible rows of a layer's permuted order before each slot."""
+        """(num_slots + 1,) eligible rows before each slot in a layer's permuted order."""
         self._keys = np.stack(
             [derive_keys(NUM_ROUNDS, "slices", seed, epoch, i) for i in range(num_layers)]
         )
         self._row_keys = derive_keys(num_layers, "rows", seed, epoch)
 
     def part_order(self, parts: SliceParts) -> Int64:
-        """The eligible rows of parts in the order of their visits, counted within their slices.
+        """Eligible rows in parts, ordered by their visits, counted within their slices.
 
         The order is by a keyed hash of the row, so it is the same whenever it is asked for.
 
         Returns:
-            (n, width) with the width of the longest part; a part's row means nothing from its
+            (n, width) with the longest part's width; a part's row means nothing from its
             number of rows on.
         """
         width = int(parts.num_rows.max(initial=0))
@@ -158,7 +158,7 @@ class Order:
         return order
 
     def slices(self, layer: Int64, position: Int64) -> Int64:
-        """The slices at these positions of their layers' permuted orders."""
+        """The slices at these positions in their layers' permuted orders."""
         return permute(position, len(self.counts), self._keys[layer])
 
     def locate(self, layer: int, offsets: Int64) -> tuple[Int64, Int64]:

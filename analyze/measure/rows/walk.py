@@ -1,6 +1,6 @@
 """The walk over a store's rows: each is read and encoded once, beside its token's other layers.
 
-Shapes: N rows of a batch, E of them eligible, D = d_model, K active slots a row.
+Shapes: N rows in a batch, E eligible ones, D = d_model, K active slots a row.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ Bool = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerSums:
-    """Sums over the evaluated rows of a layer, by group of sequences."""
+    """Sums over the evaluated rows at a layer, by group of sequences."""
 
     eligible: RowSums
     """Unflagged rows at positions ≥ the SAE's `skip_positions`."""
@@ -41,10 +41,10 @@ class LayerSums:
     """Unflagged rows at positions ≥ 1."""
 
     latents: LatentSums
-    """Latents of the eligible rows."""
+    """Latents active at the eligible rows."""
 
     events: tuple[PartRecord, ...]
-    """Parts of the table `events` that were written."""
+    """Parts written to the table `events`."""
 
 
 @torch.no_grad()
@@ -61,17 +61,17 @@ def walk(
 ) -> dict[int, LayerSums]:
     """Add up every unflagged row of `sequences` at every layer, in memory that does not grow.
 
-    Memory: for each layer, a chunk, the latents of a batch, the sums, and the events of a part.
+    Memory: for each layer, a chunk, a batch's latents, the sums, and a part's events.
 
     Args:
         pairing: store and SAE.
         sequences: sorted indices.
-        batch_rows: rows of a layer encoded at once.
-        events: plan of the events to write; rows of the plan come first.
+        batch_rows: rows per layer encoded at once.
+        events: plan of the events to write; the plan's rows come first.
         directory: existing folder for the events.
         joint: given every batch.
-        examples: given the eligible rows of every batch; None for none.
-        progress: told the number of rows, over all layers, of each finished batch.
+        examples: given every batch's eligible rows; None for none.
+        progress: told the number of rows, over all layers, in each finished batch.
 
     Returns:
         Sums by layer id.
@@ -101,10 +101,10 @@ def walk(
 def _batches(
     layers: list["_Layer"], end_row: int
 ) -> Iterator[tuple[Int, Int, Bool, dict[int, tuple[Tensor, Tensor]]]]:
-    """Rows (N,), their tokens, whether each is eligible, and layer → latents of those that are."""
+    """Rows (N,), their tokens, whether each is eligible, and layer → the eligible ones' latents."""
     while True:
         latents = {}
-        # Flags and chunks are those of rows, whatever the layer: every reader gives the same rows.
+        # Flags and chunks belong to rows, whatever the layer: every reader gives the same rows.
         for of in layers:
             if (batch := of.add_next(end_row)) is None:
                 return
@@ -113,14 +113,14 @@ def _batches(
 
 
 class _Layer:
-    """Sums and events of one layer.
+    """Sums and events at one layer.
 
     Args:
         pairing: store and SAE.
         layer: a layer id.
         sequences: sorted indices of all that will be added.
-        reader: batches of rows, of their tokens, and of activations.
-        writer: writer of the events.
+        reader: batches of rows, their tokens, and activations.
+        writer: the events' writer.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class _Layer:
 
         Returns:
             Rows (N,), their tokens, whether each is eligible, and (E, K) values and indices of the
-            latents of those that are; None when there are no more.
+            eligible ones' latents; None when there are no more.
         """
         if (batch := next(self._reader, None)) is None:
             return None
