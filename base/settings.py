@@ -1,4 +1,4 @@
-"""Settings: one description of each serves its dataclass, the command line, run files and docs."""
+"""Settings: one description for each serves its dataclass, the command line, run files and docs."""
 
 import dataclasses
 import functools
@@ -16,37 +16,37 @@ _KEY = "setting"
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Description of a field of a settings class."""
+    """Description of a field in a settings class."""
 
     doc: str
     """Meaning, unit and range, in sentences that need no other field's; shown by `--help`."""
     decides: bool
-    """True where another value gives another result: other bytes of a store or of events, or other
-    numbers of a training run. A run may go on with sums rounded differently, on another device or
+    """True where another value gives another result: other bytes in a store or in events, or other
+    numbers from a training run. A run may go on with sums rounded differently, on another device or
     in other micro-batches; a store and events are shared among processes to the byte."""
     group: str
     """Heading in `--help`."""
     unset: str | None = None
     """Meaning of the default None, as in `[default: all]`."""
     option: str | None = None
-    """Name of the option; None for the field's own, as in --batch-size."""
+    """Option name; None for the field's own, as in --batch-size."""
     short: str | None = None
-    """One-letter name of the option."""
+    """One-letter option name."""
     parse: Callable[[str], Any] | None = None
-    """Reader of the option's text; None for what the annotation takes."""
+    """Reader for the option's text; None for what the annotation takes."""
     metavar: str | None = None
     """Word for the option's value; None for the reader's, or the annotation's."""
     swept: bool = False
-    """True where SAEs of one run may differ: the option takes several values, the field has one."""
+    """True where SAEs in one run may differ: the option takes several values, the field has one."""
     again: bool = False
     """True where the option may be given several times, for a tuple."""
     is_file: bool = False
-    """True for the path of a file, not of a directory."""
+    """True for a path to a file, not to a directory."""
     on_command_line: bool = True
     """False where there is no option."""
 
     def flag(self, name: str) -> str:
-        """Long name of the option of the field `name`."""
+        """Long option for the field `name`."""
         return self.option or "--" + name.replace("_", "-")
 
 
@@ -66,7 +66,7 @@ def setting(
     is_file: bool = False,
     on_command_line: bool = True,
 ) -> Any:
-    """A field of a settings class; the arguments are those of `Setting`.
+    """A field in a settings class; the arguments are those of `Setting`.
 
     Without a default the field, and its option, must be given.
     """
@@ -89,7 +89,7 @@ def setting(
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(setting,))
 def settings(cls: type[T]) -> type[T]:
-    """Make a frozen dataclass with keyword arguments alone, every field of which is a `setting`.
+    """Make a frozen dataclass with keyword arguments alone, in which every field is a `setting`.
 
     A field that is a `Path` takes text, too.
 
@@ -116,17 +116,17 @@ def settings(cls: type[T]) -> type[T]:
 
 
 def described(cls: type[Any]) -> dict[str, Setting]:
-    """Field → description, in the order of the class."""
+    """Field → description, in the class's order."""
     return {field.name: field.metadata[_KEY] for field in dataclasses.fields(cls)}
 
 
 def deciding(cls: type[Any]) -> tuple[str, ...]:
-    """Fields of a settings class that decide the result."""
+    """Fields in a settings class that decide the result."""
     return tuple(name for name, of in described(cls).items() if of.decides)
 
 
 def flag(cls: type[Any], name: str) -> str:
-    """Option of a field as messages name it, or the field's name where it has no option."""
+    """A field's option as messages name it, or the field's name where it has no option."""
     one = described(cls)[name]
     if not one.on_command_line:
         return name
@@ -134,7 +134,7 @@ def flag(cls: type[Any], name: str) -> str:
 
 
 def words_of(config: Any) -> list[str]:
-    """Words of a command line that give the values of a configuration other than defaults.
+    """Words for a command line that give a configuration's values other than defaults.
 
     Options that must be given come first.
     """
@@ -166,7 +166,7 @@ def device_setting(*, decides: bool = False) -> Any:
 
 @settings
 class ReadsStores:
-    """Settings of work that reads activation stores, wherever they are."""
+    """Settings for work that reads activation stores, wherever they are."""
 
     cache: Location | tuple[Location, ...] = setting(
         decides=True,
@@ -189,5 +189,5 @@ class ReadsStores:
         decides=False,
         group="Data",
         parse=parse_bytes,
-        doc="Most bytes of remote stores kept on this machine, 0 for none.",
+        doc="Most bytes from remote stores kept on this machine, 0 for none.",
     )

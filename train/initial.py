@@ -29,8 +29,8 @@ def sae_config(config: TrainConfig, d_in: int, layers: tuple[int, ...]) -> SAECo
     """The SAE that is asked for.
 
     Args:
-        config: settings of the SAE.
-        d_in: channels of a row.
+        config: the SAE's settings.
+        d_in: channels per row.
         layers: layers that the SAE is trained on.
 
     Raises:
@@ -51,7 +51,7 @@ def sae_config(config: TrainConfig, d_in: int, layers: tuple[int, ...]) -> SAECo
 
 
 def layer_factors(sae: SAEConfig, moments: Moments, layers: tuple[int, ...]) -> Float64 | None:
-    """(L,) factor of rows of each layer; None where the SAE has no such state.
+    """(L,) factor on each layer's rows; None where the SAE has no such state.
 
     Raises:
         InputError: a layer's mean norm has no such scale.
@@ -79,16 +79,16 @@ def layer_factors(sae: SAEConfig, moments: Moments, layers: tuple[int, ...]) -> 
 
 
 def initial_sae(sae: SAEConfig, moments: Moments, layers: tuple[int, ...], seed: int) -> SAE:
-    """The SAE before its first step: random directions, b at the mean of normalised rows.
+    """The SAE before its first step: random directions, b at the normalised rows' mean.
 
     Args:
-        sae: configuration of the SAE.
+        sae: the SAE's configuration.
         moments: moments of the rows that the SAE is trained on.
-        layers: layers of the SAE.
-        seed: seed of the directions.
+        layers: the SAE's layers.
+        seed: seed for the directions.
 
     Raises:
-        InputError: as of `layer_factors`.
+        InputError: as from `layer_factors`.
     """
     made = SAE(sae, torch.Generator().manual_seed(seed))
     at = [moments.layers.index(layer) for layer in layers]
@@ -103,7 +103,7 @@ def initial_sae(sae: SAEConfig, moments: Moments, layers: tuple[int, ...], seed:
             means_LD = means_LD * factors_L[:, None]
         if sae.normalize == "standardize":
             means_LD = moments.u_mean[at]
-        # Every layer has equally many eligible rows, so this is the mean over all of them.
+        # Every layer has equally many eligible rows, so this is the mean over all.
         made.b.copy_(torch.from_numpy(means_LD.mean(axis=0)))
     return made
 
@@ -120,7 +120,7 @@ def resample_every(config: TrainConfig, num_steps: int) -> int:
 def of_layers(
     values: Sequence[float] | None, run_layers: tuple[int, ...], layers: tuple[int, ...], flag: str
 ) -> tuple[float, ...] | None:
-    """The values of an SAE's layers among those of its run.
+    """The values for an SAE's layers among those for its run.
 
     Raises:
         InputError: there are more or fewer values than layers of the run.
@@ -138,10 +138,10 @@ def of_layers(
 def of_sae(
     config: TrainConfig, run_layers: tuple[int, ...], layers: tuple[int, ...]
 ) -> TrainConfig:
-    """The configuration with the values by layer of an SAE's layers, instead of its run's.
+    """The configuration with the values for an SAE's layers, instead of its run's.
 
     Raises:
-        InputError: as of `of_layers`.
+        InputError: as from `of_layers`.
     """
     names = ["layer_weights", *_names(get(config.architecture).settings)]
     own: dict[str, Any] = {
@@ -163,10 +163,10 @@ def make_objective(
 
     Args:
         sae: the SAE, on its device.
-        config: settings of the SAE, as from `of_sae`.
+        config: the SAE's settings, as from `of_sae`.
         moments: moments of the rows that the SAE is trained on.
-        layers: layers of the SAE.
-        num_steps: steps of the run.
+        layers: the SAE's layers.
+        num_steps: steps in the run.
     """
     every = resample_every(config, num_steps)
     return Objective(

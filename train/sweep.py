@@ -1,4 +1,4 @@
-"""Several SAEs from one pass over the rows: the product of the values of some settings."""
+"""Several SAEs from one pass over the rows: the product over some settings' values."""
 
 import itertools
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from mlsae.train.config import TrainConfig
 
 SUMMARY, SWEEP = "summary.json", "sweep.json"
 _SHORT = {"k": "k", "expansion_factor": "R", "num_latents": "N", "lr": "lr", "seed": "seed"}
-"""Prefix of a value in a name; for every other setting its flag and a dash."""
+"""Prefix for a value in a name; for every other setting its flag and a dash."""
 _ORDER = (
     "k",
     "expansion_factor",
@@ -30,25 +30,25 @@ _ORDER = (
     "normalize",
     "layer_scale",
 )
-"""Order of the words of a name, which directories of earlier runs have; new ones follow."""
+"""Order of words in a name, which earlier runs' directories have; new ones follow."""
 SWEPT = tuple(
     sorted(
         (name for name, one in described(TrainConfig).items() if one.swept),
         key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER),
     )
 )
-"""Settings in which SAEs of one pass may differ; the others belong to the pass."""
+"""Settings in which SAEs in one pass may differ; the others belong to the pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweptSAE:
-    """One SAE of a sweep, as it was asked for."""
+    """One SAE in a sweep, as it was asked for."""
 
     name: str
-    """Name of its directory, from the values that set it apart; empty where there is no other."""
+    """Directory name, from the values that set it apart; empty where there is no other."""
     config: TrainConfig
     layer: int | None = None
-    """The one layer that it is trained on; None for all of the run."""
+    """The one layer that it is trained on; None for all in the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +62,9 @@ class Sweep:
     config: TrainConfig
     """Settings that they have in common; `out` holds a directory for each."""
     axes: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Values of fields of `config`: every combination is an SAE."""
+    """Values for fields in `config`: every combination is an SAE."""
     each_layer: bool = False
-    """Train each SAE once more for each single layer, on that layer's rows of each batch."""
+    """Train each SAE once more for each single layer, on that layer's rows in each batch."""
 
     def __post_init__(self) -> None:
         for name, values in self.axes.items():
@@ -84,13 +84,13 @@ class Sweep:
         return not self.each_layer and all(len(values) == 1 for values in self.axes.values())
 
     def saes(self, layers: tuple[int, ...]) -> list[SweptSAE]:
-        """The SAEs, in the order of the values.
+        """The SAEs, ordered by the values.
 
         All share the order of rows and the held-out sequences, which follow from
         `data_seed`, or from the first seed without one.
 
         Args:
-            layers: layers of the run.
+            layers: the run's layers.
         """
         seeds = self.axes.get("seed", (self.config.seed,))
         data_seed = self.config.data_seed if self.config.data_seed is not None else seeds[0]

@@ -1,6 +1,6 @@
-"""Rows of a batch encoded by an SAE, and the events of the eligible ones.
+"""A batch's rows encoded by an SAE, and the eligible ones' events.
 
-Shapes: N rows of a batch, E of them eligible, D = d_model, K slots a row.
+Shapes: N rows in a batch, E eligible ones, D = d_model, K slots a row.
 """
 
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from mlsae.sae import Latents
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EncodedRows:
-    """Rows of one layer, with their latents on the SAE's device."""
+    """Rows at one layer, with their latents on the SAE's device."""
 
     rows: Int
     """(N,) row numbers, ascending."""
 
     tokens: Int
-    """(N,) index of the token of each row."""
+    """(N,) each row's token index."""
 
     eligible: npt.NDArray[np.bool_]
     """(N,) True where the position is at least the SAE's `skip_positions`."""
@@ -34,19 +34,19 @@ class EncodedRows:
     """(N, D) activations."""
 
     encoded: Latents
-    """Latents of all rows."""
+    """Latents at all rows."""
 
     latents: tuple[Tensor, Tensor]
-    """(E, K) values and (E, K) indices of the eligible rows."""
+    """(E, K) values and (E, K) indices at the eligible rows."""
 
 
 def encode_rows(pairing: Pairing, layer: int, batch: tuple[Int, Int, Single]) -> EncodedRows:
-    """Encode a batch of `read_rows`, with no gradient wanted.
+    """Encode a batch from `read_rows`, with no gradient wanted.
 
     Args:
         pairing: store and SAE.
         layer: layer id of the rows.
-        batch: row numbers (N,), the index of each one's token (N,) and activations (N, D).
+        batch: row numbers (N,), each one's token index (N,) and activations (N, D).
     """
     rows_N, tokens_N, stored_ND = batch
     x_ND = torch.from_numpy(stored_ND).to(pairing.device)
@@ -64,7 +64,7 @@ def encode_rows(pairing: Pairing, layer: int, batch: tuple[Int, Int, Single]) ->
 
 
 def write_events(writer: PartWriter | EventsWriter, batch: EncodedRows, end_row: int) -> None:
-    """Write the events of the eligible rows before `end_row`.
+    """Write the eligible rows' events before `end_row`.
 
     Raises:
         ResourceError: the disk is full.

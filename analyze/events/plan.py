@@ -28,30 +28,30 @@ class PlannedPart:
     """Sorted indices of whole sequences."""
 
     path: str
-    """Path within the folder of the data set."""
+    """Path within the data set's folder."""
 
     num_rows: int
-    """Number of rows of the sequences, flagged ones included."""
+    """Rows in the sequences, flagged ones included."""
 
     end_row: int
-    """Row after the last one of the part."""
+    """Row after the part's last one."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EventsPlan:
-    """The parts of a data set, which depend neither on who writes them nor on the place."""
+    """A data set's parts, which depend neither on who writes them nor on the place."""
 
     pairing: Pairing
     """The store and the SAE."""
 
     runs: tuple[Int, ...]
-    """Sorted indices of the sequences of each part, equal at every layer; at least one run."""
+    """Sorted indices of each part's sequences, equal at every layer; at least one run."""
 
     part_events: int
     """Events that are sorted and written together."""
 
     schema: pa.Schema
-    """Schema of the table, with its provenance."""
+    """The table's schema, with its provenance."""
 
     @property
     def parts(self) -> list[PlannedPart]:
@@ -76,7 +76,7 @@ class EventsPlan:
         return self.part(self.pairing.layers[-1], self.runs[-1]).end_row
 
     def writer(self, directory: Path, part: PlannedPart, scratch: Path) -> PartWriter:
-        """Make the folder of a part, and the writer for it."""
+        """Make a part's folder, and the writer for it."""
         (directory / part.path).parent.mkdir(parents=True, exist_ok=True)
         return PartWriter(
             directory,
@@ -91,15 +91,15 @@ class EventsPlan:
     def read(
         self, layer: int, sequences: Int, batch_rows: int
     ) -> Iterator[tuple[Int, Int, Single]]:
-        """Read rows as `read_rows` does, with no batch across the border of two parts.
+        """Read rows as `read_rows` does, with no batch across the border between two parts.
 
         The shape of a batch decides the last bits of encoded values, so a part has the same bytes
         whether it is written alone or with others.
 
         Args:
             layer: a layer id.
-            sequences: sorted indices that begin with those of `runs`.
-            batch_rows: most rows of a batch.
+            sequences: sorted indices that begin with those in `runs`.
+            batch_rows: most rows in a batch.
         """
         store, site = self.pairing.store, self.pairing.site
         rest = sequences[sum(map(len, self.runs)) :]
@@ -111,13 +111,13 @@ class EventsPlan:
 def plan_events(
     pairing: Pairing, sequences: Int, part_events: int, provenance: Mapping[str, str]
 ) -> EventsPlan:
-    """Cut `sequences` into runs of equal length, of about `part_events` events at a layer.
+    """Cut `sequences` into equally long runs with about `part_events` events at a layer.
 
     Args:
         pairing: the store and the SAE.
         sequences: sorted indices, perhaps none.
-        part_events: number of events of a part.
-        provenance: ids of the inputs, for the schema.
+        part_events: events in a part.
+        provenance: the inputs' ids, for the schema.
     """
     a_row = min(pairing.sae.expected_active, MOST_A_ROW)
     most = max(1, part_events // (a_row * pairing.store.rows_per_sequence))
@@ -131,9 +131,9 @@ def plan_events(
 
 @torch.no_grad()
 def estimate_bytes(plan: EventsPlan, batch_rows: int) -> dict[str, int]:
-    """Estimate the largest size of each part, in bytes by path.
+    """Estimate each part's largest size, in bytes by path.
 
-    Where the architecture does not bound the events of a row, a batch of each layer is counted.
+    Where the architecture does not bound a row's events, a batch of each layer is counted.
     """
     found: dict[str, int] = {}
     for layer in plan.pairing.layers:

@@ -1,6 +1,6 @@
-"""The best events of each of many groups, out of a stream of any length.
+"""The best events in each of many groups, out of a stream, however long.
 
-Shapes: G groups, S events kept a group, C events that are offered, A of them that are kept, U
+Shapes: G groups, S events kept a group, C events that are offered, A events that are kept, U
 groups that something is offered to.
 """
 
@@ -14,17 +14,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Field:
-    """Numbers that are kept of every event."""
+    """Numbers that are kept with every event."""
 
     width: int
     """Numbers an event."""
 
     dtype: torch.dtype
-    """Type of the numbers."""
+    """The numbers' type."""
 
 
 class Best:
-    """Keeps the events of the largest score of each group, the earlier of equal ones.
+    """Keeps the events with the largest scores in each group, the earlier among equal ones.
 
     Scores are int32 from 1 on. The bits of a float32 above 0 are one: their order is that of the
     values.
@@ -34,8 +34,8 @@ class Best:
     Args:
         num_groups: G.
         size: S, events kept a group.
-        fields: numbers kept of an event, by name.
-        device: device of the tensors.
+        fields: numbers kept with an event, by name.
+        device: device for the tensors.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Best:
         self.size = size
         # Negative scores, ascending: the best first, 0 where there is none.
         self._costs_GS = torch.zeros(num_groups, size, dtype=torch.int32, device=device)
-        # Events do not move when their rank changes; this says where the one of each rank lies.
+        # Events do not move when their rank changes; this says where the one at each rank lies.
         self._slots_GS = torch.arange(size, dtype=torch.int32, device=device).repeat(num_groups, 1)
         self._fields = {
             name: torch.zeros(num_groups * size, of.width, dtype=of.dtype, device=device)
@@ -52,19 +52,19 @@ class Best:
         }
 
     def passes(self, groups_E: Tensor, scores_E: Tensor) -> Tensor:
-        """True for each of some later events that would be kept if it came alone, (E,) bool."""
+        """True for each later event that would be kept if it came alone, (E,) bool."""
         return -scores_E < self._costs_GS[:, -1][groups_E]
 
     def place(self, groups_C: Tensor, scores_C: Tensor) -> tuple[Tensor, Tensor]:
         """Take events in; `write` must follow.
 
         Args:
-            groups_C: group of each event, in the order that decides between equal scores; all of
+            groups_C: each event's group, in the order that decides between equal scores; all of
                 them come after all events offered before.
             scores_C: scores.
 
         Returns:
-            (A,) int64 indices of those that are kept, and (A,) int64 places for `write`.
+            (A,) int64 indices of the kept ones, and (A,) int64 places for `write`.
         """
         order = stable_order(-scores_C.long())
         order = order[stable_order(groups_C[order])]
@@ -78,7 +78,7 @@ class Best:
         new_US, event_US = torch.zeros_like(old_US), torch.zeros_like(old_US, dtype=torch.int64)
         new_US[group_C, rank_C] = -scores_C[order]
         event_US[group_C, rank_C] = order
-        # The rank of each after merging: its own, and how many of the others come before it.
+        # Each one's rank after merging: its own, and how many others come before it.
         rank_S = torch.arange(self.size, device=order.device)
         to_old_US = rank_S + torch.searchsorted(new_US, old_US)
         to_new_US = rank_S + torch.searchsorted(old_US, new_US, right=True)
@@ -103,10 +103,10 @@ class Best:
             self._fields[name][places_A] = values
 
     def read(self, first: int, last: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Read the events of groups from `first` to before `last`.
+        """Read the events in groups from `first` to before `last`.
 
         Returns:
-            (groups, S) bool, and (groups, S, width) of each field; the best of a group first.
+            (groups, S) bool, and (groups, S, width) by field; each group's best first.
         """
         groups = torch.arange(first, last, device=self._slots_GS.device)[:, None]
         places = groups * self.size + self._slots_GS[first:last]
@@ -116,7 +116,7 @@ class Best:
 
     @staticmethod
     def num_bytes(num_groups: int, size: int, fields: Mapping[str, Field]) -> int:
-        """Memory of one."""
+        """Memory for one."""
         event = sum(of.width * of.dtype.itemsize for of in fields.values())
         return num_groups * size * (8 + event)
 
@@ -134,7 +134,7 @@ def stable_order(keys_C: Tensor) -> Tensor:
 
 
 def nth_largest(numbers_CW: Tensor, n: int) -> Tensor:
-    """The n-th largest of each row, (C,)."""
+    """The n-th largest in each row, (C,)."""
     if numbers_CW.device.type != "cpu":
         return numbers_CW.topk(n).values[:, -1]
     # numpy does it in a CPU's widest registers, ten times as fast as torch.

@@ -1,7 +1,7 @@
 """The table `examples`: written latent by latent, so that one is read without the others.
 
-Shapes: m latents of a slab, L layers, S strongest of a layer, s samples of each range, R rows of a
-table, W places of a window.
+Shapes: m latents in a slab, L layers, S strongest at a layer, s samples from each range, R table
+rows, W window places.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +20,7 @@ from mlsae.analyze.examples.windows import OUTSIDE
 from mlsae.analyze.results.columns import KINDS, SAMPLE
 
 ROW_GROUP = 2**14
-"""Examples of a row group, about: whole latents; one group is read at a time."""
+"""Examples in a row group, about: whole latents; one group is read at a time."""
 
 Array = npt.NDArray[Any]
 
@@ -36,13 +36,13 @@ def write_examples(
 
     Args:
         path: the file.
-        schema: schema of the table.
+        schema: the table's schema.
         examples: after `finish`.
-        pieces: the text of each of some token ids; None where it is not known.
-        progress: told the number of latents done, again and again.
+        pieces: the texts of some token ids; None where they are not known.
+        progress: told how many latents are done, again and again.
 
     Returns:
-        The number of examples.
+        Number of examples.
     """
     held: list[pa.Table] = []
     num_held = total = 0
@@ -66,7 +66,7 @@ def _slabs(
     """Examples of some latents after others, and the number of latents."""
     plan, num_layers = examples.plan, len(examples.layers)
     widest = plan.top * (num_layers + 1) + plan.samples * RANGES
-    # Half a row group, so that two or three make one of about the size.
+    # Half a row group, so that two or three make one at about the size.
     at_once = max(1, ROW_GROUP // 2 // widest)
     for first in range(0, examples.num_latents, at_once):
         last = min(first + at_once, examples.num_latents)
@@ -98,7 +98,7 @@ def _columns(
         (event[:, num_top:].reshape(in_range), -value[:, num_top:].reshape(in_range))
     )
     drawn += np.arange(RANGES)[:, None] * plan.samples + num_top
-    # Each latent's examples in the order of the table, as indices into the fields.
+    # Each latent's examples in the table's order, as indices into the fields.
     chosen = np.concatenate(
         [
             strongest,
@@ -153,7 +153,7 @@ def _columns(
 def _by_latent(
     has: Tensor, fields: Mapping[str, Tensor], num_latents: int
 ) -> tuple[Array, Mapping[str, Array]]:
-    """(m, groups · size), and (m, groups · size, width) of each field."""
+    """(m, groups · size), and (m, groups · size, width) by field."""
     return has.reshape(num_latents, -1).cpu().numpy(), {
         name: values.reshape(num_latents, -1, values.shape[2]).cpu().numpy()
         for name, values in fields.items()
@@ -161,7 +161,7 @@ def _by_latent(
 
 
 def _lists(flat: Array | pa.Array, inside: Array) -> pa.Array:
-    """A list for each row of `inside`, of as many values as it marks."""
+    """A list for each row in `inside`, with as many values as it marks."""
     ends = inside.sum(axis=1).cumsum().astype(np.int32)
     return pa.ListArray.from_arrays(np.concatenate([[0], ends]).astype(np.int32), flat)
 

@@ -23,7 +23,7 @@ from mlsae.store.format.added_fvu import NUM_DECILES, added_fvu
 from mlsae.store.format.moments import eligible_groups
 
 ROUNDING = 1e-6
-"""Share of a sum of squares about the centre that is taken for rounding of float32."""
+"""Share of a sum of squares about the centre that is taken for float32's rounding."""
 NOISE = 1e-12
 """Share of a sum of squares that a transformer in float32 leaves of rows that are all alike: 1e-6
 of their norm."""
@@ -31,12 +31,12 @@ of their norm."""
 
 @dataclass
 class _Sums:
-    """Sums of one site and layer, on one device; float64 but for the centre."""
+    """Sums for one site and layer, on one device; float64 but for the centre."""
 
     edges: Tensor
-    """Norms that part the deciles of the first rows, ascending."""
+    """Norms that part the first rows' deciles, ascending."""
     centre: Tensor
-    """(D,) float32; the mean of the first rows."""
+    """(D,) float32; mean over the first rows."""
     scalars: Tensor
     """(Q, 4) rows, Σ‖x − decoded‖², Σ‖x − centre‖², Σ‖x‖²."""
     first: Tensor
@@ -44,10 +44,10 @@ class _Sums:
 
 
 class RunningFVU:
-    """Added FVU of every site and layer, of the rows added since the last `take`.
+    """Added FVU at every site and layer, over the rows added since the last `take`.
 
     Args:
-        codecs: codec of each site and layer.
+        codecs: codec for each site and layer.
         d_model: channels.
     """
 
@@ -66,9 +66,9 @@ class RunningFVU:
         """Add a batch, unless the encoding changes nothing or the first batches tell its cost.
 
         Args:
-            group_N: index into `mlsae.store.format.moments.GROUPS` of each row.
+            group_N: each row's index into `mlsae.store.format.moments.GROUPS`.
             rows: (site, layer) → (N, D) floats before encoding, on any device.
-            stored: stored values of `rows`.
+            stored: the stored values for `rows`.
         """
         eligible_N = torch.from_numpy(group_N >= eligible_groups(1)[0])
         is_first, self._has_begun = not self._has_begun, True
@@ -144,7 +144,7 @@ class RunningFVU:
 
 
 def _result(sums: _Sums) -> dict[str, Any]:
-    """Added FVU of sums in float32, whose rounding is no variance."""
+    """Added FVU from sums in float32, whose rounding is no variance."""
     count_Q, error_Q, square_Q, power_Q = sums.scalars.cpu().numpy().T
     first_QD = sums.first.cpu().numpy()
     # Where a decile's rows are all alike, their distance from the centre alone.
@@ -161,6 +161,6 @@ def _is_noise(square: Any, alike: Any, power: Any) -> Any:
 
 
 def _squares(x_ND: Tensor) -> Tensor:
-    """(N,) float64 sums of the squares of a row."""
+    """(N,) float64 row sums of squares."""
     norm_N: Tensor = torch.linalg.vector_norm(x_ND, dim=1)
     return norm_N.double().square_()

@@ -1,9 +1,9 @@
-"""Inputs as forward passes of plain sequences, and their results put back in place.
+"""Inputs as forward passes over plain sequences, and their results put back in place.
 
-A document that no other may attend to is run as a sequence of its own, right-padded beside others
+A document that no other may attend to is run as its own sequence, right-padded beside others
 of similar length: the one way that is exact for every kind of position encoding and attention.
 
-B = sequences, T = positions; N = sequences of a pass, L = its positions.
+B = sequences, T = positions; N = sequences in a pass, L = its positions.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,18 +18,18 @@ from mlsae.models.inputs import Inputs
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentPass:
-    """One forward pass of N sequences of L tokens."""
+    """One forward pass over N sequences of L tokens."""
 
     inputs: Inputs
-    """Inputs without documents: every token of a sequence may attend to the others."""
+    """Inputs without documents: every token in a sequence may attend to the others."""
     places: Tensor | None = None
-    """(N, L) int64 on the CPU: index b · T + t of each token in the whole inputs, −1 for padding.
-    None: the pass is the whole of the inputs."""
+    """(N, L) int64 on the CPU: each token's index b · T + t in the whole inputs, −1 for padding.
+    None: the pass is the whole inputs."""
 
     def take(self, whole_BTd: Tensor, otherwise: Tensor) -> Tensor:
-        """Take this pass's part of a whole, in the shape of `otherwise` (N, L, d) or (N · L, d).
+        """Take this pass's part from a whole, in the shape of `otherwise` (N, L, d) or (N · L, d).
 
-        Padding has the values of `otherwise`.
+        Padding has the values in `otherwise`.
         """
         assert self.places is not None
         places_NL = self.places.to(whole_BTd.device)
@@ -39,7 +39,7 @@ class DocumentPass:
 
 
 def passes(inputs: Inputs) -> list[DocumentPass]:
-    """Forward passes in which every token of `inputs` sees the tokens it may attend to, no others.
+    """Forward passes in which every token in `inputs` sees the tokens it may attend to, no others.
 
     Inputs without documents are one pass. Otherwise each run of a document (and of padding) is a
     sequence, and the runs are dealt by length, the longest first, into passes of at most B · T
@@ -63,7 +63,7 @@ def passes(inputs: Inputs) -> list[DocumentPass]:
 def together(
     results: Iterable[tuple[DocumentPass, Mapping[Any, Tensor]]], shape: torch.Size
 ) -> dict[Any, Tensor]:
-    """Put each entry of the passes' results (N, L, d) together as one tensor (B, T, d).
+    """Put each entry from the passes' results (N, L, d) together as one tensor (B, T, d).
 
     Args:
         results: each pass and its results, all under the same keys; taken one after another.
@@ -84,7 +84,7 @@ def together(
 
 
 def _runs(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """First index b · T + t and length of each run of one document or of padding."""
+    """First index b · T + t and length, for each run of one document or of padding."""
     assert inputs.documents is not None
     documents_BT = inputs.documents.cpu()
     opens_BT = torch.ones(documents_BT.shape, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Common parts of the formats of other tools: reading, writing and checks.
+"""Common parts for other tools' formats: reading, writing and checks.
 
 Shape suffixes: D channels, N latents.
 """
@@ -28,24 +28,24 @@ Tensors = dict[str, torch.Tensor]
 
 
 class ConversionError(InputError):
-    """An SAE cannot be written in, or read from, the format of another tool."""
+    """An SAE cannot be written in, or read from, another tool's format."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Training data of an SAE, as far as it is known."""
+    """An SAE's training data, as far as it is known."""
 
     site: str | None = None
     """Site in a block."""
     layers: tuple[int, ...] | None = None
     """Blocks, from 0."""
     model: str | None = None
-    """Name of the transformer."""
+    """The transformer's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Foreign:
-    """An SAE that another tool saved, in the terms of this package."""
+    """An SAE that another tool saved, in this package's terms."""
 
     config: SAEConfig
     """Shape and architecture."""
@@ -54,7 +54,7 @@ class Foreign:
     origin: Origin
     """Training data, as far as the files name it."""
     changes: tuple[str, ...] = ()
-    """Changes of the numbers; empty where they are as they were."""
+    """Changes to the numbers; empty where they are as they were."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,25 +62,25 @@ class Format:
     """Format in which another tool saves an SAE."""
 
     name: str
-    """Name of the format, for `--to`."""
+    """Format name, for `--to`."""
     config_file: str
-    """Name of its JSON file."""
+    """Name of the JSON file."""
     weights_file: str
-    """Name of its file of tensors."""
+    """Name of the tensor file."""
     read: Callable[[Path, Mapping[str, Any]], Foreign]
-    """Reads a directory, given the content of its configuration; raises ConversionError."""
+    """Reads a directory, given its configuration; raises ConversionError."""
     obstacle: Callable[[SAE, Origin], str | None]
     """Reason why the format cannot express an SAE exactly, to end an error; None if it can."""
     weights: Callable[[SAE], bytes]
-    """The file of tensors."""
+    """The tensor file."""
     configuration: Callable[[SAE, Origin, int | None], dict[str, Any]]
-    """Content of the JSON file; the third argument is the layer, where the format holds one."""
+    """Content for the JSON file; the third argument is the layer, where the format holds one."""
     folder: Callable[[str, int], str] | None
     """Folder for a site and layer; None for a format whose SAE covers all layers."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of another tool; numbers that are not finite become text.
+    """A JSON object from another tool; numbers that are not finite become text.
 
     Raises:
         ConversionError: the file is no such JSON.
@@ -99,7 +99,7 @@ def _finite(text: str) -> float | str:
 
 
 def require(config: Mapping[str, Any], key: str, path: Path, kind: type) -> Any:
-    """The value of a key.
+    """A key's value.
 
     Raises:
         ConversionError: the value is absent, or of another kind.
@@ -111,7 +111,7 @@ def require(config: Mapping[str, Any], key: str, path: Path, kind: type) -> Any:
 
 
 def names_in(path: Path) -> list[str]:
-    """Names of the tensors of a safetensors file.
+    """Names of a safetensors file's tensors.
 
     Raises:
         ConversionError: the file is damaged.
@@ -140,7 +140,7 @@ def take(
     path: Path,
     ignored: Collection[str] = (),
 ) -> Tensors:
-    """The named tensors as float32, all of them there, of the right shape, and no other beside.
+    """The named tensors as float32, all there, in the right shape, and no other beside.
 
     Raises:
         ConversionError: one is missing, of another shape, or of a type that float32 cannot hold;
@@ -170,7 +170,7 @@ def take(
 
 
 def conversions(form: str) -> dict[type[Architecture], Conversion]:
-    """Form of each architecture that a format knows."""
+    """Each architecture's form that a format knows."""
     return {kind: kind.conversions[form] for kind in registered() if form in kind.conversions}
 
 
@@ -188,12 +188,12 @@ def named(form: str, name: object) -> tuple[type[Architecture], Conversion] | No
 
 
 def understood(form: str) -> str:
-    """Names of architectures in a format, for a message."""
+    """Architecture names in a format, for a message."""
     return " and ".join(found.name for found in conversions(form).values())
 
 
 def settings_of(sae: SAE, form: str) -> dict[str, Any]:
-    """Entries of a format's configuration that are of the SAE's architecture."""
+    """Entries in a format's configuration that belong to the SAE's architecture."""
     found, settings = conversion(sae, form), sae.architecture.to_dict()
     return {**{name: settings[name] for name in found.settings}, **found.constants}
 
@@ -201,7 +201,7 @@ def settings_of(sae: SAE, form: str) -> dict[str, Any]:
 def read_settings(
     kind: type[Architecture], form: str, config: Mapping[str, Any], path: Path
 ) -> Architecture:
-    """The architecture with the settings of a configuration.
+    """The architecture with a configuration's settings.
 
     Raises:
         ConversionError: one is absent, or no whole number.
@@ -217,7 +217,7 @@ def assemble(
     origin: Origin,
     changes: tuple[str, ...] = (),
 ) -> Foreign:
-    """An SAE of W_enc (N, D), W_dec (N, D), b (D,), b_enc (N,); a b_enc of zeros is left out."""
+    """An SAE from W_enc (N, D), W_dec (N, D), b (D,), b_enc (N,); an all-zero b_enc is left out."""
     kept = {name: tensor for name, tensor in tensors.items() if name != "b_enc" or tensor.any()}
     num_latents, d_in = kept["W_enc"].shape
     config = SAEConfig(
@@ -291,7 +291,7 @@ _MODULES = {
 
 
 def origin_of_module(name: str) -> Origin:
-    """Site and layer of the output of a module, such as `layers.3.mlp` or `transformer.h.3`."""
+    """Site and layer at a module's output, such as `layers.3.mlp` or `transformer.h.3`."""
     found = re.fullmatch(r"(?:[\w.]*\.)?(?:layers|h|blocks|layer)\.(\d+)(\.\w+)?", name)
     if found is None or (found[2] or "") not in _MODULES:
         return Origin()

@@ -5,7 +5,7 @@ the rounding of the first (Chan, Golub and LeVeque 1983, equation 1.7), so that 
 rows that are all alike have a second moment of exactly 0. No BLAS: its threads would get into each
 other's way here, and its sums depend on their number.
 
-Shape suffixes: L layers, N rows of a block, D channels.
+Shape suffixes: L layers, N rows in a block, D channels.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from mlsae.store.format.encoding import SiteCodec, Stored
 from mlsae.store.format.moments import STANDARDIZE_EPS, GroupMoments
 
 BLOCK_ELEMENTS = 1 << 17
-"""Values of a block: four tables of so many float32 lie in 2 MiB."""
+"""Values in a block: four tables of so many float32 lie in 2 MiB."""
 SAFE_MAGNITUDE = 1e15
-"""Beyond it a block is summed in float64, because squares would leave the range of float32."""
+"""Beyond it a block is summed in float64, because squares would leave float32's range."""
 
 LARGEST_FLOAT16 = 65504.0
 MAX_MEAN_TO_STD = 16.0
@@ -32,7 +32,7 @@ GroupRows = tuple[int, npt.NDArray[np.int64]]
 
 
 def blocks_of(group_N: npt.NDArray[np.int8], most_rows: int) -> list[GroupRows]:
-    """Blocks of at most `most_rows` rows, group after group."""
+    """Blocks with at most `most_rows` rows, group after group."""
     blocks = []
     for group in np.unique(group_N).tolist():
         rows = np.flatnonzero(group_N == group)
@@ -41,7 +41,7 @@ def blocks_of(group_N: npt.NDArray[np.int8], most_rows: int) -> list[GroupRows]:
 
 
 class Accumulator(GroupMoments):
-    """Moments of one site that grow by blocks of stored rows; for one thread at a time."""
+    """One site's moments that grow by blocks of stored rows; for one thread at a time."""
 
     def __init__(self, layers: tuple[int, ...], d_model: int, codec: SiteCodec) -> None:
         super().__init__(layers, d_model)
@@ -51,14 +51,14 @@ class Accumulator(GroupMoments):
         self._sums: dict[type, _Sums] = {}
 
     def add(self, group_N: npt.NDArray[np.int8], stored_L: Sequence[Stored]) -> bool:
-        """Add some rows, all layers of them.
+        """Add some rows at all layers.
 
         Args:
-            group_N: index into `mlsae.store.format.moments.GROUPS` of each row.
+            group_N: each row's index into `mlsae.store.format.moments.GROUPS`.
             stored_L: for each layer the N stored rows.
 
         Returns:
-            False as soon as a value is not finite; the moments are of no use then.
+            False as soon as a value is not finite; the moments are useless then.
         """
         return all(
             self._add_block(group, rows, stored_L, np.float32)
@@ -90,13 +90,13 @@ class Accumulator(GroupMoments):
 
 
 class _Sums:
-    """One block: tables to be used again, and the sums of the layers so far."""
+    """One block: tables to be used again, and the layers' sums so far."""
 
     def __init__(
         self, size: int, num_layers: int, d_model: int, dtype: type[np.float32 | np.float64]
     ) -> None:
         self._x_ND = np.empty((size, d_model), dtype)
-        # Centred rows of this layer and of the one before, for their cross moment.
+        # Centred rows at this layer and at the one before, for their cross moment.
         self._centred_2ND = np.empty((2, size, d_model), dtype)
         self._squares_ND = np.empty((size, d_model), dtype)
         self._centre_2LD = np.empty((2, num_layers, d_model), dtype)
@@ -119,7 +119,7 @@ class _Sums:
         return self._max_abs
 
     def add_layer(self, index: int) -> None:
-        """The sums of the layer that was loaded last; it is standardised in its place."""
+        """Sums at the layer that was loaded last; it is standardised in its place."""
         x_ND = self._x_ND[: self._num_rows]
         centred_ND = self._centred_2ND[index % 2, : self._num_rows]
         self._sum_columns(0, index, x_ND, centred_ND)
@@ -133,7 +133,7 @@ class _Sums:
         self._sum_columns(1, index, x_ND, x_ND)
 
     def give_to(self, moments: GroupMoments, group: int) -> None:
-        """Merge the block, all of its layers, into a group."""
+        """Merge the block, all its layers, into a group."""
         moments.merge_sums(
             group,
             self._num_rows,
@@ -146,7 +146,7 @@ class _Sums:
         )
 
     def _sum_columns(self, kind: int, index: int, x_ND: Array, centred_ND: Array) -> None:
-        """By channel: a centre near the mean, and the sums of x − centre and of its square."""
+        """By channel: a centre near the mean, and the sums of x − centre and its square."""
         centre_D = self._centre_2LD[kind, index]
         np.add.reduce(x_ND, axis=0, out=centre_D)
         centre_D /= self._num_rows

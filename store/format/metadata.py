@@ -1,4 +1,4 @@
-"""The Zarr metadata of a store, made by zarr-python so that every Zarr v3 reader understands it."""
+"""A store's Zarr metadata, made by zarr-python so that every Zarr v3 reader understands it."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -16,40 +16,40 @@ from mlsae.store.schema import ARRAY_METADATA, chunk_key
 
 @dataclass(frozen=True, kw_only=True)
 class ArraySpec:
-    """One Zarr array of a store: its name, its sizes, and how it is cut."""
+    """One Zarr array in a store: its name, its sizes, and how it is cut."""
 
     name: str
-    """Path of the array inside the store."""
+    """The array's path inside the store."""
     num_rows: int
     """Length of the first axis."""
     row_shape: tuple[int, ...]
-    """Shape of a row: the other axes."""
+    """Row shape: the other axes."""
     dtype: np.dtype[Any]
     """Stored data type."""
     chunk_rows: int
-    """Rows of a chunk."""
+    """Rows in a chunk."""
     shard_rows: int
-    """Rows of a shard, whole chunks."""
+    """Rows in a shard, whole chunks."""
     dimensions: tuple[str, ...]
-    """Name of each axis."""
+    """Each axis's name."""
     attributes: Mapping[str, Any] = field(default_factory=dict)
-    """Attributes of the array under the key `mlsae`; no key where there are none."""
+    """The array's attributes under the key `mlsae`; no key where there are none."""
     compression: Compression | None = None
-    """Compression of the chunks; None where they lie as they are."""
+    """Compression for the chunks; None where they lie as they are."""
 
     @property
     def num_shards(self) -> int:
-        """Objects of the array."""
+        """Objects in the array."""
         return -(-self.num_rows // self.shard_rows)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row before compression."""
+        """Bytes per row before compression."""
         return int(np.prod(self.row_shape, dtype=np.int64)) * self.dtype.itemsize
 
     @property
     def compressor(self) -> Compressor | None:
-        """Compressor of the chunks; None where they lie as they are."""
+        """Compressor for the chunks; None where they lie as they are."""
         return compressor_of(self.compression, self.dtype)
 
     def object(self, shard: int) -> str:
@@ -61,8 +61,8 @@ def zarr_metadata(arrays: Iterable[ArraySpec], about: Mapping[str, Any]) -> dict
     """Path inside the store → bytes of its zarr.json, for every group and array.
 
     Args:
-        arrays: arrays of the store; those in one folder differ in name and attributes alone.
-        about: attributes of the whole store, under the key `mlsae`.
+        arrays: the store's arrays; those in one folder differ in name and attributes alone.
+        about: attributes for the whole store, under the key `mlsae`.
     """
     memory: dict[str, Any] = {}
     root = zarr.create_group(zarr.storage.MemoryStore(memory), attributes={"mlsae": dict(about)})
@@ -80,7 +80,7 @@ def zarr_metadata(arrays: Iterable[ArraySpec], about: Mapping[str, Any]) -> dict
         for key, value in memory.items()
         if key.rsplit("/", 1)[-1] == ARRAY_METADATA
     }
-    # zarr-python takes a millisecond for each array, and a store may have a thousand of a kind.
+    # zarr-python takes a millisecond for each array, and a store may have a thousand alike.
     for spec, first in others:
         made = found[f"{first.name}/{ARRAY_METADATA}"]
         found[f"{spec.name}/{ARRAY_METADATA}"] = {**made, "attributes": _attributes(spec)}

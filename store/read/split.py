@@ -10,9 +10,9 @@ from mlsae.store.read.interface import AnyStore
 
 
 def validation_of(store: AnyStore, fraction: float, seed: int) -> npt.NDArray[np.int64]:
-    """Indices of the held-out sequences of a store or a corpus, sorted.
+    """Sorted indices of the sequences that a store or a corpus holds out.
 
-    Of a corpus they are those of its stores together, so that an SAE of a corpus and one of a store
+    A corpus holds out those of its stores together, so that an SAE of a corpus and one of a store
     in it hold out the same sequences of that store.
 
     Args:
@@ -42,15 +42,15 @@ def validation_of(store: AnyStore, fraction: float, seed: int) -> npt.NDArray[np
 def validation_sequences(
     tokens_sha256: str, num_sequences: int, fraction: float, seed: int
 ) -> npt.NDArray[np.int64]:
-    """Indices of the held-out sequences, sorted.
+    """Sorted indices of held-out sequences.
 
-    They depend on the text and the seed alone, so stores of other encodings, layers, sites or
-    initialisations of the same text share them.
+    They depend on the text and the seed alone, so stores with other encodings, layers, sites or
+    initialisations for the same text share them.
 
     Args:
-        tokens_sha256: the plan's hash of the token ids.
+        tokens_sha256: the plan's hash over the token ids.
         num_sequences: sequences in the store.
-        fraction: share of the sequences to hold out, 0 ≤ fraction < 1; rounded to whole sequences,
+        fraction: share of sequences to hold out, 0 ≤ fraction < 1; rounded to whole sequences,
             at least one if the fraction is above 0.
         seed: any integer.
 
@@ -69,6 +69,6 @@ def validation_sequences(
             f"leaves none to train on: lower it or harvest more text"
         )
     key = hashlib.sha256(f"mlsae validation {tokens_sha256} {seed}".encode()).digest()
-    # The raw stream of a bit generator is fixed for good; methods of Generator may change.
+    # A bit generator's raw stream is fixed for good; methods of Generator may change.
     rank = np.random.PCG64(int.from_bytes(key, "little")).random_raw(num_sequences)
     return np.sort(np.argsort(rank, kind="stable")[:count]).astype(np.int64)

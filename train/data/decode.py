@@ -13,16 +13,16 @@ from mlsae.store import AnyStore
 from mlsae.store.format.encoding import MIN_EXPONENT, POWERS, decode_int8_into
 
 StoredParts = tuple[torch.Tensor, ...]
-"""Rows as stored: (N, width) for each of the arrays that hold them."""
+"""Rows as stored: (N, width) for each array that holds them."""
 
 
 class RowDecoder:
-    """Makes floats of the stored rows of some layers.
+    """Makes floats from the stored rows at some layers.
 
     Args:
-        store: store of the rows.
-        site: a site of the store.
-        layers: layers of the store, in the order of the run.
+        store: store with the rows.
+        site: a site in the store.
+        layers: the store's layers, in the run's order.
         device: device that decodes.
     """
 
@@ -34,7 +34,7 @@ class RowDecoder:
         if self._is_scaled:
             at = [store.layers.index(layer) for layer in layers]
             of_stores = [c.sites[site] for c in store.calibrations if c is not None]
-            # One line for each layer of each store.
+            # One line for each layer in each store.
             means = np.concatenate([of_store.mean[at] for of_store in of_stores])
             scales = np.concatenate([of_store.scale[at] for of_store in of_stores])
             self._means = torch.from_numpy(means).to(device)
@@ -48,8 +48,8 @@ class RowDecoder:
 
         Args:
             parts: as stored, on any device.
-            layer: index into the layers: (N,) of each row, or one of them all.
-            origin: (N,) which of the store's `stores` each row is of; None for the first.
+            layer: index into the layers: (N,) for each row, or one for them all.
+            origin: (N,) each row's index into the store's `stores`; None for the first.
 
         Returns:
             (N, D) on the device: float32 for int8; else in the store's own floating type, which the
@@ -68,13 +68,13 @@ class RowDecoder:
 
 
 def origin_of(store: AnyStore, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64] | None:
-    """(n,) which of the store's `stores` each row is of; None where decoding does not ask."""
+    """(n,) each row's index into the store's `stores`; None where decoding does not ask."""
     if store.encoding != "int8" or len(store.stores) == 1:
         return None
     return store.row_origin(rows)
 
 
 def torch_rows(rows: npt.NDArray[Any], encoding: str) -> torch.Tensor:
-    """Stored rows as a tensor of the same memory: bfloat16 where they are its bits."""
+    """Stored rows as a tensor on the same memory: bfloat16 where they are its bits."""
     tensor = torch.from_numpy(rows)
     return tensor.view(torch.bfloat16) if encoding == "bfloat16" else tensor

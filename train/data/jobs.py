@@ -1,6 +1,6 @@
-"""Reads of each step and their destinations, settled many steps at a time.
+"""Reads for each step and their destinations, settled many steps at a time.
 
-A slice is read when the first of its rows is due, and each of its rows goes to its place in the
+A slice is read when its first row is due, and each row goes to its place in the
 batch that will hold it. Nothing here reads an activation.
 """
 
@@ -23,30 +23,30 @@ class Share:
     """One rank's share of a batch."""
 
     step: int
-    """Number of the step, counted over epochs."""
+    """Step number, counted over epochs."""
     num_rows: int
-    """Rows of the whole batch, over ranks."""
+    """Rows in the whole batch, over ranks."""
     num_jobs: int
     """Jobs that begin with this step and are still to be done; may be 0."""
     layer: Int64 = field(repr=False)
-    """(n,) index into the layers of each row of the share; n may be 0."""
+    """(n,) index into the layers for each row in the share; n may be 0."""
 
 
 class Job(NamedTuple):
     """Rows that one thread reads at once."""
 
     share: Share
-    """First step that needs some of the rows."""
+    """First step that needs some row."""
     until: int
-    """Last step that needs some of the rows."""
+    """Last step that needs some row."""
     runs: Runs
-    """Rows and their destinations; readers are those of the layers of the run."""
+    """Rows and their destinations; readers are those for the run's layers."""
 
 
 class Planned(NamedTuple):
     """Some steps, and the reads that they need.
 
-    A batch is complete when its step's jobs and those of all steps before it are done.
+    A batch is complete when the jobs for its step and for all earlier ones are done.
     """
 
     shares: list[Share]
@@ -56,18 +56,18 @@ class Planned(NamedTuple):
 def plan(
     mixture: Mixture, start: int, stop: int, rank: int, world_size: int, job_runs: int
 ) -> Iterator[Planned]:
-    """The steps and jobs of a rank, in order.
+    """A rank's steps and jobs, in order.
 
-    Rows go to `mixture.num_batches` batches in turn, each of as many places as a rank's share may
+    Rows go to `mixture.num_batches` batches in turn, each with as many places as a rank's share may
     have rows; those that no step needs go to the place after all batches.
 
     Args:
         mixture: the rows and their order.
         start: first step, counted over epochs.
         stop: step before which to end.
-        rank: rank of this process.
+        rank: this process's rank.
         world_size: number of ranks.
-        job_runs: most slices of a job.
+        job_runs: most slices in a job.
     """
     batch_rows = mixture.rank_rows(rank, world_size)
     while start < stop:
@@ -86,7 +86,7 @@ def plan(
 
 
 class _Epoch:
-    """The jobs of an epoch, block by block."""
+    """An epoch's jobs, block by block."""
 
     def __init__(
         self, mixture: Mixture, walk: Walk, epoch_start: int, batch_rows: int, job_runs: int
@@ -95,7 +95,7 @@ class _Epoch:
         self._batch_rows, self._job_runs = batch_rows, job_runs
 
     def plan(self, block: StepBlock) -> tuple[list[Share], list[Job]]:
-        """The steps and jobs of the next block."""
+        """Steps and jobs in the next block."""
         walk, steps = self._walk, block.steps
         rows = walk.rows_before(np.arange(steps.start, steps.stop + 1)).tolist()
         shares = [
@@ -119,9 +119,9 @@ class _Epoch:
         return shares, jobs
 
     def _runs(self, block: StepBlock) -> Runs:
-        """Runs of rows of a block's parts, and the destination of each row."""
+        """Runs of rows in a block's parts, and each row's destination."""
         mixture, parts, size = self._mixture, block.parts, self._mixture.slice_rows
-        # (n, width) which row of its slice each visit is of.
+        # (n, width) the row within its slice at each visit.
         row = self._walk.order.part_order(parts)
         starts = parts.slice * size
         first, last = parts.first.copy(), parts.first + parts.num_rows - 1
@@ -143,7 +143,7 @@ class _Epoch:
         return Runs(parts.layer, starts + first, num_rows, place[:-1].reshape(len(row), width))
 
     def _places(self, block: StepBlock, width: int) -> Int64:
-        """(n, width) destination of the row of each visit to a part."""
+        """(n, width) destination of the row at each visit to a part."""
         step, row = self._walk.visits(block, width)
         first = int(step.min())
         steps = np.arange(first, int(step.max()) + 1)

@@ -1,4 +1,4 @@
-"""Rows of several layers, cut into slices, in the order of each epoch."""
+"""Several layers' rows, cut into slices, in each epoch's order."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +13,14 @@ from mlsae.train.data.rows import TrainingRows
 from mlsae.train.data.sampler import Order, slice_rows
 
 SLICE_BYTES = 64 << 10
-"""Bytes of a slice unless a window is asked for: less is slow to read, more is memory."""
+"""Bytes per slice unless a window is asked for: less is slow to read, more is memory."""
 _LEAST_AHEAD = 4
 """Batches by which reading may be ahead, at least."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """The rows of several layers, cut into slices, and the order in which epochs visit them."""
+    """Several layers' rows, cut into slices, and the order in which epochs visit them."""
 
     store: AnyStore
     site: str
@@ -29,11 +29,11 @@ class Mixture:
     seed: int
     rows: TrainingRows
     slice_rows: int
-    """Rows of a slice."""
+    """Rows per slice."""
     counts: npt.NDArray[Any]
-    """(num_slices,) rows of each slice that are trained on."""
+    """(num_slices,) rows in each slice that are trained on."""
     num_rows: int
-    """Rows of one layer that are trained on in an epoch."""
+    """Rows at one layer that are trained on in an epoch."""
 
     @classmethod
     def plan(
@@ -52,13 +52,13 @@ class Mixture:
 
         Args:
             store: the store.
-            site: one of its sites.
-            layers: some of its layers.
-            batch_rows: rows of a batch, over layers and ranks.
-            seed: seed of the order.
-            skip_positions: first positions of a sequence that are left out.
+            site: one among its sites.
+            layers: some among its layers.
+            batch_rows: rows in a batch, over layers and ranks.
+            seed: the order's seed.
+            skip_positions: first positions in a sequence that are left out.
             validation: ascending indices of sequences held out.
-            window: bytes of rows in memory, over ranks, by way of the slice; None for slices of
+            window: bytes for rows in memory, over ranks, by way of the slice; None for slices of
                 64 KiB.
 
         Raises:
@@ -92,7 +92,7 @@ class Mixture:
         )
 
     def order(self, epoch: int) -> Order:
-        """The order of an epoch."""
+        """An epoch's order."""
         return Order(
             self.counts,
             num_layers=len(self.layers),
@@ -103,27 +103,27 @@ class Mixture:
 
     @property
     def epoch_rows(self) -> int:
-        """Rows of an epoch, over layers."""
+        """Rows in an epoch, over layers."""
         return self.num_rows * len(self.layers)
 
     @property
     def epoch_steps(self) -> int:
-        """Batches of an epoch; the last may be short."""
+        """Batches in an epoch; the last may be short."""
         return -(-self.epoch_rows // self.batch_rows)
 
     @property
     def num_slots(self) -> int:
-        """Slots of one layer."""
+        """Slots at one layer."""
         return -(-self.batch_rows // len(self.layers))
 
     def rank_slots(self, rank: int, world_size: int) -> int:
-        """Slots of one rank, over layers: the most rows of a batch that it gets."""
+        """One rank's slots, over layers: the most rows that it gets from a batch."""
         # The rank owns slots j with (j + layer) mod world_size = rank: see `owned_slots`.
         first = [(rank - layer) % world_size for layer in range(len(self.layers))]
         return sum(max(0, -(-(self.num_slots - start) // world_size)) for start in first)
 
     def rank_rows(self, rank: int, world_size: int) -> int:
-        """Most rows of a batch that a rank gets, at least 1."""
+        """Most rows that a rank gets from a batch, at least 1."""
         return max(1, min(self.batch_rows, self.rank_slots(rank, world_size)))
 
     @property
@@ -139,7 +139,7 @@ class Mixture:
         return max(_LEAST_AHEAD, self.slice_rows // 6)
 
     def window_bytes(self, rank: int, world_size: int) -> int:
-        """Bytes of the batches that a rank has in memory."""
+        """Bytes of batches that a rank has in memory."""
         rows = self.num_batches * self.rank_rows(rank, world_size)
         return (rows + 1) * self.store.row_bytes
 

@@ -1,6 +1,6 @@
-"""An order walked step by step: the parts of slices that a rank needs, and from when to when.
+"""An order walked step by step: the slice parts that a rank needs, and from when to when.
 
-Each slot of each layer gives one row a *round*. A rank's *places* are its slots of all layers in
+Each slot gives one row a *round* at each layer. A rank's *places* are its slots at all layers in
 the order in which a round visits them, so its share of a step is a run of places, which may go on
 in the next round; rows stand in that order in their batch. Parts are found many steps at a time:
 arrays over places and parts cost little for each row, while a step alone would cost more than
@@ -15,19 +15,19 @@ import numpy as np
 from mlsae.train.data.sampler import Int64, Order, SliceParts, check_world_size, owned_slots
 
 _BLOCK_ROWS = 1 << 18
-"""Rows of a rank's share of the steps that are walked at once, or nearly."""
+"""Rows in a rank's share of the steps that are walked at once, or nearly."""
 
 
 @dataclass(frozen=True)
 class StepBlock:
-    """Neighbouring steps, and the parts that one of them is the first to need."""
+    """Neighbouring steps, and the parts that are first needed in them."""
 
     steps: range
-    """Steps of the epoch, from 0."""
+    """Steps within the epoch, from 0."""
     parts: SliceParts
-    """Parts, in the order of the steps that need them first."""
+    """Parts, ordered by the steps that need them first."""
     opens: Int64
-    """(n,) step of the walk that needs the part first: ascending."""
+    """(n,) step in the walk that needs the part first: ascending."""
     closes: Int64
     """(n,) step that needs the part last."""
     place: Int64
@@ -38,12 +38,12 @@ class StepBlock:
 
 
 class Walk:
-    """The steps of a rank, from any step of the epoch to its end; iterates over blocks of them.
+    """A rank's steps, from any step to the epoch's end; iterates over blocks.
 
     Args:
-        order: order of the epoch.
+        order: the epoch's order.
         start: step to begin with; it opens every part that is under way there.
-        rank: rank of this process.
+        rank: this process's rank.
         world_size: number of ranks.
 
     Raises:
@@ -58,7 +58,7 @@ class Walk:
         slot, layer = np.divmod(items, order.num_layers)
         owned = owned_slots(layer, slot, rank, world_size, order.num_lanes)
         self.layer: Int64 = layer[owned]
-        """(num_places,) index into the layers of each place."""
+        """(num_places,) each place's index into the layers."""
         self._layers = np.concatenate([self.layer, self.layer])
         self._items = items[owned]
         self._round_items = len(items)
@@ -73,30 +73,30 @@ class Walk:
             yield self._block(range(start, min(start + num_steps, self.order.num_steps)))
 
     def batch_rows(self, step: int) -> int:
-        """Rows of a step's batch, over all ranks."""
+        """Rows in a step's batch, over all ranks."""
         return min(self.order.batch_rows, self._num_items - step * self.order.batch_rows)
 
     def rows_before(self, step: Int64) -> Int64:
-        """(n,) rows of the rank in the epoch before each step."""
+        """(n,) the rank's rows in the epoch before each step."""
         item = np.minimum(step * self.order.batch_rows, self._num_items)
         round_, rest = np.divmod(item, self._round_items)
         rows: Int64 = round_ * len(self.layer) + self._owned_before[rest]
         return rows
 
     def layers(self, start: int, stop: int) -> Int64:
-        """(stop − start,) layer of each of the rank's rows start … stop − 1, a round or less."""
+        """(stop − start,) layers at the rank's rows start … stop − 1, a round or less."""
         place = start % max(1, len(self.layer))
         return self._layers[place : place + stop - start]
 
     def visits(self, block: StepBlock, width: int) -> tuple[Int64, Int64]:
-        """Times at which the rows of parts are visited.
+        """Times at which the parts' rows are visited.
 
         Args:
-            block: block of the walk.
-            width: visits of each part; those beyond its number of rows mean nothing.
+            block: block from the walk.
+            width: visits to each part; those beyond its number of rows mean nothing.
 
         Returns:
-            (n, width) step of each visit, (n, width) rows of the rank in the epoch before it.
+            (n, width) step at each visit, (n, width) the rank's rows in the epoch before it.
         """
         nth = np.arange(width)
         item = block.round * self._round_items + self._items[block.place]
@@ -121,7 +121,7 @@ class Walk:
         )
 
     def _step_of(self, place: Int64, round_: Int64) -> Int64:
-        """(n,) the step that needs the row of each place in a round."""
+        """(n,) the step that needs each place's row in a round."""
         return (round_ * self._round_items + self._items[place]) // self.order.batch_rows
 
     def _first_round(self, step: int) -> Int64:
@@ -130,10 +130,10 @@ class Walk:
 
 
 class _Cursors:
-    """Position of each place in its layer's permuted order: at its next slice.
+    """Each place's position in its layer's permuted order: at its next slice.
 
     Args:
-        order: order of the epoch.
+        order: the epoch's order.
         layer: (num_places,)
         slot: (num_places,)
         first_round: (num_places,) rounds that each place has behind it.
@@ -154,7 +154,7 @@ class _Cursors:
         """Open, for each place, every part that it needs in a round before its limit.
 
         Returns:
-            (n,) the place of each part, the parts, and (n,) the round of its first row.
+            (n,) each part's place, the parts, and (n,) the round at its first row.
         """
         limit = np.minimum(limit, self._stop - self._start)
         opened = [(np.zeros(0, np.int64),) * 6]

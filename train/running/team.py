@@ -1,4 +1,4 @@
-"""Threads that take the steps of several SAEs side by side, each SAE in one of them at a time.
+"""Threads that take several SAEs' steps side by side, each SAE in one of them at a time.
 
 A step of a small SAE keeps few cores busy: much of it is work in one thread. So where a machine has
 more cores, SAEs that share no rank with another process take their steps at the same time, and each
@@ -18,20 +18,20 @@ R = TypeVar("R")
 
 
 class TeamShape(NamedTuple):
-    """Shape of a team."""
+    """A team's shape."""
 
     num_workers: int
     """SAEs that take a step at the same time."""
     num_threads: int
-    """Threads of each step."""
+    """Threads in each step."""
 
 
 def team_shape(num_saes: int, device: torch.device, num_ranks: int) -> TeamShape:
-    """Share the threads of a process among its SAEs.
+    """Share a process's threads among its SAEs.
 
     Args:
-        num_saes: number of SAEs of the process.
-        device: device of the SAEs; any but a CPU takes steps one after another.
+        num_saes: SAEs in the process.
+        device: the SAEs' device; any but a CPU takes steps one after another.
         num_ranks: processes that share each batch: their sums come in one order.
     """
     threads = torch.get_num_threads()
@@ -43,7 +43,7 @@ class Team:
     """Threads that work for several SAEs. A context manager: leaving it ends the threads.
 
     Args:
-        shape: shape of the team; with one worker there are no threads but the caller's.
+        shape: the team's shape; with one worker there are no threads but the caller's.
     """
 
     def __init__(self, shape: TeamShape) -> None:
@@ -53,7 +53,7 @@ class Team:
 
     def __enter__(self) -> "Team":
         if self.shape.num_workers > 1:
-            # torch's number of threads is one of the calling thread.
+            # torch's number of threads belongs to the calling thread.
             self._pool = ThreadPoolExecutor(
                 self.shape.num_workers,
                 "mlsae-sae",
@@ -72,7 +72,7 @@ class Team:
             self._pool.shutdown(cancel_futures=True)
 
     def map(self, work: Callable[[T], R], items: Iterable[T]) -> list[R]:
-        """`work` of each item, in their order."""
+        """`work` on each item, in their order."""
         if self._pool is None:
             return [work(item) for item in items]
         if self._is_first:

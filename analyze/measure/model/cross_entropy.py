@@ -22,7 +22,7 @@ from mlsae.models.splice import run, spliced, spliced_layers
 from mlsae.sae import SAE
 
 LOGITS_BYTES = 2**27
-"""Float32 logits of one forward: bounds memory, whatever the vocabulary."""
+"""Float32 logits in one forward: bounds memory, whatever the vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,7 +36,7 @@ class CrossEntropy:
     """Counted targets, (G,)."""
 
     untouched: Float
-    """−log p(target) of the untouched transformer, (G,)."""
+    """−log p(target) in the untouched transformer, (G,)."""
 
     stored: Float | None
     """−log p(target) with the layer's stored, decoded activations in place of the live ones, one
@@ -47,7 +47,7 @@ class CrossEntropy:
     """Increase of −log p(target) with the SAE's reconstruction in place of the live activations."""
 
     divergence: Float
-    """KL(untouched ‖ SAE spliced) of the next-token distributions."""
+    """KL(untouched ‖ SAE spliced) between the next-token distributions."""
 
     agreed: Float
     """Tokens whose likeliest next one is the same untouched and with the SAE spliced."""
@@ -56,7 +56,7 @@ class CrossEntropy:
     """−log p(target) with zeros in place of the live activations."""
 
     mean: Float
-    """Increase of −log p(target) with the mean over the store's eligible rows of the layer."""
+    """Increase of −log p(target) with the mean over the store's eligible rows at the layer."""
 
     @property
     def num_tokens(self) -> int:
@@ -75,21 +75,21 @@ class CrossEntropy:
 
     @property
     def delta_ce(self) -> Float:
-        """(L,), cross-entropy that reconstructions of one layer add."""
+        """(L,), cross-entropy that one layer's reconstructions add."""
         return np.asarray(self.added[:-1].sum(axis=1) / self.num_tokens)
 
     @property
     def ce_sae(self) -> Float:
-        """(L,), with reconstructions of one layer."""
+        """(L,), with one layer's reconstructions."""
         return self.ce + self.delta_ce
 
     @property
     def kl(self) -> Float:
-        """(L,), of one layer spliced from the untouched."""
+        """(L,), one layer spliced against the untouched."""
         return np.asarray(self.divergence[:-1].sum(axis=1) / self.num_tokens)
 
     def ratios(self) -> list[dict[str, Ratio]]:
-        """Every metric by column of the table `layers`, for each layer and then for all at once."""
+        """Every metric by column in the table `layers`, for each layer and then for all at once."""
         weights_RG = group_weights(len(self.counted))
 
         def total(sums_G: Float) -> Float:
@@ -122,12 +122,12 @@ def next_log_probs(logits_BTV: Tensor, counted_BT: Tensor) -> Tensor:
 
 
 def divergences(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-    """KL(p ‖ q) of each row, (N,)."""
+    """KL(p ‖ q) for each row, (N,)."""
     return (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1)
 
 
 def losses(log_p_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """−log p(target) of each row, (N,) float64."""
+    """−log p(target) for each row, (N,) float64."""
     return -log_p_NV.gather(-1, targets_N[:, None])[:, 0].double()
 
 
@@ -170,8 +170,8 @@ def measure(
         transformer: the model whose activations the store holds, on the pairing's device.
         pairing: store and SAE.
         sequences: sorted indices.
-        batch_rows: the most tokens of a forward; fewer where the vocabulary is large.
-        progress: told the number of tokens of each finished batch.
+        batch_rows: the most tokens in a forward; fewer where the vocabulary is large.
+        progress: told the number of tokens in each finished batch.
     """
     store, layers = pairing.store, pairing.layers
     token_bytes = 4 * transformer.vocab_size
@@ -221,7 +221,7 @@ def _measure_together(
 
 
 class _Tally:
-    """Sums of one batch after another, by spliced layer and group of sequences."""
+    """Sums over one batch after another, by spliced layer and group of sequences."""
 
     def __init__(self, num_layers: int, sequences: Int, device: torch.device) -> None:
         self._sequences = sequences
@@ -233,7 +233,7 @@ class _Tally:
         }
 
     def start(self, batch: Sequences, logits_BTV: Tensor) -> None:
-        """Take up a batch with the logits of the untouched transformer."""
+        """Take up a batch with the untouched transformer's logits."""
         self._counted = batch.counted
         places = np.searchsorted(self._sequences, batch.numbers)
         groups = torch.from_numpy(group_of(places, len(self._sequences))).to(batch.counted.device)
@@ -271,14 +271,14 @@ class _Tally:
 
 
 def _means(pairing: Pairing, device: torch.device) -> dict[int, Tensor]:
-    """Mean of each layer's eligible rows of the whole store, (D,) float32."""
+    """Mean over each layer's eligible rows in the whole store, (D,) float32."""
     moments = pairing.store.moments(pairing.site, pairing.skip_positions)
     means = torch.from_numpy(moments.mean).float().to(device)
     return {layer: means[moments.layers.index(layer)] for layer in pairing.layers}
 
 
 def _stored(pairing: Pairing, layer: int, sequences: Int) -> Tensor:
-    """Stored activations of the sequences, decoded: (B, T, D); the store has every position."""
+    """Stored activations in the sequences, decoded: (B, T, D); the store has every position."""
     store, length = pairing.store, pairing.store.context_length
     spans = [(start, start + length) for start in (sequences * length).tolist()]
     return torch.from_numpy(np.stack([store.read(pairing.site, layer, *span) for span in spans]))

@@ -1,6 +1,6 @@
-"""Sums over tokens that take the latents of all layers at once.
+"""Sums over tokens that take all layers' latents at once.
 
-Shapes: N rows of a batch, E of them eligible, K active slots a row.
+Shapes: N rows in a batch, E eligible ones, K active slots a row.
 """
 
 from collections.abc import Mapping
@@ -17,14 +17,14 @@ from mlsae.analyze.selection import Int
 from mlsae.store import AnyStore
 
 PUBLISHED_BATCH = 2048
-"""Tokens of a batch in the published code, and of a block here."""
+"""Tokens in a batch by the published code, and in a block here."""
 
 LatentsByLayer = Mapping[int, tuple[Tensor, Tensor]]
-"""Layer → (rows, K) values and (rows, K) indices of latents; K may differ between layers."""
+"""Layer → (rows, K) values and (rows, K) latent indices; K may differ between layers."""
 
 
 class Joint:
-    """Sums over tokens, block by block of rows, independent of the batches they come in.
+    """Sums over tokens, block by block, independent of the batches they come in.
 
     Memory: a block, and sums by latent and by token id.
 
@@ -36,7 +36,7 @@ class Joint:
     def __init__(self, pairing: Pairing, end_token: int) -> None:
         num_latents = pairing.sae.config.num_latents
         self.decomposition = Decomposition(pairing.layers, num_latents, pairing.device)
-        """Variances of the layer."""
+        """Layer variances."""
         self.token_totals = TokenTotals()
         """Totals by latent and token id, over all layers."""
         self._store, self._num_latents, self._end_token = pairing.store, num_latents, end_token
@@ -46,12 +46,12 @@ class Joint:
     def add(
         self, tokens_N: Int, eligible_N: npt.NDArray[np.bool_], latents: LatentsByLayer
     ) -> None:
-        """Add rows that come after those of earlier batches.
+        """Add rows that come after those in earlier batches.
 
         Args:
-            tokens_N: index of the token of each unflagged row, ascending.
+            tokens_N: each unflagged row's token index, ascending.
             eligible_N: True for an eligible row; a block is so many rows, eligible or not.
-            latents: latents of the E eligible rows, in order.
+            latents: the E eligible rows' latents, in order.
         """
         end = int(np.searchsorted(tokens_N, self._end_token))
         before_N = np.concatenate([[0], eligible_N.cumsum()])
@@ -93,7 +93,7 @@ class Joint:
 
 
 def joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Values and indices of rows, one part after another, in as many slots as the widest has."""
+    """Values and indices for rows, one part after another, in as many slots as the widest has."""
     width = max(values.shape[1] for values, _ in parts)
     # The slots that a part has too few of hold the value 0, which is no activation.
     values, indices = (
@@ -104,7 +104,7 @@ def joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def token_ids(store: AnyStore, tokens_N: Int) -> Int:
-    """The ids of tokens, given by their indices, ascending."""
+    """Token ids at ascending indices."""
     length = store.context_length
     ids = np.empty(len(tokens_N), dtype=np.int64)
     sequences = tokens_N // length

@@ -1,7 +1,7 @@
-"""Sums over rows from which every metric of reconstructions and latents of a layer follows.
+"""Sums over rows from which every metric of a layer's reconstructions and latents follows.
 
 Shapes: N rows, D = d_model, K = active slots a row, M = num_latents, G groups of sequences,
-A = groups, or weighted sums of groups. Sums are float64 and int64.
+A = groups, or weighted sums over groups. Sums are float64 and int64.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor
 
 Float = npt.NDArray[np.float64]
 Ratio = tuple[Float, Float]
-"""Numerator and denominator of a number, each (A,)."""
+"""Numerator and denominator, each (A,)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,19 +27,19 @@ class RowSums:
     """Σ(x − c), (A, D)."""
 
     scalars: Float
-    """(A, 8), in the order of `SCALARS`."""
+    """(A, 8), in `SCALARS`' order."""
 
     @property
     def num_rows(self) -> int:
-        """Rows of all sets together."""
+        """Rows in all sets together."""
         return int(self.of("rows").sum())
 
     def of(self, name: str) -> Float:
-        """One of `SCALARS`, (A,)."""
+        """One scalar by its name in `SCALARS`, (A,)."""
         return self.scalars[:, SCALARS.index(name)]
 
     def __add__(self, other: "RowSums") -> "RowSums":
-        """Over both sets of rows, disjoint and with the same reference."""
+        """Over both sets of rows, disjoint and with one reference."""
         return RowSums(
             reference=self.reference,
             offset=self.offset + other.offset,
@@ -47,7 +47,7 @@ class RowSums:
         )
 
     def weighted(self, weights_RA: Float) -> "RowSums":
-        """Each sum with each of R weightings of the sets."""
+        """Each sum under each of R weightings over the sets."""
         return RowSums(
             reference=self.reference,
             offset=weights_RA @ self.offset,
@@ -55,7 +55,7 @@ class RowSums:
         )
 
     def fvu(self) -> Ratio:
-        """Σ‖x − x̂‖² over Σ‖x − μ‖², μ the mean of each channel over the rows."""
+        """Σ‖x − x̂‖² over Σ‖x − μ‖², μ each channel's mean over the rows."""
         return self.of("error"), self._scatter()
 
     def fvu_published(self) -> Ratio:
@@ -66,7 +66,7 @@ class RowSums:
         return self.of("error"), self._scatter() + between
 
     def ratios(self, num_latents: int) -> dict[str, Ratio]:
-        """Every metric of the rows, by column of the table `layers`."""
+        """Every metric on the rows, by column of the table `layers`."""
         num_rows, width = self.of("rows"), len(self.reference)
         error, scatter = self.fvu()
         return {
@@ -91,8 +91,8 @@ class RowSums:
 
 
 SCALARS = ("rows", "about", "error", "cosine", "dot", "square", "active", "value")
-"""Sums over rows of 1, ‖x − c‖², ‖x − x̂‖², cos(x, x̂), ⟨x, x̂⟩, ‖x̂‖², the number of active latents
-and the sum of their sizes |z|."""
+"""Sums over rows of 1, ‖x − c‖², ‖x − x̂‖², cos(x, x̂), ⟨x, x̂⟩, ‖x̂‖², the number of active
+latents and the sum of their sizes |z|."""
 
 
 class GroupedRows:
@@ -128,7 +128,7 @@ class GroupedRows:
             total.index_add_(0, keys, torch.segment_reduce(part, "sum", lengths=lengths))
 
     def sums(self, first: int, last: int) -> RowSums:
-        """Sums of the keys from `first` to before `last`, in their order."""
+        """Sums under the keys from `first` to before `last`, in their order."""
         return RowSums(
             reference=self._reference.cpu().numpy(),
             offset=self._offset[first:last].cpu().numpy(),
@@ -142,7 +142,7 @@ def _dot(a_ND: Tensor, b_ND: Tensor) -> Tensor:
 
 
 class LatentSums:
-    """Count of active rows (value not 0) of each latent at one layer, and total of its |z|."""
+    """Active rows (value not 0) counted by latent at one layer, and total |z|."""
 
     def __init__(self, num_latents: int, device: torch.device) -> None:
         self.count = torch.zeros(num_latents, dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""Figures of decoder directions: cosines with each other and with embeddings."""
+"""Figures about decoder directions: cosines with each other and with embeddings."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -33,7 +33,7 @@ _SHOWN_COSINES = 0.0005
 
 @mpl.rc_context(STYLE)
 def decoder_cosine(histograms: pa.Table, latents: pa.Table, summary: Mapping[str, Any]) -> Figure:
-    """Cosines of two latents' decoder directions: all pairs, and the largest of each latent."""
+    """Cosines between latents' decoder directions: all pairs, and each latent's largest."""
     figure, (first, second) = canvas(PAGE, _HEIGHT, 2)
     bars(first, histograms, "decoder_cosine")
     first.set(title="Decoder directions of two latents", xlabel="cosine", ylabel="pairs of latents")
@@ -55,7 +55,7 @@ def decoder_cosine(histograms: pa.Table, latents: pa.Table, summary: Mapping[str
 
 @mpl.rc_context(STYLE)
 def embedding_cosine(latents: pa.Table) -> Figure:
-    """Largest cosine of each decoder direction with a row of W_E, and with a row of W_U."""
+    """Each decoder direction's largest cosine with a row of W_E, and with a row of W_U."""
     figure, axes = canvas(COLUMN, _HEIGHT)
     axes.set(title="Directions beside embeddings", xlabel="largest cosine with a row")
     count_axis(axes, "latents")
@@ -74,9 +74,9 @@ def embedding_cosine(latents: pa.Table) -> Figure:
 
 @mpl.rc_context(STYLE)
 def layer_cosine(layer_cosine: pa.Table) -> Figure:
-    """Heat map of pairs of living latents: distance of mean layers, cosine of directions.
+    """Heat map of pairs of living latents: distance between mean layers, cosine of directions.
 
-    Each column, a range of distances, is scaled to a sum of 1, so that pairs far apart, which are
+    Each column, a range of distances, is scaled to sum to 1, so that pairs far apart, which are
     rarer, show as well.
     """
     figure, axes = canvas(COLUMN, 2.5)

@@ -32,14 +32,14 @@ from mlsae.base.units import counted
 
 _HEIGHT = 2.3
 _FEW = 10
-"""Counts up to which a scale of colours is linear."""
+"""Counts up to which a colour scale is linear."""
 
 _DEAD = "every latent is dead"
 
 
 @mpl.rc_context(STYLE)
 def mean_layer(histograms: pa.Table) -> Figure:
-    """Histograms of the mean layers of latents, and of their distance to a whole number."""
+    """Histograms of latents' mean layers, and their distance to a whole number."""
     figure, (first, second) = canvas(PAGE, _HEIGHT, 2)
     bars(first, histograms, "layer_mean")
     first.set(title="Mean layer of a latent", xlabel="mean layer")
@@ -56,7 +56,7 @@ def mean_layer(histograms: pa.Table) -> Figure:
 
 
 def bars(axes: Axes, histograms: pa.Table, name: str) -> None:
-    """Draw one of the histograms of the table."""
+    """Draw one histogram from the table."""
     mine = histograms.filter(pc.field("histogram") == name)
     edges = np.append(mine["low"].to_numpy(), mine["high"].to_numpy()[-1:])
     stairs(axes, mine["count"].to_numpy(), edges)
@@ -64,7 +64,7 @@ def bars(axes: Axes, histograms: pa.Table, name: str) -> None:
 
 @mpl.rc_context(STYLE)
 def layer_std(latents: pa.Table) -> Figure:
-    """Standard deviation of a latent's layer: over all tokens, and at a single one."""
+    """A latent's standard deviation over layers: over all tokens, and at a single one."""
     figure, (first, second) = canvas(PAGE, 2.5, 2)
     stds = known(latents, "layer_std"), known(latents, "layer_std_by_count")
     _both_ways(first, latents, "layer_std", float(np.concatenate(stds).max(initial=0)))
@@ -112,7 +112,7 @@ def layer_entropy(latents: pa.Table, latent_layers: pa.Table) -> Figure:
 
 @mpl.rc_context(STYLE)
 def bimodality(latents: pa.Table) -> Figure:
-    """Bimodality (skewness² + 1) / kurtosis of P(layer | latent), of latents at several layers."""
+    """Bimodality (skewness² + 1) / kurtosis of P(layer | latent), for latents at several layers."""
     figure, axes = canvas(COLUMN, _HEIGHT)
     _both_ways(axes, latents, "layer_bimodality", 1.0, "no latent has two layers")
     axes.set(title="Bimodality of a latent's layer", xlabel="(skewness² + 1) / kurtosis")
@@ -121,7 +121,7 @@ def bimodality(latents: pa.Table) -> Figure:
 
 @mpl.rc_context(STYLE)
 def num_layers(latent_layers: pa.Table) -> Figure:
-    """Number of layers at which a latent is active for at least 1, 10, 100, … rows."""
+    """Layers at which a latent is active for at least 1, 10, 100, … rows."""
     figure, axes = canvas(COLUMN, _HEIGHT)
     of_layers = len(pc.unique(latent_layers["layer"]))
     counts = latent_layers["count"].to_numpy().reshape(-1, of_layers)
@@ -143,7 +143,7 @@ def num_layers(latent_layers: pa.Table) -> Figure:
 
 @mpl.rc_context(STYLE)
 def density(latents: pa.Table) -> Figure:
-    """Histogram of the log10 density of the living latents."""
+    """Histogram of living latents' log10 density."""
     alive = latents.filter(pc.invert(latents["dead"]))["density"].to_numpy()
     dead = len(latents) - len(alive)
     figure, axes = canvas(COLUMN, _HEIGHT)
@@ -162,7 +162,7 @@ def density(latents: pa.Table) -> Figure:
 
 @mpl.rc_context(STYLE)
 def token_entropy(latents: pa.Table) -> Figure:
-    """Entropy over token ids of the events of each latent."""
+    """Entropy over token ids in each latent's events."""
     found = known(latents, "token_entropy")
     figure, axes = canvas(COLUMN, _HEIGHT)
     axes.set(title="Entropy of a latent's token ids", xlabel="nats (0: one token id)")
@@ -179,7 +179,7 @@ def token_entropy(latents: pa.Table) -> Figure:
 def _both_ways(
     axes: Axes, latents: pa.Table, column: str, high: float, if_none: str = _DEAD
 ) -> None:
-    """Histograms of a column of P(layer | latent), by totals and by counts."""
+    """Histograms for a column about P(layer | latent), by totals and by counts."""
     count_axis(axes, "living latents")
     found: list[Float] = [known(latents, name) for name in (column, f"{column}_by_count")]
     if len(found[0]) == 0:

@@ -1,4 +1,4 @@
-"""The examples that a page shows, as compact JSON of bounded size."""
+"""Examples that a page shows, as compact JSON in bounded size."""
 
 import itertools
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ from mlsae.analyze.results.page.json import as_json
 Int = npt.NDArray[np.int64]
 
 TOP, FIRST_TOP = 8, 3
-"""Examples of the largest values that are shown, and those that come before any other kind."""
+"""Examples with the largest values that are shown, and those that come before any other kind."""
 
 BEFORE, AFTER = 24, 8
-"""Tokens shown before the peak and after it, of windows that have more."""
+"""Tokens shown before the peak and after it, in windows that have more."""
 
 _AT_ONCE = 2048
 _ORDER = ("top", "sample", "top_layer")
@@ -39,19 +39,19 @@ _READ = (
 
 
 def examples_data(examples: pd.Dataset, chosen: Int, most_bytes: int) -> dict[str, Any]:
-    """Data on examples of the shown latents for the page's script.
+    """Data on the shown latents' examples for the page's script.
 
     Where not all fit, every latent keeps as many as the others: first the three largest, then one
-    of each range of values that samples were drawn from, then more of the largest, at last the
+    from each value range that samples were drawn from, then more of the largest, at last the
     largest at each layer.
 
     Args:
         examples: the table `examples`.
-        chosen: indices of the latents shown.
-        most_bytes: size of the JSON that is not exceeded, nearly.
+        chosen: the shown latents' indices.
+        most_bytes: JSON size that is not exceeded, nearly.
 
     Returns:
-        `pieces`, different texts of a token; `examples`, in the order of latents: latent, kind (0
+        `pieces`, different token texts; `examples`, in latent order: latent, kind (0
         top, 1 sample, 2 at a layer), quantile, layer, token, value, place of the peak, pieces by
         index, [place, percent of the largest value, …] of active tokens, and at the peak percent of
         the largest value by layer; `complete`, whether all those are there.
@@ -74,7 +74,7 @@ def examples_data(examples: pd.Dataset, chosen: Int, most_bytes: int) -> dict[st
 
 
 def _chosen(examples: pd.Dataset, chosen: Int) -> pa.Table:
-    """Examples of the shown latents, in the order in which they are kept while there is room."""
+    """Shown latents' examples, in the order in which they are kept while there is room."""
     kind, rank = pc.field("kind"), pc.field("rank")
     wanted = ((kind == "top") & (rank < TOP)) | (kind == "sample")
     wanted = wanted | ((kind == "top_layer") & (rank == 0))
@@ -87,7 +87,7 @@ def _chosen(examples: pd.Dataset, chosen: Int) -> pa.Table:
     later = np.where((kinds == 0) & (rank >= FIRST_TOP), 1.5, kinds)
     order = np.lexsort((rank, latent, within, later))
     keys = np.stack([latent, kinds, within])[:, order]
-    # One sample of each range is enough.
+    # One sample from each range is enough.
     first = np.unique(keys, axis=1, return_index=True)[1]
     return table.take(pa.array(order[np.sort(first)]))
 
@@ -110,7 +110,7 @@ def _example(row: dict[str, Any], pieces: dict[str, int]) -> list[Any]:
     window = slice(first, peak + AFTER + 1)
     texts = row["pieces"]
     shown = [f"⟨{token}⟩" for token in row["token_ids"]] if texts is None else texts
-    # Tokens that are no row of the store, or no eligible one, have no value.
+    # Tokens that are no row in the store, or no eligible one, have no value.
     values = [value or 0.0 for value in row["values"][window]]
     most = max(*values, row["value"], 0.0)
     active = [(place, _percent(value, most)) for place, value in enumerate(values) if value > 0]

@@ -1,4 +1,4 @@
-"""The provenance of an analysis on the page, as plain text."""
+"""An analysis's provenance on the page, as plain text."""
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,11 +18,11 @@ _SETTINGS = (
     "decomposition_max_tokens",
     "examples",
 )
-"""Keys of a summary that are settings of the analysis."""
+"""Summary keys that are settings of the analysis."""
 
 
 def provenance(summary: Row) -> list[tuple[str, str]]:
-    """Names and values of the inputs of an analysis, in the order of the page."""
+    """Names and values of an analysis's inputs, in the page's order."""
     model, sae = summary["model"], summary["sae_config"]
     stores = [
         f"{of['store_id']} ({counted(of['num_sequences'], 'sequence')})" for of in summary["stores"]
@@ -71,7 +71,7 @@ def _listed(values: Iterable[object]) -> str:
 
 def settings_rows(summary: Row) -> list[tuple[str, str]]:
     """Settings of the analysis, then of the training."""
-    # An analysis with examples has their numbers under the name of the setting.
+    # An analysis with examples has their numbers under the setting's name.
     rows = [
         (f"analyze: {name}", summary[name])
         for name in _SETTINGS
@@ -89,7 +89,7 @@ def _setting(value: object) -> str:
 
 
 def commands_rows(found: Mapping[str, Sequence[str] | str]) -> list[tuple[str, list[str], str]]:
-    """Stage, commands, and the reason where there are none, in the order of the stages."""
+    """Stage, commands, and the reason where there are none, in stage order."""
     rows: list[tuple[str, list[str], str]] = []
     for stage in (stage for stage in _STAGES if stage in found):
         lines = found[stage]
@@ -101,7 +101,7 @@ def commands_rows(found: Mapping[str, Sequence[str] | str]) -> list[tuple[str, l
 
 
 def _broken(command: str) -> str:
-    """A command with each option on a line of its own, continued for the shell."""
+    """A command with each option on its own line, continued for the shell."""
     words = shlex.split(command)
     starts = [n for n, word in enumerate(words) if word.startswith("-")]
     ends = [0, *starts, len(words)]
