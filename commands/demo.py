@@ -13,7 +13,7 @@ from mlsae.commands.options import DIRECTORY
     "--out",
     default="demo-run",
     type=DIRECTORY,
-    help="Directory of the store, the SAE and the analysis.",
+    help="Directory for the store, the SAE and the analysis.",
 )
 def demo(out: Path) -> None:
     """Harvest, train and analyze the transformer that comes with the package."""

@@ -10,12 +10,10 @@ from mlsae.commands.options import COUNT, DIRECTORY
 @click.command()
 @click.argument("analysis", type=DIRECTORY)
 @click.argument("latent", type=int)
-@click.option(
-    "--layer", type=int, help="Layer of the examples, as the model counts it. [default: all]"
-)
-@click.option("--limit", type=COUNT, help="Most examples of each list. [default: all]")
+@click.option("--layer", type=int, help="Layer to show, as the model counts it. [default: all]")
+@click.option("--limit", type=COUNT, help="Most examples in each list. [default: all]")
 def examples(**settings: Any) -> None:
-    """Print the examples of LATENT in ANALYSIS, each with its tokens and its values by layer."""
+    """Print LATENT's examples in ANALYSIS, each with its tokens and its values by layer."""
     from mlsae.analyze.results.text.examples import list_examples
 
     click.echo(list_examples(**settings))

@@ -15,10 +15,10 @@ from mlsae.commands.options import DIRECTORY
 )
 @click.option(
     "--model",
-    help="Name of the transformer, for formats that record it. [default: the recorded one]",
+    help="Transformer name, for formats that record it. [default: the recorded one]",
 )
 def export(run: str, to: str, out: Path, model: str | None) -> None:
-    """Write the SAE of RUN, a directory or hub id, to OUT in the format of another tool."""
+    """Write the SAE in RUN, a directory or hub id, to OUT in another tool's format."""
     from mlsae.sae.formats.convert import export_sae
 
     for directory in export_sae(run, to, out, model=model):

@@ -15,7 +15,7 @@ def _settings() -> type[Any]:
 
 
 def _costs() -> str:
-    """A line on the cost of each encoding."""
+    """A line on each encoding's cost."""
     from mlsae.store.format.presets import COSTS
 
     return "\n".join(
@@ -32,7 +32,7 @@ def _costs() -> str:
 
 @click.command(cls=SettingsCommand, settings=_settings, table=_costs)
 def harvest(**settings: Any) -> None:
-    """Run a transformer over text once and store the activations of its layers."""
+    """Run a transformer over text once and store its layers' activations."""
     from mlsae.base.devices import resolve_device
     from mlsae.harvest import HarvestConfig, run
 

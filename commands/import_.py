@@ -12,10 +12,10 @@ from mlsae.commands.options import DIRECTORY, LAYERS
 @click.argument("out", type=DIRECTORY)
 @click.option("--site", help="Site that the SAE was trained on, where the files do not say.")
 @click.option(
-    "--layers", type=LAYERS, help="Layers of the SAE, such as 0-5, where the files do not say."
+    "--layers", type=LAYERS, help="The SAE's layers, such as 0-5, where the files do not say."
 )
 def import_(source: str, out: Path, site: str | None, layers: tuple[int, ...] | None) -> None:
-    """Read an SAE of another tool from SRC, a directory or hub id, into the directory OUT."""
+    """Read another tool's SAE from SRC, a directory or hub id, into the directory OUT."""
     from mlsae.sae.formats.convert import format_imported, import_sae
 
     click.echo(format_imported(import_sae(source, out, site=site, layers=layers), out))

@@ -27,7 +27,7 @@ from mlsae.commands.options import COUNT, DIRECTORY
     help="Parquet file to write, instead of printing.",
 )
 def latents(columns: str | None, **settings: Any) -> None:
-    """Print latents of ANALYSIS, all or those that meet a condition on their columns."""
+    """Print latents in ANALYSIS, all or those that meet a condition on their columns."""
     from mlsae.analyze.results.text.listing import list_latents
 
     names = None if columns is None else [name.strip() for name in columns.split(",")]

@@ -1,4 +1,4 @@
-"""Options of commands, made from the fields of settings classes, and help under headings."""
+"""Command options, made from the fields of settings classes, and help under headings."""
 
 import itertools
 from collections.abc import Callable
@@ -46,7 +46,7 @@ _PLAIN: dict[object, click.ParamType[Any]] = {
 
 
 class GroupedOption(click.Option):
-    """An option that stands under a heading of its command's help."""
+    """An option that stands under a heading in its command's help."""
 
     def __init__(self, *args: Any, group: str, **more: Any) -> None:
         super().__init__(*args, **more)
@@ -59,15 +59,15 @@ class GroupedOption(click.Option):
 
 
 class SettingsCommand(click.Command):
-    """A command whose options are the fields of a settings class, beside those of its own.
+    """A command whose options are a settings class's fields, beside its own.
 
     They are made when they are first asked for, so that a list of commands imports no settings.
 
     Args:
-        args: arguments of `click.Command`.
+        args: arguments for `click.Command`.
         settings: function that returns the settings class.
         table: function that returns lines for the end of the help text, shown verbatim.
-        more: further arguments of `click.Command`.
+        more: further arguments for `click.Command`.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class SettingsCommand(click.Command):
         return super().get_params(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write each heading's options, in the order of their first ones."""
+        """Write each heading's options, ordered by their first ones."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for option in self.get_params(ctx):
             record = option.get_help_record(ctx)
@@ -103,7 +103,7 @@ class SettingsCommand(click.Command):
 
 
 class CommandList(click.Group):
-    """A group whose help has the first paragraph of each command's help, whole and in order."""
+    """A group whose help has each command's first paragraph, whole and in order."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         """Names, in the order in which commands were added."""
@@ -121,7 +121,7 @@ class CommandList(click.Group):
 
 
 def options_of(settings: type[Any]) -> list[click.Option]:
-    """The options of a settings class, in the order of its fields."""
+    """A settings class's options, in the order of its fields."""
     hints, fields = get_type_hints(settings), settings.__dataclass_fields__
     return [
         _option(name, setting, fields[name].default, hints[name])

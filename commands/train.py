@@ -11,7 +11,7 @@ from mlsae.commands.options import FILE, GroupedOption, SettingsCommand
 
 
 def _use_run_file(ctx: click.Context, _param: click.Parameter, path: Path | None) -> None:
-    """Take the defaults of a command's options from a YAML file."""
+    """Take a command's default options from a YAML file."""
     if path is None:
         return
     from mlsae.train.options import read_run_file
@@ -43,13 +43,13 @@ def _settings() -> type[Any]:
     is_eager=True,
     expose_value=False,
     callback=_use_run_file,
-    help="YAML file of these options, such as a run's run.yaml; options given here come first.",
+    help="YAML file with these options, such as a run's run.yaml; options given here come first.",
 )
 def train(**settings: Any) -> None:
     """Train sparse autoencoders on all layers of a store, without the transformer.
 
     Options that say "several" take several values, as in -k 16,32 or -k 16 -k 32: every combination
-    is an SAE, in a directory of its own below --out, and one pass over the store trains all.
+    is an SAE, in its own directory below --out, and one pass over the store trains all.
     """
     from mlsae.train import run_sweep
     from mlsae.train.options import make_sweep

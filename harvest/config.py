@@ -1,4 +1,4 @@
-"""Settings of a harvest."""
+"""Harvest settings."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ DEVICE_MAPS = ("auto",)
 
 @settings
 class _ModelSettings:
-    """Settings of the model, whose options come first."""
+    """Settings about the model, whose options come first."""
 
     model: str = setting(
         decides=True,
@@ -46,14 +46,14 @@ class _ModelSettings:
         doc="Weights: trained, rerandomized, rerandomized-keep-embeddings, random or control.",
     )
     init_seed: int = setting(
-        default=0, decides=True, group="Model", doc="Seed of the weights that --init draws."
+        default=0, decides=True, group="Model", doc="Seed for the weights that --init draws."
     )
     blocks: str | None = setting(
         default=None,
         unset="found by structure",
         decides=True,
         group="Model",
-        doc="Path of the module list that holds the blocks, such as transformer.h.",
+        doc="Path to the module list that holds the blocks, such as transformer.h.",
     )
     model_dtype: str = setting(
         default="auto",
@@ -67,14 +67,14 @@ class _ModelSettings:
         decides=True,
         group="Model",
         option="--attn-implementation",
-        doc="Attention of the model: eager, sdpa, sdpa_by_blocks, flash_attention_2, …; auto is "
+        doc="Attention in the model: eager, sdpa, sdpa_by_blocks, flash_attention_2, …; auto is "
         "sdpa_by_blocks where it is faster on this machine, else the library's choice.",
     )
 
 
 @settings
 class HarvestConfig(TextSettings, _ModelSettings):
-    """Settings of a harvest; checked when made, against the model and the text when run.
+    """Settings for a harvest; checked when made, against the model and the text when run.
 
     Raises:
         InputError: a value is out of range.
@@ -83,7 +83,7 @@ class HarvestConfig(TextSettings, _ModelSettings):
     out: Path = setting(
         decides=False,
         group="Store",
-        doc="Directory of the activation store: absent, empty, or a store of the same plan.",
+        doc="Directory for the activation store: absent, empty, or a store with the same plan.",
     )
     max_tokens: int | None = setting(
         default=None,
@@ -150,13 +150,13 @@ class HarvestConfig(TextSettings, _ModelSettings):
         decides=True,
         group="Store",
         parse=parse_count,
-        doc="Positions of each sequence to store, drawn at random by --keep-seed.",
+        doc="Positions in each sequence to store, drawn at random by --keep-seed.",
     )
     keep_seed: int = setting(
         default=0,
         decides=True,
         group="Store",
-        doc="Seed of the positions that --keep-positions draws.",
+        doc="Seed for the positions that --keep-positions draws.",
     )
     encoding: str = setting(
         default="auto",
@@ -181,7 +181,7 @@ class HarvestConfig(TextSettings, _ModelSettings):
         parse=parse_count_or_auto,
         metavar="COUNT",
         doc="Sequences a forward pass, or auto to choose by memory; part of the store's plan, "
-        "because the shape of a pass decides last bits.",
+        "because a pass's shape decides last bits.",
     )
     device: str = device_setting()
     device_map: str | None = setting(
@@ -203,7 +203,7 @@ class HarvestConfig(TextSettings, _ModelSettings):
         decides=True,
         group="Store",
         parse=parse_bytes,
-        doc="Bytes of one file of one layer, about.",
+        doc="Bytes per file, about; a file holds one layer.",
     )
     dry_run: bool = setting(
         default=False,
@@ -262,10 +262,10 @@ class HarvestConfig(TextSettings, _ModelSettings):
 
     @property
     def sized_as(self) -> str:
-        """Preset with the sizes of `encoding`: for `auto`, one of the two with 16 bits."""
+        """Preset with the sizes for `encoding`: for `auto`, one of the two with 16 bits."""
         return "float16" if self.encoding == "auto" else self.encoding
 
 
 def unknown_or_twice(sites: tuple[str, ...]) -> bool:
-    """True where a site is none of the five or is named twice."""
+    """True where a site is unknown or named twice."""
     return len(set(sites)) != len(sites) or not set(sites) <= set(SITES)

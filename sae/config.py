@@ -1,4 +1,4 @@
-"""Configuration of an SAE: shape, architecture, and normalisation of rows."""
+"""SAE configuration: shape, architecture, and normalisation of rows."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -15,12 +15,12 @@ _DEFAULTS = {
     "layer_scale": "none",
     "layers": None,
 }
-"""Values of keys that a file lacks."""
+"""Values for keys that a file lacks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SAEConfig:
-    """Shape, architecture and normalisation of a sparse autoencoder.
+    """A sparse autoencoder's shape, architecture and normalisation.
 
     Raises:
         InputError: a value is out of range, e.g. k larger than num_latents, or two exclude each
@@ -28,20 +28,20 @@ class SAEConfig:
     """
 
     d_in: int
-    """Channels of a row."""
+    """Channels per row."""
     num_latents: int
     """Latents, shared by every layer."""
     architecture: Architecture
     """Map from rows to latents, such as `TopK(k=32)` or `ReLU()`."""
     normalize: str = "standardize"
-    """Normalisation of a row before encoding: `standardize`, `none` for rows as they are, `scale`
-    by one factor a layer, or `center` by the mean of its layer."""
+    """Normalisation before encoding: `standardize`, `none` for rows as they are, `scale`
+    by one factor a layer, or `center` by the layer's mean."""
     encoder_bias: bool = False
-    """True where each latent has a bias of its own, added to its pre-activation."""
+    """True where each latent has its own bias, added to its pre-activation."""
     layer_scale: str = "none"
     """Function of mean norms that put layers on one scale: `none`, `log`, `sqrt` or `linear`."""
     layers: tuple[int, ...] | None = None
-    """The block index of each row of the state that depends on the layer; None without any."""
+    """Block index for each row of the state that depends on the layer; None without any."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.architecture, Architecture):

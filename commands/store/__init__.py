@@ -1,4 +1,4 @@
-"""The commands of `mlsae store`, a file each."""
+"""Commands below `mlsae store`, a file each."""
 
 import click
 
@@ -11,7 +11,7 @@ from mlsae.commands.store.verify import verify
 
 @click.group(cls=CommandList)
 def store() -> None:
-    """Look at an activation store, check every byte of it, copy it or remove it."""
+    """Look at an activation store, check every byte, copy it or remove it."""
 
 
 for command in (info, verify, copy, rm):

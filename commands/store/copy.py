@@ -17,7 +17,7 @@ def _settings() -> type[Any]:
 @click.argument("source", metavar="SRC", type=LOCATION)
 @click.argument("target", metavar="DST", type=LOCATION)
 def copy(**settings: Any) -> None:
-    """Copy a store: every byte of it, or some of it, or in another encoding."""
+    """Copy a store: every byte, or parts alone, or in another encoding."""
     from mlsae.store.copying.copy import CopyConfig, copy
 
     done = copy(CopyConfig(**settings), progress=True)

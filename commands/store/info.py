@@ -11,7 +11,7 @@ from mlsae.commands.options import LOCATION
 @click.argument("location", type=LOCATION)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(location: str, as_json: bool) -> None:
-    """Print the model, text, layers, rows and encoding of a store."""
+    """Print a store's model, text, layers, rows and encoding."""
     from mlsae.store.tools.info import store_info
 
     found = store_info(location)

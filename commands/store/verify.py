@@ -9,11 +9,11 @@ from mlsae.commands.options import LOCATION
 @click.command()
 @click.argument("location", type=LOCATION)
 def verify(location: str) -> None:
-    """Check every hash, checksum, moment and rule of a store."""
+    """Check every hash, checksum, moment and rule in a store."""
     from mlsae.store import open_store
     from mlsae.store.tools.verify import verify as find_problems
 
-    # Parts kept on this machine say nothing of the place itself.
+    # Parts kept on this machine say nothing about the place itself.
     report = find_problems(location, progress=True, cache_bytes=0)
     for line in (*report.problems, *report.notes):
         click.echo(line)

@@ -5,7 +5,7 @@ config.json holds. Every part of the package asks it, so that a new one needs no
 to all: rows are normalised (sae/normalize.py), û = W_dec z + b is a bag of decoder rows, and a
 latent is active where its value is not 0.
 
-Shape suffixes: B rows, D channels, N latents, K latents of a row.
+Shape suffixes: B rows, D channels, N latents, K latents a row.
 """
 
 from abc import ABC, abstractmethod
@@ -26,7 +26,7 @@ Weights = Mapping[str, torch.Tensor]
 
 
 class Shape(Protocol):
-    """Size of an SAE; an `SAEConfig` is one."""
+    """An SAE's size; an `SAEConfig` is one."""
 
     @property
     def d_in(self) -> int:
@@ -56,48 +56,48 @@ class Parameter:
 
 
 class ActiveLatents(NamedTuple):
-    """Latents of a piece of a batch, as a term of the loss sees them."""
+    """Latents in a piece of a batch, as a term of the loss sees them."""
 
     values: torch.Tensor
     """(B, K), with gradients."""
     support: Support
-    """Places of the values."""
+    """The values' places."""
     layer: torch.Tensor
-    """(B,) index of each row's layer among the SAE's layers."""
+    """(B,) each row's index among the SAE's layers."""
     step: int
-    """Step of the run, from 0."""
+    """Step in the run, from 0."""
 
 
 ExtraLoss = Callable[[ActiveLatents, Weights], torch.Tensor]
-"""(B,) term of each row in the loss beside its reconstruction error, with gradients."""
+"""(B,) each row's term in the loss beside its reconstruction error, with gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """Form of an architecture in the files of another tool."""
+    """An architecture's form in another tool's files."""
 
     name: str = ""
-    """Name of the architecture there; empty where the format has none."""
+    """The architecture's name there; empty where the format has none."""
     settings: tuple[str, ...] = ()
     """Fields, whole numbers, that the configuration there has under the same names."""
     constants: Mapping[str, object] = field(default_factory=dict)
-    """Further entries of the configuration, written and never read."""
+    """Further entries in the configuration, written and never read."""
     bias: str = "b_dec"
-    """Name of the decoder's bias, where the format has one for each architecture."""
+    """Name for the decoder's bias, where the format has one for each architecture."""
     copies: Callable[[Any], dict[str, torch.Tensor]] = lambda _: {}
-    """Tensors that repeat settings of an architecture, beside its weights."""
+    """Tensors that repeat an architecture's settings, beside its weights."""
 
 
 @dataclass(frozen=True)
 class Architecture(ABC):
-    """Map from rows to latents; the fields of a subclass are its settings."""
+    """Map from rows to latents; a subclass's fields are its settings."""
 
     name: ClassVar[str]
     """Name on the command line and, after `mlsae/`, in config.json."""
     summary: ClassVar[str]
     """Latents that a row uses, in a few words for `--help`, such as `the k largest of a row`."""
     settings: ClassVar[type]
-    """Dataclass of the training settings that the architecture reads; `TrainConfig` extends it.
+    """Dataclass with the training settings that the architecture reads; `TrainConfig` extends it.
 
     Where `revival` is `resample`, `resample_every` is one of them."""
     encoder_bias: ClassVar[bool] = False
@@ -107,9 +107,9 @@ class Architecture(ABC):
     revival: ClassVar[Revival | None] = None
     """Revival of dead latents in training; None for none."""
     precisions: ClassVar[tuple[str, ...]] = ("float32",)
-    """Precisions of the encoder product in training."""
+    """Precisions for the encoder product in training."""
     conversions: ClassVar[Mapping[str, Conversion]] = {}
-    """Format of another tool → this architecture's form there; absent formats refuse it."""
+    """Another tool's format → this architecture's form there; absent formats refuse it."""
 
     @classmethod
     @abstractmethod
@@ -144,7 +144,7 @@ class Architecture(ABC):
         """
 
     def parameters(self, shape: Shape) -> tuple[Parameter, ...]:
-        """Parameters, in the order of training: W_enc and W_dec (N, D), b (D,), b_enc (N,)."""
+        """Parameters, in training order: W_enc and W_dec (N, D), b (D,), b_enc (N,)."""
         matrix = (shape.num_latents, shape.d_in)
         bias = (Parameter(name="b_enc", shape=matrix[:1]),) if shape.encoder_bias else ()
         return (
@@ -161,8 +161,8 @@ class Architecture(ABC):
         unit length; everything else 0.
 
         Args:
-            shape: size of the SAE.
-            generator: source of W_enc; torch's global one if None.
+            shape: the SAE's size.
+            generator: source for W_enc; torch's global one if None.
         """
         found = {p.name: torch.zeros(p.shape) for p in self.parameters(shape)[2:]}
         W_enc = (torch.rand(shape.num_latents, shape.d_in, generator=generator) * 2 - 1) / (
@@ -177,11 +177,11 @@ class Architecture(ABC):
         """Most latents that a row may use; None for any number."""
 
     def most_rows(self, num_latents: int, element_size: int) -> int | None:  # noqa: ARG002
-        """Rows that one gradient is best taken of; None for any number.
+        """Rows that one gradient is best taken over; None for any number.
 
         Args:
             num_latents: N.
-            element_size: bytes of a value.
+            element_size: bytes per value.
         """
         return None
 
@@ -189,11 +189,11 @@ class Architecture(ABC):
     def activate(
         self, u_BD: torch.Tensor, weights: Weights, *, mixed: bool
     ) -> tuple[torch.Tensor, Support]:
-        """The latents of normalised rows, with gradients for the parameters of the encoder.
+        """Latents at normalised rows, with gradients for the encoder's parameters.
 
         Args:
             u_BD: (B, D) normalised rows.
-            weights: parameters of the SAE.
+            weights: the SAE's parameters.
             mixed: select with a bfloat16 product and re-scored candidates; only where `precisions`
                 has bfloat16.
 
@@ -212,8 +212,8 @@ class Architecture(ABC):
 
         Args:
             settings: training settings, with values by layer for the SAE's layers alone.
-            num_steps: steps of the run.
-            like: tensor of the device and dtype of the weights.
+            num_steps: steps in the run.
+            like: tensor with the weights' device and dtype.
         """
         return None
 
@@ -245,7 +245,7 @@ def register(kind: Kind) -> Kind:
 
 
 def get(name: object) -> type[Architecture]:
-    """The architecture of a name.
+    """The architecture by its name.
 
     Raises:
         InputError: there is none.

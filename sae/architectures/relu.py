@@ -3,7 +3,7 @@
 z = ReLU(W_enc (u − b) + b_enc), penalty Σ_j z_j ‖W_dec,j‖, with decoder rows of any length. Source:
 Conerly et al. (2024), "Update on how we train SAEs", Transformer Circuits Thread, April 2024.
 
-Shape suffixes: B rows, D channels, N latents, K latents of a row, L layers.
+Shape suffixes: B rows, D channels, N latents, K latents a row, L layers.
 """
 
 import math
@@ -28,7 +28,7 @@ _DENSE = 8
 
 @settings
 class ReLUSettings:
-    """Training settings of the architecture `relu`."""
+    """Training settings for the architecture `relu`."""
 
     l1: float | None = setting(
         default=None,
@@ -43,7 +43,7 @@ class ReLUSettings:
         decides=True,
         group="Architecture",
         swept=True,
-        doc="First share of the steps, over which the weight --l1 of relu rises from 0.",
+        doc="First share of steps, over which relu's weight --l1 rises from 0.",
     )
     layer_l1: tuple[float, ...] | None = setting(
         default=None,
@@ -51,7 +51,7 @@ class ReLUSettings:
         decides=True,
         group="Architecture",
         parse=parse_numbers,
-        doc="Multiplier of --l1 at each layer, as 1,1,2.",
+        doc="Multiplier for --l1 at each layer, as 1,1,2.",
     )
     resample_every: int | None = setting(
         default=None,
@@ -67,12 +67,12 @@ class ReLUSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class L1:
-    """Penalty of each row: λ_l Σ_j z_j ‖W_dec,j‖."""
+    """Each row's penalty: λ_l Σ_j z_j ‖W_dec,j‖."""
 
     weight: float
     """λ."""
     by_layer: torch.Tensor | None = None
-    """(L,) multipliers of λ; None for 1."""
+    """(L,) multipliers for λ; None for 1."""
     rise: int = 0
     """First steps, over which λ rises from 0."""
 
@@ -143,10 +143,10 @@ class ReLU(Architecture):
         *,
         mixed: bool,  # noqa: ARG002
     ) -> tuple[torch.Tensor, Support]:
-        """All latents above 0; K is the largest number of them that any row has, at least 1.
+        """All latents above 0; K is the most that any row has, at least 1.
 
         Rows with fewer are filled up with latents that are 0. A single block of rows in which
-        latents are many has every latent of each row instead.
+        latents are many has every latent at each row instead.
         """
         W_enc, b, b_enc = weights["W_enc"], weights["b"], weights.get("b_enc")
         pre_BK, indices_BK = selected(_choose, u_BD.detach() - b.detach(), W_enc, b_enc)
@@ -190,7 +190,7 @@ def _choose(
 def positive(
     c_BD: torch.Tensor, W_enc_ND: torch.Tensor, b_enc_N: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pre-activations above 0 of each row, exactly, block by block of rows.
+    """Each row's pre-activations above 0, exactly, block by block.
 
     Args:
         c_BD: (B, D) rows u − b.
