@@ -5,6 +5,7 @@ import os
 import torch
 
 from mlsae.base.errors import InputError, ResourceError
+from mlsae.base.units import counted
 
 
 def resolve_device(name: str) -> torch.device:
@@ -35,7 +36,8 @@ def resolve_device(name: str) -> torch.device:
         if index >= torch.cuda.device_count():
             raise ResourceError(
                 f"--device cuda:{index} was asked for, but this machine has "
-                f"{torch.cuda.device_count()} CUDA devices; use a smaller number or fewer processes"
+                f"{counted(torch.cuda.device_count(), 'CUDA device')}; use a smaller number or "
+                "fewer processes"
             )
         return torch.device("cuda", index)
     return device

@@ -250,7 +250,7 @@ class _Run:
             click.echo(f"SAEs: {self._config.out}")
         if diverged:
             raise DivergedSAEsError(
-                f"{len(diverged)} of {len(plans)} SAEs have diverged, the others are finished: "
+                f"{len(diverged)} of {len(plans)} SAEs diverged, the others are finished: "
                 f"{'; '.join(diverged)}"
             )
         return results

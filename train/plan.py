@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from mlsae.base.errors import InputError
 from mlsae.base.settings import deciding, described
+from mlsae.base.units import counted
 from mlsae.sae import SAEConfig
 from mlsae.sae.architectures import get, registered
 from mlsae.store import AnyStore
@@ -159,8 +160,8 @@ def make_plans(sweep: Sweep, store: AnyStore) -> list[RunPlan]:
     ]
     if config.batch_size < len(layers):
         raise InputError(
-            f"--batch-size must be at least the number of layers: got {config.batch_size} rows "
-            f"for {len(layers)} layers"
+            f"--batch-size must be at least the number of layers: got "
+            f"{counted(config.batch_size, 'row')} for {counted(len(layers), 'layer')}"
         )
     # Refuses impossible values of skip_positions.
     moments = store.moments(site, config.skip_positions)

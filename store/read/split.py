@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.errors import InputError
+from mlsae.base.units import counted
 from mlsae.store.read.interface import AnyStore
 
 
@@ -65,8 +66,9 @@ def validation_sequences(
     count = max(1, round(num_sequences * fraction)) if fraction > 0 else 0
     if count >= num_sequences:
         raise InputError(
-            f"validation fraction {fraction} holds out {count} of {num_sequences} sequences and "
-            f"leaves none to train on: lower it or harvest more text"
+            f"validation fraction {fraction} holds out {count} of "
+            f"{counted(num_sequences, 'sequence')} and leaves none to train on: "
+            f"lower it or harvest more text"
         )
     key = hashlib.sha256(f"mlsae validation {tokens_sha256} {seed}".encode()).digest()
     # A bit generator's raw stream is fixed for good; methods of Generator may change.

@@ -155,8 +155,8 @@ def _table(
         ("text", _plain(text)),
         (
             "tokens",
-            f"{format_count(plan.num_tokens)} in {format_count(plan.num_sequences)} "
-            f"sequences of {format_count(length)}",
+            f"{format_count(plan.num_tokens)} in {counted(plan.num_sequences, 'sequence')} "
+            f"of {format_count(length)}",
         ),
         ("rows of each layer", rows),
         ("layers (from 0)", format_ranges(plan.layers)),

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.errors import InputError
+from mlsae.base.units import counted
 from mlsae.store.schema import ALL_FLAGS, TOKEN_ARRAYS
 
 BLOCK_TOKENS = 1 << 18
@@ -37,7 +38,7 @@ class TokenArrays:
         if context_length < 1 or self.num_tokens == 0 or self.num_tokens % context_length:
             raise InputError(
                 f"tokens must be whole sequences of context_length {context_length}, "
-                f"got {self.num_tokens} tokens"
+                f"got {counted(self.num_tokens, 'token')}"
             )
         self._context_length = context_length
         self._given = {"tokens": tokens, "documents": documents, "token_flags": token_flags}

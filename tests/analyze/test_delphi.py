@@ -321,7 +321,7 @@ def test_padding_and_an_unknown_transformer_are_noted_and_ours_is_replaced(
     analysis = _analyze(store, sae_maker, tmp_path / "out")
     cache = to_delphi(analysis, tmp_path / "latents")
     assert list(cache.notes) == [
-        "9 of the 96 tokens are padding, which Delphi may show as text where a latent is inactive",
+        "9 of 96 tokens are padding, which Delphi may show as text where a latent is inactive",
         "where the transformer lay is not known: give Delphi's loader a tokenizer",
     ]
     assert json.loads((cache.path / "layers.0" / "config.json").read_text())["model_name"] == ""

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.errors import InputError
+from mlsae.base.units import counted
 from mlsae.train.data.permutation import NUM_ROUNDS, derive_keys, mix, permute
 
 Int64 = npt.NDArray[np.int64]
@@ -111,8 +112,9 @@ class Order:
     ) -> None:
         if batch_rows < num_layers:
             raise InputError(
-                f"a batch must hold at least one row of each layer: got {batch_rows} rows for "
-                f"{num_layers} layers; raise --batch-size"
+                f"a batch must hold at least one row of each layer: got "
+                f"{counted(batch_rows, 'row')} for {counted(num_layers, 'layer')}; "
+                "raise --batch-size"
             )
         self.counts = counts
         self.num_layers = num_layers
