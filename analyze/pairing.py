@@ -19,7 +19,7 @@ _NEEDED = frozenset(
 )
 
 _IMPORTED = "imported"
-"""Key of the record of an SAE that another tool trained."""
+"""Key in the record of an SAE that another tool trained."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,7 +45,7 @@ class Pairing:
     """The SAE's record of its validation split."""
 
     sae_sha256: str
-    """SHA-256 of the SAE's weights file."""
+    """SHA-256 over the SAE's weights file."""
 
     device: torch.device
     """Where the work is done."""
@@ -69,7 +69,7 @@ def pair(
 
     Args:
         cache: directory or URL of the store, or several.
-        directory: directory of the SAE.
+        directory: the SAE's directory.
         device: where the work will be done.
         cache_dir: argument of `open_store`.
         cache_bytes: argument of `open_store`.
@@ -126,7 +126,7 @@ def pair(
 
 
 def provenance_of(pairing: Pairing) -> dict[str, str]:
-    """Ids of store and SAE, for every file made from this pairing."""
+    """Ids for store and SAE, for every file made from this pairing."""
     return {
         "store_id": pairing.store.store_id,
         "plan_id": pairing.store.plan_id,
@@ -172,7 +172,7 @@ def _warnings(store: AnyStore, training: Mapping[str, Any]) -> list[str]:
 
 
 def _stores_of(training: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Id and text of each store that an SAE was trained from."""
+    """Id and text for each store that an SAE was trained from."""
     before_corpora = {
         "store_id": training["store_id"],
         "tokens_sha256": training["validation"].get("tokens_sha256"),

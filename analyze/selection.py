@@ -1,4 +1,4 @@
-"""Rows of a store that are evaluated, read chunk by chunk in constant memory."""
+"""Rows in a store that are evaluated, read chunk by chunk in constant memory."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from mlsae.store.read.split import validation_of
 Int = npt.NDArray[np.int64]
 Single = npt.NDArray[np.float32]
 _Rows = tuple[Int, Int, Single]
-"""Row numbers, the index of each one's token, activations."""
+"""Row numbers, each one's token index, activations."""
 
 _ROWS_AT_ONCE = 2**20
 """Rows whose flags are read at once."""
@@ -22,7 +22,7 @@ _ROWS_AT_ONCE = 2**20
 def choose_sequences(
     store: AnyStore, rows: str, validation: Mapping[str, Any], max_tokens: int | None
 ) -> Int:
-    """Indices of the sequences to evaluate, sorted.
+    """Sorted indices of the sequences to evaluate.
 
     Args:
         store: the store that is read; its own text decides the split.
@@ -63,13 +63,13 @@ def first_tokens(sequences: Int, max_tokens: int, context_length: int) -> Int:
 def read_rows(
     store: AnyStore, site: str, layer: int, sequences: Int, batch_rows: int
 ) -> Iterator[_Rows]:
-    """The unflagged rows of `sequences`, every stored position, in the order of the store.
+    """The unflagged rows in `sequences`, every stored position, in the store's order.
 
-    Chunks that hold none of them are not read. Memory: one chunk, one batch, and the flags and
-    tokens of 2²⁰ rows.
+    Chunks without any are not read. Memory: one chunk, one batch, and flags and
+    tokens for 2²⁰ rows.
 
     Yields:
-        Row numbers (N,), the index of each one's token (N,) and decoded activations (N, d_model),
+        Row numbers (N,), each one's token index (N,) and decoded activations (N, d_model),
         0 < N ≤ `batch_rows`.
     """
     held: list[_Rows] = []
@@ -104,7 +104,7 @@ def _joined(held: list[_Rows]) -> _Rows:
 
 
 def _chunks(store: AnyStore, site: str, layer: int, sequences: Int) -> Iterator[_Rows]:
-    """Unflagged rows of `sequences`, with tokens and activations, chunk by chunk."""
+    """Unflagged rows in `sequences`, with tokens and activations, chunk by chunk."""
     first = 0
     for member in store.stores:
         low, high = np.searchsorted(sequences, [first, first + member.num_sequences])
@@ -115,9 +115,9 @@ def _chunks(store: AnyStore, site: str, layer: int, sequences: Int) -> Iterator[
 
 
 def _spans(store: Store, sequences: Int) -> Iterator[tuple[int, int, Int, Int]]:
-    """Chunks with unflagged rows of `sequences`: first row and end, those rows and their tokens."""
+    """Chunks with unflagged rows in `sequences`: first row and end, those rows and their tokens."""
     length, size = store.rows_per_sequence, store.chunk_rows
-    # Flags of many chunks at once: far away, each read takes a whole chunk of flags.
+    # Flags for many chunks at once: far away, each read takes a whole chunk of flags.
     block = size * max(1, _ROWS_AT_ONCE // size)
     for first in range(0, store.num_rows, block):
         last = min(first + block, store.num_rows)

@@ -1,6 +1,6 @@
-"""Input of a forward pass: tokens, and the tokens that each may see.
+"""Input to a forward pass: tokens, and the tokens that each may see.
 
-B = sequences, T = positions of a sequence.
+B = sequences, T = positions in a sequence.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Inputs:
     tokens: torch.Tensor
     """(B, T) integer ids, on any device."""
     documents: torch.Tensor | None = None
-    """(B, T) integers: attention stays inside each run of equal documents of a sequence, and
+    """(B, T) integers: attention stays inside each run of equal documents in a sequence, and
     positions restart at each run. None: a sequence is one text, whatever documents it holds."""
     padding: torch.Tensor | None = None
     """(B, T) bool, True for padding, which may only end a sequence. No token attends to padding;

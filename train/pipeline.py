@@ -43,17 +43,17 @@ from mlsae.train.sweep import SUMMARY, SWEEP, Sweep
 
 
 class DivergedSAEsError(MlsaeError, ArithmeticError):
-    """The loss of some SAEs of a sweep is no longer a finite number."""
+    """The loss of some SAEs in a sweep is no longer a finite number."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Result of a run: one SAE."""
+    """One SAE's result."""
 
     directory: Path
     """The SAE directory."""
     metrics: Mapping[str, Any] | None
-    """The summary of the validation rows; None if no sequence was held out."""
+    """Summary over the validation rows; None if no sequence was held out."""
 
 
 def run(config: TrainConfig) -> TrainResult:
@@ -62,7 +62,7 @@ def run(config: TrainConfig) -> TrainResult:
     Under torchrun or `accelerate launch` every process calls this, once; they share each batch.
 
     Args:
-        config: settings of the run.
+        config: the run's settings.
 
     Returns:
         Directory and quality of the SAE.
@@ -78,16 +78,16 @@ def run(config: TrainConfig) -> TrainResult:
 
 
 def run_sweep(sweep: Sweep) -> list[TrainResult]:
-    """Train several SAEs in one pass over the rows, each in a directory of its own.
+    """Train several SAEs in one pass over the rows, each in its own directory.
 
     One of them does not depend on the others: an SAE that is trained alone with its
     settings has the same weights, bit for bit, on one rank.
 
     Args:
-        sweep: settings of the run, and the values to sweep.
+        sweep: the run's settings, and the values to sweep.
 
     Returns:
-        Directory and quality of each SAE, in the order of the values.
+        Directory and quality for each SAE, ordered by the values.
 
     Raises:
         DivergedSAEsError: the loss of some SAEs became infinite or no number; the others are there.
@@ -107,7 +107,7 @@ def run_sweep(sweep: Sweep) -> list[TrainResult]:
 
 
 class _Run:
-    """The SAEs of a run, and the processes that train them."""
+    """A run's SAEs, and the processes that train them."""
 
     def __init__(self, sweep: Sweep, accelerator: Accelerator, interruption: Interruption) -> None:
         self._sweep, self._config = sweep, sweep.config
@@ -156,7 +156,7 @@ class _Run:
                 f"{world_size} ranks cannot share {counted(len(left), 'SAE')}: start at most "
                 f"{len(left)}, or give --distribute rows"
             )
-        # Counts all SAEs of the run, so that one that goes on after others has as many threads.
+        # Counts all SAEs in the run, so that one that goes on after others has as many threads.
         num_saes = len(plans) if shares else -(-len(plans) // world_size)
         shape = team_shape(num_saes, accelerator.device, ranks.num_processes)
         require_training_memory(
@@ -230,7 +230,7 @@ class _Run:
             click.echo(f"SAE: {out}")
 
     def _sum_up(self, plans: Sequence[RunPlan]) -> list[TrainResult]:
-        """Read the results of every SAE; the table of a sweep is written and printed."""
+        """Read every SAE's results; a sweep's table is written and printed."""
         results, entries, diverged = [], [], []
         for plan in plans:
             found: Mapping[str, Any] | str
@@ -261,7 +261,7 @@ class _Run:
 
 
 def _evaluate(member: Member) -> Mapping[str, Any] | None:
-    """Metrics of an SAE on the rows held out; None if there are none."""
+    """An SAE's metrics on the held-out rows; None if there are none."""
     plan, ranks = member.plan, member.ranks
     if not len(plan.validation):
         return None

@@ -1,4 +1,4 @@
-"""Plan of a run, from its settings and the store: every default resolved."""
+"""A run's plan, from its settings and the store: every default resolved."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,16 +56,16 @@ class RunPlan:
 
     config: TrainConfig
     name: str
-    """Name of the SAE among those of its run; empty where there is no other."""
+    """The SAE's name in its run; empty where there is no other."""
     store: AnyStore
     site: str
     layers: tuple[int, ...]
     """Layers whose rows the SAE sees: those of the mixture, or one of them."""
     sae: SAEConfig
     validation: npt.NDArray[np.int64]
-    """Ascending indices of the sequences held out."""
+    """Ascending indices of held-out sequences."""
     mixture: Mixture
-    """The rows of the run, which other SAEs may share."""
+    """The run's rows, which other SAEs may share."""
     num_steps: int
     num_rows: int
     """Rows that the SAE sees, over layers and epochs."""
@@ -81,7 +81,7 @@ class RunPlan:
         return self.mixture.layers.index(self.layers[0])
 
     def batch_rows(self, step: int) -> int:
-        """Rows that the SAE sees of the batch of a step, over ranks."""
+        """Rows that the SAE sees in a step's batch, over ranks."""
         first = step % self.mixture.epoch_steps * self.mixture.batch_rows
         stop = min(first + self.mixture.batch_rows, self.mixture.epoch_rows)
         return self._rows_before(stop) - self._rows_before(first)
@@ -93,13 +93,13 @@ class RunPlan:
         return whole + self._rows_before(rest * self.mixture.batch_rows)
 
     def _rows_before(self, item: int) -> int:
-        """Rows that the SAE sees of so many first items of an epoch: layers take turns there."""
+        """Rows that the SAE sees among so many first items in an epoch: layers take turns there."""
         if self.only is None:
             return item
         return max(0, -((self.only - item) // len(self.mixture.layers)))
 
     def settings(self) -> dict[str, Any]:
-        """Identity of the run, as JSON: two runs with equal settings have equal results.
+        """The run's identity, as JSON: two runs with equal settings have equal results.
 
         Every setting that is marked as deciding is in it, resolved or as given; a value of no
         earlier version is left out at its default, so that runs of earlier versions go on.
@@ -137,7 +137,7 @@ class RunPlan:
 
 
 def make_plan(config: TrainConfig, store: AnyStore) -> RunPlan:
-    """Resolve the configuration of one SAE.
+    """Resolve one SAE's configuration.
 
     Raises:
         InputError: the configuration asks for something impossible, or absent from the store.
@@ -146,7 +146,7 @@ def make_plan(config: TrainConfig, store: AnyStore) -> RunPlan:
 
 
 def make_plans(sweep: Sweep, store: AnyStore) -> list[RunPlan]:
-    """Resolve the configurations of SAEs that are trained in one pass; they share its mixture.
+    """Resolve the configurations for SAEs that are trained in one pass; they share its mixture.
 
     Raises:
         InputError: an SAE asks for something impossible, or absent from the store.

@@ -1,6 +1,6 @@
-"""A part of the table `events`: a file with the events of some rows at a layer, by latent.
+"""A part of the table `events`: a file with the events in some rows at a layer, by latent.
 
-Shapes: N rows of a batch, K slots a row, E events held.
+Shapes: N rows in a batch, K slots a row, E events held.
 """
 
 import os
@@ -18,10 +18,10 @@ from mlsae.analyze.results.records import PartRecord
 from mlsae.base.files import fsync_directory, full_disk_explained, partial_path, sha256_file
 
 GROUP_EVENTS = 2**15
-"""Events of a row group, the least that a query for one latent reads of a part."""
+"""Events in a row group, the least that a query for one latent reads from a part."""
 
 BYTES_PER_EVENT = 9
-"""Bytes of disk required in advance; 6 to 8 were measured, over 3 of them for the value."""
+"""Disk bytes required in advance; 6 to 8 were measured, over 3 of them for the value."""
 
 _ENCODING = {
     "row": "DELTA_BINARY_PACKED",
@@ -40,11 +40,11 @@ class PartWriter:
     an exception, the file is whole and durable and `record` describes it; otherwise there is none.
 
     Args:
-        directory: folder of the data set, with the layer's folder in it.
-        path: path of the part within `directory`.
+        directory: the data set's folder, with the layer's folder in it.
+        path: the part's path within `directory`.
         scratch: folder on the same file system for the file while it is written; not one of the
             data set, since readers take every file in those.
-        schema: schema of the table.
+        schema: the table's schema.
         layer: layer id of all rows.
         num_latents: number of latents of the SAE.
         part_events: most events of a stretch, exceeded by less than a batch.

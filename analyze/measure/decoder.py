@@ -1,4 +1,4 @@
-"""Geometry of an SAE's decoder: columns of `latents`, histograms, overall numbers."""
+"""Geometry of an SAE's decoder: columns in `latents`, histograms, overall numbers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,16 +24,16 @@ class Decoder:
     """An SAE's decoder directions, among themselves and beside the embeddings."""
 
     pairs: DecoderPairs
-    """Cosines of two decoder directions."""
+    """Cosines between two decoder directions."""
 
     embedding: Nearest | None
-    """Rows of the token embedding; None where no transformer is at hand, or of another width."""
+    """Token embedding rows; None where no transformer is at hand, or with another width."""
 
     unembedding: Nearest | None
-    """Rows of the head that predicts tokens; None likewise."""
+    """Rows in the head that predicts tokens; None likewise."""
 
     def columns(self) -> dict[str, pa.Array]:
-        """The columns of `latents` that are about its decoder direction."""
+        """Columns in `latents` about its decoder direction."""
         num_latents = len(self.pairs.nearest.cosines)
         return {
             **_columns("decoder_cosine", "decoder_latent", self.pairs.nearest, num_latents),
@@ -60,10 +60,10 @@ def describe_decoder(
     """Compare the decoder's directions with each other, and with the transformer's embeddings.
 
     Args:
-        pairing: pairing of the SAE.
-        layer_means_M: mean layer of each latent; NaN for a dead one.
+        pairing: the SAE's pairing.
+        layer_means_M: mean layer by latent; NaN for a dead one.
         transformer: the one that the store was made with, if it is at hand.
-        progress: told the number of pairs of latents of each finished block.
+        progress: told the number of latent pairs in each finished block.
     """
     directions = pairing.sae.W_dec.detach()
     span = max(pairing.layers) - min(pairing.layers)

@@ -9,20 +9,20 @@ from mlsae.analyze.measure.directions import COSINE_BINS, DISTANCE_BINS, Float, 
 from mlsae.analyze.results.tables import schema
 
 MEAN_BINS = 16
-"""Bins of each layer for mean layers, as published; whole numbers lie in the middle of one."""
+"""Bins a layer for mean layers, as published; whole numbers lie in the middle of one."""
 
 WHOLE_BINS = 16
-"""Bins of the distance to a whole number, from 0 to 1/2."""
+"""Bins for the distance to a whole number, from 0 to 1/2."""
 
 
 def histograms_table(
     layer_means_M: Float, layers: tuple[int, ...], counts: Int, provenance: Mapping[str, str]
 ) -> pa.Table:
-    """All bins of every histogram, also the empty ones.
+    """All bins in every histogram, also the empty ones.
 
     Args:
-        layer_means_M: mean layer of each latent; NaN for a dead one.
-        layers: the ids of the layers.
+        layer_means_M: mean layer by latent; NaN for a dead one.
+        layers: the layers' ids.
         counts: pairs of latents by distance and cosine, as in `DecoderPairs`.
         provenance: goes into the schema's metadata.
     """
@@ -51,7 +51,7 @@ def histograms_table(
 
 
 def layer_cosine_table(counts: Int, provenance: Mapping[str, str]) -> pa.Table:
-    """The bins that hold a pair of living latents, by distance of mean layers, then cosine."""
+    """The bins that hold a pair of living latents, by distance between mean layers, then cosine."""
     by_distance, by_cosine = np.nonzero(counts[:-1])
     cosines = np.linspace(-1, 1, COSINE_BINS + 1)
     return pa.table(

@@ -34,10 +34,10 @@ class Analysis:
     """An analysis as it lies on disk; the columns are defined in docs/reference/tables.md."""
 
     path: Path
-    """Directory of the analysis."""
+    """The analysis's directory."""
 
     summary: Mapping[str, Any]
-    """Settings and provenance of the analysis, and the numbers of the whole SAE."""
+    """The analysis's settings and provenance, and numbers about the whole SAE."""
 
     layers: pa.Table
     """One row a layer."""
@@ -46,26 +46,26 @@ class Analysis:
     """The mean over layers, and all layers together."""
 
     latents: pa.Table
-    """One row a latent, in the order of their indices."""
+    """One row a latent, in index order."""
 
     latent_layers: pa.Table
     """One row a latent and layer, by latent, then layer."""
 
     histograms: pa.Table
-    """One row a bin of the histograms of mean layers and decoder cosines."""
+    """One row a bin in the histograms of mean layers and decoder cosines."""
 
     layer_cosine: pa.Table
-    """Pairs of latents, one row a bin of the distance of mean layers and the decoder cosine."""
+    """Pairs of latents, one row a bin of mean layers' distance and decoder cosine."""
 
     prompts: pa.Table
-    """One row an active latent of a prompt's token and layer; empty without prompts."""
+    """One row for a latent active at a prompt's token and layer; empty without prompts."""
 
     examples: pd.Dataset | None
-    """Strongest and random events of each latent, by latent, read as they are scanned; None for an
+    """Each latent's strongest and random events, by latent, read as they are scanned; None for an
     analysis without examples."""
 
     events: pd.Dataset
-    """One row an active latent of a row and layer, read as they are scanned."""
+    """One row for a latent active at a row and layer, read as they are scanned."""
 
     def __repr__(self) -> str:
         layers = ", ".join(map(str, self.summary["layers"]))
@@ -73,7 +73,7 @@ class Analysis:
 
     @property
     def figures(self) -> tuple[str, ...]:
-        """Names of the figures that can be drawn; docs/look-at-an-analysis.md shows them."""
+        """Names of figures that can be drawn; docs/look-at-an-analysis.md shows them."""
         # Here, so that whoever only reads tables does not wait for matplotlib.
         from mlsae.analyze.results.figures.registry import names
 
@@ -83,7 +83,7 @@ class Analysis:
         """Draw a figure, a matplotlib `Figure` to restyle or save.
 
         Raises:
-            InputError: no figure of this analysis has the name.
+            InputError: the analysis has no figure with that name.
         """
         from mlsae.analyze.results.figures.registry import draw
 
@@ -91,11 +91,11 @@ class Analysis:
 
     @property
     def page(self) -> Path:
-        """Path of the page; `mlsae.analyze.results.page.render.write_page` makes it again."""
+        """The page's path; `mlsae.analyze.results.page.render.write_page` makes it again."""
         return self.path / PAGE
 
     def examples_of(self, latent: int) -> pa.Table:
-        """Examples of one latent; other latents' are not read.
+        """One latent's examples; other latents' are not read.
 
         Raises:
             InputError: the analysis has no examples, or the SAE no such latent.
@@ -123,7 +123,7 @@ class Analysis:
 
 
 def load(directory: str | Path) -> Analysis:
-    """Open an analysis directory, of any minor version.
+    """Open an analysis directory in any minor version.
 
     Columns that are not known here stay in their tables; those that an earlier version lacks are
     null.

@@ -1,4 +1,4 @@
-"""Sequences of a forward pass: found once by memory, then fixed in the plan."""
+"""Sequences in a forward pass: found once by memory, then fixed in the plan."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from mlsae.models.inputs import Inputs
 TOKENS_AT_ONCE = {"cpu": 2**13, "cuda": 2**16}
 """Beyond these a larger pass gains no more speed."""
 MEMORY_SHARE = 0.5
-"""Share of the free memory; the rest is left to the allocator's fragments and other programs."""
+"""Share of free memory; the rest is left to the allocator's fragments and other programs."""
 
 
 def useful_batch_size(device_kind: str, context_length: int, shard_sequences: int) -> int:
@@ -21,7 +21,7 @@ def useful_batch_size(device_kind: str, context_length: int, shard_sequences: in
 
     Args:
         device_kind: type of the device that computes.
-        context_length: tokens of a sequence.
+        context_length: tokens per sequence.
         shard_sequences: sequences that a shard has room for: larger batches would only make larger
             shards, for shards hold whole batches.
     """
@@ -47,8 +47,8 @@ def choose_batch_size(
     Args:
         transformer: the loaded model.
         most: power of two, the most sequences that are useful.
-        row_bytes: bytes of a stored row of one site and layer.
-        context_length: tokens of a sequence.
+        row_bytes: bytes that a stored row takes at one site and layer.
+        context_length: tokens per sequence.
         layers: blocks to capture.
         sites: sites to capture.
 

@@ -23,28 +23,28 @@ Array = npt.NDArray[Any]
 Int64 = npt.NDArray[np.int64]
 
 _WIDE = 256
-"""Bytes of a row from which the kernel puts it in place; it takes longer than numpy for less."""
+"""Bytes per row from which the kernel puts it in place; it takes longer than numpy for less."""
 
 
 class Runs(NamedTuple):
-    """Runs of neighbouring rows, and where the rows go; arrays of one length."""
+    """Runs of neighbouring rows, and where the rows go; equally long arrays."""
 
     reader: Int64
-    """(n,) index of the reader."""
+    """(n,) reader index."""
     start: Int64
     """(n,) first row."""
     num_rows: Int64
     """(n,)"""
     place: Int64
-    """(n, width) where each row of a run goes; the last place from its number of rows on."""
+    """(n, width) where each row in a run goes; the last place from its number of rows on."""
 
     def part(self, first: int, stop: int) -> "Runs":
-        """Some of them."""
+        """A few of them."""
         return Runs(*(values[first:stop] for values in self))
 
 
 class _Pieces(NamedTuple):
-    """Runs, cut where chunks and stores end and where one read must; arrays of one length."""
+    """Runs, cut where chunks and stores end and where one read must; equally long arrays."""
 
     run: Int64
     segment: Int64
@@ -53,14 +53,14 @@ class _Pieces(NamedTuple):
     """First row in the chunk."""
     num_rows: Int64
     first: Int64
-    """Index of the first row's place among all runs' places."""
+    """The first row's index among all runs' places."""
 
 
 class ScatteredRows:
     """Memory for rows, and runs that are read into it; several threads may read at once.
 
     Args:
-        readers: reader of each site and layer, as the runs count them.
+        readers: reader for each site and layer, as the runs count them.
         num_rows: places. There is one more, the last, for rows that nobody wants.
     """
 
@@ -69,12 +69,12 @@ class ScatteredRows:
         self.rows: list[Array] = [
             np.zeros((num_rows + 1, part.width), part.dtype) for part in self._parts
         ]
-        """(num_rows + 1, width) for each part of a row."""
+        """(num_rows + 1, width) for each part that a row has."""
         # As one item a row, numpy puts rows in place many times as fast.
         self._items = [_as_items(rows) for rows in self.rows]
         self._readers = readers
         self._local = threading.local()
-        # One for each reader of each store, in one count of the rows of all.
+        # One for each reader in each store, in one count over all their rows.
         self._segments = [segment for reader in readers for _, segment in reader.segments]
         firsts = np.array([first for reader in readers for first, _ in reader.segments])
         self._num_rows = np.array([segment.num_rows for segment in self._segments])

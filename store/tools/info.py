@@ -27,21 +27,21 @@ class StoreInfo:
     place: str
     """Directory or URL of the store."""
     store_id: str | None
-    """Id of the store; None while it is incomplete."""
+    """The store's id; None while it is incomplete."""
     plan: Plan
-    """Plan of the store."""
+    """The store's plan."""
     num_committed: int
     """Shards that are committed."""
     num_bytes: int | None
-    """Bytes of all objects; None where the place does not list them."""
+    """Bytes in all objects; None where the place does not list them."""
     added_fvu: LargestAddedFVU | None
     """Most FVU that the encoding adds to a shard; None where none was measured."""
     producers: tuple[tuple[Producer | None, int], ...]
     """Each producer, and how many of the committed shards it made."""
     provenance: tuple[dict[str, Any], ...]
-    """Records of the runs that wrote the store, oldest first."""
+    """Records about the runs that wrote the store, oldest first."""
     moments: Mapping[str, Moments] | None
-    """Site → moments of the eligible rows; None while the store is incomplete."""
+    """Site → moments over the eligible rows; None while the store is incomplete."""
 
     @property
     def is_complete(self) -> bool:
@@ -49,7 +49,7 @@ class StoreInfo:
         return self.store_id is not None
 
     def to_json(self) -> dict[str, Any]:
-        """JSON object of the summary."""
+        """The summary as a JSON object."""
         info: dict[str, Any] = {
             "path": self.place,
             "complete": self.is_complete,

@@ -1,4 +1,4 @@
-"""The memory of a loader: the batches that rows are read to, reused in turn."""
+"""A loader's memory: the batches that rows are read to, reused in turn."""
 
 from typing import Any
 
@@ -13,11 +13,11 @@ from mlsae.train.data.mixture import Mixture
 
 
 class Window:
-    """Batches of one rank. Several threads may read at once.
+    """One rank's batches. Several threads may read at once.
 
     Args:
         mixture: the rows and their order.
-        rank: rank of the process.
+        rank: the process's rank.
         world_size: number of ranks.
         pin: lock their pages, so that a GPU can copy from them by itself.
     """
@@ -37,7 +37,7 @@ class Window:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of activations that it holds."""
+        """Bytes for activations that it holds."""
         return sum(rows.nbytes for rows in self._rows.rows)
 
     def close(self) -> None:
@@ -49,7 +49,7 @@ class Window:
         """Read slices, each row to its place.
 
         Args:
-            runs: readers are those of the layers of the mixture.
+            runs: readers are those for the mixture's layers.
 
         Raises:
             DamagedStoreError: a chunk's bytes are missing or differ from its checksum.
@@ -61,7 +61,7 @@ class Window:
                 self._origin[place[:num_rows]] = origin
 
     def batch(self, share: Share) -> tuple[StoredParts, torch.Tensor, torch.Tensor | None]:
-        """The rows of a step that were read, the layer of each and, if asked for, its origin."""
+        """The rows that were read for a step, each one's layer and, if asked for, its origin."""
         start = share.step % self._num_batches * self._batch_rows
         here = slice(start, start + len(share.layer))
         return (
@@ -72,7 +72,7 @@ class Window:
 
 
 def _pin(rows: npt.NDArray[Any]) -> bool:
-    """Lock the pages of an array; False if the system does not let us.
+    """Lock an array's pages; False if the system does not let us.
 
     torch's own pinned memory comes in powers of two, which could double it.
     """

@@ -1,4 +1,4 @@
-"""One pass over the rows for all SAEs of a run: each batch is read and decoded once."""
+"""One pass over the rows for all SAEs in a run: each batch is read and decoded once."""
 
 import time
 from collections.abc import Sequence
@@ -30,14 +30,14 @@ class Done(NamedTuple):
 
 
 class Loop:
-    """The steps of a run.
+    """A run's steps.
 
     Args:
         members: the SAEs that this process trains, at least one.
         accelerator: this process and its peers.
-        decode: decoder of the rows of the pass; None where the one SAE decodes, piece by piece.
-        team: takes the steps of the SAEs.
-        shares_rows: peers share each batch; else each has SAEs of its own.
+        decode: decoder for the pass's rows; None where the one SAE decodes, piece by piece.
+        team: takes the SAEs' steps.
+        shares_rows: peers share each batch; else each has its own SAEs.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Loop:
         return Done(step, time.monotonic() - began, was_stopped=stop)
 
     def save(self) -> None:
-        """Write a checkpoint of each SAE, then remove the oldest of each."""
+        """Write each SAE's checkpoint, then remove its oldest."""
         for member in self.members:
             member.save()
         if not self._shares_rows:
@@ -130,12 +130,12 @@ class Loop:
         return tuple(count > 0 for count in told.tolist())
 
     def _any_left(self) -> bool:
-        # Ranks with SAEs of their own go on for each other's sake.
+        # Ranks with their own SAEs go on for each other's sake.
         return self._agree(bool(self.members))[0]
 
 
 def _try(member: Member, batch: Batch) -> bool:
-    """Take a step of an SAE; False if it has diverged, which its directory then says."""
+    """Take an SAE's step; False if it has diverged, which its directory then says."""
     try:
         member.step(batch)
     except DivergedError:
@@ -144,13 +144,13 @@ def _try(member: Member, batch: Batch) -> bool:
 
 
 def _rows(mixture: Mixture, step: int) -> int:
-    """Rows of so many first steps."""
+    """Rows in so many first steps."""
     epochs, rest = divmod(step, mixture.epoch_steps)
     return epochs * mixture.epoch_rows + rest * mixture.batch_rows
 
 
 def _shown(members: Sequence[Member]) -> dict[str, str]:
-    """FVU, L0 and dead latents since the last line; of several SAEs from the least on."""
+    """FVU, L0 and dead latents since the last line; for several SAEs from the least on."""
     lines = [(m.last_line, m.plan.sae.num_latents) for m in members if m.last_line is not None]
     columns = {
         "fvu": ([line["fvu"] for line, _ in lines], "{:.4f}"),

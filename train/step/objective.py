@@ -1,4 +1,4 @@
-"""Loss of training: reconstruction in units of each layer's variance, and a penalty on latents.
+"""Training loss: reconstruction in units of each layer's variance, and a penalty on latents.
 
 (1/B) Σ_rows [w_l ‖u − û‖² / V_l + λ_l penalty] + aux, with V_l = Σ_d Var(u_d) over all eligible
 rows of layer l, and weights w_l that are 1 unless asked for. The penalty is the architecture's,
@@ -30,16 +30,16 @@ LOSS_SPACES = ("standardized", "raw")
 
 
 class Losses(NamedTuple):
-    """The main term of a piece of a batch, with counts."""
+    """The main term on a piece of a batch, with counts."""
 
     main: torch.Tensor
     """() the reconstruction term and the penalty."""
     penalty: torch.Tensor
-    """() the penalty's part of it."""
+    """() the penalty's part in it."""
     layer_errors: torch.Tensor
-    """(L,) Σ ‖u − û‖² / V_l over the rows of each layer."""
+    """(L,) Σ ‖u − û‖² / V_l over each layer's rows."""
     layer_rows: torch.Tensor
-    """(L,) rows of each layer."""
+    """(L,) rows by layer."""
     num_active: torch.Tensor
     """() number of values that are not 0."""
     fired: torch.Tensor
@@ -75,16 +75,16 @@ def layer_variances(
 
 
 class Objective:
-    """The loss of a batch, and its gradient.
+    """A batch's loss, and its gradient.
 
     Args:
         sae: the SAE in training.
         variances: (L,) result of `layer_variances`.
         loss_space: `standardized` or `raw`: where the main term is measured.
         mixed: select latents by a bfloat16 product.
-        seed: seed of the rows that AuxK sees and that resampling draws.
+        seed: seed for the rows that AuxK sees and that resampling draws.
         layer_weights: (L,) w_l; None for 1.
-        extra: further term of the architecture; None for none.
+        extra: the architecture's further term; None for none.
         resampling: when dead latents are drawn anew; None for never.
     """
 
@@ -134,14 +134,14 @@ class Objective:
         step: int = 0,
         num_candidates: int = 0,
     ) -> Losses:
-        """The main term of some rows; its gradient is added to the parameters'.
+        """The main term on some rows; its gradient is added to the parameters'.
 
         Args:
             x_BD: (B, D) rows, as stored; B may be 0.
             layer_B: (B,) their layers' indices.
-            batch_rows: rows of the whole batch.
+            batch_rows: rows in the whole batch.
             aux_step: the step, where some latent is dead and AuxK will follow; else None.
-            step: step of the run, from 0.
+            step: step in the run, from 0.
             num_candidates: number of rows that resampling asks for.
         """
         sae = self._sae
@@ -186,10 +186,10 @@ class Objective:
     def accumulate_auxiliary(
         self, residuals: Sequence[Residual], dead: torch.Tensor, sum_over_ranks: Sum
     ) -> torch.Tensor:
-        """AuxK of this rank's share, coefficient included; its gradient is added, too.
+        """AuxK on this rank's share, coefficient included; its gradient is added, too.
 
         Args:
-            residuals: residuals of all its pieces.
+            residuals: residuals from all its pieces.
             dead: indices of the dead latents, the same on every rank; not empty.
             sum_over_ranks: called equally often on every rank.
         """

@@ -1,4 +1,4 @@
-"""Figures of the table `layers`, with a point a layer."""
+"""Figures from the table `layers`, with a point a layer."""
 
 import matplotlib as mpl
 import numpy as np
@@ -41,7 +41,7 @@ def reconstruction(layers: pa.Table) -> Figure:
 
 @mpl.rc_context(STYLE)
 def sparsity(layers: pa.Table) -> Figure:
-    """Active latents of a row, and shares of latents that are active at no row or at many."""
+    """Active latents a row, and shares of latents that are active at no row or at many."""
     figure, (first, second) = canvas(PAGE, _HEIGHT, 2)
     _lines(first, layers, {"l0": None})
     first.set(title="Active latents of a row", ylabel="L0 (latents)")
@@ -71,7 +71,7 @@ def sparsity(layers: pa.Table) -> Figure:
 
 @mpl.rc_context(STYLE)
 def cross_entropy(layers: pa.Table) -> Figure:
-    """Cost for the transformer of one layer's reconstructions in place of its activations."""
+    """Cost to the transformer when one layer's reconstructions replace its activations."""
     figure, (first, second) = canvas(PAGE, _HEIGHT, 2)
     _lines(first, layers, {"delta_ce": "cross-entropy added", "kl": "KL(untouched ‖ spliced)"})
     if layers["ce_store"].null_count == 0:
@@ -98,7 +98,7 @@ def cross_entropy(layers: pa.Table) -> Figure:
 
 @mpl.rc_context(STYLE)
 def norm_cosine(layers: pa.Table) -> Figure:
-    """Mean L2 norm of the activations, and cosine of a layer with the next."""
+    """Activations' mean L2 norm, and a layer's cosine with the next."""
     figure, (first, second) = canvas(PAGE, _HEIGHT, 2)
     _lines(first, layers, {"norm": None})
     first.set(title="Mean L2 norm of activations", ylabel="‖x‖ (activation)")

@@ -1,4 +1,4 @@
-"""One style for every figure of an analysis: widths of a paper's columns, colours for all eyes."""
+"""One style for every figure in an analysis: a paper's column widths, colours for all eyes."""
 
 import warnings
 from pathlib import Path
@@ -15,13 +15,13 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 Float = npt.NDArray[np.float64]
 
 COLUMN, PAGE = 3.3, 6.75
-"""Width in inches of one column of a two-column paper, and of both."""
+"""Width in inches of one column in a two-column paper, and of both."""
 
 # Colours of Okabe and Ito, which people with any colour vision tell apart.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 SKY, GREY = "#56B4E9", "#666666"
 SERIES = ((BLUE, "o-"), (ORANGE, "s--"), (GREEN, "^:"), (PURPLE, "D-."), (SKY, "v-"), (GREY, "P--"))
-"""Colour, marker and line of each series of a panel, distinct in grey as well."""
+"""Colour, marker and line for each series in a panel, distinct in grey as well."""
 
 STYLE: dict[Any, Any] = {
     "font.size": 8,
@@ -50,7 +50,7 @@ STYLE: dict[Any, Any] = {
 }
 THOUSANDS = StrMethodFormatter("{x:,.0f}")
 COLOURS = "viridis"
-"""Colour map of every heat map, whose lightness grows with the value."""
+"""Colour map for every heat map, whose lightness grows with the value."""
 
 MAX_BINS = 50
 
@@ -82,23 +82,23 @@ def values(table: pa.Table, column: str) -> Float:
 
 
 def known(table: pa.Table, column: str) -> Float:
-    """Values of a column that are not null, as float64."""
+    """A column's values that are not null, as float64."""
     return np.asarray(table[column].drop_null().to_numpy(), dtype=np.float64)
 
 
 def stairs(axes: Axes, counts: Any, edges: Any, color: str = BLUE, **options: Any) -> None:
-    """Draw a histogram of given counts, filled by default."""
+    """Draw a histogram from given counts, filled by default."""
     axes.stairs(counts, edges, **{"fill": True, "color": color, **options})
 
 
 def histogram(axes: Axes, found: Float, low: float, high: float, **options: Any) -> None:
-    """Draw a histogram of values between two ends, with more bins for more values."""
+    """Draw a histogram between two ends, with more bins for more values."""
     num_bins = int(np.clip(10 + len(found) // 20, 10, MAX_BINS))
     stairs(axes, *np.histogram(found, num_bins, (low, high if high > low else low + 1)), **options)
 
 
 def mark(axes: Axes, at: float, label: str, linestyle: str = "--") -> None:
-    """Draw a vertical line over the height of the axes."""
+    """Draw a vertical line over the axes' height."""
     top = axes.get_ylim()[1]
     axes.plot([at, at], [0, top], color="black", linestyle=linestyle, linewidth=1, label=label)
     axes.set_ylim(0, top)
