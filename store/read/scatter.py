@@ -39,7 +39,7 @@ class Runs(NamedTuple):
     """(n, width) where each row in a run goes; the last place from its number of rows on."""
 
     def part(self, first: int, stop: int) -> "Runs":
-        """A few of them."""
+        """Runs from `first` to before `stop`."""
         return Runs(*(values[first:stop] for values in self))
 
 
