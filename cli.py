@@ -56,6 +56,9 @@ def main() -> None:
     # one of the cores that made training 20 times slower; a short spin costs 5% where none has.
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "5000"
+    # Commands draw into files. A notebook names its own backend to every process it starts, and
+    # matplotlib cannot be imported where that one is not installed.
+    os.environ["MPLBACKEND"] = "agg"
 
 
 for command in (

@@ -24,6 +24,8 @@ DISTRIBUTE = ("rows", "saes")
 TRACKERS = ("tensorboard", "wandb")
 DEFAULT_EXPANSION_FACTOR = 64
 _PEAK_LR, _LR_LATENTS = 2e-4, 2**14
+_BATCH_ROWS, _WANTED_STEPS = (512, 16384), 2000
+_VALIDATION_FRACTION, _VALIDATION_SEQUENCES, _MOST_VALIDATION = 0.01, 64, 0.05
 _OF_PAPER: dict[str, tuple[object, ...]] = {
     "architecture": ("topk",),
     "normalize": ("standardize", "none"),
@@ -75,8 +77,9 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
         metavar="LAYERS",
         doc="Layers to train on, such as 0-5; `each` adds an SAE for each layer.",
     )
-    validation_fraction: float = setting(
-        default=0.01,
+    validation_fraction: float | None = setting(
+        default=None,
+        unset="1%, or more for 64 sequences, up to 5%",
         decides=True,
         group="Data",
         doc="Share of sequences held out for validation, from 0 to below 1.",
@@ -162,8 +165,9 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
         parse=parse_numbers,
         doc="Weight in the loss for each layer's reconstruction error, as 1,1,2.",
     )
-    batch_size: int = setting(
-        default=16384,
+    batch_size: int | None = setting(
+        default=None,
+        unset="the power of two from 512 to 16,384 that leaves 2,000 steps",
         decides=True,
         group="Optimisation",
         parse=parse_count,
@@ -389,6 +393,27 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
     def order_seed(self) -> int:
         """Seed for the row order and the validation split."""
         return self.seed if self.data_seed is None else self.data_seed
+
+    def batch_rows(self, epoch_rows: int) -> int:
+        """Rows of a batch where none are chosen, over layers and processes.
+
+        The batch halves from 16,384 rows until the run has 2,000 steps, down to 512.
+
+        Args:
+            epoch_rows: rows of an epoch, over layers.
+        """
+        rows = (self.epochs or 1) * epoch_rows if self.max_rows is None else self.max_rows
+        least, size = _BATCH_ROWS
+        while size > least and rows < _WANTED_STEPS * size:
+            size //= 2
+        return size
+
+    def held_out_fraction(self, num_sequences: int) -> float:
+        """Share of the sequences held out: 1% unless chosen, or up to 5% for 64 sequences."""
+        if self.validation_fraction is not None:
+            return self.validation_fraction
+        share = _VALIDATION_SEQUENCES / num_sequences
+        return max(_VALIDATION_FRACTION, min(_MOST_VALIDATION, share))
 
     def peak_lr(self, num_latents: int) -> float:
         """Learning rate at the plateau."""

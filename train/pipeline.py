@@ -2,7 +2,7 @@
 
 import logging
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import click
 from accelerate import Accelerator
 
+from mlsae.base.drawing import by_product
 from mlsae.base.errors import InputError, MlsaeError
 from mlsae.base.files import read_sealed, seal, write_durably
 from mlsae.base.interruption import (
@@ -28,6 +29,7 @@ from mlsae.train.data.sampler import check_world_size
 from mlsae.train.options import write_run_file
 from mlsae.train.plan import RunPlan, make_plans
 from mlsae.train.published.run import run_paper
+from mlsae.train.running.baseline import add_pca, pca_fvu
 from mlsae.train.running.checkpoint import Checkpoints, common_step
 from mlsae.train.running.devices import Alone, make_accelerator
 from mlsae.train.running.evaluate import evaluate
@@ -36,7 +38,16 @@ from mlsae.train.running.loop import Loop
 from mlsae.train.running.member import Member, divergence, is_finished
 from mlsae.train.running.memory import require_training_memory
 from mlsae.train.running.output import CHECKPOINTS, CURVES, LOG, check_output, claim
-from mlsae.train.running.record import format_summary, format_sweep, sweep_entry, training_record
+from mlsae.train.running.record import (
+    advice,
+    describe_run,
+    format_summary,
+    format_sweep,
+    in_units_of_log,
+    is_useless,
+    sweep_entry,
+    training_record,
+)
 from mlsae.train.running.team import Team, TeamShape, team_shape
 from mlsae.train.running.tracking import check_tracker
 from mlsae.train.sweep import SUMMARY, SWEEP, Sweep
@@ -44,6 +55,10 @@ from mlsae.train.sweep import SUMMARY, SWEEP, Sweep
 
 class DivergedSAEsError(MlsaeError, ArithmeticError):
     """The loss of some SAEs in a sweep is no longer a finite number."""
+
+
+class UselessSAEsError(MlsaeError, ArithmeticError):
+    """SAEs are finished, and reconstruct no better than the mean of each layer."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +106,7 @@ def run_sweep(sweep: Sweep) -> list[TrainResult]:
 
     Raises:
         DivergedSAEsError: the loss of some SAEs became infinite or no number; the others are there.
+        UselessSAEsError: some SAEs, all of them there, are no better than the mean of each layer.
         Exception: as `run`.
     """
     if sweep.config.preset is not None:
@@ -183,6 +199,7 @@ class _Run:
             for member in members:
                 trackers.callback(member.close)
                 member.begin(start)
+            self._say(describe_run(plans, accelerator.device.type))
             if start:
                 self._say(f"resuming after step {start} of {mine[0].num_steps}")
             work = Loop(
@@ -193,7 +210,7 @@ class _Run:
                 how_far = f"stopped after step {done.step} of {mine[0].num_steps}"
                 raise _stopped(self._interruption, how_far)
             try:
-                metrics = team.map(_evaluate, work.members)
+                metrics = _measure(work.members, team)
                 while work.members:
                     self._finish(work.members[0], metrics.pop(0), shape, done.seconds)
                     del work.members[0]
@@ -206,12 +223,11 @@ class _Run:
     def _finish(
         self, member: Member, metrics: Mapping[str, Any] | None, shape: TeamShape, seconds: float
     ) -> None:
-        """Draw an SAE's curves, write its directory and print its summary."""
+        """Write an SAE's directory and print its summary."""
         if not member.writes:
             return
         plan, out = member.plan, member.plan.config.out
         lines = read_log(out / LOG)
-        draw_curves(lines, plan.layers, out / CURVES)
         record = training_record(
             plan,
             member.trainer.sae,
@@ -225,13 +241,16 @@ class _Run:
         )
         member.trainer.sae.save(out, record)
         member.checkpoints.remove()
+        with by_product(f"the line of {self._config.track}"):
+            member.track(metrics)
         if self._sweep.is_single:
             click.echo(format_summary(metrics))
             click.echo(f"SAE: {out}")
 
     def _sum_up(self, plans: Sequence[RunPlan]) -> list[TrainResult]:
         """Read every SAE's results; a sweep's table is written and printed."""
-        results, entries, diverged = [], [], []
+        results, entries, diverged, useless = [], [], [], []
+        finished: list[tuple[RunPlan, Mapping[str, Any] | None]] = []
         for plan in plans:
             found: Mapping[str, Any] | str
             if (error := divergence(plan)) is not None:
@@ -243,15 +262,28 @@ class _Run:
                 _checkpoints(plan).remove()
                 found = read_sealed(plan.config.out / TRAINING)
                 results.append(TrainResult(plan.config.out, found["metrics"]))
+                finished.append((plan, found["metrics"]))
+                if is_useless(found["metrics"]):
+                    useless.append(plan.config.out)
             entries.append(sweep_entry(plan, found))
         if self._accelerator.is_main_process and not self._sweep.is_single:
             write_durably(self._config.out / SUMMARY, seal({"saes": entries}))
             click.echo(format_sweep(entries))
             click.echo(f"SAEs: {self._config.out}")
+        if self._accelerator.is_main_process:
+            _draw(finished)
+            for line in advice(finished):
+                click.echo(f"warning: {line}", err=True)
         if diverged:
             raise DivergedSAEsError(
                 f"{len(diverged)} of {len(plans)} SAEs diverged, the others are finished: "
                 f"{'; '.join(diverged)}"
+            )
+        if useless:
+            raise UselessSAEsError(
+                f"{', '.join(map(str, useless))}: finished and kept, but no better than the mean "
+                f"of each layer (FVU 1 or more): train again into another --out with a lower --lr "
+                f"or more --epochs"
             )
         return results
 
@@ -260,22 +292,38 @@ class _Run:
             click.echo(text)
 
 
-def _evaluate(member: Member) -> Mapping[str, Any] | None:
-    """An SAE's metrics on the held-out rows; None if there are none."""
-    plan, ranks = member.plan, member.ranks
-    if not len(plan.validation):
-        return None
-    return evaluate(
-        member.trainer.sae,
-        plan.store,
-        plan.site,
-        plan.layers,
-        plan.validation,
-        skip_positions=plan.config.skip_positions,
-        rank=ranks.process_index,
-        world_size=ranks.num_processes,
-        sum_over_ranks=lambda tensor: ranks.reduce(tensor, "sum"),
-    )
+def _draw(finished: Iterable[tuple[RunPlan, Mapping[str, Any] | None]]) -> None:
+    """Draw the curves that are missing, once all that the run is for is there."""
+    for plan, metrics in finished:
+        out = plan.config.out
+        if not (out / CURVES).exists():
+            with by_product(str(out / CURVES)):
+                validation = in_units_of_log(plan, metrics)
+                draw_curves(read_log(out / LOG), plan.layers, validation, out / CURVES)
+
+
+def _measure(members: Sequence[Member], team: Team) -> list[Mapping[str, Any] | None]:
+    """Metrics of SAEs on the rows held out, beside those of PCA; None if there are none."""
+    if not members or not len(members[0].plan.validation):
+        return [None] * len(members)
+    plan, ranks = members[0].plan, members[0].ranks
+    shared: dict[str, Any] = {
+        "skip_positions": plan.config.skip_positions,
+        "rank": ranks.process_index,
+        "world_size": ranks.num_processes,
+        "sum_over_ranks": lambda tensor: ranks.reduce(tensor, "sum"),
+    }
+
+    def evaluated(member: Member) -> dict[str, Any]:
+        sae, own = member.trainer.sae, member.plan
+        return evaluate(sae, own.store, own.site, own.layers, own.validation, **shared)
+
+    metrics = team.map(evaluated, members)
+    layers = plan.mixture.layers
+    fvu = pca_fvu(plan.store, plan.site, layers, plan.validation, device=ranks.device, **shared)
+    for member, found in zip(members, metrics, strict=True):
+        add_pca(found, fvu, member.trainer.sae.architecture.most_active)
+    return list(metrics)
 
 
 def _checkpoints(plan: RunPlan) -> Checkpoints:

@@ -15,6 +15,7 @@ from mlsae.store import AnyStore
 from mlsae.store.read.split import validation_of
 from mlsae.train.config import TrainConfig
 from mlsae.train.data.mixture import Mixture
+from mlsae.train.data.rows import TrainingRows
 from mlsae.train.initial import (
     layer_factors,
     of_sae,
@@ -36,14 +37,12 @@ _RESOLVED = {
 """Setting → the word of `RunPlan.settings` that it is resolved to, where that has another name."""
 _AT_DEFAULT = frozenset(
     {
-        "batch_size",
         "clip_grad_norm",
         "loss_space",
         "precision",
         "schedule",
         "seed",
         "skip_positions",
-        "validation_fraction",
         "warmup",
     }
 )
@@ -64,6 +63,8 @@ class RunPlan:
     sae: SAEConfig
     validation: npt.NDArray[np.int64]
     """Ascending indices of held-out sequences."""
+    validation_fraction: float
+    """Share of the sequences that they are."""
     mixture: Mixture
     """The run's rows, which other SAEs may share."""
     num_steps: int
@@ -112,6 +113,8 @@ class RunPlan:
             "layers": list(self.layers),
             "num_steps": self.num_steps,
             "num_rows": self.num_rows,
+            "batch_size": self.mixture.batch_rows,
+            "validation_fraction": self.validation_fraction,
             "slice_rows": self.mixture.slice_rows,
             "lr": self.schedule.peak,
             "lr_decay": config.decay,
@@ -158,20 +161,16 @@ def make_plans(sweep: Sweep, store: AnyStore) -> list[RunPlan]:
         sae_config(m.config, store.d_model, layers if m.layer is None else (m.layer,))
         for m in members
     ]
-    if config.batch_size < len(layers):
-        raise InputError(
-            f"--batch-size must be at least the number of layers: got "
-            f"{counted(config.batch_size, 'row')} for {counted(len(layers), 'layer')}"
-        )
     # Refuses impossible values of skip_positions.
     moments = store.moments(site, config.skip_positions)
     seed = members[0].config.order_seed
-    validation = validation_of(store, config.validation_fraction, seed)
+    fraction = config.held_out_fraction(store.num_sequences)
+    validation = validation_of(store, fraction, seed)
     mixture = Mixture.plan(
         store,
         site,
         layers,
-        batch_rows=config.batch_size,
+        batch_rows=_batch_rows(config, store, layers, validation),
         seed=seed,
         skip_positions=config.skip_positions,
         validation=validation,
@@ -189,6 +188,7 @@ def make_plans(sweep: Sweep, store: AnyStore) -> list[RunPlan]:
             layers=own,
             sae=sae,
             validation=validation,
+            validation_fraction=fraction,
             mixture=mixture,
             num_steps=num_steps,
             num_rows=0,
@@ -220,8 +220,22 @@ def _site(config: TrainConfig, store: AnyStore) -> str:
     return store.check_site(config.site)
 
 
+def _batch_rows(
+    config: TrainConfig, store: AnyStore, layers: tuple[int, ...], validation: npt.NDArray[np.int64]
+) -> int:
+    if config.batch_size is None:
+        rows = TrainingRows(store, config.skip_positions, validation).count()
+        return max(len(layers), config.batch_rows(rows * len(layers)))
+    if config.batch_size < len(layers):
+        raise InputError(
+            f"--batch-size must be at least the number of layers: got "
+            f"{counted(config.batch_size, 'row')} for {counted(len(layers), 'layer')}"
+        )
+    return config.batch_size
+
+
 def _num_steps(config: TrainConfig, mixture: Mixture) -> int:
     if config.max_rows is None:
         return (config.epochs or 1) * mixture.epoch_steps
     epochs, rest = divmod(config.max_rows, mixture.epoch_rows)
-    return epochs * mixture.epoch_steps + -(-rest // config.batch_size)
+    return epochs * mixture.epoch_steps + -(-rest // mixture.batch_rows)

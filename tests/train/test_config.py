@@ -93,7 +93,7 @@ def test_too_little_memory_is_refused_with_the_numbers(sample: Any, tmp_path: Pa
 
 
 def test_defaults_are_those_of_the_literature(sample: Any) -> None:
-    """R 64, k 32, 16,384 rows, one epoch, lr 2e-4 / √(latents / 2¹⁴), 1% and 20% of the steps."""
+    """R 64, k 32, one epoch, lr 2e-4 / √(latents / 2¹⁴), 1% and 20% of the steps."""
     config = TrainConfig(cache=sample.path, out=Path("run"))
     plan = make_plan(config, open_store(sample.path))
     assert plan.sae.num_latents == 64 * 20
@@ -101,11 +101,49 @@ def test_defaults_are_those_of_the_literature(sample: Any) -> None:
     assert plan.num_rows == plan.mixture.epoch_rows
     assert plan.schedule.peak == pytest.approx(2e-4 / math.sqrt(1280 / 16384))
     settings = plan.settings()
-    wanted = {"batch_size": 16384, "warmup": 0.01, "lr_decay": 0.2, "skip_positions": 1}
-    assert wanted.items() <= settings.items()
-    assert settings["validation_fraction"] == 0.01
+    wanted = {"batch_size": 512, "warmup": 0.01, "lr_decay": 0.2, "skip_positions": 1}
+    assert {name: settings[name] for name in wanted} == wanted
     assert settings["loss_space"] == "standardized"
-    assert len(plan.validation) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "epoch_rows", "wanted"),
+    [
+        ({}, 1, 512),
+        ({}, 2000 * 1024 - 1, 512),
+        ({}, 2000 * 1024, 1024),
+        ({"epochs": 3}, 700 * 1024, 1024),
+        ({"max_rows": 2000 * 8192}, 1, 8192),
+        ({}, 2000 * 16384, 16384),
+        ({}, 10**12, 16384),
+    ],
+)
+def test_a_batch_leaves_2000_steps(given: dict[str, int], epoch_rows: int, wanted: int) -> None:
+    """By halves from 16,384 rows down to 512, whatever sets the length of the run."""
+    config = TrainConfig(cache=Path("acts"), out=Path("run"), **given)
+    assert config.batch_rows(epoch_rows) == wanted
+
+
+@pytest.mark.parametrize(
+    ("num_sequences", "wanted"),
+    [(37, 0.05), (1280, 0.05), (3200, 0.02), (6400, 0.01), (10**9, 0.01)],
+)
+def test_64_sequences_are_held_out_or_5_percent(num_sequences: int, wanted: float) -> None:
+    """The smaller of both, and never under 1%; a share that is given stands."""
+    config = TrainConfig(cache=Path("acts"), out=Path("run"))
+    assert config.held_out_fraction(num_sequences) == pytest.approx(wanted)
+    chosen = TrainConfig(cache=Path("acts"), out=Path("run"), validation_fraction=0.0)
+    assert chosen.held_out_fraction(num_sequences) == 0.0
+
+
+def test_defaults_that_follow_from_the_store_are_resolved(sample: Any) -> None:
+    """The identity of a run has the batch and the share that it trains with."""
+    plan = make_plan(TrainConfig(cache=sample.path, out=Path("run")), open_store(sample.path))
+    given = TrainConfig(
+        cache=sample.path, out=Path("run"), batch_size=512, validation_fraction=0.05
+    )
+    assert plan.settings() == make_plan(given, open_store(sample.path)).settings()
+    assert len(plan.validation) == 2
 
 
 @pytest.mark.parametrize(

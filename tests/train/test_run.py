@@ -9,16 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from mlsae.base.errors import InputError
+from mlsae.base.files import read_sealed
 from mlsae.sae import load
 from mlsae.store import open_store
 from mlsae.store.read.split import validation_of
 from mlsae.train import Sweep, TrainConfig, run, run_sweep
+from mlsae.train.pipeline import UselessSAEsError
 from mlsae.train.running.checkpoint import DamagedCheckpointError
 from mlsae.train.step.trainer import Trainer
 
@@ -133,14 +136,68 @@ def test_every_loss_space_and_precision_trains(
 def test_the_summary_is_printed_by_layer(
     sample: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A line a layer, the dead latents with the number of rows behind them, and the path."""
+    """What is trained first, then a line a layer, PCA beside, the dead latents, and the path."""
     run(config(sample, tmp_path / "run"))
-    lines = capsys.readouterr().out.splitlines()
-    assert " ".join(lines[0].split()) == "layer FVU FVU of u L0 FVU with position 0"
-    assert [line.split()[0] for line in lines[1:4]] == ["0", "1", "3"]
-    assert lines[4].startswith("dead: ")
-    assert lines[4].endswith(" validation rows")
-    assert lines[5] == f"SAE: {tmp_path / 'run'}"
+    told = capsys.readouterr()
+    lines = told.out.splitlines()
+    assert lines[0].startswith("training ")
+    assert lines[0].endswith(" on 3 layers (0–1, 3) of resid_post, 20 channels, on cpu")
+    assert " steps of " in lines[1]
+    assert lines[2] == f"log: {tmp_path / 'run' / 'log.jsonl'}"
+    assert " ".join(lines[3].split()) == "layer FVU PCA FVU of u L0 FVU with position 0"
+    assert [line.split()[0] for line in lines[4:7]] == ["0", "1", "3"]
+    entries = read_sealed(tmp_path / "run" / "training.json")["metrics"]["position_0_out"]["layers"]
+    assert [line.split()[2] for line in lines[4:7]] == [f"{e['fvu_pca']:.4f}" for e in entries]
+    assert lines[7].startswith("PCA: FVU of the 4 leading directions of each layer")
+    assert lines[8].startswith("dead: ")
+    assert lines[8].endswith(" validation rows")
+    assert lines[9] == f"SAE: {tmp_path / 'run'}"
+    assert "steps may be too few: give more --epochs, a smaller --batch-size" in told.err
+
+
+def test_an_sae_that_pca_beats_is_told(
+    sample: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the layers; the run is finished all the same."""
+    run(config(sample, tmp_path / "run", num_latents=4, lr=1e-9, epochs=1))
+    warning = capsys.readouterr().err.splitlines()[-1]
+    assert warning == (
+        f"warning: {tmp_path / 'run'}: no better than PCA at layers 0–1, 3: give more --epochs, "
+        f"more latents (-R) or another --lr"
+    )
+
+
+def test_an_sae_that_the_mean_beats_is_an_error_and_kept(sample: Any, tmp_path: Path) -> None:
+    """Whoever starts runs one after the other sees it in the exit status."""
+    with pytest.raises(UselessSAEsError, match=r"run: finished and kept, but no better than"):
+        run(config(sample, tmp_path / "run", lr=30.0, epochs=1))
+    assert (tmp_path / "run" / "sae.safetensors").exists()
+    assert (tmp_path / "run" / "curves.png").exists()
+
+
+def test_curves_follow_no_settings_of_the_user(sample: Any, tmp_path: Path) -> None:
+    """A matplotlibrc may ask for LaTeX, which is not installed, or for a font that is not there."""
+    with matplotlib.rc_context({"text.usetex": True, "font.family": "no such font"}):
+        run(config(sample, tmp_path / "run", epochs=1))
+    assert (tmp_path / "run" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_curves_that_cannot_be_drawn_cost_nothing_else(
+    finished: Path, sample: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They come last, and are drawn on --resume where they are missing; an error is a warning."""
+    curves, log = finished / "curves.png", finished / "log.jsonl"
+    drawn = curves.read_bytes()
+    curves.unlink()
+    run(config(sample, finished, resume=True))
+    assert curves.read_bytes() == drawn
+    curves.unlink()
+    log.write_bytes(b"")
+    result = run(config(sample, finished, resume=True))
+    assert result.metrics is not None
+    warning = capsys.readouterr().err.splitlines()[-2]
+    assert warning.startswith(f"warning: {curves} could not be made (")
+    assert warning.endswith("); all else is whole")
 
 
 def test_no_validation_is_no_summary(sample: Any, tmp_path: Path) -> None:

@@ -179,8 +179,10 @@ def test_a_short_last_batch_without_a_row_of_a_layer_is_no_step_of_its_sae(
 def test_the_summary_is_a_table_and_a_file(config: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """A line an SAE, in the order of the values; nothing is printed of one alone."""
     results = run_sweep(Sweep(config=config("sweep"), axes={"lr": (3e-3, 1e-4), "k": (2, 4)}))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["SAE", "latents", "k", "lr", "FVU", "L0", "dead"]
+    begin, *lines = capsys.readouterr().out.splitlines()
+    assert begin.startswith("training 4 SAEs on 3 layers (0–1, 3) of resid_post")
+    lines = lines[2:]
+    assert lines[0].split() == ["SAE", "latents", "k", "lr", "FVU", "PCA", "L0", "dead"]
     names = ["lr0.003-k2", "lr0.003-k4", "lr0.0001-k2", "lr0.0001-k4"]
     assert [line.split()[0] for line in lines[1:5]] == names
     assert lines[6] == f"SAEs: {config('sweep').out}"

@@ -46,6 +46,13 @@ def logged(directory: Path) -> dict[int, dict[str, float]]:
 def assert_all_sent(directory: Path) -> None:
     found, wanted = sent(directory / "tensorboard"), logged(directory)
     assert found.keys() == wanted.keys()
+    last = found[max(found)]
+    by_layer = json.loads((directory / "training.json").read_text())["metrics"]["position_0_out"]
+    for name in ("fvu", "fvu_standardized", "fvu_pca", "l0"):
+        for i, entry in enumerate(by_layer["layers"]):
+            sent_value = last.pop(f"validation_{name}_by_layer/{i}")
+            assert math.isclose(sent_value, entry[name], rel_tol=1e-6)
+    assert last.pop("validation_dead") == by_layer["num_dead"]
     for step, line in wanted.items():
         assert found[step].keys() == line.keys()
         for name, value in line.items():

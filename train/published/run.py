@@ -11,11 +11,13 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
+from mlsae.base.drawing import by_product
 from mlsae.base.errors import InputError
 from mlsae.sae import SAE
 from mlsae.store import AnyStore, open_corpus
 from mlsae.train.plan import RunPlan, make_plans
 from mlsae.train.published.step import DEAD_AFTER, LR, PaperTrainer
+from mlsae.train.running.baseline import add_pca, pca_fvu
 from mlsae.train.running.devices import make_accelerator
 from mlsae.train.running.evaluate import evaluate
 from mlsae.train.running.log import LINES, Log, draw_curves, read_log
@@ -24,6 +26,7 @@ from mlsae.train.running.record import format_summary, training_record
 from mlsae.train.sweep import Sweep
 
 _PUBLISHED_LENGTH = 2048
+_BATCH_ROWS = 16384
 
 
 def run_paper(sweep: Sweep) -> Mapping[str, Any] | None:
@@ -93,6 +96,7 @@ def _plan(sweep: Sweep) -> tuple[RunPlan, npt.NDArray[np.int64], int]:
     config = sweep.config
     config = replace(
         config,
+        batch_size=_BATCH_ROWS if config.batch_size is None else config.batch_size,
         lr=LR if config.lr is None else config.lr,
         schedule="constant",
         lr_decay=None,
@@ -105,7 +109,7 @@ def _plan(sweep: Sweep) -> tuple[RunPlan, npt.NDArray[np.int64], int]:
     (plan,) = make_plans(replace(sweep, config=config), store)
     order = np.setdiff1d(np.arange(store.num_sequences), plan.validation)
     sequence_rows = store.rows_per_sequence * len(plan.layers)
-    count = max(1, config.batch_size // sequence_rows)
+    count = max(1, plan.mixture.batch_rows // sequence_rows)
     # Whole steps alone, as in the published code, whose data set is cut to whole batches.
     count = min(count, len(order))
     order = order[: len(order) // count * count]
@@ -132,19 +136,17 @@ def _finish(
 ) -> Mapping[str, Any] | None:
     config, out, metrics = plan.config, plan.config.out, None
     if len(plan.validation):
-        metrics = evaluate(
-            trainer.sae,
-            plan.store,
-            plan.site,
-            plan.layers,
-            plan.validation,
-            skip_positions=config.skip_positions,
-            rank=0,
-            world_size=1,
-            sum_over_ranks=lambda tensor: tensor,
-        )
+        where = (plan.store, plan.site, plan.layers, plan.validation)
+        alone: dict[str, Any] = {
+            "skip_positions": config.skip_positions,
+            "rank": 0,
+            "world_size": 1,
+            "sum_over_ranks": lambda tensor: tensor,
+        }
+        metrics = evaluate(trainer.sae, *where, **alone)
+        fvu = pca_fvu(*where, device=trainer.sae.b.device, **alone)
+        add_pca(metrics, fvu, trainer.sae.architecture.most_active)
     lines = read_log(out / LOG)
-    draw_curves(lines, plan.layers, out / CURVES)
     record = training_record(
         plan,
         trainer.sae,
@@ -157,6 +159,9 @@ def _finish(
         seconds=seconds,
     )
     trainer.sae.save(out, record)
+    with by_product(str(out / CURVES)):
+        # The log has FVU by the variance of a batch, another one than that of the held-out rows.
+        draw_curves(lines, plan.layers, None, out / CURVES)
     click.echo(format_summary(metrics))
     click.echo(f"SAE: {out}")
     return metrics

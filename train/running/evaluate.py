@@ -101,7 +101,7 @@ def evaluate(
             u_mean = sae.standardize(mean[None], layers.index(layer)).u[0].double()
         about = mean, u_mean
         sums = [_LayerSums(about[0], about[1]) for _ in by_layer]
-        for stored, position, origin in _blocks(store, site, layer, mine):
+        for stored, position, origin in row_blocks(store, site, layer, mine):
             x = decode(stored, layers.index(layer), origin).to(sae.b.dtype)
             keep = (position >= 0, position >= first_out)
             _count(sae, x, layers.index(layer), [mask.to(device) for mask in keep], sums, used)
@@ -139,10 +139,10 @@ def _count(
         used[i, support.indices_BK[mask][active[mask]]] = 1
 
 
-def _blocks(
+def row_blocks(
     store: AnyStore, site: str, layer: int, sequences: npt.NDArray[np.int64]
 ) -> Iterator[tuple[StoredParts, torch.Tensor, torch.Tensor | None]]:
-    """Rows of the sequences as stored, some sequences at once, their positions and their stores.
+    """Rows of sequences as stored, some sequences at once, their positions and their stores.
 
     Rows with a flag have position −1.
     """

@@ -2,10 +2,14 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from mlsae.base.drawing import own_style
 from mlsae.base.files import write_durably
 from mlsae.train.step.trainer import StepResult
 
@@ -101,8 +105,29 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def draw_curves(lines: list[dict[str, Any]], layers: tuple[int, ...], path: Path) -> None:
-    """FVU by layer, dead latents and learning rate over rows."""
+def draw_curves(
+    lines: list[dict[str, Any]],
+    layers: tuple[int, ...],
+    validation: Sequence[float | None] | None,
+    path: Path,
+) -> None:
+    """Draw FVU by layer, dead latents and learning rate over rows.
+
+    Args:
+        lines: lines of a log, at least one.
+        layers: layers of the SAE.
+        validation: FVU of the held-out rows by layer, in the units of the log; None without any.
+        path: PNG file to write.
+    """
+    drawn = BytesIO()
+    with own_style({}):
+        _figure(_whole(lines), layers, validation).savefig(drawn, format="png", dpi=120)
+    write_durably(path, drawn.getvalue())
+
+
+def _figure(
+    lines: list[dict[str, Any]], layers: tuple[int, ...], validation: Sequence[float | None] | None
+) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, StrMethodFormatter
@@ -115,6 +140,9 @@ def draw_curves(lines: list[dict[str, Any]], layers: tuple[int, ...], path: Path
     for i, layer in enumerate(layers):
         fvu = [line["fvu_by_layer"][i] for line in lines]
         above.plot(rows, fvu, color=colours[i], linewidth=1, label=f"layer {layer}")
+        if validation is not None and validation[i] is not None:
+            name = "validation" if i == 0 else None
+            above.plot(rows[-1:], validation[i], "o", color=colours[i], markersize=4, label=name)
     above.plot(rows, [line["fvu"] for line in lines], "k--", linewidth=1, label="all layers")
     above.set(ylabel="FVU of the batches", yscale="log")
     for ticks in (above.yaxis.set_major_formatter, above.yaxis.set_minor_formatter):
@@ -128,7 +156,13 @@ def draw_curves(lines: list[dict[str, Any]], layers: tuple[int, ...], path: Path
     # A layout that is found by drawing takes as long as the drawing.
     figure.subplots_adjust(left=0.12, right=0.97, bottom=0.08, top=0.98, hspace=0.08)
     figure.align_ylabels()
-    figure.savefig(path, dpi=120)
+    return figure
+
+
+def _whole(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of enough rows to be compared: the short batch that ends a run is one of few."""
+    counts = np.diff([line["rows"] for line in lines], prepend=0)
+    return [line for line, n in zip(lines, counts, strict=True) if n >= np.median(counts) / 2]
 
 
 def _colours(count: int) -> list[Any]:

@@ -1,5 +1,6 @@
 """One SAE of a pass, with its log and its checkpoints."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate import Accelerator
@@ -12,6 +13,7 @@ from mlsae.train.initial import initial_sae, make_objective
 from mlsae.train.plan import RunPlan
 from mlsae.train.running.checkpoint import Checkpoints
 from mlsae.train.running.devices import Alone
+from mlsae.train.running.evaluate import POSITION_0_OUT
 from mlsae.train.running.log import Averages, Log
 from mlsae.train.running.output import CHECKPOINTS, DIVERGED, LOG
 from mlsae.train.running.tracking import Tracker, open_tracker
@@ -120,6 +122,16 @@ class Member:
             self._log.write(self.last_line)
         if self._tracker is not None:
             self._tracker.write(self.last_line)
+
+    def track(self, metrics: Mapping[str, Any] | None) -> None:
+        """Send the figures of the held-out rows to the tracker."""
+        if self._tracker is None or metrics is None:
+            return
+        outside = metrics[POSITION_0_OUT]
+        line = {"step": self.trainer.step_number, "validation_dead": outside["num_dead"]}
+        for name in ("fvu", "fvu_standardized", "fvu_pca", "l0"):
+            line[f"validation_{name}_by_layer"] = [entry[name] for entry in outside["layers"]]
+        self._tracker.write(line)
 
     def save(self) -> None:
         """Write a checkpoint after the last step; earlier ones stay until they are pruned."""

@@ -7,10 +7,14 @@ import numpy as np
 import torch
 
 from mlsae import __version__
-from mlsae.base.units import counted, format_count
+from mlsae.base.units import counted, format_count, format_ranges
 from mlsae.sae import SAE
 from mlsae.train.plan import RunPlan
 from mlsae.train.running.evaluate import POSITION_0_IN, POSITION_0_OUT
+from mlsae.train.running.output import LOG
+
+FEW_STEPS = 1000
+"""Fewer steps leave an SAE far from where more would take it."""
 
 
 def training_record(
@@ -46,7 +50,7 @@ def training_record(
         "layers": list(plan.layers),
         "skip_positions": config.skip_positions,
         "validation": {
-            "fraction": config.validation_fraction,
+            "fraction": plan.validation_fraction,
             "seed": config.order_seed,
             "num_sequences": store.num_sequences,
             "num_held_out": len(plan.validation),
@@ -70,20 +74,88 @@ def training_record(
     }
 
 
+def describe_run(plans: Sequence[RunPlan], device: str) -> str:
+    """Sentence that a run begins with: its SAEs, rows, steps and log."""
+    plan = plans[0]
+    sae, config, mixture = plan.sae, plan.config, plan.mixture
+    if len(plans) == 1:
+        which = f"{sae.num_latents:,} latents ({sae.architecture.describe()})"
+    else:
+        which = f"{len(plans)} SAEs"
+    lines = [
+        f"training {which} on {counted(len(mixture.layers), 'layer')} "
+        f"({format_ranges(mixture.layers)}) of {plan.site}, {sae.d_in} channels, on {device}",
+        f"{counted(plan.num_steps, 'step')} of {mixture.batch_rows:,} rows, "
+        f"{format_count(plan.num_rows)} rows in all; learning rate {plan.schedule.peak:.2g}; "
+        f"{counted(len(plan.validation), 'sequence')} held out",
+        f"log: {config.out / LOG}",
+    ]
+    return "\n".join(lines)
+
+
 def format_summary(metrics: Mapping[str, Any] | None) -> str:
     """The validation rows by layer, for people."""
     if metrics is None:
         return "No sequence was held out: no summary of validation rows."
     outside, inside = metrics[POSITION_0_OUT], metrics[POSITION_0_IN]
-    lines = ["layer      FVU   FVU of u     L0   FVU with position 0"]
+    lines = ["layer      FVU      PCA   FVU of u     L0   FVU with position 0"]
     for a, b in zip(outside["layers"], inside["layers"], strict=True):
-        columns = [_number(v) for v in (a["fvu"], a["fvu_standardized"], a["l0"], b["fvu"])]
-        lines.append("{:>5} {:>8} {:>10} {:>6} {:>21}".format(a["layer"], *columns))
+        shown = (a["fvu"], a["fvu_pca"], a["fvu_standardized"], a["l0"], b["fvu"])
+        columns = [_number(value) for value in shown]
+        lines.append("{:>5} {:>8} {:>8} {:>10} {:>6} {:>21}".format(a["layer"], *columns))
+    directions = {entry["pca_directions"] for entry in outside["layers"]}
+    lines.append(
+        f"PCA: FVU of the {format_ranges(sorted(directions))} leading directions of each layer; "
+        f"that of the mean alone is 1"
+    )
     lines.append(
         f"dead: {counted(outside['num_dead'], 'latent')} ({outside['dead_fraction']:.2%}) unused "
         f"by all {format_count(outside['num_rows'])} validation rows"
     )
     return "\n".join(lines)
+
+
+def advice(finished: Sequence[tuple[RunPlan, Mapping[str, Any] | None]]) -> list[str]:
+    """Warnings about finished SAEs: too few steps, and layers that PCA describes as well.
+
+    Args:
+        finished: plan and metrics of each SAE.
+    """
+    found = []
+    if finished and (num_steps := finished[0][0].num_steps) < FEW_STEPS:
+        found.append(
+            f"{counted(num_steps, 'step')} may be too few: give more --epochs, a smaller "
+            f"--batch-size, or harvest more text"
+        )
+    for plan, metrics in finished:
+        entries = metrics[POSITION_0_OUT]["layers"] if metrics is not None else []
+        worse = [
+            entry["layer"]
+            for entry in entries
+            if None not in (entry["fvu"], entry["fvu_pca"]) and entry["fvu"] >= entry["fvu_pca"]
+        ]
+        if worse:
+            found.append(
+                f"{plan.config.out}: no better than PCA at layers {format_ranges(worse)}: give "
+                f"more --epochs, more latents (-R) or another --lr"
+            )
+    return found
+
+
+def is_useless(metrics: Mapping[str, Any] | None) -> bool:
+    """True where the mean of each layer reconstructs the held-out rows as well as the SAE."""
+    if metrics is None:
+        return False
+    mean = _mean([entry["fvu"] for entry in metrics[POSITION_0_OUT]["layers"]])
+    return mean is not None and not mean < 1
+
+
+def in_units_of_log(plan: RunPlan, metrics: Mapping[str, Any] | None) -> list[float | None] | None:
+    """FVU of the held-out rows by layer as the log has that of the batches; None without any."""
+    if metrics is None:
+        return None
+    name = "fvu" if plan.config.loss_space == "raw" else "fvu_standardized"
+    return [entry[name] for entry in metrics[POSITION_0_OUT]["layers"]]
 
 
 def sweep_entry(plan: RunPlan, training: Mapping[str, Any] | str) -> dict[str, Any]:
@@ -106,13 +178,20 @@ def sweep_entry(plan: RunPlan, training: Mapping[str, Any] | str) -> dict[str, A
     metrics = training["metrics"]
     if metrics is None:
         seen = training["training"]
-        means = {"fvu": None, "fvu_by_layer": None, "l0": seen["l0"], "dead_fraction": None}
+        means = {
+            "fvu": None,
+            "fvu_pca": None,
+            "fvu_by_layer": None,
+            "l0": seen["l0"],
+            "dead_fraction": None,
+        }
         return {**entry, **means, "training_fvu": seen["fvu"]}
     outside = metrics[POSITION_0_OUT]
     by_layer = [layer["fvu"] for layer in outside["layers"]]
     return {
         **entry,
         "fvu": _mean(by_layer),
+        "fvu_pca": _mean([layer["fvu_pca"] for layer in outside["layers"]]),
         "fvu_by_layer": by_layer,
         "l0": _mean([layer["l0"] for layer in outside["layers"]]),
         "dead_fraction": outside["dead_fraction"],
@@ -123,7 +202,7 @@ def sweep_entry(plan: RunPlan, training: Mapping[str, Any] | str) -> dict[str, A
 def format_sweep(entries: Sequence[Mapping[str, Any]]) -> str:
     """The SAEs of a sweep, for people: validation rows, means over layers."""
     width = max(4, *(len(entry["name"]) for entry in entries))
-    lines = [f"{'SAE':<{width}}  latents      k      lr      FVU     L0    dead"]
+    lines = [f"{'SAE':<{width}}  latents      k      lr      FVU      PCA     L0    dead"]
     for entry in entries:
         start = f"{entry['name']:<{width}}  {entry['num_latents']:>7} {entry['k'] or '-':>6}"
         start += f" {entry['lr']:>7.2g}"
@@ -132,7 +211,8 @@ def format_sweep(entries: Sequence[Mapping[str, Any]]) -> str:
             continue
         dead = entry["dead_fraction"]
         shown = "none" if dead is None else f"{dead:.2%}"
-        lines.append(f"{start} {_number(entry['fvu']):>8} {_number(entry['l0']):>6} {shown:>7}")
+        fvu, pca, l0 = (_number(entry[name]) for name in ("fvu", "fvu_pca", "l0"))
+        lines.append(f"{start} {fvu:>8} {pca:>8} {l0:>6} {shown:>7}")
     lines.append("validation rows, means over layers, position 0 out")
     return "\n".join(lines)
 
