@@ -57,7 +57,7 @@ def measure(name: str, path: Path, rows: int, rates: Sequence[float], work: Path
     """The grid of a store and a number of rows, and the run with defaults."""
     store = open_store(path)
     where = work / f"{name}-{rows}"
-    grid = []
+    grid: list[dict[str, Any]] = []
     for batch in BATCHES:
         if rows // batch >= LEAST_STEPS:
             # One run for each rate: those of an earlier, smaller grid stay.
