@@ -29,6 +29,6 @@ def by_product(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:  # Whatever it is, what the user came for is there already.
+    except Exception as error:  # Nothing that goes wrong here may end the command.
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         click.echo(f"warning: {name} could not be made ({cause}); all else is whole", err=True)

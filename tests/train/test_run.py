@@ -136,7 +136,7 @@ def test_every_loss_space_and_precision_trains(
 def test_the_summary_is_printed_by_layer(
     sample: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is trained first, then a line a layer, PCA beside, the dead latents, and the path."""
+    """Lines about the run first, then one a layer, PCA beside, the dead latents, and the path."""
     run(config(sample, tmp_path / "run"))
     told = capsys.readouterr()
     lines = told.out.splitlines()
