@@ -5,7 +5,7 @@ from pathlib import Path
 from mlsae.base.embedded import embedded_model
 from mlsae.base.errors import InputError
 from mlsae.base.settings import ReadsStores, device_setting, flag, setting, settings
-from mlsae.base.units import parse_context, parse_count
+from mlsae.base.units import check_seed, parse_context, parse_count
 
 ROWS = ("validation", "train", "all")
 
@@ -163,6 +163,7 @@ class AnalyzeConfig(OverRows):
             object.__setattr__(self, "model", Path(embedded_model(str(self.model))))
         self._at_least(1, "ce_max_tokens", "events_max_tokens", "decomposition_max_tokens")
         self._at_least(0, "examples", "samples")
+        check_seed("--examples-seed", self.examples_seed)
         if not (len(self.context_tokens) == 2 and all(n >= 0 for n in self.context_tokens)):
             raise InputError(
                 f"--context-tokens must be two numbers of at least 0, got {self.context_tokens}"

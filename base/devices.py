@@ -1,10 +1,9 @@
 """From the name of a device to the device, refused in one line where it is absent."""
 
-import os
-
 import torch
 
 from mlsae.base.errors import InputError, ResourceError
+from mlsae.base.ranks import environment_number
 from mlsae.base.units import counted
 
 
@@ -32,7 +31,7 @@ def resolve_device(name: str) -> torch.device:
                 f"--device {name} was asked for, but this machine has no usable CUDA device; "
                 "use --device cpu"
             )
-        index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+        index = environment_number("LOCAL_RANK", 0) if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise ResourceError(
                 f"--device cuda:{index} was asked for, but this machine has "

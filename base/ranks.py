@@ -26,16 +26,27 @@ class Ranks:
     """Number of processes."""
 
     @classmethod
-    def from_environment(cls) -> "Ranks":
+    def from_environment(cls, *more: str) -> "Ranks":
         """Read RANK and WORLD_SIZE as launchers set them; without them, one process.
 
+        Args:
+            more: further variables that each of several processes needs.
+
         Raises:
-            InputError: RANK and WORLD_SIZE are no such numbers.
+            InputError: RANK and WORLD_SIZE are no such numbers, or a variable is not set although
+                there are several processes.
         """
         rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
             raise InputError(
                 f"RANK must be 0 to WORLD_SIZE - 1, got RANK={rank} WORLD_SIZE={world_size}"
+            )
+        missing = [name for name in ("RANK", *more) if name not in os.environ]
+        if int(world_size) > 1 and missing:
+            raise InputError(
+                f"WORLD_SIZE={world_size} is set, as where several processes were started, but "
+                f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not: unset "
+                f"WORLD_SIZE for one process, or start several with torchrun"
             )
         return cls(int(rank), int(world_size))
 
@@ -52,6 +63,18 @@ class Ranks:
     def own(self, shards: list[int]) -> list[int]:
         """Shards of this process among `shards`: r, r + w, r + 2w, …"""
         return [shard for shard in shards if shard % self.world_size == self.rank]
+
+
+def environment_number(name: str, default: int) -> int:
+    """A number that launchers set, or the default.
+
+    Raises:
+        InputError: the variable holds something else.
+    """
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise InputError(f"{name} must be a number, as launchers set it, got {text!r}: unset it")
+    return int(text)
 
 
 def wait_until(done: Callable[[], bool]) -> None:

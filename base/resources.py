@@ -3,12 +3,25 @@
 import os
 import resource
 import shutil
-from pathlib import Path
+import sys
+from pathlib import Path, PurePosixPath
 
 import psutil
 
 from mlsae.base.errors import ResourceError
 from mlsae.base.units import format_bytes
+
+_GROUPS = {
+    "": ("", "memory.max", "memory.current", "inactive_file"),
+    "memory": (
+        "/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+}
+"""Controllers of a line of /proc/self/cgroup, of version 2 and 1 → folder of groups, files of their
+limit and usage, and the entry of memory.stat for pages of files that are not in use."""
 
 
 def available_memory() -> int:
@@ -16,16 +29,47 @@ def available_memory() -> int:
 
     Limits of the control group and of this process's address space (`ulimit -v`) count.
     """
-    available = int(psutil.virtual_memory().available)
-    limit, usage = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and usage.exists():
-        text = limit.read_text().strip()
-        if text != "max":
-            available = min(available, int(text) - int(usage.read_text()))
+    available = min(int(psutil.virtual_memory().available), left_in_control_groups())
     most = resource.getrlimit(resource.RLIMIT_AS)[0]
     if most != resource.RLIM_INFINITY:
         available = min(available, max(0, most - psutil.Process().memory_info().vms))
     return available
+
+
+def left_in_control_groups(own: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> int:
+    """Bytes that this process's control group, and each that it is in, may still take.
+
+    Pages of files that are not in use count as free: the kernel gives them up for others.
+
+    Args:
+        own: file with the names of the process's groups.
+        root: folder of all groups.
+    """
+    left = sys.maxsize
+    for line in _lines(Path(own)):
+        _, controllers, name = line.split(":", 2)
+        if controllers not in _GROUPS:
+            continue
+        at, limit_file, usage_file, pages_key = _GROUPS[controllers]
+        group = PurePosixPath(name)
+        for folder in (group, *group.parents):
+            limit, usage, pages = (
+                _lines(Path(f"{root}{at}/{folder}/{file}"))
+                for file in (limit_file, usage_file, "memory.stat")
+            )
+            if limit and usage and limit[0] != "max":
+                counts = {key: int(count) for key, count in (line.split() for line in pages)}
+                unused = counts.get(pages_key, 0)
+                left = min(left, int(limit[0]) - int(usage[0]) + unused)
+    return max(0, left)
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines of a file of the kernel; none where there is no such file."""
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
 
 
 def free_disk(path: Path) -> int:

@@ -154,3 +154,13 @@ def parse_context(text: str) -> tuple[int, int]:
 def parse_count_or_auto(text: str) -> int | None:
     """A count as `parse_count` reads it, or None for `auto`."""
     return None if text.strip().lower() == "auto" else parse_count(text)
+
+
+def check_seed(flag: str, seed: int | None) -> None:
+    """Require a seed that every generator takes, of torch and numpy; None is none.
+
+    Raises:
+        InputError: the seed is below 0 or above 2⁶³ − 1; the message begins with the flag.
+    """
+    if seed is not None and not 0 <= seed < 2**63:
+        raise InputError(f"{flag} must be from 0 to 2^63 - 1, got {seed}")

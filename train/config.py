@@ -9,6 +9,7 @@ from mlsae.base.errors import InputError
 from mlsae.base.settings import ReadsStores, device_setting, flag, setting, settings
 from mlsae.base.units import (
     check_not_negative,
+    check_seed,
     parse_bytes,
     parse_count,
     parse_layers,
@@ -297,6 +298,8 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
                 raise InputError(
                     f"{self._flag(name)} is a share of the steps from 0 to 1, got {value}"
                 )
+        for name in ("seed", "data_seed"):
+            check_seed(self._flag(name), getattr(self, name))
         if self.schedule == "constant" and self.lr_decay:
             raise InputError(
                 f"a constant --schedule has no decay, got --lr-decay {self.lr_decay}: leave one out"

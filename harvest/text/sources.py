@@ -11,6 +11,7 @@ import numpy.typing as npt
 from mlsae.base.embedded import embedded_text
 from mlsae.base.errors import InputError
 from mlsae.base.settings import setting, settings
+from mlsae.base.units import check_seed
 from mlsae.harvest.text.files import FILE_KINDS, TextRow, file_rows, files_in, kind_of
 from mlsae.harvest.text.hub import hub_rows, is_hub_layout
 from mlsae.harvest.text.mixture import parse_mixture
@@ -76,6 +77,7 @@ class TextSettings:
         else:
             object.__setattr__(self, "dataset", tuple(embedded_text(name) for name in given))
         parse_mixture(self.datasets)
+        check_seed("--shuffle-seed", self.shuffle_seed)
 
     @property
     def datasets(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from mlsae.base.errors import InputError
 from mlsae.base.files import canonical_json
+from mlsae.base.units import check_seed
 
 INITS = ("trained", "rerandomized", "rerandomized-keep-embeddings", "random", "control")
 """Trained weights; every tensor redrawn; every tensor redrawn but the token embeddings and the
@@ -34,8 +35,7 @@ def check_init(init: str, seed: int) -> None:
     """
     if init not in INITS:
         raise InputError(f"--init must be one of {', '.join(INITS)}, got {init!r}")
-    if not 0 <= seed < 2**63:
-        raise InputError(f"--init-seed must be from 0 to 2^63 - 1, got {seed}")
+    check_seed("--init-seed", seed)
 
 
 def needs_redraw(init: str) -> bool:

@@ -3,7 +3,7 @@
 import pytest
 
 from mlsae.base.errors import InputError
-from mlsae.base.ranks import Ranks
+from mlsae.base.ranks import Ranks, environment_number
 
 
 def test_one_process_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,6 +31,24 @@ def test_impossible_ranks_are_refused(
     monkeypatch.setenv("WORLD_SIZE", size)
     with pytest.raises(InputError, match=f"got RANK={rank} WORLD_SIZE={size}"):
         Ranks.from_environment()
+
+
+def test_a_world_without_a_rank_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of four would wait for three that nobody started."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(InputError, match=r"WORLD_SIZE=4 is set, as where several .* but RANK is"):
+        Ranks.from_environment()
+
+
+def test_a_number_of_a_launcher_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert environment_number("LOCAL_RANK", 3) == 3
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert environment_number("LOCAL_RANK", 3) == 1
+    monkeypatch.setenv("LOCAL_RANK", "")
+    with pytest.raises(InputError, match="LOCAL_RANK must be a number, as launchers set it, got"):
+        environment_number("LOCAL_RANK", 3)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])

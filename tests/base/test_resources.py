@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from mlsae.base.resources import require_writable
+from mlsae.base.resources import left_in_control_groups, require_writable
 
 SCRIPT = """
 import sys
 from pathlib import Path
 from mlsae.base.errors import ResourceError
-from mlsae.base.resources import require_writable
+from mlsae.base.resources import left_in_control_groups, require_writable
 disk = Path(sys.argv[1])
 for path in (disk, disk / "a" / "b"):
     try:
@@ -46,3 +46,27 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path):
     assert done.stdout.splitlines() == [
         f"--out {path} cannot be written: {end}" for path in (tmp_path, tmp_path / "a" / "b")
     ]
+
+
+def test_memory_left_is_that_of_the_tightest_control_group(tmp_path: Path):
+    """A group's own limit or that of one it is in; pages of files that are not in use are free."""
+    root, own = tmp_path / "groups", tmp_path / "own"
+    for folder, names, numbers in (
+        ("job", ("memory.max", "memory.current"), ("1000", "700")),
+        ("job/step", ("memory.max", "memory.current"), ("max", "500")),
+        ("memory/a", ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("2000", "1900")),
+    ):
+        (root / folder).mkdir(parents=True)
+        for name, number in zip(names, numbers, strict=True):
+            (root / folder / name).write_text(f"{number}\n")
+    (root / "job" / "memory.stat").write_text("anon 100\ninactive_file 600\nactive_file 0\n")
+    (root / "memory/a/memory.stat").write_text("inactive_file 1\ntotal_inactive_file 1500\n")
+    for groups, left in (
+        ("0::/job/step\n", 1000 - 700 + 600),
+        ("9:cpu,cpuacct:/\n4:memory:/a/b\n0::/\n", 2000 - 1900 + 1500),
+        ("4:memory:/a\n0::/job\n", 900),
+        ("0::/\n", sys.maxsize),
+    ):
+        own.write_text(groups)
+        assert left_in_control_groups(str(own), str(root)) == left
+    assert left_in_control_groups(str(tmp_path / "absent"), str(root)) == sys.maxsize

@@ -29,6 +29,8 @@ HERE = {"cache": Path("acts"), "out": Path("run")}
         ({"lr": 0.0}, r"--lr must be above 0, got 0\.0"),
         ({"lr": math.nan}, "--lr must be above 0, got nan"),
         ({"lr_decay": 1.5}, r"--lr-decay is a share of the steps from 0 to 1, got 1\.5"),
+        ({"seed": -1}, r"--seed must be from 0 to 2\^63 - 1, got -1"),
+        ({"data_seed": 2**63}, r"--data-seed must be from 0 to 2\^63 - 1, got 9223372036854775808"),
         ({"loss_space": "u"}, "--loss-space must be standardized or raw, got 'u'"),
         ({"precision": "float16"}, "--precision must be float32 or bfloat16, got 'float16'"),
     ],

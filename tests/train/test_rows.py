@@ -167,3 +167,41 @@ def test_the_slots_of_a_rank_are_those_that_the_order_gives_it(
     dealt = [int(owned_slots(layer, slot, r, world_size).sum()) for r in range(world_size)]
     assert [mixture.rank_slots(r, world_size) for r in range(world_size)] == dealt
     assert sum(dealt) == len(store.layers) * mixture.num_slots
+
+
+def test_a_batch_is_at_most_an_epoch(sample_maker: Callable) -> None:
+    """In one order, and without memory for rows that are not there."""
+    store = open_store(sample_maker().path)
+
+    def plan(batch_rows: int, skip_positions: int = 1) -> Mixture:
+        return Mixture.plan(
+            store,
+            "resid_post",
+            store.layers,
+            batch_rows=batch_rows,
+            seed=0,
+            skip_positions=skip_positions,
+            validation=np.array([3, 7]),
+        )
+
+    whole = plan(2286)
+    assert whole.epoch_rows == 2286
+    for huge in (plan(10**9), plan(2**62)):
+        assert huge.batch_rows == whole.epoch_rows
+        assert huge.window_bytes(0, 1) == whole.window_bytes(0, 1) < 10**6
+        assert (huge.order(0).starts == whole.order(0).starts).all()
+
+
+def test_a_store_without_a_row_to_train_on_is_refused(sample_maker: Callable) -> None:
+    """Where every sequence is held out."""
+    store = open_store(sample_maker().path)
+    with pytest.raises(InputError, match="no row is left to train on: every row has a flag, is"):
+        Mixture.plan(
+            store,
+            "resid_post",
+            store.layers,
+            batch_rows=30,
+            seed=0,
+            skip_positions=1,
+            validation=np.arange(store.num_sequences),
+        )

@@ -181,6 +181,24 @@ def test_auxk_sees_a_sixteenth_of_the_rows_of_a_large_batch() -> None:
         assert 0.5 < 256 * (other & chosen).double().mean() < 1.5
 
 
+@pytest.mark.parametrize("width", [32, 33])
+def test_every_row_is_in_the_sample_equally_often(width: int) -> None:
+    """Rows of zeros, rows that agree in most channels, rows of a ReLU: a sixteenth of the steps."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.relu(torch.randn(300, width, generator=generator) - 1.6)
+    x[:100, ::2] = 0.5
+    x[100:130] = 0
+    x[:50, 1:] = 0
+    x[0, 0] = -x[1, 0]
+    steps = 3200
+    times = torch.stack([sample(x, 8192, 0, step) for step in range(steps)]).double()
+    expected, spread = steps / 16, (steps / 16 * 15 / 16) ** 0.5
+    assert ((times.sum(0) - expected).abs() < 5 * spread).all()
+    # Rows that differ are chosen together no more often than others.
+    together = (times[:, 0] * times[:, 200]).sum() + (times[:, 130] * times[:, 299]).sum()
+    assert together < 2 * steps / 256 + 5 * (2 * steps / 256) ** 0.5
+
+
 def test_auxk_sees_at_least_256_rows() -> None:
     """All of a small batch, a larger share of a middling one."""
     x = torch.randn(2048, 12, generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ from mlsae.base.errors import InputError
 from mlsae.base.units import format_bytes
 from mlsae.store import AnyStore
 from mlsae.train.data.rows import TrainingRows
-from mlsae.train.data.sampler import Order, slice_rows
+from mlsae.train.data.sampler import NO_ROW, Order, slice_rows
 
 SLICE_BYTES = 64 << 10
 """Bytes per slice unless a window is asked for: less is slow to read, more is memory."""
@@ -54,7 +54,7 @@ class Mixture:
             store: the store.
             site: one among its sites.
             layers: some among its layers.
-            batch_rows: rows in a batch, over layers and ranks.
+            batch_rows: rows in a batch, over layers and ranks; all rows where they are fewer.
             seed: the order's seed.
             skip_positions: first positions in a sequence that are left out.
             validation: ascending indices of sequences held out.
@@ -67,6 +67,10 @@ class Mixture:
         """
         rows = TrainingRows(store, skip_positions, validation)
         num_rows = rows.count()
+        if num_rows == 0:
+            raise InputError(NO_ROW)
+        # A batch is at most an epoch, so that no memory is asked for rows that are not there.
+        batch_rows = min(batch_rows, num_rows * len(layers))
         row_bytes = store.row_bytes
         max_rows = max(1, SLICE_BYTES // row_bytes)
         if window is not None:

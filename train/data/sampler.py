@@ -34,6 +34,11 @@ Int64 = npt.NDArray[np.int64]
 
 NUM_LANES = 16
 _GOLDEN = (5**0.5 - 1) / 2
+NO_ROW = (
+    "no row is left to train on: every row has a flag, is skipped by --skip-positions or is held "
+    "out by --validation-fraction"
+)
+"""Message of an epoch without rows."""
 _BLOCK = 1 << 12
 """Slices walked at once when a position is looked up."""
 
@@ -123,10 +128,7 @@ class Order:
         self.num_rows = int(counts.sum(dtype=np.int64))
         """Eligible rows at a layer."""
         if self.num_rows == 0:
-            raise InputError(
-                "no row is left to train on: every row has a flag, is skipped by "
-                "--skip-positions or is held out by --validation-fraction"
-            )
+            raise InputError(NO_ROW)
         self.num_slots = -(-batch_rows // num_layers)
         self.num_steps = -(-self.num_rows * num_layers // batch_rows)
         rounds, rest = divmod(self.num_rows, self.num_slots)

@@ -1,13 +1,13 @@
 """Memory that a run will hold; a run that needs too much is refused before anything is written."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
 
 from mlsae.base.errors import ResourceError
+from mlsae.base.ranks import environment_number
 from mlsae.base.resources import require_memory
 from mlsae.base.units import format_bytes
 from mlsae.sae import SAEConfig
@@ -108,7 +108,7 @@ def require_training_memory(
         ResourceError: too little memory; the message has the bytes of each purpose.
     """
     parts = estimate(plans, rank, world_size, num_workers)
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = environment_number("LOCAL_WORLD_SIZE", 1)
     share = f" in each of {processes} processes" if processes > 1 else ""
     remedy = "lower --window, --batch-size, --micro-batch or --num-latents"
     if len(plans) > 1:

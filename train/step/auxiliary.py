@@ -30,7 +30,6 @@ SAMPLE_SHARE = 1 / 16
 """Expected share of a batch's rows that AuxK sees."""
 SAMPLE_ROWS = 256
 """Expected number of rows that it sees at least; a batch of no more is seen whole."""
-_HASHED_CHANNELS = 16
 _ROWS = 4096
 """Dead latents whose gradients are added at once."""
 
@@ -69,12 +68,19 @@ def sample(x_BD: torch.Tensor, batch_rows: int, seed: int, step: int) -> torch.T
 
 
 def hashed(x_BD: torch.Tensor, seed: int, step: int) -> torch.Tensor:
-    """(B,) int64 from −2³¹ up to 2³¹: a hash of each row's own values, another one at each step."""
-    stride = -(-x_BD.shape[1] // _HASHED_CHANNELS)
-    bits = x_BD[:, ::stride].float().contiguous().view(torch.int32).long()
+    """(B,) int64 from −2³¹ up to 2³¹: a hash of each row's own values, another one at each step.
+
+    Every channel counts, and a constant is added: over steps, any row has any hash equally often,
+    rows of zeros and rows that differ in one channel alone, too.
+    """
+    bits = x_BD.float()
+    if x_BD.shape[1] % 2:
+        bits = torch.nn.functional.pad(bits, (0, 1))
+    words = bits.contiguous().view(torch.int64)
     generator = np.random.default_rng((seed, step))
-    odd = torch.from_numpy(generator.integers(-(2**62), 2**62, bits.shape[1]) * 2 + 1)
-    return (bits * odd.to(bits.device)).sum(dim=1) >> 32
+    odd = torch.from_numpy(generator.integers(-(2**62), 2**62, words.shape[1]) * 2 + 1)
+    constant = int(generator.integers(-(2**63), 2**63))
+    return ((words * odd.to(words.device)).sum(dim=1) + constant) >> 32
 
 
 def accumulate(

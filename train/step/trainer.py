@@ -121,11 +121,13 @@ class Trainer:
         counted = sum(
             torch.cat(
                 [
-                    torch.stack([piece.main, piece.penalty, piece.num_active]),
-                    piece.layer_errors,
-                    piece.layer_rows,
+                    # Counts over 2²⁴ are no float32.
+                    torch.stack([part.double() for part in piece[:2]]),
+                    piece.num_active.double()[None],
+                    piece.layer_errors.double(),
+                    piece.layer_rows.double(),
                 ]
-            ).double()
+            )
             for piece in pieces
         )
         assert isinstance(counted, torch.Tensor)
