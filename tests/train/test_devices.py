@@ -1,4 +1,4 @@
-"""What shells, notebooks and platforms leave in the environment does not reach a run."""
+"""A run is deaf to variables that shells, notebooks and platforms leave in the environment."""
 
 import os
 from collections.abc import Iterator
