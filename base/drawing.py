@@ -25,7 +25,7 @@ def by_product(name: str) -> Iterator[None]:
     """Make something that the work can do without: an error becomes a warning.
 
     Args:
-        name: what is made, for the warning.
+        name: name of the thing, for the warning.
     """
     try:
         yield
