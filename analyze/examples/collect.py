@@ -28,7 +28,7 @@ class ExamplesPlan:
     """Choice of examples that are kept for a latent."""
 
     top: int
-    """Strongest ones over all layers, and at each layer; at least 1."""
+    """Strongest tokens over all layers, and strongest ones of each layer; at least 1."""
 
     samples: int
     """Random ones from each of `RANGES`."""

@@ -92,7 +92,10 @@ def _columns(
         np.concatenate([top_has, sample_has], axis=1), of["values"][:, :, plan.before], -np.inf
     )
     event = of["event"][:, :, 0]
-    strongest = np.lexsort((event[:, :num_top], -value[:, :num_top]))[:, : plan.top]
+    strongest, again = (
+        kept[:, : plan.top]
+        for kept in _of_distinct_tokens(value[:, :num_top], event[:, :num_top], num_layers)
+    )
     in_range = (num_latents, RANGES, plan.samples)
     drawn = np.lexsort(
         (event[:, num_top:].reshape(in_range), -value[:, num_top:].reshape(in_range))
@@ -120,6 +123,7 @@ def _columns(
         ]
     )
     value = np.take_along_axis(value, chosen, axis=1)
+    value[:, : sizes[0]][again] = -np.inf
     latent, column = (value > 0).nonzero()
     place = chosen[latent, column]
     edges = np.zeros((num_latents, RANGES + 1), dtype=np.float32)
@@ -148,6 +152,31 @@ def _columns(
         "layer_values": _lists(layer_values.reshape(-1), np.ones_like(layer_values, dtype=bool)),
         "value": values[:, plan.before],
     }
+
+
+def _of_distinct_tokens(value_mE: Array, event_mE: Array, num_layers: int) -> tuple[Array, Array]:
+    """Sort each latent's events by value, the strongest of every token before all repetitions.
+
+    The S strongest tokens are among the S strongest events of each layer: a token that is not has S
+    better ones at the layer where it is strongest.
+
+    Args:
+        value_mE: values, −∞ where there is no event.
+        event_mE: token · L + index of the layer.
+        num_layers: L.
+
+    Returns:
+        (m, E) indices of the events in order, and (m, E) True for repetitions.
+    """
+    order = np.lexsort((event_mE, -value_mE))
+    token = np.take_along_axis(event_mE // num_layers, order, axis=1)
+    by_token = np.argsort(token, axis=1, kind="stable")
+    again = np.zeros_like(order, dtype=bool)
+    sorted_token = np.take_along_axis(token, by_token, axis=1)
+    np.put_along_axis(again, by_token[:, 1:], sorted_token[:, 1:] == sorted_token[:, :-1], axis=1)
+    firsts_first = np.argsort(again, axis=1, kind="stable")
+    order, again = (np.take_along_axis(of, firsts_first, axis=1) for of in (order, again))
+    return order, again
 
 
 def _by_latent(

@@ -132,8 +132,9 @@ EXAMPLES = (
         "kind",
         pa.string(),
         "",
-        "top: among the latent's largest values over all layers; top_layer: among the largest at "
-        "the layer; sample: drawn at random from one range of the latent's values",
+        "top: among the tokens of the latent's largest values, one row a token, at the layer where "
+        "the value there is largest; top_layer: among the largest at the layer; sample: drawn at "
+        "random from one range of the latent's values at all layers",
     ),
     Column("rank", _L, "example", "0 is the largest of its kind, layer or range"),
     Column(

@@ -152,7 +152,10 @@ class Truth:
             events = self.events(latent)
             if not events:
                 continue
-            for rank, event in enumerate(events[: plan.top]):
+            of_token: dict[int, tuple[float, int, int]] = {}
+            for event in events:
+                of_token.setdefault(event[1], event)
+            for rank, event in enumerate(list(of_token.values())[: plan.top]):
                 yield self._row(plan, latent, event, kind="top", rank=rank)
             for n in range(len(LAYERS)):
                 of_layer = [event for event in events if event[2] == n]
@@ -286,9 +289,9 @@ def _see_that_it_has_every_case(rows: list[dict[str, Any]]) -> None:
         (a["latent"], a["value"]) == (b["latent"], b["value"]) and a["token"] < b["token"]
         for a, b in itertools.pairwise(tops)
     )
-    assert any(
-        (a["latent"], a["token"]) == (b["latent"], b["token"]) for a, b in itertools.pairwise(tops)
-    )
+    tokens = [(row["latent"], row["token"]) for row in tops]
+    assert len(set(tokens)) == len(tokens)
+    assert any(sum(value > 0 for value in row["layer_values"]) > 1 for row in tops)
     assert any(None in row["values"] for row in rows)
     positions = {row["token"] % LENGTH for row in rows}
     assert {1, LENGTH - 1} <= positions
