@@ -27,8 +27,6 @@ from mlsae.analyze.results.figures.style import (
 )
 
 _HEIGHT = 2.3
-_SHOWN_COSINES = 0.0005
-"""Share of pairs beyond either end of the cosines that are shown."""
 
 
 @mpl.rc_context(STYLE)
@@ -100,7 +98,5 @@ def layer_cosine(layer_cosine: pa.Table) -> Figure:
         distance, cosine, share, cmap=COLOURS, norm=LogNorm(vmax=1), rasterized=True
     )
     figure.colorbar(shown, ax=axes, label="share of pairs at that distance", pad=0.02)
-    marginal = np.cumsum(counts.sum(axis=1)) / counts.sum()
-    ends = np.searchsorted(marginal, [_SHOWN_COSINES, 1 - _SHOWN_COSINES])
-    axes.set_ylim(cosine[max(0, ends[0] - 2)], cosine[min(len(cosine) - 1, ends[1] + 3)])
+    axes.set_ylim(cosine[0], cosine[-1])
     return figure

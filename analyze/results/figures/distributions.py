@@ -78,10 +78,13 @@ def prompt(
     kept = largest >= _LEAST
     of = distribution(totals[:, kept], tuple(ids.tolist()))
     figure = _heat_map(of.probs, of.mean, ids, latents[kept], "no latent is active")
-    figure.axes[0].set_title(
+    axes, weak = figure.axes[0], int((~kept).sum())
+    axes.set_title(
         f"{counted(int(kept.sum()), 'latent')} of “{_shortened(summary['prompts'][number])}”",
         parse_math=False,
     )
+    if weak:
+        axes.set_xlabel(f"{axes.get_xlabel()}; {weak:,} with values below {_LEAST:g} left out")
     return figure
 
 

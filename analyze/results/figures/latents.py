@@ -186,7 +186,8 @@ def _both_ways(
         nothing(axes, if_none)
         return
     # A sum that rounding puts above the largest value belongs to the last bin.
-    by_total, by_count = (np.minimum(of, high) for of in found)
+    high = max(high, *(float(of.max()) for of in found))
+    by_total, by_count = found
     histogram(axes, by_total, 0, high, label="by total", alpha=0.75)
     histogram(axes, by_count, 0, high, color=ORANGE, fill=False, label="by count", linewidth=1.2)
     mark_mean(axes, found[0], "mean by total")

@@ -108,10 +108,11 @@ def norm_cosine(layers: pa.Table) -> Figure:
         _finish(first)
     else:
         _finish(first, zero=True)
-    _lines(second, layers, {"adjacent_cosine": None})
+    cosines = {"adjacent_cosine": "mean over rows", "adjacent_cosine_pooled": "pooled over rows"}
+    _lines(second, layers, cosines)
     second.set(title="Likeness to the next layer", ylabel="centred cosine")
-    cosine = values(layers, "adjacent_cosine")
-    second.set_ylim(min(0.0, float(np.nanmin(cosine, initial=0.0)) * 1.1), 1.05)
+    least = min(float(np.nanmin(values(layers, name), initial=0.0)) for name in cosines)
+    second.set_ylim(min(0.0, least * 1.1), 1.05)
     _finish(second)
     second.set_xlim(first.get_xlim())
     return figure

@@ -92,8 +92,12 @@ def stairs(axes: Axes, counts: Any, edges: Any, color: str = BLUE, **options: An
 
 
 def histogram(axes: Axes, found: Float, low: float, high: float, **options: Any) -> None:
-    """Draw a histogram between two ends, with more bins for more values."""
+    """Draw a histogram of values between two ends, or further out where a value lies there.
+
+    There are more bins for more values.
+    """
     num_bins = int(np.clip(10 + len(found) // 20, 10, MAX_BINS))
+    low, high = min(low, float(found.min())), max(high, float(found.max()))
     stairs(axes, *np.histogram(found, num_bins, (low, high if high > low else low + 1)), **options)
 
 

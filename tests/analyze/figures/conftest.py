@@ -68,7 +68,7 @@ def make_parts(
         "prob_by_count": nullable(by_count.probs.T.ravel()),
     }
     rows = [_row(n, layer, num_latents, measured) for n, layer in enumerate(layers)]
-    rows[-1]["adjacent_cosine"] = None
+    rows[-1] |= {"adjacent_cosine": None, "adjacent_cosine_pooled": None}
     few = by_total.mean[:: max(1, num_latents // 1000)]
     directions = torch.from_numpy(generator.normal(size=(len(few), 8)))
     pairs = decoder_pairs(directions, few, max(layers) - min(layers), lambda _: None).counts
@@ -122,7 +122,8 @@ def _row(n: int, layer: int, num_latents: int, measured: bool) -> dict[str, Any]
     return {
         "layer": layer,
         "norm": 10.0**n,
-        "adjacent_cosine": 0.9,
+        "adjacent_cosine": 0.85,
+        "adjacent_cosine_pooled": 0.9,
         "dead_fraction": 0.1,
         "frequent_fraction": 0.02,
         "always_on_fraction": 0.0,

@@ -58,7 +58,7 @@ def test_many_latents_are_averaged_into_columns_of_equal_width(make: Make) -> No
         ("cross_entropy", 0, ("delta_ce", "kl")),
         ("cross_entropy", 1, ("loss_recovered_zero", "loss_recovered_mean", "top1_agreement")),
         ("norm_cosine", 0, ("norm",)),
-        ("norm_cosine", 1, ("adjacent_cosine",)),
+        ("norm_cosine", 1, ("adjacent_cosine", "adjacent_cosine_pooled")),
     ],
 )
 def test_lines_by_layer_and_their_intervals_are_the_table(
@@ -226,6 +226,32 @@ def test_pairs_by_distance_are_shares_of_their_column(make: Make) -> None:
         assert (shares[:, x] > 0).sum() == len(column)
 
 
+def test_the_map_of_pairs_shows_every_one_of_them(make: Make) -> None:
+    """One pair in a million is the one that a reader looks for."""
+    parts = make(60, (0, 1, 5))
+    rows = [
+        {"distance_low": 0, "distance_high": 0.25, "cosine_low": low, "cosine_high": low + 0.01,
+         "count": count}
+        for low, count in ((-0.97, 1), (0.0, 10**6), (0.98, 1))
+    ]  # fmt: skip
+    parts["layer_cosine"] = pa.Table.from_pylist(rows, schema=schema("layer_cosine", {}))
+    axes = figures.draw("layer_cosine", parts).axes[0]
+    low, high = axes.get_ylim()
+    assert low <= -0.97
+    assert high >= 0.99
+
+
+def test_a_cosine_that_rounding_puts_above_1_is_counted(make: Make) -> None:
+    parts = make(16, (0, 1))
+    cosines = np.linspace(0, 1, 16) + 1e-7
+    for name in ("decoder", "embedding", "unembedding"):
+        at = parts["latents"].column_names.index(f"{name}_cosine")
+        parts["latents"] = parts["latents"].set_column(at, f"{name}_cosine", pa.array(cosines))
+    for name, panel in (("decoder_cosine", 1), ("embedding_cosine", 0)):
+        axes = figures.draw(name, parts).axes[panel]
+        assert [sum(counts) for counts, _ in _steps(axes)] == [16] * len(axes.patches)
+
+
 def test_bars_are_the_terms_of_the_variance(make: Make) -> None:
     parts = make(16, (0, 1))
     first, second = figures.draw("layer_variance", parts).axes
@@ -271,3 +297,4 @@ def test_latents_of_a_prompt_are_summed_over_its_eligible_tokens(make: Make) -> 
     np.testing.assert_allclose(image.T, [probs[n] for n in order])
     title = f"{len(probs)} latents of “Once upon a time”"
     assert axes.get_title(loc="left") == title
+    assert axes.get_xlabel().endswith("; 1 with values below 0.001 left out")
