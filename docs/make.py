@@ -244,7 +244,7 @@ def _columns(table: str) -> str:
     elif bounds:
         parts.append(
             f"and, for {_listed(bounds)}, two columns `…_low` and `…_high`, in the unit of the "
-            "column: the 2.5th and 97.5th percentile over resamples "
+            "column: the ends of the 95% interval, null below 10 sequences "
             "([intervals](../metrics.md#intervals))."
         )
     return "\n\n".join([parts[0], *(textwrap.fill(of, 100, **WRAP) for of in parts[1:])])

@@ -1,13 +1,21 @@
-"""Variation of a number on other text: percentile bootstrap over sequences.
+"""Variation of a number on other text: 95% intervals over sequences.
 
 Tokens of a sequence are alike, so sequences are resampled and never tokens. Every metric is a ratio
-of sums over sequences; a resample weights each sequence's part of the sums by how often it was
-drawn (Efron and Tibshirani, 1993, ch. 13).
+of sums over sequences, or a mean of such, and is computed again with each sequence's part of the
+sums weighted:
 
-Shapes: S sequences, G groups, R resamples.
+- of more than `FEW` sequences, by how often it was drawn: percentile bootstrap (Efron and
+  Tibshirani, 1993, ch. 13);
+- of `FEWEST` to `FEW`, by leaving each out: Student's t about the jackknife's standard error, and
+  Hall's interval, which allows for skewness (1992, J. R. Stat. Soc. B 54, pp. 221–228), the outer
+  of their ends. Percentiles would be too narrow: benchmarks/intervals.py measures both.
+
+Shapes: S sequences, G groups, R weightings.
 """
 
+import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +23,10 @@ import numpy.typing as npt
 Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
 
+FEWEST = 10
+"""Groups from which there is an interval."""
+FEW = 50
+"""Groups up to which each is left out instead of drawn."""
 NUM_RESAMPLES = 1000
 MAX_GROUPS = 1024
 """Most groups whose sums are held apart: bounds memory and time, whatever the number of
@@ -31,11 +43,11 @@ class Estimate:
     """Over the sequences as they are."""
 
     low: float | None
-    """2.5th percentile over the resamples; None where the number is undefined in one of them, or
-    there are none."""
+    """Lower end; None where the number is undefined with one of the weightings, or there are too
+    few sequences."""
 
     high: float | None
-    """97.5th percentile."""
+    """Upper end."""
 
 
 def count_groups(num_sequences: int) -> int:
@@ -52,16 +64,20 @@ def group_of(places_N: Int, num_sequences: int) -> Int:
 
 
 def group_weights(num_groups: int) -> Float:
-    """Weight of each group, (1 + R, G): one each in the first row, then the resamples.
+    """Weight of each group, (1 + R, G): one each in the first row, then the other weightings.
 
     A pure function of `num_groups`, so that numbers of other layers, measured on the same
-    sequences, are resampled alike. R is 0 for fewer than two groups, which say nothing of others.
+    sequences, are weighted alike. R is 0 below `FEWEST` groups, G up to `FEW`, and then
+    `NUM_RESAMPLES`.
     """
-    if num_groups < 2:
-        return np.ones((1, num_groups))
+    ones = np.ones((1, num_groups))
+    if num_groups < FEWEST:
+        return ones
+    if num_groups <= FEW:
+        return np.concatenate([ones, 1 - np.eye(num_groups)])
     generator = np.random.default_rng(_SEED)
     drawn = generator.multinomial(num_groups, np.full(num_groups, 1 / num_groups), NUM_RESAMPLES)
-    return np.concatenate([np.ones((1, num_groups)), drawn.astype(np.float64)])
+    return np.concatenate([ones, drawn.astype(np.float64)])
 
 
 def ratio(numerator: Float, denominator: Float) -> Float:
@@ -71,11 +87,61 @@ def ratio(numerator: Float, denominator: Float) -> Float:
     return out
 
 
-def estimate(values: Float) -> Estimate:
-    """A number (1 + R,), computed with each row of `group_weights`, and its interval."""
+def estimate(values: Float, least: float = -math.inf, most: float = math.inf) -> Estimate:
+    """A number (1 + R,), computed with each row of `group_weights`, and its interval.
+
+    Args:
+        values: the number as it is, and with each other weighting.
+        least: lower bound of what the number can be, below which no interval reaches.
+        most: upper bound.
+    """
     value = None if np.isnan(values[0]) else float(values[0])
-    if len(values) == 1 or np.isnan(values).any():
+    if value is None or len(values) == 1 or np.isnan(values).any():
         return Estimate(value, None, None)
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(values[1:], [tail, 1 - tail])
-    return Estimate(value, float(low), float(high))
+    if len(values) - 1 <= FEW:
+        low, high = _jackknifed(value, values[1:])
+    else:
+        tail = (1 - LEVEL) / 2
+        low, high = np.quantile(values[1:], [tail, 1 - tail]).tolist()
+    return Estimate(value, max(low, least), min(high, most))
+
+
+def _jackknifed(value: float, left_out_G: Float) -> tuple[float, float]:
+    """The outer ends of Student's interval and of Hall's, from values without each group."""
+    num_groups = len(left_out_G)
+    influence_G = left_out_G.mean() - left_out_G
+    squares = float(np.square(influence_G).sum())
+    error = math.sqrt((num_groups - 1) / num_groups * squares)
+    if error == 0:
+        return value, value
+    t = _student(num_groups - 1)
+    skewness = float((influence_G**3).sum()) * math.sqrt(num_groups) / squares**1.5
+    skewness *= math.sqrt(num_groups * (num_groups - 1)) / (num_groups - 2)
+    a = skewness / math.sqrt(num_groups)
+    return value - error * max(t, _hall(a, t)), value - error * min(-t, _hall(a, -t))
+
+
+def _hall(a: float, q: float) -> float:
+    """Quantile of a studentised mean whose cubic transformation has the quantile `q`.
+
+    Args:
+        a: skewness over √G.
+        q: a quantile of Student's distribution.
+    """
+    if abs(a) < 1e-6:
+        return q
+    return 3 / a * (float(np.cbrt(1 + a * (q - a / 6))) - 1)
+
+
+def _student(freedom: int) -> float:
+    """Upper quantile of Student's distribution (Abramowitz and Stegun 1964, 26.7.5).
+
+    Its error is below 0.001 from 9 degrees of freedom on.
+    """
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    return (
+        z
+        + (z**3 + z) / (4 * freedom)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    )

@@ -3,6 +3,7 @@
 R = resamples, M = num_latents. Definitions and sources: docs/metrics.md.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,21 @@ from mlsae.analyze.measure.rows.walk import LayerSums
 
 FREQUENT = 0.1
 """A latent is frequent if it is active on a larger share of the rows (SAEBench's 10 percent)."""
+
+_ANY = (-math.inf, math.inf)
+_RANGES = {
+    "explained_variance": (-math.inf, 1.0),
+    "cosine": (-1.0, 1.0),
+    "density": (0.0, 1.0),
+    "top1_agreement": (0.0, 1.0),
+    "top1_agreement_spliced": (0.0, 1.0),
+    "delta_ce": _ANY,
+    "delta_ce_spliced": _ANY,
+    "loss_recovered_zero": _ANY,
+    "loss_recovered_zero_eligible": _ANY,
+    "loss_recovered_mean": _ANY,
+}
+"""Least and largest value that a number can have; that of the others is from 0 on."""
 
 Columns = dict[str, Any]
 """Value by column of a table; one that is absent is null."""
@@ -37,7 +53,7 @@ def describe(
         values = [a | _values(b) for a, b in zip(values, of_entropy[:-1], strict=True)]
     counts = np.stack([of.latents.count.cpu().numpy() for of in sums.values()])
     num_rows = [_num_rows(of) for of in sums.values()]
-    tokens = {} if entropy is None else {"num_ce_tokens": entropy.num_tokens}
+    tokens = {} if entropy is None else entropy.num_targets()
     layers = [
         {**_estimates(v), **n, **_shares(count, n["num_rows"]), **tokens}
         for v, n, count in zip(values, num_rows, counts, strict=True)
@@ -106,6 +122,6 @@ def _pooled(ratios: list[Ratio]) -> Float:
 def _estimates(values: Mapping[str, Float]) -> Columns:
     columns: Columns = {}
     for name, of in values.items():
-        found = estimate(of)
+        found = estimate(of, *_RANGES.get(name, (0.0, math.inf)))
         columns |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
     return columns

@@ -23,7 +23,7 @@ from mlsae.analyze.results.tables import schema
 def layers_tables(
     sums: Mapping[int, LayerSums],
     norms: Mapping[int, float],
-    adjacent_cosines: Mapping[int, float],
+    pooled_cosines: Mapping[int, float],
     entropy: CrossEntropy | None,
     provenance: Mapping[str, str],
 ) -> tuple[pa.Table, pa.Table]:
@@ -32,13 +32,19 @@ def layers_tables(
     Args:
         sums: by layer id.
         norms: mean norm by layer id.
-        adjacent_cosines: by layer id, where there is one.
+        pooled_cosines: pooled cosine with the next layer by layer id, where there is one.
         entropy: entropies, with arrays in the order of `sums`, or None.
         provenance: metadata of the schema.
     """
     by_layer, overall = describe(sums, entropy)
     rows = [
-        {"layer": layer, "norm": norms[layer], "adjacent_cosine": adjacent_cosines.get(layer), **of}
+        {
+            "layer": layer,
+            "norm": norms[layer],
+            "adjacent_cosine": sums[layer].adjacent_cosine,
+            "adjacent_cosine_pooled": pooled_cosines.get(layer),
+            **of,
+        }
         for layer, of in zip(sums, by_layer, strict=True)
     ]
     return (

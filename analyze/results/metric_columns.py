@@ -13,6 +13,9 @@ _CE = "null where no transformer was at hand"
 _SPLICED = (
     f"cross-entropy with the reconstruction of this layer's live activations spliced in; {_CE}"
 )
+_FROM_SPLICED = (
+    f"over next tokens predicted from a spliced token alone; {_CE}, or there is no such token"
+)
 _HARMLESS = f"{_CE}, or the ablation costs nothing"
 
 _COUNTS = (
@@ -57,12 +60,29 @@ _STORE = (
         "adjacent_cosine",
         _F,
         "1",
+        "mean over the evaluated eligible rows of the cosine of x − μ with x′ − μ′, x′ the row's "
+        "activation at the next layer that the store holds, μ the mean of all eligible rows of the "
+        "store; 0 where either is 0; null where the SAE does not read that layer, or no row varies",
+    ),
+    Column(
+        "adjacent_cosine_pooled",
+        _F,
+        "1",
         "pooled cosine with the next layer that the store holds, over all its eligible rows: "
-        "Σ⟨x − μ, x′ − μ′⟩ / √(Σ‖x − μ‖² · Σ‖x′ − μ′‖²); null at the last layer of the store",
+        "Σ⟨x − μ, x′ − μ′⟩ / √(Σ‖x − μ‖² · Σ‖x′ − μ′‖²); null at the last layer of the store, or "
+        "where a layer does not vary",
     ),
 )
 
-_TOKENS = (Column("num_ce_tokens", _I, "token", f"scored next tokens of the columns below; {_CE}"),)
+_TOKENS = (
+    Column("num_ce_tokens", _I, "token", f"scored next tokens of the columns below; {_CE}"),
+    Column(
+        "num_ce_tokens_spliced",
+        _I,
+        "token",
+        f"scored next tokens that are predicted from a spliced token; {_CE}",
+    ),
+)
 
 _ENTROPY = (
     Column("ce", _F, "nat/token", f"cross-entropy of the untouched transformer; {_CE}"),
@@ -75,14 +95,33 @@ _ENTROPY = (
     ),
     Column("ce_sae", _F, "nat/token", _SPLICED),
     Column("delta_ce", _F, "nat/token", f"ce_sae − ce; {_CE}"),
-    Column("ce_zero", _F, "nat/token", f"cross-entropy with zeros in this layer's place; {_CE}"),
+    Column(
+        "ce_zero",
+        _F,
+        "nat/token",
+        "cross-entropy with zeros in this layer's place at every token, special ones and position "
+        f"0 too; {_CE}",
+    ),
+    Column(
+        "ce_zero_eligible",
+        _F,
+        "nat/token",
+        f"cross-entropy with zeros in this layer's place at eligible tokens; {_CE}",
+    ),
     Column(
         "ce_mean",
         _F,
         "nat/token",
-        f"cross-entropy with the mean of the store's eligible rows in this layer's place; {_CE}",
+        "cross-entropy with the mean of the store's eligible rows in this layer's place at "
+        f"eligible tokens; {_CE}",
     ),
     Column("loss_recovered_zero", _F, "1", f"(ce_zero − ce_sae) / (ce_zero − ce); {_HARMLESS}"),
+    Column(
+        "loss_recovered_zero_eligible",
+        _F,
+        "1",
+        f"(ce_zero_eligible − ce_sae) / (ce_zero_eligible − ce); {_HARMLESS}",
+    ),
     Column("loss_recovered_mean", _F, "1", f"(ce_mean − ce_sae) / (ce_mean − ce); {_HARMLESS}"),
     Column("kl", _F, "nat/token", f"mean KL(untouched ‖ spliced as for ce_sae); {_CE}"),
     Column(
@@ -91,16 +130,24 @@ _ENTROPY = (
         "1",
         f"share of tokens with the same likeliest next one, spliced as for ce_sae; {_CE}",
     ),
+    Column("delta_ce_spliced", _F, "nat/token", f"delta_ce {_FROM_SPLICED}"),
+    Column("kl_spliced", _F, "nat/token", f"kl {_FROM_SPLICED}"),
+    Column("top1_agreement_spliced", _F, "1", f"top1_agreement {_FROM_SPLICED}"),
 )
 
 
 def _bounds(columns: tuple[Column, ...]) -> tuple[Column, ...]:
     """Two columns a column: the ends of its interval."""
-    ends = (("low", "2.5th"), ("high", "97.5th"))
+    ends = (("low", "lower"), ("high", "upper"))
     return tuple(
-        Column(f"{of.name}_{end}", _F, of.unit, f"{rank} percentile of {of.name} over resamples")
+        Column(
+            f"{of.name}_{end}",
+            _F,
+            of.unit,
+            f"{side} end of the 95% interval of {of.name}; null below 10 sequences",
+        )
         for of in columns
-        for end, rank in ends
+        for end, side in ends
     )
 
 

@@ -19,11 +19,23 @@ from mlsae.analyze.results.columns import (
 from mlsae.analyze.results.metric_columns import LAYER_METRICS, OVERALL_METRICS
 from mlsae.base.errors import InputError
 
-TABLES_VERSION = "1.0"
+TABLES_VERSION = "1.1"
 """Version of these columns, in every file's schema metadata.
 
 A minor version only adds columns and tables: readers take any minor version of their major one.
 """
+
+_RENAMED = {
+    f"{name}{end}": f"{now}{end}"
+    for name, now in (
+        ("ce_zero", "ce_zero_eligible"),
+        ("loss_recovered_zero", "loss_recovered_zero_eligible"),
+        ("adjacent_cosine", "adjacent_cosine_pooled"),
+    )
+    for end in ("", "_low", "_high")
+}
+"""Columns of `layers` and `overall` before 1.1, and the names of their definitions since. What has
+the earlier names since is defined otherwise, and null in earlier tables."""
 
 _FORMER = "0.4"
 """The version before, with the columns of 1.0 and `events` under the name `activations`."""
@@ -83,6 +95,11 @@ def with_later_columns(table: str, found: pa.Schema) -> pa.Schema:
     return pa.schema([*found, *(f for f in known if f.name not in found.names)], found.metadata)
 
 
+def _is_before_renaming(found: pa.Schema) -> bool:
+    version = (found.metadata or {}).get(b"mlsae.tables_version", TABLES_VERSION.encode())
+    return version in (b"1.0", _FORMER.encode())
+
+
 def read_table(path: Path, table: str) -> pa.Table:
     """A table in memory, with nulls in the columns that an earlier version lacks.
 
@@ -91,6 +108,10 @@ def read_table(path: Path, table: str) -> pa.Table:
         pyarrow.ArrowException: the file is damaged.
     """
     found = pq.read_table(path)
+    if _is_before_renaming(found.schema) and table in ("layers", "overall"):
+        fields = [f.with_name(_RENAMED.get(f.name, f.name)) for f in found.schema]
+        renamed = pa.schema(fields, found.schema.metadata)
+        found = pa.Table.from_arrays(found.columns, schema=renamed)
     for field in with_later_columns(table, found.schema):
         if field.name not in found.column_names:
             found = found.append_column(field, pa.nulls(len(found), field.type))

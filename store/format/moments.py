@@ -60,10 +60,14 @@ class Moments:
     """(L − 1,) Σ_rows ⟨x_l − mean_l, x_l+1 − mean_l+1⟩ for neighbours in `layers`."""
 
     def adjacent_cosine(self) -> Float64:
-        """(L − 1,) pooled cosine of centred neighbours: cross / √(Σ m2_l · Σ m2_l+1)."""
+        """(L − 1,) pooled cosine of centred neighbours: cross / √(Σ m2_l · Σ m2_l+1).
+
+        NaN where a layer does not vary: its m2 is 0, or the rounding of its mean.
+        """
         total = self.m2.sum(axis=1)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            cosine: Float64 = self.adjacent_cross / np.sqrt(total[:-1] * total[1:])
+        rounding = 1e-26 * self.count * np.square(self.mean).sum(axis=1)
+        total = np.where(total > rounding, total, np.nan)
+        cosine: Float64 = self.adjacent_cross / np.sqrt(total[:-1] * total[1:])
         return cosine
 
 

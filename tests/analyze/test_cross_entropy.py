@@ -1,7 +1,7 @@
 """The cross-entropy family against a run of the model through plain torch hooks, in float64."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 import transformers
 
 from mlsae.analyze import AnalyzeConfig, run
+from mlsae.analyze.measure.bootstrap import estimate, ratio
 from mlsae.analyze.measure.model.cross_entropy import (
+    CrossEntropy,
     divergences,
     measure,
     put_where,
@@ -38,9 +40,12 @@ class Sums:
     ce_store: float = 0.0
     ce_sae: float = 0.0
     ce_zero: float = 0.0
+    ce_zero_eligible: float = 0.0
     ce_mean: float = 0.0
     kl: float = 0.0
     agreed: int = 0
+    from_spliced: "Sums | None" = None
+    """Sums of the targets that are predicted from a spliced token alone."""
 
 
 Change = Callable[[int, torch.Tensor], torch.Tensor]
@@ -72,7 +77,7 @@ def _by_plain_hooks(
 ) -> Sums:
     """One sequence and one token at a time, without anything of this package but the weights."""
     model = transformers.AutoModelForCausalLM.from_pretrained(world.model).eval()
-    sums = Sums()
+    every, from_spliced = Sums(), Sums()
     position = np.arange(len(world.tokens)) % LENGTH
     eligible = (world.flags == 0) & (position >= skip)
     means = {n: torch.from_numpy(world.activations[n][eligible].mean(axis=0)) for n in layers}
@@ -93,19 +98,24 @@ def _by_plain_hooks(
             name: _log_probs(model, layers, tokens, change, swap)
             for name, change in changes.items()
         }
+        everywhere = list(range(LENGTH))
+        zeroed = _log_probs(model, layers, tokens, changes["zero"], everywhere)
         for t in range(LENGTH - 1):
             if documents[t] != documents[t + 1] or flags[t + 1] or flags[t] & PADDING:
                 continue
             target = tokens[0, t + 1]
-            sums.num_tokens += 1
-            sums.ce -= true[t, target]
-            sums.ce_store -= of["store"][t, target]
-            sums.ce_sae -= of["sae"][t, target]
-            sums.ce_zero -= of["zero"][t, target]
-            sums.ce_mean -= of["mean"][t, target]
-            sums.kl += (np.exp(true[t]) * (true[t] - of["sae"][t])).sum()
-            sums.agreed += int(true[t].argmax() == of["sae"][t].argmax())
-    return sums
+            for sums in (every, from_spliced) if t in swap else (every,):
+                sums.num_tokens += 1
+                sums.ce -= true[t, target]
+                sums.ce_store -= of["store"][t, target]
+                sums.ce_sae -= of["sae"][t, target]
+                sums.ce_zero -= zeroed[t, target]
+                sums.ce_zero_eligible -= of["zero"][t, target]
+                sums.ce_mean -= of["mean"][t, target]
+                sums.kl += (np.exp(true[t]) * (true[t] - of["sae"][t])).sum()
+                sums.agreed += int(true[t].argmax() == of["sae"][t].argmax())
+    every.from_spliced = from_spliced
+    return every
 
 
 def _agree(row: dict[str, Any], sums: Sums) -> None:
@@ -115,12 +125,27 @@ def _agree(row: dict[str, Any], sums: Sums) -> None:
     assert row["ce_sae"] == pytest.approx(sums.ce_sae / n, rel=1e-5)
     assert row["delta_ce"] == pytest.approx((sums.ce_sae - sums.ce) / n, abs=2e-5)
     assert row["ce_zero"] == pytest.approx(sums.ce_zero / n, rel=1e-5)
+    assert row["ce_zero_eligible"] == pytest.approx(sums.ce_zero_eligible / n, rel=1e-5)
+    assert row["ce_zero"] != pytest.approx(row["ce_zero_eligible"], rel=1e-3)
     assert row["ce_mean"] == pytest.approx(sums.ce_mean / n, rel=1e-5)
     assert row["kl"] == pytest.approx(sums.kl / n, rel=1e-4)
     assert row["kl"] > 0.01
     assert row["top1_agreement"] == sums.agreed / n
     assert 0 < row["top1_agreement"] < 1
-    for name, ablated in (("zero", sums.ce_zero), ("mean", sums.ce_mean)):
+    some = sums.from_spliced
+    assert some is not None
+    assert 0 < some.num_tokens < n
+    assert row["num_ce_tokens_spliced"] == some.num_tokens
+    added = (some.ce_sae - some.ce) / some.num_tokens
+    assert row["delta_ce_spliced"] == pytest.approx(added, abs=2e-5)
+    assert row["delta_ce_spliced"] != pytest.approx(row["delta_ce"], abs=1e-3)
+    assert row["kl_spliced"] == pytest.approx(some.kl / some.num_tokens, rel=1e-4)
+    assert row["top1_agreement_spliced"] == some.agreed / some.num_tokens
+    for name, ablated in (
+        ("zero", sums.ce_zero),
+        ("zero_eligible", sums.ce_zero_eligible),
+        ("mean", sums.ce_mean),
+    ):
         found = row[f"loss_recovered_{name}"]
         if ablated <= sums.ce:
             assert found is None
@@ -178,12 +203,47 @@ def test_splicing_the_exact_activation_costs_exactly_nothing(
     assert len(found.ratios()) == 4
     for of in found.ratios():
         num_tokens = of["kl"][1]
-        for name in ("delta_ce", "kl"):
+        for name in ("delta_ce", "kl", "delta_ce_spliced", "kl_spliced"):
             assert (of[name][0] == 0).all()
         assert (of["top1_agreement"][0] == num_tokens).all()
+        np.testing.assert_array_equal(*of["top1_agreement_spliced"])
         assert (of["ce_sae"][0] == of["ce"][0]).all()
-        for name in ("loss_recovered_zero", "loss_recovered_mean"):
+        for name in (
+            "loss_recovered_zero",
+            "loss_recovered_zero_eligible",
+            "loss_recovered_mean",
+        ):
             np.testing.assert_array_equal(*of[name])
+
+
+def test_an_ablation_that_costs_rounding_alone_recovers_no_share_of_it() -> None:
+    """2e-7 of the cross-entropy is an error of float32 logits, and 1 / 2e-7 is no result."""
+    generator = np.random.default_rng(0)
+    counted, untouched = np.full(20, 50.0), generator.uniform(90, 110, 20)
+    flat = np.zeros((2, 20))
+    found = CrossEntropy(
+        counted=counted,
+        untouched=untouched,
+        stored=None,
+        added=flat + 5,
+        divergence=flat,
+        agreed=flat,
+        counted_spliced=np.zeros(20),
+        added_spliced=flat,
+        divergence_spliced=flat,
+        agreed_spliced=flat,
+        zero=untouched * (1 + 2e-7) + flat,
+        zero_eligible=untouched * (1 + 1e-3) + flat,
+        mean=untouched + flat,
+    )
+    for ratios in found.ratios():
+        values = {name: estimate(ratio(*of)).value for name, of in ratios.items()}
+        assert values["loss_recovered_zero"] is None
+        assert values["loss_recovered_mean"] is None
+        lost = 1e-3 * untouched.sum()
+        assert values["loss_recovered_zero_eligible"] == pytest.approx((lost - 100) / lost)
+        for name in ("delta_ce_spliced", "kl_spliced", "top1_agreement_spliced"):
+            assert values[name] is None
 
 
 def test_batches_change_no_figure(world: Any, sae_maker: Callable[..., Path]) -> None:
@@ -198,7 +258,7 @@ def test_batches_change_no_figure(world: Any, sae_maker: Callable[..., Path]) ->
     assert many is not None
     assert seen == [LENGTH] * 7 + [5 * LENGTH, 2 * LENGTH]
     assert one.num_tokens == many.num_tokens
-    for name in ("counted", "untouched", "stored", "added", "divergence", "agreed", "zero", "mean"):
+    for name in (field.name for field in fields(CrossEntropy)):
         a, b = getattr(one, name), getattr(many, name)
         assert a.shape[-1] == 7
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

@@ -127,8 +127,10 @@ def test_the_variance_at_single_tokens_of_each_latent(z: Float) -> None:
     assert np.isnan(found[8])
 
 
-def test_as_coded_is_the_published_code_batch_by_batch(z: Float) -> None:
-    found = _decomposed(z, (0, 1, 2, 3), batch=10).summary()
+@pytest.mark.parametrize("layers", [(0, 1, 2, 3), (4, 5, 6, 7), LAYERS])
+def test_as_coded_is_the_published_code_batch_by_batch(z: Float, layers: tuple[int, ...]) -> None:
+    """The published code counts layers from 0, whichever they are: its ratios know no ids."""
+    found = _decomposed(z, layers, batch=10).summary()
     assert found is not None
     single, aggregate = np.mean([_published(z[:, n : n + 10]) for n in (0, 10, 20)], axis=0)
     assert found["as_coded"] == {
@@ -180,6 +182,20 @@ def test_one_layer_has_no_spread_and_no_ratio() -> None:
     assert found["mass"]["total"] == 0
     assert found["mass"]["single_over_aggregate"] is None
     assert found["as_coded"]["aggregate_over_total"] is None
+
+
+@pytest.mark.parametrize("layers", [(0, 1, 2), (3, 7, 31)])
+def test_variances_that_are_rounding_are_0_and_divide_nothing(layers: tuple[int, ...]) -> None:
+    """A latent of the middle layer alone does not vary, however its weights are summed."""
+    generator = np.random.default_rng(3)
+    z = np.zeros((3, 40, 5))
+    z[1] = generator.exponential(size=(40, 5)) * 10.0 ** generator.integers(-6, 6, (40, 5))
+    found = _decomposed(z, layers, batch=7).summary()
+    assert found is not None
+    for name in ("mass", "pair_uniform"):
+        of: Any = found[name]
+        assert [of[term] for term in ("total", "single", "tokens", "latents")] == [0.0] * 4
+        assert of["single_over_aggregate"] is of["aggregate_over_total"] is None
 
 
 def test_nothing_active_is_nothing_to_decompose() -> None:

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from mlsae.analyze.measure.bootstrap import ratio
-from mlsae.analyze.measure.rows.sums import GroupedRows, LatentSums, RowSums
+from mlsae.analyze.measure.rows.sums import (
+    CosineSum,
+    GroupedRows,
+    LatentSums,
+    RowSums,
+    centred,
+)
 
 CPU = torch.device("cpu")
 Float = npt.NDArray[np.float64]
@@ -175,3 +181,33 @@ def test_latent_totals_match_brute_force() -> None:
     np.put_along_axis(dense, indices.numpy(), values.numpy().astype(np.float64), axis=1)
     np.testing.assert_array_equal(sums.count.numpy(), (dense > 0).sum(axis=0))
     np.testing.assert_allclose(sums.total.numpy(), dense.sum(axis=0), rtol=1e-12)
+
+
+def test_the_mean_of_cosines_is_over_all_rows_and_none_of_rows_without_direction() -> None:
+    x, y = (t.double() for t in _rows(50, 3, offset=4.0))
+    x[7] = 0
+    norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+    dots = (x * y).sum(dim=1).numpy()
+    expected = np.divide(dots, norms, out=np.zeros(50), where=norms > 0).mean()
+    found = CosineSum(CPU)
+    assert found.mean() is None
+    found.add(x[7:8], y[7:8])
+    assert found.mean() is None
+    for part in (slice(0, 7), slice(8, 50)):
+        found.add(x[part], y[part])
+    assert found.mean() == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_row_that_differs_from_the_mean_by_its_rounding_has_no_direction() -> None:
+    x = torch.tensor([[0.1, 1000.3, -7.7], [0.1, 1000.3, -7.8]])
+    mean = x[0].double() * (1 + 1e-15)
+    about = centred(x, mean)
+    assert (about[0] == 0).all()
+    np.testing.assert_array_equal(about[1], x[1].double() - mean)
+
+
+def test_channels_of_one_mean_and_rows_that_do_not_vary_leave_no_variance_as_published() -> None:
+    """Errors are not divided by the rounding of a mean."""
+    x = torch.full((60, 7), 0.1)
+    _, published = _summed(x, x + 1, reference=0.3).weighted(np.ones((1, 1))).fvu_published()
+    assert published.tolist() == [0.0]

@@ -108,9 +108,30 @@ def test_norm_and_cosine_are_those_of_every_eligible_row_of_the_store(case: Case
     cosines = [
         s / np.sqrt((c[n] ** 2).sum() * (c[n + 1] ** 2).sum()) for n, s in enumerate(cosines)
     ]
-    found = case.analysis.layers["adjacent_cosine"].to_pylist()
+    found = case.analysis.layers["adjacent_cosine_pooled"].to_pylist()
     assert found[:2] == pytest.approx(cosines, rel=1e-7)
     assert found[2] is None
+
+
+def test_the_adjacent_cosine_is_a_mean_over_evaluated_rows_about_the_means_of_the_store(
+    case: Case,
+) -> None:
+    row = np.arange(NUM_SEQUENCES * LENGTH)
+    eligible = (case.world.flags == 0) & (row % LENGTH >= case.skip)
+    expected: list[float] = []
+    for one, other in ((0, 1), (1, 3)):
+        a, b = (
+            case.x[n][case.eligible] - case.world.activations[n].astype(float)[eligible].mean(0)
+            for n in (one, other)
+        )
+        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        expected.append(float(((a * b).sum(axis=1) / norms).mean()))
+    found = case.analysis.layers["adjacent_cosine"].to_pylist()
+    assert found[:2] == pytest.approx(expected, rel=1e-7)
+    assert found[2] is None
+    assert found[:2] != pytest.approx(
+        case.analysis.layers["adjacent_cosine_pooled"].to_pylist()[:2], rel=1e-3
+    )
 
 
 def test_latents_and_latent_layers(case: Case) -> None:

@@ -31,6 +31,7 @@ from mlsae.base.files import read_sealed, seal, sha256_file
 from mlsae.cli import main
 
 MAJOR, MINOR = map(int, TABLES_VERSION.split("."))
+_ENDS = ("_low", "_high")
 LATER, MUCH_LATER = f"{MAJOR}.{MINOR + 1}", f"{MAJOR + 1}.0"
 
 
@@ -171,6 +172,35 @@ def test_columns_that_an_earlier_minor_version_lacks_are_null(analysis: Path) ->
     page = render(found)
     assert "Cosines with the token embedding and the unembedding" not in page
     assert all(figures.draw(name, vars(found)) for name in found.figures)
+
+
+def test_a_column_that_was_defined_otherwise_has_the_name_of_its_definition(
+    analysis: Path, made: Path
+) -> None:
+    """Before 1.1, zeros were put at eligible tokens alone, and cosines of layers were pooled."""
+    names = {
+        "ce_zero_eligible": "ce_zero",
+        "loss_recovered_zero_eligible": "loss_recovered_zero",
+        "adjacent_cosine_pooled": "adjacent_cosine",
+    }
+    names |= {f"{now}{end}": f"{name}{end}" for now, name in names.items() for end in _ENDS}
+    for name in ("layers", "overall"):
+        path = analysis / f"{name}.parquet"
+        table = pq.read_table(path)
+        metadata = table.schema.metadata | {b"mlsae.tables_version": b"1.0"}
+        table = table.drop_columns([of for of in names.values() if of in table.column_names])
+        table = table.rename_columns([names.get(of, of) for of in table.column_names])
+        pq.write_table(table.replace_schema_metadata(metadata), path)
+    before, found = load(made), load(analysis)
+    for name in ("layers", "overall"):
+        now, then = getattr(before, name), getattr(found, name)
+        for new, old in names.items():
+            if new in now.column_names:
+                assert then[new].equals(now[new])
+                assert then[old].null_count == len(then)
+                assert then.schema.field(old).metadata[b"description"]
+    assert all(figures.draw(name, vars(found)) for name in found.figures)
+    assert found.layers["adjacent_cosine_pooled"].null_count == 1
 
 
 @pytest.mark.parametrize(

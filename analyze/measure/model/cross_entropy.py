@@ -24,6 +24,9 @@ from mlsae.sae import SAE
 LOGITS_BYTES = 2**27
 """Float32 logits in one forward: bounds memory, whatever the vocabulary."""
 
+ROUNDING = 1e-6
+"""Relative error of a loss whose logits are float32."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CrossEntropy:
@@ -52,16 +55,39 @@ class CrossEntropy:
     agreed: Float
     """Tokens whose likeliest next one is the same untouched and with the SAE spliced."""
 
+    counted_spliced: Float
+    """Counted targets that are predicted from a spliced token, (G,)."""
+
+    added_spliced: Float
+    """`added` over the targets of `counted_spliced`."""
+
+    divergence_spliced: Float
+    """`divergence` over them."""
+
+    agreed_spliced: Float
+    """`agreed` over them."""
+
     zero: Float
-    """−log p(target) with zeros in place of the live activations."""
+    """−log p(target) with zeros in place of the live activations of every token (SAEBench)."""
+
+    zero_eligible: Float
+    """−log p(target) with zeros in place of the live activations of eligible tokens."""
 
     mean: Float
-    """Increase of −log p(target) with the mean over the store's eligible rows at the layer."""
+    """−log p(target) with the mean over the store's eligible rows at the layer, at eligible
+    tokens."""
 
     @property
     def num_tokens(self) -> int:
         """Counted targets."""
         return int(self.counted.sum())
+
+    def num_targets(self) -> dict[str, int]:
+        """Counts by column of the table `layers`."""
+        return {
+            "num_ce_tokens": self.num_tokens,
+            "num_ce_tokens_spliced": int(self.counted_spliced.sum()),
+        }
 
     @property
     def ce(self) -> float:
@@ -95,13 +121,15 @@ class CrossEntropy:
         def total(sums_G: Float) -> Float:
             return weights_RG @ sums_G
 
-        num_tokens, found = total(self.counted), []
+        num_tokens, from_spliced = total(self.counted), total(self.counted_spliced)
+        found = []
         for i, added in enumerate(self.added):
             sums = {
                 "ce": self.untouched,
                 "ce_sae": self.untouched + added,
                 "delta_ce": added,
                 "ce_zero": self.zero[i],
+                "ce_zero_eligible": self.zero_eligible[i],
                 "ce_mean": self.mean[i],
                 "kl": self.divergence[i],
                 "top1_agreement": self.agreed[i],
@@ -109,11 +137,25 @@ class CrossEntropy:
             if self.stored is not None and i < len(self.stored):
                 sums["ce_store"] = self.stored[i]
             ratios = {name: (total(of), num_tokens) for name, of in sums.items()}
-            for name, ablated in (("zero", self.zero[i]), ("mean", self.mean[i])):
-                lost = ablated - self.untouched
-                ratios[f"loss_recovered_{name}"] = total(lost - added), total(lost)
+            of_spliced = {
+                "delta_ce_spliced": self.added_spliced[i],
+                "kl_spliced": self.divergence_spliced[i],
+                "top1_agreement_spliced": self.agreed_spliced[i],
+            }
+            ratios |= {name: (total(of), from_spliced) for name, of in of_spliced.items()}
+            for name in ("zero", "zero_eligible", "mean"):
+                lost = sums[f"ce_{name}"] - self.untouched
+                ratios[f"loss_recovered_{name}"] = (
+                    total(lost - added),
+                    _unless_rounding(total(lost), total(self.untouched)),
+                )
             found.append(ratios)
         return found
+
+
+def _unless_rounding(difference: Float, of: Float) -> Float:
+    """Differences between sums of losses, 0 where float32 logits could make them."""
+    return np.where(abs(difference) > ROUNDING * of, difference, 0.0)
 
 
 def next_log_probs(logits_BTV: Tensor, counted_BT: Tensor) -> Tensor:
@@ -187,7 +229,11 @@ def measure(
         tally.start(batch, run(transformer, inputs))
         for i, layer in enumerate(layers):
             zero = torch.zeros_like(means[layer])
-            new = [("zero", put_where(zero, eligible)), ("mean", put_where(means[layer], eligible))]
+            new = [
+                ("zero", torch.zeros_like),
+                ("zero_eligible", put_where(zero, eligible)),
+                ("mean", put_where(means[layer], eligible)),
+            ]
             if keeps_all:
                 stored = _stored(pairing, layer, batch.numbers).to(transformer.device)
                 new.append(("stored", put_where(stored, eligible)))
@@ -209,13 +255,19 @@ def _measure_together(
 ) -> None:
     """Splice all layers at once."""
 
-    def logits(replace: Callable[[int, Tensor], Tensor]) -> Tensor:
+    def logits(
+        replace: Callable[[int, Tensor], Tensor], where_BT: Tensor = batch.eligible
+    ) -> Tensor:
         return spliced_layers(
-            transformer, batch.inputs, pairing.layers, batch.eligible, replace, pairing.site
+            transformer, batch.inputs, pairing.layers, where_BT, replace, pairing.site
         )
 
+    def zeros(_layer: int, x_ND: Tensor) -> Tensor:
+        return torch.zeros_like(x_ND)
+
     last = len(pairing.layers)
-    tally.loss("zero", last, logits(lambda _layer, x_ND: torch.zeros_like(x_ND)))
+    tally.loss("zero", last, logits(zeros, torch.ones_like(batch.eligible)))
+    tally.loss("zero_eligible", last, logits(zeros))
     tally.loss("mean", last, logits(lambda layer, x_ND: means[layer].to(x_ND).expand_as(x_ND)))
     tally.rebuilt(last, logits(lambda layer, x_ND: pairing.sae(x_ND.float(), layer)))
 
@@ -225,12 +277,15 @@ class _Tally:
 
     def __init__(self, num_layers: int, sequences: Int, device: torch.device) -> None:
         self._sequences = sequences
-        self._sums = {
-            name: torch.zeros(
-                num_layers + 1, count_groups(len(sequences)), dtype=torch.float64, device=device
-            )
-            for name in ("once", "stored", "added", "divergence", "agreed", "zero", "mean")
-        }
+
+        def zeros(*names: str, num: int) -> dict[str, Tensor]:
+            shape = num, count_groups(len(sequences))
+            return {n: torch.zeros(shape, dtype=torch.float64, device=device) for n in names}
+
+        self._once = zeros("counted", "counted_spliced", "untouched", num=1)
+        self._sums = zeros("stored", "zero", "zero_eligible", "mean", num=num_layers + 1)
+        self._rebuilt = zeros("added", "divergence", "agreed", num=num_layers + 1)
+        self._rebuilt_spliced = zeros(*self._rebuilt, num=num_layers + 1)
 
     def start(self, batch: Sequences, logits_BTV: Tensor) -> None:
         """Take up a batch with the untouched transformer's logits."""
@@ -238,36 +293,44 @@ class _Tally:
         places = np.searchsorted(self._sequences, batch.numbers)
         groups = torch.from_numpy(group_of(places, len(self._sequences))).to(batch.counted.device)
         self._groups = groups[:, None].expand_as(batch.counted)[batch.counted]
+        self._from_spliced = batch.eligible[:, :-1][batch.counted]
         self._targets = batch.inputs.tokens[:, 1:][batch.counted]
         self._log_p = next_log_probs(logits_BTV, batch.counted)
         self._losses = losses(self._log_p, self._targets)
         self._likeliest = self._log_p.argmax(-1)
-        self._add("once", 0, torch.ones_like(self._losses))
-        self._add("once", 1, self._losses)
+        self._add(self._once["counted"][0], torch.ones_like(self._losses))
+        self._add(self._once["counted_spliced"][0], self._from_spliced)
+        self._add(self._once["untouched"][0], self._losses)
 
     def loss(self, name: str, i: int, logits_BTV: Tensor) -> None:
         """Add up −log p(target)."""
-        self._add(name, i, losses(next_log_probs(logits_BTV, self._counted), self._targets))
+        of_N = losses(next_log_probs(logits_BTV, self._counted), self._targets)
+        self._add(self._sums[name][i], of_N)
 
     def rebuilt(self, i: int, logits_BTV: Tensor) -> None:
         """Add up the logits with reconstructions."""
         log_q = next_log_probs(logits_BTV, self._counted)
-        self._add("added", i, losses(log_q, self._targets) - self._losses)
-        self._add("divergence", i, divergences(self._log_p, log_q))
-        self._add("agreed", i, log_q.argmax(-1) == self._likeliest)
+        found = {
+            "added": losses(log_q, self._targets) - self._losses,
+            "divergence": divergences(self._log_p, log_q),
+            "agreed": log_q.argmax(-1) == self._likeliest,
+        }
+        for name, of_N in found.items():
+            self._add(self._rebuilt[name][i], of_N)
+            self._add(self._rebuilt_spliced[name][i], of_N * self._from_spliced)
 
     def result(self, keeps_all: bool) -> CrossEntropy | None:
         """All sums, or None without a counted target."""
-        sums = {name: of.cpu().numpy() for name, of in self._sums.items()}
-        once, stored = sums.pop("once"), sums.pop("stored")
-        if once[0].sum() == 0:
+        sums = {name: of.cpu().numpy() for name, of in (self._sums | self._rebuilt).items()}
+        sums |= {f"{name}_spliced": of.cpu().numpy() for name, of in self._rebuilt_spliced.items()}
+        once = {name: of[0].cpu().numpy() for name, of in self._once.items()}
+        stored = sums.pop("stored")
+        if once["counted"].sum() == 0:
             return None
-        return CrossEntropy(
-            counted=once[0], untouched=once[1], stored=stored[:-1] if keeps_all else None, **sums
-        )
+        return CrossEntropy(stored=stored[:-1] if keeps_all else None, **once, **sums)
 
-    def _add(self, name: str, i: int, of_N: Tensor) -> None:
-        self._sums[name][i].index_add_(0, self._groups, of_N.double())
+    def _add(self, sums_G: Tensor, of_N: Tensor) -> None:
+        sums_G.index_add_(0, self._groups, of_N.double())
 
 
 def _means(pairing: Pairing, device: torch.device) -> dict[int, Tensor]:

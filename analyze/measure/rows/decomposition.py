@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_ROUNDING = 1e-12
+"""Relative error of differences of sums, at most."""
+
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
@@ -33,6 +36,12 @@ class Pairs:
 
     variances: Tensor
     """Var(L | j, t)."""
+
+    index_means: Tensor
+    """The mean of the layer's index among the SAE's layers, 0 … L − 1, instead of its id."""
+
+    index_variances: Tensor
+    """The variance of that index."""
 
     num_events: int
     """Activations that the pairs are made of."""
@@ -61,15 +70,24 @@ def pairs_of(latents: Mapping[int, tuple[Tensor, Tensor]], num_latents: int) -> 
     def summed(weights_E: Tensor) -> Tensor:
         return torch.bincount(pair_E, weights=weights_E, minlength=len(pair_P))
 
+    def moments(numbers_E: Tensor) -> tuple[Tensor, Tensor]:
+        means = summed(z_E * numbers_E) / totals
+        return means, summed(z_E * (numbers_E - means[pair_E]).square()) / totals
+
     totals = summed(z_E)
-    means = summed(z_E * l_E) / totals
+    means, variances = index_means, index_variances = moments(l_E)
+    if tuple(latents) != tuple(range(len(latents))):
+        ascending = torch.tensor(sorted(latents), dtype=l_E.dtype, device=l_E.device)
+        index_means, index_variances = moments(torch.searchsorted(ascending, l_E).double())
     shares = torch.split_with_sizes(z_E / totals[pair_E], [len(part) for part in values])
     return Pairs(
         tokens=pair_P // num_latents,
         latents=pair_P % num_latents,
         totals=totals,
         means=means,
-        variances=summed(z_E * (l_E - means[pair_E]).square()) / totals,
+        variances=variances,
+        index_means=index_means,
+        index_variances=index_variances,
         num_events=len(z_E),
         by_layer={
             layer: (float(z.sum()), float(share.sum()))
@@ -118,6 +136,7 @@ class _Scheme:
     def __init__(self, layers: tuple[int, ...], num_latents: int, device: torch.device) -> None:
         # Squares are taken about the middle, so that little cancels between them.
         self._centre = sum(layers) / len(layers)
+        self._least = _ROUNDING * (max(layers) - min(layers)) ** 2
         self._by_layer = dict.fromkeys(layers, 0.0)
         self.weight, self._first, self._second, self.within = torch.zeros(
             (4, num_latents), dtype=torch.float64, device=device
@@ -144,12 +163,17 @@ class _Scheme:
         mass = sum(self._by_layer.values())
         middle = sum(layer * w for layer, w in self._by_layer.items()) / mass
         return Terms(
-            total=sum((layer - middle) ** 2 * w for layer, w in self._by_layer.items()) / mass,
-            single=float(self.within.sum()) / whole,
-            # A sum of squares that rounding must not take below 0.
-            tokens=max(0.0, float((self._second[seen] - squares).sum()) / whole),
-            latents=max(0.0, float(squares.sum()) / whole - mean**2),
+            total=self._unless_rounding(
+                sum((layer - middle) ** 2 * w for layer, w in self._by_layer.items()) / mass
+            ),
+            single=self._unless_rounding(float(self.within.sum()) / whole),
+            tokens=self._unless_rounding(float((self._second[seen] - squares).sum()) / whole),
+            latents=self._unless_rounding(float(squares.sum()) / whole - mean**2),
         )
+
+    def _unless_rounding(self, variance: float) -> float:
+        """Variances that may be an error of the sums are 0, and no ratio divides by them."""
+        return variance if variance > self._least else 0.0
 
 
 class Decomposition:
@@ -160,8 +184,9 @@ class Decomposition:
     - *mass*: P(t, j, l) is in proportion to the value of latent j for token t at layer l.
     - *pair-uniform*: every active pair (t, j) weighs the same, and P(l | t, j) follows the values.
     - *as coded*: the published code's (tim-lawson/mlsae, analysis/variances.py), batch by batch,
-      ratios averaged over batches. Pairs that are not active count as distributions of sum 0, so
-      that its E Var(L | J) is near a second moment about layer 0.
+      ratios averaged over batches. Layers are counted from 0 there, so here their indices are
+      taken. Pairs that are not active count as distributions of sum 0, so that its E Var(L | J) is
+      near a second moment about the first layer.
     """
 
     def __init__(self, layers: tuple[int, ...], num_latents: int, device: torch.device) -> None:
@@ -186,15 +211,17 @@ class Decomposition:
         self._coded.append(self._as_coded(pairs, num_tokens))
 
     def _as_coded(self, pairs: Pairs, num_tokens: int) -> tuple[float | None, float | None]:
-        squares = pairs.variances + pairs.means.square()
+        squares = pairs.index_variances + pairs.index_means.square()
         first, second = (
             torch.bincount(pairs.latents, weights=moment, minlength=self._num_latents) / num_tokens
-            for moment in (pairs.means, squares)
+            for moment in (pairs.index_means, squares)
         )
-        aggregate = float((second - first.square()).mean())
-        single = float(pairs.variances.sum()) / (num_tokens * self._num_latents)
+        aggregate = second - first.square()
+        aggregate = torch.where(aggregate > _ROUNDING * second, aggregate, 0.0)
+        of_latents = float(aggregate.mean())
+        single = float(pairs.index_variances.sum()) / (num_tokens * self._num_latents)
         total = float(second.mean() - first.mean().square())
-        return _ratio(single, aggregate), _ratio(aggregate, total)
+        return _ratio(single, of_latents), _ratio(of_latents, total)
 
     def terms(self) -> dict[str, Terms] | None:
         """The terms of `mass` and `pair_uniform`; None without an active pair."""

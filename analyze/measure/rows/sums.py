@@ -15,6 +15,9 @@ Float = npt.NDArray[np.float64]
 Ratio = tuple[Float, Float]
 """Numerator and denominator, each (A,)."""
 
+ROUNDING = 1e-26
+"""Square of the relative error of a mean, at most: a smaller share of a squared norm is none."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RowSums:
@@ -63,6 +66,8 @@ class RowSums:
         num_rows = self.of("rows")
         mean = self.reference + self.offset / np.maximum(num_rows, 1)[:, None]
         between = num_rows * np.square(mean - mean.mean(axis=1, keepdims=True)).sum(axis=1)
+        # Channels of one mean leave rounding, which is no variance.
+        between = np.where(between > ROUNDING * num_rows * np.square(mean).sum(axis=1), between, 0)
         return self.of("error"), self._scatter() + between
 
     def ratios(self, num_latents: int) -> dict[str, Ratio]:
@@ -86,7 +91,7 @@ class RowSums:
         num_rows, about = self.of("rows"), self.of("about")
         scatter = about - np.square(self.offset).sum(axis=1) / np.maximum(num_rows, 1)
         # Rows that do not vary leave rounding, which is no variance.
-        rounding = 1e-14 * about + 1e-26 * num_rows * np.square(self.reference).sum()
+        rounding = 1e-14 * about + ROUNDING * num_rows * np.square(self.reference).sum()
         return np.where(scatter > rounding, scatter, 0.0)
 
 
@@ -134,6 +139,31 @@ class GroupedRows:
             offset=self._offset[first:last].cpu().numpy(),
             scalars=self._scalars[first:last].cpu().numpy(),
         )
+
+
+class CosineSum:
+    """Mean over rows of the cosine of two vectors of each, 0 where either has no direction."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._total, self._defined = torch.zeros(2, dtype=torch.float64, device=device)
+        self._num_rows = 0
+
+    def add(self, a_ND: Tensor, b_ND: Tensor) -> None:
+        """Add rows, float64."""
+        norms = (_dot(a_ND, a_ND) * _dot(b_ND, b_ND)).sqrt()
+        self._total += torch.where(norms > 0, _dot(a_ND, b_ND) / norms, 0.0).sum()
+        self._defined += (norms > 0).sum()
+        self._num_rows += len(a_ND)
+
+    def mean(self) -> float | None:
+        """The mean; None where no row has a cosine."""
+        return float(self._total) / self._num_rows if self._defined > 0 else None
+
+
+def centred(x_ND: Tensor, mean_D: Tensor) -> Tensor:
+    """Rows about a point, float64; a row that is there but for rounding is 0."""
+    x = x_ND.double() - mean_D
+    return x * (_dot(x, x) > ROUNDING * _dot(mean_D, mean_D))[:, None]
 
 
 def _dot(a_ND: Tensor, b_ND: Tensor) -> Tensor:

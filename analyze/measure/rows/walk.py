@@ -19,7 +19,13 @@ from mlsae.analyze.events.writer import EventsWriter
 from mlsae.analyze.examples.collect import Examples
 from mlsae.analyze.measure.bootstrap import count_groups, group_of
 from mlsae.analyze.measure.rows.joint import Joint
-from mlsae.analyze.measure.rows.sums import GroupedRows, LatentSums, RowSums
+from mlsae.analyze.measure.rows.sums import (
+    CosineSum,
+    GroupedRows,
+    LatentSums,
+    RowSums,
+    centred,
+)
 from mlsae.analyze.pairing import Pairing
 from mlsae.analyze.results.records import PartRecord
 from mlsae.analyze.selection import Int, Single
@@ -42,6 +48,10 @@ class LayerSums:
 
     latents: LatentSums
     """Latents active at the eligible rows."""
+
+    adjacent_cosine: float | None
+    """Mean over the eligible rows of the cosine with the next layer of the store, each about the
+    mean of the store's eligible rows; None if the SAE does not read that layer."""
 
     events: tuple[PartRecord, ...]
     """Parts written to the table `events`."""
@@ -104,11 +114,15 @@ def _batches(
     """Rows (N,), their tokens, whether each is eligible, and layer → the eligible ones' latents."""
     while True:
         latents = {}
+        before: _Layer | None = None
         # Flags and chunks belong to rows, whatever the layer: every reader gives the same rows.
         for of in layers:
             if (batch := of.add_next(end_row)) is None:
                 return
             rows, tokens, eligible, latents[of.layer] = batch
+            if before is not None:
+                before.compare(of)
+            before = of
         yield rows, tokens, eligible, latents
 
 
@@ -138,8 +152,13 @@ class _Layer:
         # reported is a union of them.
         self._num_groups = count_groups(len(sequences))
         moments = pairing.store.moments(pairing.site, pairing.skip_positions)
-        mean = moments.mean[moments.layers.index(layer)]
+        place = moments.layers.index(layer)
+        mean = moments.mean[place]
         self._rows = GroupedRows(3 * self._num_groups, mean, pairing.device)
+        self._mean = torch.from_numpy(mean).to(pairing.device)
+        self._centred = torch.zeros(0, len(mean), dtype=torch.float64, device=pairing.device)
+        self._next = moments.layers[place + 1 : place + 2]
+        self._cosines = CosineSum(pairing.device)
         self._latents = LatentSums(pairing.sae.config.num_latents, pairing.device)
 
     def add_next(self, end_row: int) -> tuple[Int, Int, Bool, tuple[Tensor, Tensor]] | None:
@@ -160,8 +179,15 @@ class _Layer:
         keys = torch.from_numpy(part * self._num_groups + groups)
         self._rows.add(keys.to(self._pairing.device), found.x, x_hat, found.encoded.values)
         self._latents.add(*found.latents)
+        eligible = torch.from_numpy(found.eligible).to(self._pairing.device)
+        self._centred = centred(found.x[eligible], self._mean)
         write_events(self._writer, found, end_row)
         return found.rows, found.tokens, found.eligible, found.latents
+
+    def compare(self, following: "_Layer") -> None:
+        """Add the cosines of the batch in hand with the SAE's next layer, if it is the store's."""
+        if following.layer in self._next:
+            self._cosines.add(self._centred, following._centred)
 
     def sums(self) -> LayerSums:
         """All sums, once the writer has been closed."""
@@ -174,5 +200,6 @@ class _Layer:
             position_0_in=first + later,
             position_0_out=later,
             latents=self._latents,
+            adjacent_cosine=self._cosines.mean(),
             events=tuple(self._writer.records),
         )

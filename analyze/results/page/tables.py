@@ -37,13 +37,18 @@ _GROUPS: Mapping[str, tuple[str, ...]] = {
         "ce_sae",
         "delta_ce",
         "ce_zero",
+        "ce_zero_eligible",
         "ce_mean",
         "loss_recovered_zero",
+        "loss_recovered_zero_eligible",
         "loss_recovered_mean",
         "kl",
         "top1_agreement",
+        "delta_ce_spliced",
+        "kl_spliced",
+        "top1_agreement_spliced",
     ),
-    "The store's activations": ("norm", "adjacent_cosine"),
+    "The store's activations": ("norm", "adjacent_cosine", "adjacent_cosine_pooled"),
 }
 _NOT = "not measured"
 _REST = "Counts and others"
