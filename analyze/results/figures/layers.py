@@ -108,7 +108,10 @@ def norm_cosine(layers: pa.Table) -> Figure:
         _finish(first)
     else:
         _finish(first, zero=True)
-    cosines = {"adjacent_cosine": "mean over rows", "adjacent_cosine_pooled": "pooled over rows"}
+    cosines: dict[str, str | None] = {
+        "adjacent_cosine": "mean over rows",
+        "adjacent_cosine_pooled": "pooled over rows",
+    }
     _lines(second, layers, cosines)
     second.set(title="Likeness to the next layer", ylabel="centred cosine")
     least = min(float(np.nanmin(values(layers, name), initial=0.0)) for name in cosines)
