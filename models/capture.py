@@ -4,22 +4,20 @@ B = sequences, T = positions, d = d_model; a single pass has N sequences of L po
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 
 import torch
 from torch import Tensor
 
 from mlsae.base.words import Key
 from mlsae.models.inputs import Inputs
-from mlsae.models.passes.documents import passes, together
-from mlsae.models.passes.forward import forward
-from mlsae.models.passes.isolation import check_isolation
+from mlsae.models.passes.documents import together
+from mlsae.models.passes.forward import PassLeft, forward
+from mlsae.models.passes.isolation import separate_passes
 from mlsae.models.sites import anatomies, attach, check_sites
+from mlsae.models.stream import stream_proven
 from mlsae.models.structure.anatomy import Tap
 from mlsae.models.transformer import Transformer
-
-
-class _AllSeen(Exception):  # noqa: N818
-    """Leaves a forward pass after the last tensor asked for; control flow, never an error."""
 
 
 @torch.no_grad()
@@ -44,20 +42,21 @@ def capture(
     Returns:
         For each (site, layer), sites in the order of `SITES` and layers ascending, a tensor
         (B, T, d) in the model's dtype on the block's device. The tensor is the model's own; it is
-        a copy where the model is going to write into it, and where documents were given.
+        a copy where the model is going to write into it, and where documents were given or
+        padded sequences are run one by one.
 
     Raises:
-        InputError: a layer or site that the model does not have; or the inputs have documents or
-            padding and the model attends to padding.
+        InputError: a layer or site that the model does not have; or the model cannot be run on
+            sequences of this length, or passes no residual stream through its blocks in it.
     """
     wanted_layers = transformer.check_layers(layers)
     wanted_sites = check_sites(transformer, sites)
-    check_isolation(transformer, inputs)
     blocks = anatomies(transformer)
     taps = {
         (site, layer): blocks[layer].taps[site] for site in wanted_sites for layer in wanted_layers
     }
-    results = ((each, _captured(transformer, each.inputs, taps)) for each in passes(inputs))
+    parts = separate_passes(transformer, inputs)
+    results = ((each, _captured(transformer, each.inputs, taps)) for each in parts)
     return together(results, inputs.tokens.shape)
 
 
@@ -70,16 +69,16 @@ def _captured(
         def act(x: Tensor) -> None:
             captured[key] = x.reshape(*inputs.tokens.shape, x.shape[-1])
             if len(captured) == len(taps):
-                raise _AllSeen
+                raise PassLeft
 
         return act
 
-    handles = [attach(transformer.blocks[key[1]], tap, keep(key)) for key, tap in taps.items()]
-    try:
-        forward(transformer, transformer.backbone, inputs)
-    except _AllSeen:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    last = max(layer for _, layer in taps)
+    with ExitStack() as stack:
+        stack.enter_context(stream_proven(transformer, inputs.tokens.shape, last))
+        for key, tap in taps.items():
+            handle = attach(transformer.blocks[key[1]], tap, keep(key))
+            stack.callback(handle.remove)
+        stack.enter_context(suppress(PassLeft))
+        forward(transformer, transformer.backbone, inputs, extent=last)
     return {key: captured[key] for key in taps}

@@ -1,23 +1,42 @@
 """A transformer from a hub id or a local directory, in any of its initialisations."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from mlsae.base.errors import InputError
 from mlsae.models.families.attention import BY_BLOCKS, blocks_pay, register
-from mlsae.models.families.kinds import DECODER, auto_class, construction, kind_of
+from mlsae.models.families.kinds import (
+    DECODER,
+    ENCODER,
+    auto_class,
+    construction,
+    kind_of,
+    settled,
+)
 from mlsae.models.families.sketch import sketch
+from mlsae.models.passes.trial import looks_ahead
 from mlsae.models.source.explanation import config_explained, explained
 from mlsae.models.source.place import Place
 from mlsae.models.structure.blocks import find_blocks
 from mlsae.models.transformer import Transformer
 from mlsae.models.weights import placement
+from mlsae.models.weights.checkpoint import (
+    WRAPPERS,
+    check_codes,
+    check_quantization,
+    is_wrapped,
+    lacks_head,
+    left_out,
+)
 from mlsae.models.weights.initialization import check_init, needs_redraw, redraw
 
 # The logger is not typed.
@@ -75,22 +94,42 @@ def load(
             config, place = _config(place), place.pinned()
             kind = kind_of(config, place.name)
             drawing = sketch(config, kind, attention)
+        headless, unexpected = False, ()
         weights_dtype = DTYPES.get(dtype) or getattr(config, "dtype", None)
         if spread is None:
             placement.require_memory_for(drawing, weights_dtype, place.name)
         if init == "random":
             model = _from_config(config, kind, weights_dtype, attention, init_seed)
         else:
-            model = _pretrained(place, config, kind, dtype, attention, spread)
+            model, info = _pretrained(place, config, kind, dtype, attention, spread)
+            headless, unexpected = lacks_head(model, info, place.name), info["unexpected_keys"]
     if needs_redraw(init):
         redraw(model, init, init_seed)
     if device_map is None:
         placement.move(model, device, place.name)
     elif not hasattr(model, "hf_device_map"):
         placement.dispatch(model, place.name)
-    if attention is None and kind == DECODER and blocks_pay(model, placement.input_device(model)):
-        model.set_attn_implementation(BY_BLOCKS)
-    return _transformer(place, model, config, kind, blocks, init, init_seed)
+    transformer = _transformer(place, model, config, kind, blocks, init, init_seed)
+    if headless:
+        transformer = replace(transformer, model=transformer.backbone, has_head=False)
+    note = left_out(
+        transformer.backbone,
+        model.base_model_prefix,
+        transformer.blocks_path,
+        unexpected,
+        place.name,
+    )
+    if kind == DECODER and looks_ahead(transformer):
+        transformer = replace(transformer, model=transformer.backbone, kind=ENCODER)
+    if transformer.predicts and note is not None:
+        transformer = replace(transformer, notes=(note,))
+    if (
+        attention is None
+        and transformer.kind == DECODER
+        and blocks_pay(transformer.model, transformer.device)
+    ):
+        transformer.model.set_attn_implementation(BY_BLOCKS)
+    return transformer
 
 
 def outline(
@@ -156,25 +195,38 @@ def load_for(
 
 
 def _config(place: Place) -> Any:
+    if (adapter := place.adapter()) is not None:
+        raise InputError(
+            f"{place.name} holds an adapter ({adapter.get('peft_type', 'of PEFT')}) of "
+            f"{adapter.get('base_model_name_or_path') or 'the model beside it'}, whose weights "
+            "would be left out; merge it (merge_and_unload of peft, then save_pretrained) and give "
+            "the merged model, or move adapter_config.json away to take the model without it"
+        )
     if place.is_directory and not (Path(place.name) / "config.json").is_file():
         raise InputError(
             f"{place.name} is no model directory: it holds no config.json; give a directory in "
             "the layout of transformers' save_pretrained, or a hub id"
         )
-    return transformers.AutoConfig.from_pretrained(
+    config = transformers.AutoConfig.from_pretrained(
         place.name,
         revision=place.revision,
         trust_remote_code=False,
         local_files_only=place.is_offline,
     )
+    return settled(config)
 
 
 def _pretrained(
     place: Place, config: Any, kind: str, dtype: str, attention: str | None, device_map: str | None
-) -> Any:
-    """Load a model with its trained weights, to the CPU or spread by `device_map`."""
-    with placement.full_memory_explained(place.name, "of the GPUs", "fewer processes"):
-        model, info = auto_class(kind).from_pretrained(
+) -> tuple[Any, dict[str, Any]]:
+    """Load a model with its trained weights, to the CPU or spread by `device_map`.
+
+    Returns:
+        The model and its loading info, as transformers returns it.
+    """
+
+    def loaded(**more: Any) -> tuple[Any, dict[str, Any]]:
+        model, info = auto_class(config, kind).from_pretrained(
             place.name,
             config=config,
             revision=place.revision,
@@ -187,16 +239,17 @@ def _pretrained(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **construction(config, kind),
+            **more,
         )
-    # A mismatched key is a name, or a name with both shapes, by version.
-    mismatched = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
-    lacking = sorted({*info["missing_keys"], *mismatched})
-    if lacking:
-        raise InputError(
-            f"model {place.name} is incomplete: its files lack {len(lacking)} of its weights or "
-            f"hold them in another shape, the first {lacking[0]}; fetch the model again"
-        )
-    return model
+        return model, info
+
+    check_quantization(config, place.name)
+    with placement.full_memory_explained(place.name, "of the GPUs", "fewer processes"):
+        model, info = loaded()
+        if is_wrapped(info["unexpected_keys"]):
+            model, info = loaded(key_mapping=dict.fromkeys(map(re.escape, WRAPPERS), ""))
+    check_codes(model, place.folder(), place.name)
+    return model, info
 
 
 def _from_config(
@@ -205,7 +258,7 @@ def _from_config(
     """Build a model with the random weights of its own config, on the CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return auto_class(kind).from_config(
+        return auto_class(config, kind).from_config(
             config,
             dtype=torch.float32 if dtype is None else dtype,
             attn_implementation=attention,
@@ -218,7 +271,9 @@ def _transformer(
     place: Place, model: Any, config: Any, kind: str, blocks: str | None, init: str, seed: int
 ) -> Transformer:
     num_layers = int(config.get_text_config().num_hidden_layers)
-    path, modules = find_blocks(model.base_model, num_layers, blocks)
+    backbone = model.base_model
+    text = model.get_decoder() if isinstance(model.get_decoder(), nn.Module) else backbone
+    path, modules = find_blocks(backbone, num_layers, blocks, within=text)
     return Transformer(
         model=model.eval().requires_grad_(False),
         blocks=modules,

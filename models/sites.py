@@ -1,6 +1,6 @@
 """Sites of a transformer: those it has, and their places in each block."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,10 +12,10 @@ from torch.utils.hooks import RemovableHandle
 from mlsae.base.errors import InputError
 from mlsae.base.words import SITES
 from mlsae.models.inputs import Inputs
-from mlsae.models.passes.forward import forward
+from mlsae.models.passes.forward import forward, pass_explained
 from mlsae.models.structure.anatomy import Anatomy, Tap, dissect
 from mlsae.models.structure.blocks import hidden_of, with_hidden
-from mlsae.models.structure.calls import noted
+from mlsae.models.structure.calls import Call, Side, noted
 from mlsae.models.transformer import Transformer
 
 _anatomies: WeakKeyDictionary[Transformer, list[Anatomy]] = WeakKeyDictionary()
@@ -47,28 +47,85 @@ def anatomies(transformer: Transformer) -> list[Anatomy]:
     """Anatomy of each block, found once for a model by passing a few random tokens through it.
 
     Raises:
-        InputError: a module among the blocks is no block.
+        InputError: a module among the blocks is no block, the stream is not in the order
+            (sequences, positions, channels), or what leaves a block is not what enters the next.
     """
     if transformer not in _anatomies:
         length = min(7, transformer.max_context_length or 7)
-        generator = torch.Generator().manual_seed(0)
-        tokens_BT = torch.randint(0, transformer.vocab_size, (2, length), generator=generator)
-        with ExitStack() as stack:
-            calls = [
-                stack.enter_context(noted(block, tokens_BT.numel(), transformer.d_model))
-                for block in transformer.blocks
-            ]
-            forward(transformer, transformer.backbone, Inputs(tokens=tokens_BT))
-        for layer, each in enumerate(calls):
-            if "" not in each or each[""].entered is None or each[""].left is None:
-                raise InputError(
-                    f"{transformer.blocks_path}.{layer} of model {transformer.name} is no block: "
-                    "expected a module that runs once in a forward pass, is given the residual "
-                    f"stream (d_model {transformer.d_model}) and returns it; name the list that "
-                    "holds the blocks with --blocks PATH"
-                )
+        calls = _noted_calls(transformer, length)
+        # Some families fill sequences up to a multiple of a length of their own.
+        shape = calls[0][""].shape if "" in calls[0] else None
+        if shape and len(shape) == 3 and shape[1] > length and shape[2] == transformer.d_model:
+            length = shape[1]
+            calls = _noted_calls(transformer, length)
+        _check_blocks(transformer, calls, length)
         _anatomies[transformer] = [dissect(each) for each in calls]
     return _anatomies[transformer]
+
+
+def _noted_calls(transformer: Transformer, length: int) -> list[dict[str, Call]]:
+    generator = torch.Generator().manual_seed(0)
+    size = (_num_sequences(length), length)
+    tokens_BT = torch.randint(0, transformer.vocab_size, size, generator=generator)
+    with ExitStack() as stack:
+        calls = [
+            stack.enter_context(noted(block, tokens_BT.numel(), transformer.d_model))
+            for block in transformer.blocks
+        ]
+        with pass_explained(transformer, length):
+            forward(transformer, transformer.backbone, Inputs(tokens=tokens_BT))
+    return calls
+
+
+def _num_sequences(length: int) -> int:
+    """Other than the number of positions, which would hide their order."""
+    return 3 if length == 2 else 2
+
+
+def _check_blocks(
+    transformer: Transformer, calls: Sequence[Mapping[str, Call]], length: int
+) -> None:
+    """Refuse blocks that are not passed one stream (B, T, d), from each to the next."""
+    expected = (_num_sequences(length), length, transformer.d_model)
+    before: Side | None = None
+    for layer, each in enumerate(calls):
+        call, kind = each.get(""), type(transformer.blocks[layer]).__name__
+        name = f"{transformer.blocks_path}.{layer} of model {transformer.name}"
+        if call is None and any("" in other for other in calls):
+            raise InputError(
+                f"{name} ({kind}) does not run once in a forward pass on text alone, as blocks do: "
+                "some wait for an image, others serve several layers; such a model is not supported"
+            )
+        if call is not None and call.shape is not None and call.shape != expected:
+            raise InputError(
+                f"{name} ({kind}) returns a tensor {call.shape}, expected the residual stream in "
+                f"the order (sequences, positions, d_model) {expected}; such a model is not "
+                "supported"
+            )
+        if call is None or call.entered is None or call.left is None:
+            raise InputError(
+                f"{name} is no block: expected a module that runs once in a forward pass, is given "
+                f"the residual stream (d_model {transformer.d_model}) and returns it; name the "
+                "list that holds the blocks with --blocks PATH"
+            )
+        if before is not None and not same(before.value, call.entered.value):
+            raise InputError(broken_chain(transformer, layer))
+        before = call.left
+
+
+def broken_chain(transformer: Transformer, layer: int) -> str:
+    """Line for a block that is given something else than what left the block before."""
+    path = transformer.blocks_path
+    return (
+        f"{path} of model {transformer.name} are no blocks that pass one residual stream: what "
+        f"leaves {path}.{layer - 1} is not what enters {path}.{layer}; if another list holds the "
+        "blocks, name it with --blocks PATH"
+    )
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """True for equal bits; NaN equals NaN."""
+    return torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def attach(block: nn.Module, tap: Tap, act: Callable[[Tensor], Tensor | None]) -> RemovableHandle:

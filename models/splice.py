@@ -15,9 +15,9 @@ from mlsae.base.errors import InputError
 from mlsae.models.capture import capture
 from mlsae.models.families.kinds import DECODER
 from mlsae.models.inputs import Inputs
-from mlsae.models.passes.documents import DocumentPass, passes, together
+from mlsae.models.passes.documents import DocumentPass, together
 from mlsae.models.passes.forward import forward
-from mlsae.models.passes.isolation import check_isolation
+from mlsae.models.passes.isolation import separate_passes
 from mlsae.models.sites import anatomies, attach, check_sites
 from mlsae.models.structure.anatomy import Anatomy
 from mlsae.models.transformer import Transformer
@@ -30,12 +30,12 @@ def run(transformer: Transformer, inputs: Inputs) -> Tensor:
     """Logits (B, T, V) of the whole model, in its dtype on its device.
 
     Raises:
-        InputError: the model is an encoder; or the inputs have documents or padding and the model
-            attends to padding.
+        InputError: the model is an encoder or has no head; or the inputs have documents or padding
+            and the model cannot be run on sequences of this length.
     """
-    _check_decoder(transformer)
-    check_isolation(transformer, inputs)
-    results = ((each, {"logits": _logits(transformer, each.inputs)}) for each in passes(inputs))
+    _check_predicts(transformer)
+    parts = separate_passes(transformer, inputs)
+    results = ((each, {"logits": _logits(transformer, each.inputs)}) for each in parts)
     return together(results, inputs.tokens.shape)["logits"]
 
 
@@ -64,19 +64,19 @@ def spliced(
         InputError: as `run`; or a layer or site that the model does not have.
         ValueError: `replace` returned another shape.
     """
-    _check_decoder(transformer)
+    _check_predicts(transformer)
     transformer.check_layers([layer])
     check_sites(transformer, [site])
-    check_isolation(transformer, inputs)
+    parts = separate_passes(transformer, inputs)
     block, anatomy = transformer.blocks[layer], anatomies(transformer)[layer]
-    if inputs.documents is None:
+    if parts[0].places is None:
         with _replaced(block, anatomy, site, _checked(replace, inputs.tokens.shape)):
-            return _logits(transformer, inputs)
+            return _logits(transformer, parts[0].inputs)
     whole_BTd = capture(transformer, inputs, [layer], [site])[site, layer]
     new_BTd = _checked(replace, inputs.tokens.shape)(whole_BTd)
 
     def results() -> Iterator[tuple[DocumentPass, dict[str, Tensor]]]:
-        for each in passes(inputs):
+        for each in parts:
             with _replaced(block, anatomy, site, partial(each.take, new_BTd)):
                 logits = _logits(transformer, each.inputs)
             yield each, {"logits": logits}
@@ -110,13 +110,13 @@ def spliced_layers(
         InputError: as `spliced`.
         ValueError: `replace` returned another shape.
     """
-    _check_decoder(transformer)
+    _check_predicts(transformer)
     wanted = transformer.check_layers(layers)
     check_sites(transformer, [site])
-    check_isolation(transformer, inputs)
+    parts = separate_passes(transformer, inputs)
 
     def results() -> Iterator[tuple[DocumentPass, dict[str, Tensor]]]:
-        for each in passes(inputs):
+        for each in parts:
             where = where_BT
             if each.places is not None:
                 nowhere = torch.zeros_like(each.places, dtype=torch.bool).to(where_BT.device)
@@ -207,9 +207,10 @@ def _logits(transformer: Transformer, inputs: Inputs) -> Tensor:
     return forward(transformer, transformer.model, inputs).logits  # type: ignore[no-any-return]
 
 
-def _check_decoder(transformer: Transformer) -> None:
-    if transformer.kind != DECODER:
+def _check_predicts(transformer: Transformer) -> None:
+    if not transformer.predicts:
+        kind = "an encoder" if transformer.kind != DECODER else "a decoder without its head"
         raise InputError(
-            f"model {transformer.name} is an encoder and predicts no next token: cross-entropy "
-            "needs a decoder"
+            f"model {transformer.name} is {kind} and predicts no next token: cross-entropy needs "
+            "a decoder with its head"
         )

@@ -20,7 +20,7 @@ class Transformer:
     """A model from the transformers library, in eval mode, without gradients."""
 
     model: Any
-    """A decoder's `*ForCausalLM` module, an encoder's `*Model` module."""
+    """A decoder's `*ForCausalLM` module; the `*Model` module where there is no head."""
     blocks: list[nn.Module]
     """Blocks in order; layer i is block i's output, before any final norm."""
     blocks_path: str
@@ -35,11 +35,20 @@ class Transformer:
     """The weights' origin, one of `weights.initialization.INITS`."""
     init_seed: int = 0
     """Seed for the initialisation; without meaning for `trained`."""
+    has_head: bool = True
+    """False for a decoder that was saved without its language-model head."""
+    notes: tuple[str, ...] = ()
+    """Lines on weights in the checkpoint for which this model has no use."""
 
     @property
     def backbone(self) -> nn.Module:
         """The model without its language-model head, which an encoder lacks anyway."""
         return self.model.base_model  # type: ignore[no-any-return]
+
+    @property
+    def predicts(self) -> bool:
+        """True for a decoder with its head, which gives logits of the next token."""
+        return self.kind == DECODER and self.has_head
 
     @property
     def num_layers(self) -> int:

@@ -1,7 +1,7 @@
 """Kind of a transformer, from its config, and the class that loads it.
 
-A decoder is a causal language model, loaded with its head; an encoder (the BERT family) has no
-next token to predict and is loaded without one.
+A decoder is a causal language model, loaded with its head; an encoder (the BERT family, and a
+decoder that looks both ways) has no next token to predict and is loaded without one.
 """
 
 import inspect
@@ -18,17 +18,14 @@ ENCODER = "encoder"
 
 # The auto classes are typed too loosely to be checked here.
 _auto: Any = modeling_auto
-_AUTO_CLASSES: dict[str, Any] = {
-    DECODER: transformers.AutoModelForCausalLM,
-    ENCODER: transformers.AutoModel,
-}
 
 
 def kind_of(config: Any, name: str) -> str:
-    """Kind of a model: `decoder` or `encoder`.
+    """Kind of a model by its config: `decoder` or `encoder`.
 
     The library also has causal language models for configs of encoders. Their attention is still
-    bidirectional unless the config says `is_decoder`; such a config is an encoder.
+    bidirectional unless the config says `is_decoder`; such a config is an encoder. A decoder has
+    to prove itself one: see `passes.trial`.
 
     Args:
         config: a transformers config.
@@ -48,15 +45,33 @@ def kind_of(config: Any, name: str) -> str:
         return ENCODER
     if family in _auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return DECODER
+    if family in _auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return DECODER
     raise InputError(
         f"model {name} ({family}) is no text model that transformers knows: expected a causal "
-        "language model (GPT, Llama, …) or an encoder trained on masked tokens (BERT, …)"
+        "language model (GPT, Llama, …), one that also sees images (LLaVA, …), or an encoder "
+        "trained on masked tokens (BERT, …)"
     )
 
 
-def auto_class(kind: str) -> Any:
-    """Auto class of transformers that loads models of this kind."""
-    return _AUTO_CLASSES[kind]
+def settled(config: Any) -> Any:
+    """Settle what a family would change in a model while it runs; changes and returns the config.
+
+    RWKV would halve its stream and divide its weights every few blocks, against overflow in
+    float16; without, it computes the same numbers but for that factor.
+    """
+    if config.model_type == "rwkv":
+        config.rescale_every = 0
+    return config
+
+
+def auto_class(config: Any, kind: str) -> Any:
+    """Auto class of transformers that loads models of this kind and config."""
+    if kind == ENCODER:
+        return transformers.AutoModel
+    if config.model_type in _auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModelForImageTextToText
 
 
 def construction(config: Any, kind: str) -> dict[str, Any]:
@@ -78,8 +93,9 @@ def max_context_length(model: Any) -> int | None:
     config = model.config.get_text_config()
     if getattr(config, "alibi", False):  # Falcon's config has a length even where none applies
         return None
-    length = getattr(config, "max_position_embeddings", None)
-    if length is None:
+    given = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    length = next((value for value in given if value is not None), None)
+    if length is None or length < 1:  # XLNet says -1
         return None
     for name, module in model.base_model.named_modules():
         # RoBERTa and its kin count positions from the one after the padding's.

@@ -37,7 +37,7 @@ def sketch(config: Any, kind: str, attention_implementation: str | None = None) 
 def _build(config: Any, kind: str, attention_implementation: str | None) -> Any:
     by_blocks = attention_implementation == BY_BLOCKS
     with torch.device("meta"):
-        model = auto_class(kind).from_config(
+        model = auto_class(config, kind).from_config(
             config,
             # Families that do not ask for it by name may stumble over a name that is ours.
             attn_implementation="sdpa" if by_blocks else attention_implementation,

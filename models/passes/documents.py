@@ -7,7 +7,7 @@ B = sequences, T = positions; N = sequences in a pass, L = its positions.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,22 +38,30 @@ class DocumentPass:
         return torch.where((places_NL >= 0)[..., None], part_NLd, otherwise_NLd).view_as(otherwise)
 
 
-def passes(inputs: Inputs) -> list[DocumentPass]:
+def passes(inputs: Inputs, *, of_equal_length: bool = False) -> list[DocumentPass]:
     """Forward passes in which every token in `inputs` sees the tokens it may attend to, no others.
 
     Inputs without documents are one pass. Otherwise each run of a document (and of padding) is a
     sequence, and the runs are dealt by length, the longest first, into passes of at most B · T
     places, where a run is shorter than the longest by a quarter or 8 at most.
+
+    Args:
+        inputs: the sequences.
+        of_equal_length: no pass has padding: the runs of a pass are equally long, also those of
+            padded sequences without documents.
     """
     if inputs.documents is None:
-        return [DocumentPass(inputs=inputs)]
+        if inputs.padding is None or not of_equal_length:
+            return [DocumentPass(inputs=inputs)]
+        inputs = replace(inputs, documents=torch.zeros_like(inputs.tokens))
     starts, lengths = _runs(inputs)
     order = torch.argsort(lengths, descending=True, stable=True)
     starts, lengths = starts[order], lengths[order]
     made, first = [], 0
     while first < len(lengths):
         longest = int(lengths[first])
-        alike = int((lengths >= longest - max(longest // 4, 8)).sum())
+        least = longest if of_equal_length else longest - max(longest // 4, 8)
+        alike = int((lengths >= least).sum())
         last = min(alike, first + inputs.tokens.numel() // longest)
         made.append(_pass(inputs, starts[first:last], lengths[first:last]))
         first = last

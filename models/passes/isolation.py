@@ -1,65 +1,76 @@
-"""Proof, once for a model, that tokens do not attend to padding; isolated documents rest on it."""
+"""Documents and padding: forward passes in which each token sees what it may attend to, no more.
 
+Documents of about equal length share a pass, where padding provably changes nothing; in a model
+that attends to padding or adapts itself to the length of a pass, only those of equal length do.
+"""
+
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
-from mlsae.base.errors import InputError
 from mlsae.models.inputs import Inputs
-from mlsae.models.passes.forward import forward
+from mlsae.models.passes.documents import DocumentPass, passes
+from mlsae.models.passes.forward import forward, pass_explained
+from mlsae.models.passes.unchanged import adapts_itself
 from mlsae.models.structure.blocks import hidden_of
 from mlsae.models.transformer import Transformer
 
-_unseen: WeakKeyDictionary[Transformer, bool] = WeakKeyDictionary()
+_unseen: WeakKeyDictionary[Transformer, dict[int, bool]] = WeakKeyDictionary()
 
 
-def check_isolation(transformer: Transformer, inputs: Inputs) -> None:
-    """Prove, if `inputs` need it, that a padded sequence gives the same outputs as alone.
+def separate_passes(transformer: Transformer, inputs: Inputs) -> list[DocumentPass]:
+    """Divide `inputs` into forward passes; see `documents.passes`.
 
-    A short sequence is run alone and, padded, beside a longer one, and the outputs of the last
-    block are compared.
+    Ids at padding for which the model has no embedding become 0: no token sees them.
 
     Raises:
-        InputError: the outputs differ by more than rounding.
+        InputError: the model cannot be run on sequences of this length.
     """
     if inputs.documents is None and inputs.padding is None:
-        return
-    if transformer not in _unseen:
-        _unseen[transformer] = _padding_is_unseen(transformer)
-    if not _unseen[transformer]:
-        raise InputError(
-            f"model {transformer.name} does not keep padding out of its attention: a sequence "
-            "padded beside a longer one gives other activations than alone; harvest it from "
-            "concatenated text, without --isolate-documents"
-        )
+        return passes(inputs)
+    if inputs.padding is not None:
+        unknown = inputs.padding & (inputs.tokens >= transformer.vocab_size)
+        inputs = replace(inputs, tokens=inputs.tokens.masked_fill(unknown, 0))
+    known, length = _unseen.setdefault(transformer, {}), inputs.tokens.shape[1]
+    if length not in known:
+        known[length] = _padding_is_unseen(transformer, length)
+    return passes(inputs, of_equal_length=not known[length])
 
 
 @torch.no_grad()
-def _padding_is_unseen(transformer: Transformer) -> bool:
-    # Mostly padding, so that attention to it would show.
-    length = min(32, transformer.max_context_length or 32)
-    short = -(-length // 8)
+def _padding_is_unseen(transformer: Transformer, length: int) -> bool:
+    """Run sequences alone and padded to a length, and compare the outputs of the last block."""
     generator = torch.Generator().manual_seed(0)
-    tokens_NL = torch.randint(0, transformer.vocab_size, (2, length), generator=generator)
-    padding_NL = torch.zeros(2, length, dtype=torch.bool)
-    padding_NL[1, short:] = True
-    padded = _last_output(transformer, Inputs(tokens=tokens_NL, padding=padding_NL))[1, :short]
-    alone_inputs = Inputs(tokens=tokens_NL[1:, :short], first_token=length)
-    alone = _last_output(transformer, alone_inputs)[0]
-    errors = (padded - alone).norm(dim=-1) / alone.norm(dim=-1)
-    # The shape of a batch moves last digits, and in a mixture of experts it may send one token to
-    # another expert; attention to padding moves the first digits of every token. Outputs that are
-    # not finite prove nothing here and are refused elsewhere.
-    return not bool(errors.median() > torch.finfo(transformer.dtype).eps ** 0.5)
+    tokens_L = torch.randint(0, transformer.vocab_size, (length,), generator=generator)
+    # Mostly padding, so that attention to it would show; and half, which is long in a long pass.
+    for short in sorted({-(-length // 8), -(-length // 2)} - {length}):
+        padding_L = torch.arange(length) >= short
+        padded = _last_output(transformer, tokens_L, padding_L)[:short]
+        alone = _last_output(transformer, tokens_L[:short], None)
+        # A model that fills sequences up to a length of its own returns them filled.
+        errors = (padded - alone[:short]).norm(dim=-1) / alone[:short].norm(dim=-1)
+        # The shape of a batch moves last digits, and in a mixture of experts it may send one token
+        # to another expert; attention to padding moves the first digits of every token. Outputs
+        # that are not finite prove nothing here and are refused elsewhere.
+        if bool(errors.median() > torch.finfo(transformer.dtype).eps ** 0.5):
+            return False
+    return not adapts_itself(transformer)
 
 
-def _last_output(transformer: Transformer, inputs: Inputs) -> torch.Tensor:
-    outputs: list[torch.Tensor] = []
+def _last_output(transformer: Transformer, tokens_L: Tensor, padding_L: Tensor | None) -> Tensor:
+    """Output (L, d) of the last block for one sequence."""
+    outputs: list[Tensor] = []
     handle = transformer.blocks[-1].register_forward_hook(
-        lambda _module, _args, output: outputs.append(hidden_of(output).double())
+        lambda _module, _args, output: outputs.append(hidden_of(output)[0].double())
     )
+    padding = None if padding_L is None else padding_L[None]
     try:
-        forward(transformer, transformer.backbone, inputs)
+        with pass_explained(transformer, len(tokens_L)):
+            forward(
+                transformer, transformer.backbone, Inputs(tokens=tokens_L[None], padding=padding)
+            )
     finally:
         handle.remove()
     return outputs[0]

@@ -1,14 +1,17 @@
 """Place of a model: a directory of this machine or the hub."""
 
+import json
 import socket
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from huggingface_hub import constants as hub
 from huggingface_hub import try_to_load_from_cache
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from mlsae.base.errors import InputError
 
@@ -43,6 +46,23 @@ class Place:
             raise InputError(f"there is no model directory {text}; give another path or a hub id")
         return cls(text, revision, False, hub.HF_HUB_OFFLINE or not is_reachable(hub.ENDPOINT))
 
+    def folder(self) -> Path | None:
+        """Directory of the files on this machine, once the config has been read."""
+        if self.is_directory:
+            return Path(self.name)
+        config = try_to_load_from_cache(self.name, "config.json", revision=self.revision)
+        return Path(config).parent if isinstance(config, str) else None
+
+    def adapter(self) -> dict[str, Any] | None:
+        """Config of an adapter of PEFT that lies there; None where there is none."""
+        found = find_adapter_config_file(
+            self.name, revision=self.revision, local_files_only=self.is_offline
+        )
+        if found is None:
+            return None
+        content: dict[str, Any] = json.loads(Path(found).read_text())
+        return content
+
     def pinned(self) -> "Place":
         """Pin this place to the commit of its config, which has just been read.
 
@@ -50,8 +70,8 @@ class Place:
         """
         if self.is_directory:
             return self
-        config = try_to_load_from_cache(self.name, "config.json", revision=self.revision)
-        return replace(self, revision=Path(config).parent.name) if isinstance(config, str) else self
+        folder = self.folder()
+        return self if folder is None else replace(self, revision=folder.name)
 
 
 @cache

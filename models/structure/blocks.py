@@ -9,7 +9,11 @@ from mlsae.base.errors import InputError
 
 
 def find_blocks(
-    backbone: nn.Module, num_layers: int, path: str | None = None
+    backbone: nn.Module,
+    num_layers: int,
+    path: str | None = None,
+    *,
+    within: nn.Module | None = None,
 ) -> tuple[str, list[nn.Module]]:
     """Find the blocks of a transformer in order: the `nn.ModuleList` with one entry a layer.
 
@@ -21,6 +25,7 @@ def find_blocks(
         num_layers: the number of blocks its config names.
         path: dotted name of the list inside the backbone, for a model whose blocks are not found;
             any length is accepted.
+        within: the part of the backbone that reads text, where it also has one that sees images.
 
     Returns:
         The dotted name of the list inside the backbone, and the blocks.
@@ -41,7 +46,10 @@ def find_blocks(
                 f"its lists (and their lengths): {found}"
             )
         return path, list(lists[path])
-    fitting = [name for name, module in lists.items() if len(module) == num_layers]
+    inside = set((within or backbone).modules())
+    fitting = [
+        name for name, module in lists.items() if len(module) == num_layers and module in inside
+    ]
     if not fitting:
         raise InputError(
             f"cannot find the blocks of {type(backbone).__name__}: expected a list of {num_layers} "

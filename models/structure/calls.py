@@ -43,6 +43,8 @@ class Call:
     """First argument of the stream's shape; None where there is none."""
     left: Side | None = None
     """Output, or the first of several; None where that has another shape."""
+    shape: tuple[int, ...] | None = None
+    """Shape of that output; None where it is no tensor."""
 
 
 @contextmanager
@@ -76,7 +78,9 @@ def noted(block: nn.Module, num_tokens: int, d_model: int) -> Iterator[dict[str,
 
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple | list) and output else output
-            calls[name].end, calls[name].left = next(clock), side(first, None)
+            call = calls[name]
+            call.end, call.left = next(clock), side(first, None)
+            call.shape = tuple(first.shape) if isinstance(first, Tensor) else None
 
         return [
             module.register_forward_pre_hook(before, with_kwargs=True),

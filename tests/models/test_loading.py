@@ -179,6 +179,8 @@ def test_attention_that_does_not_work_names_those_that_do(model_directory: Path)
         text = one_line(info)
         assert text.startswith(f"--attn-implementation {name} does not work with a model of type ")
         for working in text.rpartition(" here; use ")[2].split(" or "):
+            if working == "flex_attention":
+                continue  # compiled for a minute at its first pass
             assert load(model_directory, attention_implementation=working).attention_implementation
         assert " here; use eager or sdpa or sdpa_by_blocks" in text
 

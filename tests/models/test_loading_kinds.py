@@ -7,9 +7,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
 from mlsae.base.errors import InputError
-from mlsae.models import load, load_for, outline
+from mlsae.models import Inputs, load, load_for, outline
+from mlsae.models.capture import capture
+from mlsae.models.sites import check_sites
+from mlsae.models.splice import run
 
 BASIC: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -149,3 +153,67 @@ def test_the_path_of_the_blocks_is_recorded_and_can_be_given(tmp_path: Path) -> 
     for attempt in (load, outline):
         with pytest.raises(InputError, match=r"--blocks decoder\.levels: "):
             attempt(path, blocks="decoder.levels")
+
+
+def vision_language(text: Any) -> Any:
+    """A decoder beside a tower that sees images, of as many layers and more parameters."""
+    tower = transformers.CLIPVisionConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
+        image_size=28, patch_size=14,
+    )  # fmt: skip
+    return transformers.LlavaConfig(text_config=text, vision_config=tower, image_token_index=50)
+
+
+def test_the_decoder_of_a_model_that_also_sees_images_is_harvested(tmp_path: Path) -> None:
+    text = transformers.LlamaConfig(**BASIC, max_position_embeddings=40)
+    path = saved(tmp_path, transformers.AutoModelForImageTextToText, vision_language(text))
+    transformer, sketch = load(path), outline(path)
+    assert transformer.blocks_path == sketch.blocks_path == "language_model.layers"
+    assert (transformer.kind, transformer.d_model, transformer.vocab_size) == ("decoder", 32, 61)
+    tokens = torch.arange(3, 19).view(2, 8)
+    with torch.no_grad():
+        out = transformer.model(input_ids=tokens, output_hidden_states=True)
+    x = capture(transformer, Inputs(tokens=tokens), [0])["resid_post", 0]
+    assert torch.equal(x, out.hidden_states[1])
+    assert torch.equal(run(transformer, Inputs(tokens=tokens)), out.logits)
+
+
+def test_blocks_that_wait_for_an_image_are_refused(tmp_path: Path) -> None:
+    text = MllamaTextConfig(
+        **BASIC, num_key_value_heads=2, pad_token_id=0, cross_attention_layers=[1],
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    vision = MllamaVisionConfig(
+        hidden_size=32, num_hidden_layers=2, num_global_layers=1, attention_heads=4,
+        intermediate_size=48, vision_output_dim=64, image_size=28, patch_size=14,
+        intermediate_layers_indices=[0], supported_aspect_ratios=[[1, 1]],
+    )  # fmt: skip
+    config = transformers.MllamaConfig(text_config=text, vision_config=vision)
+    path = saved(tmp_path, transformers.AutoModelForImageTextToText, config)
+    with pytest.raises(InputError) as info:
+        check_sites(load(path), ["resid_post"])
+    assert str(info.value) == (
+        f"model.layers.1 of model {path} (MllamaCrossAttentionDecoderLayer) does not run "
+        "once in a forward pass on text alone, as blocks do: some wait for an image, others serve "
+        "several layers; such a model is not supported"
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "longest"),
+    [
+        (
+            transformers.MptConfig(
+                vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=32
+            ),
+            32,
+        ),
+        (
+            transformers.XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48),
+            None,
+        ),
+    ],
+)  # fmt: skip
+def test_longest_sequences_by_other_names(config: Any, longest: int | None, tmp_path: Path) -> None:
+    path = saved(tmp_path, transformers.AutoModelForCausalLM, config)
+    assert outline(path).max_context_length == longest

@@ -1,0 +1,85 @@
+"""A trial of a decoder on a few tokens: does it look ahead, and needs it its cache.
+
+B = sequences, T = positions, d = d_model.
+"""
+
+import warnings
+
+import torch
+import transformers
+from torch import Tensor
+
+from mlsae.base.errors import InputError
+from mlsae.models.inputs import Inputs
+from mlsae.models.passes.forward import forward, pass_explained
+from mlsae.models.structure.blocks import hidden_of
+from mlsae.models.transformer import Transformer
+
+_LENGTH = 12
+
+
+@torch.no_grad()
+def looks_ahead(transformer: Transformer) -> bool:
+    """True for a model whose outputs depend on later tokens, whatever its class is called.
+
+    The second half of a sequence is replaced, and the outputs at the first half are compared. The
+    number of tokens of each expert may move last digits there: by how much, a change of the other
+    sequence tells.
+
+    Raises:
+        InputError: the model cannot be run, or without its cache it computes other values.
+    """
+    length = min(_LENGTH, transformer.max_context_length or _LENGTH)
+    half = length // 2
+    generator = torch.Generator().manual_seed(0)
+    size = (2, length)
+    tokens_BT, others_BT = (
+        torch.randint(0, transformer.vocab_size, size, generator=generator) for _ in range(2)
+    )
+    later_BT, beside_BT = tokens_BT.clone(), tokens_BT.clone()
+    later_BT[0, half:], beside_BT[1] = others_BT[0, half:], others_BT[1]
+    first = _last_output(transformer, tokens_BT)
+    if first.ndim != 3 or first.shape[0] != 2 or first.shape[1] < length:
+        return False  # no stream in the order of tokens; refused where it is captured
+    _check_cache(transformer, tokens_BT, first)
+    moved, noise = (
+        _median_change(first[0, :half], _last_output(transformer, tokens)[0, :half])
+        for tokens in (later_BT, beside_BT)
+    )
+    return moved > max(10 * noise, 4 * torch.finfo(transformer.dtype).eps)
+
+
+def _check_cache(transformer: Transformer, tokens_BT: Tensor, expected_BTd: Tensor) -> None:
+    """Refuse a model that computes other values without its cache than with it."""
+    try:
+        cached = _last_output(transformer, tokens_BT, use_cache=True)
+    except InputError:
+        return  # it has no cache to be used
+    if _median_change(expected_BTd, cached) > torch.finfo(transformer.dtype).eps ** 0.5:
+        raise InputError(
+            f"model {transformer.name} computes other values without its key-value cache than with "
+            f"it: a defect of transformers {transformers.__version__} for models of type "
+            f"{transformer.model.config.model_type}; install a newer version of transformers"
+        )
+
+
+def _median_change(before: Tensor, after: Tensor) -> float:
+    """Median over tokens of the relative change; NaN, which is above nothing, where one is NaN."""
+    return float(((after - before).norm(dim=-1) / before.norm(dim=-1)).median())
+
+
+def _last_output(transformer: Transformer, tokens_BT: Tensor, *, use_cache: bool = False) -> Tensor:
+    """Output of the last block, in float64."""
+    outputs: list[Tensor] = []
+    handle = transformer.blocks[-1].register_forward_hook(
+        lambda _module, _args, output: outputs.append(hidden_of(output).double())
+    )
+    try:
+        with pass_explained(transformer, tokens_BT.shape[1]), warnings.catch_warnings():
+            # A first pass may compile kernels, of which a user need hear nothing.
+            warnings.simplefilter("ignore")
+            inputs = Inputs(tokens=tokens_BT)
+            forward(transformer, transformer.backbone, inputs, use_cache=use_cache)
+    finally:
+        handle.remove()
+    return outputs[-1] if outputs else torch.empty(0)
