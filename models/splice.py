@@ -208,9 +208,13 @@ def _logits(transformer: Transformer, inputs: Inputs) -> Tensor:
 
 
 def _check_predicts(transformer: Transformer) -> None:
-    if not transformer.predicts:
-        kind = "an encoder" if transformer.kind != DECODER else "a decoder without its head"
+    if transformer.kind != DECODER:
         raise InputError(
-            f"model {transformer.name} is {kind} and predicts no next token: cross-entropy needs "
-            "a decoder with its head"
+            f"model {transformer.name} is an encoder and predicts no next token: cross-entropy "
+            "needs a decoder"
+        )
+    if not transformer.predicts:
+        raise InputError(
+            f"model {transformer.name} is a decoder without its head and predicts no next token: "
+            "cross-entropy needs the head"
         )

@@ -54,7 +54,7 @@ def _check_cache(transformer: Transformer, tokens_BT: Tensor, expected_BTd: Tens
     try:
         cached = _last_output(transformer, tokens_BT, use_cache=True)
     except InputError:
-        return  # it has no cache to be used
+        return  # no cache to be used
     if _median_change(expected_BTd, cached) > torch.finfo(transformer.dtype).eps ** 0.5:
         raise InputError(
             f"model {transformer.name} computes other values without its key-value cache than with "

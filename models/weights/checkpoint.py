@@ -83,7 +83,7 @@ def lacks_head(model: Any, info: Mapping[str, Any], name: str) -> bool:
 
     Args:
         model: the loaded model.
-        info: its loading info, as transformers returns it.
+        info: loading info, as transformers returns it.
         name: name that the user gave the model.
 
     Raises:
