@@ -79,7 +79,9 @@ def _percents(shares: npt.NDArray[np.float64]) -> str:
 def _shares(m2: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """(L, D) each channel's share of a layer's variance; 0 where it does not vary."""
     total = m2.sum(axis=1, keepdims=True)
-    return np.divide(m2, total, out=np.zeros_like(m2), where=total > 0)
+    shares: npt.NDArray[np.float64] = np.zeros_like(m2)
+    np.divide(m2, total, out=shares, where=total > 0)
+    return shares
 
 
 def _share_of_largest(distances: npt.NDArray[np.float64], few: int) -> float:
@@ -96,7 +98,8 @@ def _distances(
     place = moments.layers.index(layer)
     num_pieces = max(1, min(SAMPLED_ROWS, store.num_rows) // PIECE_ROWS)
     starts = np.linspace(0, max(store.num_rows - PIECE_ROWS, 0), num_pieces).astype(int)
-    raw, standardised = [], []
+    raw: list[npt.NDArray[np.float64]] = []
+    standardised: list[npt.NDArray[np.float64]] = []
     for start in np.unique(starts).tolist():
         stop = min(start + PIECE_ROWS, store.num_rows)
         rows = store.read(site, layer, start, stop)[store.eligible(1, start, stop)]
