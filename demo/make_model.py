@@ -20,6 +20,7 @@ import torch
 
 from mlsae.base.errors import MlsaeError
 from mlsae.base.files import sha256_file, write_durably
+from mlsae.base.units import counted
 from mlsae.demo import corpus, model_path, text_path
 from mlsae.demo.scoring import Ids, cross_entropy, unigram_cross_entropy
 from mlsae.demo.text_files import (
@@ -192,8 +193,8 @@ def make(out: Path, *, collect: bool) -> None:
     train_ids, held_out_ids = pack(tokenizer, train_texts), pack(tokenizer, held_out_texts)
     print(
         f"{sources['what']} ({sources['python']}, {sources['licence']}): "
-        f"{len(train_texts)} modules, {len(train_ids):,} tokens to train on; "
-        f"{len(held_out_texts)} modules, {len(held_out_ids):,} tokens held out"
+        f"{counted(len(train_texts), 'module')}, {counted(len(train_ids), 'token')} to train on; "
+        f"{counted(len(held_out_texts), 'module')}, {counted(len(held_out_ids), 'token')} held out"
     )
     torch.manual_seed(SEED)
     model = build_model()

@@ -72,7 +72,7 @@ def encoding_lines(store: Store) -> Iterator[str]:
 
 def last_line(store: Store, num_bytes: int, seconds: float) -> str:
     """Summary of the store, its place and the time it took."""
-    sites = f" at {len(store.sites)} sites" if len(store.sites) > 1 else ""
+    sites = f" at {counted(len(store.sites), 'site')}" if len(store.sites) > 1 else ""
     return (
         f"harvested {counted(store.num_tokens, 'token')}, {counted(store.num_rows, 'row')} of "
         f"each of {counted(len(store.layers), 'layer')}{sites}, in {seconds:.1f} s to "

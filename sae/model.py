@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mlsae.base.errors import InputError
+from mlsae.base.units import counted
 from mlsae.sae.architectures.base import Architecture, Weights
 from mlsae.sae.config import SAEConfig
 from mlsae.sae.directory import FILES, read, write
@@ -232,7 +233,7 @@ class SAE(torch.nn.Module):
         """Size, architecture and normalisation, for `repr`."""
         config = self.config
         return (
-            f"{config.num_latents:,} latents of {config.d_in} channels, "
+            f"{counted(config.num_latents, 'latent')} of {config.d_in} channels, "
             f"{self.architecture.describe()}, normalize {config.normalize}, {self.b.dtype}"
         )
 

@@ -276,8 +276,8 @@ class _Run:
                 click.echo(f"warning: {line}", err=True)
         if diverged:
             raise DivergedSAEsError(
-                f"{len(diverged)} of {len(plans)} SAEs diverged, the others are finished: "
-                f"{'; '.join(diverged)}"
+                f"{len(diverged)} of {counted(len(plans), 'SAE')} diverged, the others are "
+                f"finished: {'; '.join(diverged)}"
             )
         if useless:
             raise UselessSAEsError(

@@ -225,7 +225,8 @@ def _covered(summary: Mapping[str, Any], store: AnyStore) -> Int:
     num_tokens = len(sequences) * store.context_length
     if not 0 < num_tokens <= _MOST_TOKENS:
         raise InputError(
-            f"the table `events` covers {num_tokens} tokens, expected at least a sequence, "
+            f"the table `events` covers {counted(num_tokens, 'token')}, expected at least a "
+            f"sequence, "
             f"{store.context_length}, and at most {_MOST_TOKENS}: analyze again with another "
             f"AnalyzeConfig.events_max_tokens"
         )

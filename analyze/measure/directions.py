@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mlsae.base.errors import ResourceError
 from mlsae.base.resources import available_memory
-from mlsae.base.units import format_bytes, format_count
+from mlsae.base.units import counted, format_bytes
 
 Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
@@ -92,8 +92,9 @@ def block_size(num_latents: int, d_in: int, available: int) -> int:
     while (needed := of_latents + min(block, num_latents) ** 2 * _PAIR_BYTES) > available:
         if block <= _SMALLEST_BLOCK:
             raise ResourceError(
-                f"not enough memory for the cosines of {format_count(num_latents)} decoder "
-                f"directions: even {block} by {block} at a time they need {format_bytes(needed)}, "
+                f"not enough memory for the cosines of "
+                f"{counted(num_latents, 'decoder direction')}: "
+                f"even {block} by {block} at a time they need {format_bytes(needed)}, "
                 f"{format_bytes(available)} available; free some memory or use a larger machine"
             )
         block //= 2

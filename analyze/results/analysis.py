@@ -13,6 +13,7 @@ from mlsae.analyze.results.directory import EXAMPLES_FILE, PAGE, read_summary
 from mlsae.analyze.results.events import open_events
 from mlsae.analyze.results.tables import check_version, read_table, with_later_columns
 from mlsae.base.errors import InputError
+from mlsae.base.units import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,7 +70,9 @@ class Analysis:
 
     def __repr__(self) -> str:
         layers = ", ".join(map(str, self.summary["layers"]))
-        return f"Analysis({str(self.path)!r}: {len(self.latents):,} latents, layers {layers})"
+        return (
+            f"Analysis({str(self.path)!r}: {counted(len(self.latents), 'latent')}, layers {layers})"
+        )
 
     @property
     def figures(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from mlsae.base.errors import InputError
 from mlsae.base.resources import require_memory
+from mlsae.base.units import counted
 from mlsae.harvest.text.sequences import Tokens
 from mlsae.harvest.text.sources import Document
 
@@ -66,7 +67,7 @@ def _encode(batch: list[Document], tokenizer: Any) -> list[Tokens]:
     if sum(map(len, texts)) > MOST_CHARACTERS:
         require_memory(
             BYTES_PER_CHARACTER * len(texts[0]),
-            f"tokenising a document of {len(texts[0]):,} characters",
+            f"tokenising a document of {counted(len(texts[0]), 'character')}",
             "split it into several, such as the lines of a .jsonl file",
         )
     encoded = iter(_token_ids(texts, tokenizer) if texts else ())

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from mlsae.base.errors import InputError
+from mlsae.base.units import counted
 
 
 def find_blocks(
@@ -52,8 +53,9 @@ def find_blocks(
     ]
     if not fitting:
         raise InputError(
-            f"cannot find the blocks of {type(backbone).__name__}: expected a list of {num_layers} "
-            f"modules (num_hidden_layers of its config), found lists (and their lengths): {found}; "
+            f"cannot find the blocks of {type(backbone).__name__}: expected a list of "
+            f"{counted(num_layers, 'module')} (num_hidden_layers of its config), "
+            f"found lists (and their lengths): {found}; "
             "name the one that holds the blocks with --blocks PATH"
         )
     largest = max(fitting, key=lambda name: _num_parameters(lists[name]))

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.quantizers import auto
 
 from mlsae.base.errors import InputError
+from mlsae.base.units import counted
 
 # Quantizers are not typed.
 _quantizer: Any = auto.AutoHfQuantizer
@@ -140,8 +141,8 @@ def left_out(
     if not others:
         return None
     return (
-        f"{len(others)} weights in the files of {name} belong to none of its blocks, embeddings "
-        f"and norms and are left out, the first {others[0]}"
+        f"left out: {counted(len(others), 'weight')} in the files of {name} outside its blocks, "
+        f"embeddings and norms, the first {others[0]}"
     )
 
 

@@ -13,7 +13,7 @@ import torch
 
 from mlsae.base.errors import InputError
 from mlsae.base.settings import setting, settings
-from mlsae.base.units import parse_count
+from mlsae.base.units import counted, parse_count
 from mlsae.sae.architectures.base import Architecture, Conversion, Shape, Weights
 from mlsae.sae.kernels.functions import preactivations, selected
 from mlsae.sae.kernels.select import select, select_mixed
@@ -83,7 +83,8 @@ class TopK(Architecture):
             raise InputError(f"k must be a whole number of at least 1, got {self.k!r}")
         if self.k > shape.num_latents:
             raise InputError(
-                f"k must be at most num_latents: got k {self.k} and {shape.num_latents} latents; "
+                f"k must be at most num_latents: got k {self.k} and "
+                f"{counted(shape.num_latents, 'latent')}; "
                 f"lower -k or raise --num-latents or --expansion-factor"
             )
 

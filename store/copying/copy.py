@@ -220,8 +220,8 @@ def _directory(location: str | os.PathLike[str]) -> Path:
 
 def _content(store: Store) -> str:
     num_layers, num_sites = len(store.layers), len(store.sites)
-    layers = f"each of {num_layers} layers" if num_layers > 1 else "one layer"
-    sites = f" at {num_sites} sites" if num_sites > 1 else ""
+    layers = f"each of {counted(num_layers, 'layer')}" if num_layers > 1 else "one layer"
+    sites = f" at {counted(num_sites, 'site')}" if num_sites > 1 else ""
     return f"{counted(store.num_rows, 'row')} of {layers}{sites} in {store.plan.preset.name}"
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.errors import InputError
-from mlsae.base.units import format_bytes
+from mlsae.base.units import counted, format_bytes
 from mlsae.store.format.encoding import Encoding, parts_of
 from mlsae.store.format.moments import moments_bytes
 from mlsae.store.format.positions import check_num_positions
@@ -134,7 +134,7 @@ def plan_layout(
     token_rows = token_rows_for(num_tokens)
     token_size = object_bytes(token_rows[1], 8, *token_rows)
     if token_size > MAX_OBJECT_BYTES:
-        raise InputError(f"{num_tokens} tokens are more than a store can hold; lower --max-tokens")
+        raise InputError(f"a store cannot hold {counted(num_tokens, 'token')}; lower --max-tokens")
     tokens = sum(array_bytes(num_tokens, itemsize, *token_rows) for itemsize in (4, 4, 1))
     if keep_positions is not None:
         tokens += array_bytes(num_rows, 8, *token_rows)
@@ -143,9 +143,9 @@ def plan_layout(
     of_shard = moments_bytes(len(layers), len(sites), d_model)
     if of_shard > MAX_OBJECT_BYTES:
         raise InputError(
-            f"the moments of {num_arrays} layers and sites would take {format_bytes(of_shard)}, "
-            f"over the {format_bytes(MAX_OBJECT_BYTES)} that an object may: harvest fewer --layers "
-            f"or --sites at once"
+            f"the moments of {counted(num_arrays, 'array')}, one for each layer and site, would "
+            f"take {format_bytes(of_shard)}, over the {format_bytes(MAX_OBJECT_BYTES)} that an "
+            "object may: harvest fewer --layers or --sites at once"
         )
     moments = (num_shards + 1) * of_shard
     records = 4096 * (num_shards + num_arrays + 8)

@@ -288,7 +288,7 @@ def from_bytes(
     sites = list(sites)
     # Memory is taken by the bytes that are there, whatever a plan says.
     if len(data) < moments_bytes(len(layers), len(sites), d_model):
-        raise ValueError(f"{len(data)} bytes are too few")
+        raise ValueError(f"too few bytes: {len(data)}")
     try:
         tensors = load_safetensors(data)
     except SafetensorError as error:

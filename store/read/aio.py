@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mlsae.base.units import counted
+
 Array = npt.NDArray[Any]
 Int64 = npt.NDArray[np.int64]
 
@@ -91,7 +93,7 @@ class Queue:
             raise IndexError("the memory must be contiguous and writeable")
         num_places = len(memory) if places is None else len(places)
         if not ((first >= 0) & (num_rows >= 0) & (first + num_rows <= num_places)).all():
-            raise IndexError(f"runs do not fit into {num_places} places")
+            raise IndexError(f"runs do not fit into {counted(num_places, 'place')}")
         base, row_bytes = memory.ctypes.data, memory.strides[0]
         if places is None:
             operation, addresses, sizes = _PREAD, base + first * row_bytes, num_rows * row_bytes

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.errors import InputError
-from mlsae.base.units import portion
+from mlsae.base.units import counted, portion
 from mlsae.store.errors import DamagedStoreError, IncompleteStoreError, InvalidStoreError
 from mlsae.store.format.calibration import Calibration
 from mlsae.store.format.encoding import Part, Stored
@@ -184,8 +184,8 @@ class Store:
     def __repr__(self) -> str:
         layers = ", ".join(map(str, self.layers))
         return (
-            f"{type(self).__name__}({self.place!r}: {self.num_rows:,} rows of {self.d_model} "
-            f"channels, {self.encoding}, {', '.join(self.sites)}, layers {layers})"
+            f"{type(self).__name__}({self.place!r}: {counted(self.num_rows, 'row')} of "
+            f"{self.d_model} channels, {self.encoding}, {', '.join(self.sites)}, layers {layers})"
         )
 
     @property

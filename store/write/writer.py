@@ -19,6 +19,7 @@ import numpy.typing as npt
 from mlsae.base.errors import InputError
 from mlsae.base.files import remove_stale_partials
 from mlsae.base.machine.priority import yield_to_others
+from mlsae.base.units import counted
 from mlsae.base.words import Key
 from mlsae.store.errors import ActivationError, NotAStoreError, NotFiniteError
 from mlsae.store.format.added_fvu import MAX_ADDED_FVU, AddedFVU, check_added_fvu
@@ -174,7 +175,8 @@ class Writer:
         while start < num_rows:
             if self._shard is None:
                 raise InputError(
-                    f"{self.path}: all {self.num_rows} rows are there, {num_rows - start} too many"
+                    f"{self.path} has all {counted(self.num_rows, 'row')}, "
+                    f"{num_rows - start} too many"
                 )
             room = self.shard_range(self._shard).stop - self._row
             stop = min(num_rows, start + room)
@@ -199,8 +201,8 @@ class Writer:
         room = 0 if self._shard is None else self.shard_range(self._shard).stop - self._row
         if self._shard is None or num_rows > room:
             raise InputError(
-                f"{self.path}: got {num_rows} rows, but shard {self._shard} ends after {room}; "
-                "write the rows of one shard at a time, and end it"
+                f"{self.path}: got {counted(num_rows, 'row')}, but shard {self._shard} "
+                f"ends after {room}; write the rows of one shard at a time, and end it"
             )
         self._write(activations, slice(0, num_rows), self._shard, moments_follow=moments_follow)
 
@@ -347,9 +349,9 @@ class Writer:
         for site, of_site in moments.items():
             if not np.array_equal(of_site.count_G, self._owed_G):
                 raise InputError(
-                    f"{self.path}: the moments of {site} count {int(of_site.count_G.sum())} rows, "
-                    f"but not those of shard {shard}, group by group; give moments of exactly the "
-                    "rows appended without"
+                    f"{self.path}: the moments of {site} count "
+                    f"{counted(int(of_site.count_G.sum()), 'row')}, but not those of shard "
+                    f"{shard}, group by group; give moments of exactly the rows appended without"
                 )
             if not of_site.is_finite():
                 self._explain_not_finite(self._batch, shard)

@@ -128,7 +128,10 @@ def test_any_condition_means_what_it_means_in_python(condition: str) -> None:
         ("latent < " + "9" * 400, "--where: a number is too large; write it as 1e300"),
         ("not " * 240 + "dead and " + "(" * 5, "--where: "),
         ("-" * 990 + "1 < 0", "--where: the condition is nested too deeply: say less"),
-        ("dead or " * 200 + "dead", "--where: 1604 characters are more than 1000: say less"),
+        (
+            "dead or " * 200 + "dead",
+            "--where: expected at most 1000 characters, got 1604: say less",
+        ),
     ],
 )
 def test_what_is_no_condition_is_refused_in_one_line(condition: str, message: str) -> None:

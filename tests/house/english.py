@@ -10,6 +10,7 @@ import sys
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,6 +26,9 @@ OTHERS = ("tests", "benchmarks", "docs", "examples")
 
 _OPENING = re.compile(rf"(?:{'|'.join(OPENINGS)})\b(?![-.(])", re.IGNORECASE)
 _DIRECTIVE = re.compile(r"noqa\b|type:|fmt:|pragma:|!|%")
+_COUNTS = {"len", "sum", "format_count", "number", "total"}
+_PLURAL = re.compile(r" (?:[a-z]+ )?(?!is\b|has\b|was\b|its\b)[A-Za-z]+s\b(?!/)")
+"""Word of a thing behind its number, or behind one adjective; a rate is none."""
 _HELP = {"help", "short_help", "epilog", "doc", "unset"}
 _SHOWN = {"Column": "column", "report": "line", "say": "line", "_say": "line", "echo": "line"}
 """Function or class whose arguments are texts for people → kind of these texts."""
@@ -67,8 +71,27 @@ def texts(path: Path) -> Iterator[Text]:
 
 def refused(*places: Path) -> list[Text]:
     """Texts with a forbidden opening in files and folders."""
-    files = [file for place in places for file in ([place] if place.is_file() else _files(place))]
-    return [text for file in files for text in texts(file) if text.is_refused]
+    found = (file for place in places for file in files(place))
+    return [text for file in found for text in texts(file) if text.is_refused]
+
+
+def fixed_plurals(path: Path) -> Iterator[Text]:
+    """Texts in which a number precedes a plural that stays when the number is 1.
+
+    `mlsae.base.units.counted` and `portion` write the noun, and the verb, that agree.
+    """
+    for node in ast.walk(ast.parse(path.read_text())):
+        for number, rest in pairwise(node.values if isinstance(node, ast.JoinedStr) else ()):
+            if isinstance(number, ast.FormattedValue) and _is_count(number.value):
+                text = _literal(rest) or ""
+                if _PLURAL.match(text):
+                    yield Text(path, node.lineno, "plural", f"{ast.unparse(number)}{text}")
+
+
+def _is_count(value: ast.expr) -> bool:
+    """True for an expression that by its name counts things."""
+    name = _last_name(value.func if isinstance(value, ast.Call) else value)
+    return name.startswith("num_") or name in _COUNTS
 
 
 def rooms() -> list[Path]:
@@ -77,8 +100,9 @@ def rooms() -> list[Path]:
     return sorted([*package, *(ROOT / name for name in OTHERS)])
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("*.py"))
+def files(place: Path) -> list[Path]:
+    """Python files in a folder, or a file alone."""
+    return [place] if place.is_file() else sorted(place.rglob("*.py"))
 
 
 def _docstrings(node: ast.AST) -> Iterator[tuple[int, str, str]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from english import OPENINGS, refused, rooms, texts
+from english import OPENINGS, OTHERS, files, fixed_plurals, refused, rooms, texts
 
 
 @pytest.mark.parametrize("room", [room.name for room in rooms()])
@@ -90,3 +90,22 @@ SO = 1  # noqa: whether
     )
     assert [text.kind for text in texts(path)] == ["docstring", "comment"]
     assert refused(path) == []
+
+
+def test_numbers_of_things_agree_with_their_nouns():
+    """`mlsae.base.units.counted` and `portion` write both, wherever a number may be 1."""
+    package = [file for room in rooms() if room.name not in OTHERS for file in files(room)]
+    found = [text for file in package for text in fixed_plurals(file)]
+    assert not found, "\n".join(map(str, found))
+
+
+def test_a_fixed_plural_is_seen(tmp_path: Path):
+    """Behind a count and perhaps an adjective; a rate, a verb and `counted` are free."""
+    path = tmp_path / "room.py"
+    path.write_text(
+        """A = f"{len(rows)} rows"
+B = f"{self.num_latents:,} dead latents, {total} is all"
+C = f"{counted(num_rows, 'row')} there, {format_count(rate)} rows/s, {num_rows} has"
+"""
+    )
+    assert [text.line for text in fixed_plurals(path)] == [1, 2]

@@ -92,8 +92,8 @@ def test_weights_of_no_block_embedding_or_norm_are_left_out_with_a_note(tmp_path
         },
     )
     assert load(tmp_path).notes == (
-        f"2 weights in the files of {tmp_path} belong to none of its blocks, embeddings and norms "
-        "and are left out, the first model.layers.2.mlp.up_proj.weight",
+        f"left out: 2 weights in the files of {tmp_path} outside its blocks, embeddings and norms, "
+        "the first model.layers.2.mlp.up_proj.weight",
     )
     assert is_right(tmp_path, model)
 

@@ -203,7 +203,7 @@ def test_moments_of_another_shape_are_refused():
     assert from_bytes(data, ["resid_post"], (0, 1), 4)["resid_post"].count_G.sum() == 0
     with pytest.raises(ValueError, match="has shape"):
         from_bytes(data, ["resid_post"], (0, 1), 3)
-    with pytest.raises(ValueError, match="bytes are too few"):
+    with pytest.raises(ValueError, match="too few bytes"):
         from_bytes(data, ["resid_post"], (0, 1), 2**24)
     with pytest.raises(KeyError):
         from_bytes(data, ["mlp_out"], (0, 1), 4)

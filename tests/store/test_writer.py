@@ -101,7 +101,7 @@ def test_two_writers_may_share_a_plan_and_split_the_shards(tmp_path: Path):
     assert verify(tmp_path / "a").problems == []
     with create(tmp_path / "a", tokens=TOKENS, **SHAPE, shard_bytes=64) as again:
         assert again.position is None
-        with pytest.raises(InputError, match="all 64 rows are there, 1 too many"):
+        with pytest.raises(InputError, match="has all 64 rows, 1 too many"):
             again.append(rows(1))
 
 

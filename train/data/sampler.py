@@ -78,7 +78,8 @@ def check_world_size(world_size: int, num_lanes: int = NUM_LANES) -> None:
     if num_lanes % world_size:
         fitting = ", ".join(str(w) for w in range(1, num_lanes + 1) if num_lanes % w == 0)
         raise InputError(
-            f"{world_size} ranks cannot share {num_lanes} lanes evenly: start {fitting} ranks"
+            f"{world_size} ranks cannot share {counted(num_lanes, 'lane')} evenly: start {fitting} "
+            "ranks"
         )
 
 

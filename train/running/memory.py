@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from mlsae.base.errors import ResourceError
 from mlsae.base.ranks import environment_number
 from mlsae.base.resources import require_memory
-from mlsae.base.units import format_bytes
+from mlsae.base.units import counted, format_bytes
 from mlsae.sae import SAEConfig
 from mlsae.sae.kernels.select import BLOCK_BYTES
 from mlsae.train.plan import RunPlan
@@ -112,7 +112,7 @@ def require_training_memory(
     share = f" in each of {processes} processes" if processes > 1 else ""
     remedy = "lower --window, --batch-size, --micro-batch or --num-latents"
     if len(plans) > 1:
-        share = f" of {len(plans)} SAEs{share}"
+        share = f" of {counted(len(plans), 'SAE')}{share}"
         remedy += ", or train fewer SAEs at once"
     if accelerator.device.type == "cuda":
         window = {"window": parts.pop("window")}

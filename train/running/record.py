@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from mlsae import __version__
-from mlsae.base.units import counted, format_count, format_ranges
+from mlsae.base.units import counted, format_ranges
 from mlsae.sae import SAE
 from mlsae.train.plan import RunPlan
 from mlsae.train.running.evaluate import POSITION_0_IN, POSITION_0_OUT
@@ -79,14 +79,14 @@ def describe_run(plans: Sequence[RunPlan], device: str) -> str:
     plan = plans[0]
     sae, config, mixture = plan.sae, plan.config, plan.mixture
     if len(plans) == 1:
-        which = f"{sae.num_latents:,} latents ({sae.architecture.describe()})"
+        which = f"{counted(sae.num_latents, 'latent')} ({sae.architecture.describe()})"
     else:
-        which = f"{len(plans)} SAEs"
+        which = counted(len(plans), "SAE")
     lines = [
         f"training {which} on {counted(len(mixture.layers), 'layer')} "
         f"({format_ranges(mixture.layers)}) of {plan.site}, {sae.d_in} channels, on {device}",
-        f"{counted(plan.num_steps, 'step')} of {mixture.batch_rows:,} rows, "
-        f"{format_count(plan.num_rows)} rows in all; learning rate {plan.schedule.peak:.2g}; "
+        f"{counted(plan.num_steps, 'step')} of {counted(mixture.batch_rows, 'row')}, "
+        f"{counted(plan.num_rows, 'row')} in all; learning rate {plan.schedule.peak:.2g}; "
         f"{counted(len(plan.validation), 'sequence')} held out",
         f"log: {config.out / LOG}",
     ]
@@ -110,7 +110,7 @@ def format_summary(metrics: Mapping[str, Any] | None) -> str:
     )
     lines.append(
         f"dead: {counted(outside['num_dead'], 'latent')} ({outside['dead_fraction']:.2%}) unused "
-        f"by all {format_count(outside['num_rows'])} validation rows"
+        f"by all {counted(outside['num_rows'], 'validation row')}"
     )
     return "\n".join(lines)
 

@@ -60,8 +60,8 @@ def choose(latents: pa.Table, num_layers: int) -> tuple[Int, str]:
             break
         chosen.setdefault(latent)
     return np.sort(np.array(list(chosen), dtype=np.int64)), (
-        f"{len(chosen):,} of {len(count):,} latents: the most frequent, and of those at least as "
-        f"frequent as the median living one the {len(narrow):,} with the widest and the "
+        f"{len(chosen):,} of {counted(len(count), 'latent')}: the most frequent, and of those at "
+        f"least as frequent as the median living one the {len(narrow):,} with the widest and the "
         f"{len(narrow):,} with the narrowest spread over layers. The table latents.parquet has "
         "all of them."
     )

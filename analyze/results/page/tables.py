@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 from mlsae.analyze.results.analysis import Analysis
-from mlsae.base.units import format_count, portion
+from mlsae.base.units import counted, format_count, portion
 
 Row = Mapping[str, Any]
 
@@ -131,8 +131,7 @@ def headline(analysis: Analysis) -> list[dict[str, str]]:
             "value": f"{total['dead_fraction']:.2%}",
             "interval": "",
             "text": f"{portion(total['num_dead'], total['num_latents'], 'latent')} "
-            f"active at none of the {number(summary['num_rows'])} rows "
-            "evaluated; counted, so "
+            f"active at none of {counted(summary['num_rows'], 'evaluated row')}; counted, so "
             "there is no interval.",
         },
         {

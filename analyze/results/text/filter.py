@@ -53,7 +53,9 @@ def where(table: pa.Table, condition: str) -> pa.Table:
     """
     text = " ".join(condition.split())
     if len(text) > _LONGEST:
-        raise InputError(f"--where: {len(text)} characters are more than {_LONGEST}: say less")
+        raise InputError(
+            f"--where: expected at most {_LONGEST} characters, got {len(text)}: say less"
+        )
     try:
         found = _Reader(table, text).condition(_parse(text))
     except (RecursionError, MemoryError):
