@@ -20,7 +20,7 @@ RUN_FILE = "run.yaml"
 
 _OUT = "analysis"
 _HARVEST_DEFAULTS = {
-    "split": "train",
+    "split": None,
     "text_column": "text",
     "bos": "auto",
     "subset": None,
@@ -122,7 +122,7 @@ def _harvest(store: Store, record: Mapping[str, Any]) -> str:
         if record[name] != default:
             words += [_option(name), record[name]]
     words += ["--context-length", plan.context_length]
-    if packing["packing"] != "concatenate":
+    if packing["packing"] != "concatenate" or record["tokens_column"] is not None:
         words += ["--packing", packing["packing"]]
     if packing["isolate_documents"]:
         words.append("--isolate-documents")

@@ -21,6 +21,11 @@ Location = str | os.PathLike[str]
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
 
 
+def local_path(name: Location) -> Path:
+    """A path, with `~` at its beginning replaced by the home directory, where that is known."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111 - pathlib's raises where it is not.
+
+
 class DamagedFileError(InputError):
     """A file of this package does not hold the bytes that were written."""
 

@@ -110,18 +110,19 @@ class HarvestConfig(TextSettings, _ModelSettings):
         doc="Tokens a sequence.",
     )
     packing: str = setting(
-        default="concatenate",
+        default="auto",
         decides=True,
         group="Sequences",
         doc="concatenate: documents joined by separators and cut; document: one a sequence, "
-        "padded.",
+        "padded; rows: token ids that are sequences already; auto: rows where the first ones have "
+        "the context length, else concatenate.",
     )
     bos: str = setting(
         default="auto",
         decides=True,
         group="Sequences",
         doc="A BOS token before everything that the model reads at once: always, never, or auto "
-        "where the tokenizer adds one.",
+        "for what the tokenizer puts before a text.",
     )
     isolate_documents: bool = setting(
         default=False,
@@ -248,6 +249,11 @@ class HarvestConfig(TextSettings, _ModelSettings):
             raise InputError(
                 f"--sites must be different ones of {', '.join(SITES)}, got "
                 f"{', '.join(self.sites) or 'none'}"
+            )
+        if self.packing == "rows" and (self.tokens_column is None or self.bos == "always"):
+            raise InputError(
+                "--packing rows takes token ids as they are: it needs --tokens-column, and no "
+                "--bos always"
             )
         if self.device_map is not None and self.device != "auto":
             raise InputError(

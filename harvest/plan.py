@@ -11,6 +11,7 @@ import torch
 
 import mlsae
 from mlsae.base.errors import InputError, ResourceError
+from mlsae.base.files import local_path
 from mlsae.base.ranks import Ranks
 from mlsae.base.resources import require_disk
 from mlsae.base.units import format_bytes
@@ -241,5 +242,5 @@ def provenance_of(
 
 
 def _resolved(name: str) -> str:
-    path = Path(name).expanduser()
+    path = local_path(name)
     return str(path.resolve()) if path.exists() else name

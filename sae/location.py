@@ -9,6 +9,7 @@ import huggingface_hub
 from huggingface_hub import constants as hub
 from huggingface_hub import errors as hub_errors
 
+from mlsae.base.files import local_path
 from mlsae.sae.errors import NotAnSAEError
 
 _HUB_ID = re.compile(
@@ -42,7 +43,7 @@ def find(path_or_hub_id: str | Path, names: Collection[str]) -> Found:
         NotAnSAEError: there is no such directory, and the hub has none of the files there, or it
             cannot be reached.
     """
-    path = Path(path_or_hub_id).expanduser()
+    path = local_path(path_or_hub_id)
     if path.is_dir():
         return Found(path, str(path.resolve()))
     named = _HUB_ID.fullmatch(path_or_hub_id) if isinstance(path_or_hub_id, str) else None

@@ -1,8 +1,9 @@
-"""Rows of local files: plain text, JSON lines and Parquet, one file or a directory of them."""
+"""Rows of local files: plain text, JSON lines and Parquet."""
 
 import io
 import json
 import random
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ SHUFFLE_BUFFER = 10_000
 ROWS_AT_ONCE = 256
 """Rows of a Parquet file; each may be a whole book, or a Python number for each token."""
 TextRow = Mapping[str, Any]
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def kind_of(path: Path) -> str | None:
@@ -27,36 +29,6 @@ def kind_of(path: Path) -> str | None:
         return None
     plain = path.with_suffix("") if path.suffix in {".gz", ".zst"} else path
     return plain.suffix
-
-
-def files_in(directory: Path) -> list[Path]:
-    """The files of a directory and of those in it, sorted by path; hidden ones are left out.
-
-    Raises:
-        InputError: the directory holds no file, files of several kinds, or one that cannot be read.
-    """
-    inside = sorted(
-        relative
-        for relative in (path.relative_to(directory) for path in directory.rglob("*"))
-        if not any(part.startswith(".") for part in relative.parts)
-        and (directory / relative).is_file()
-    )
-    if not inside:
-        raise InputError(f"{directory} holds no file; expected {', '.join(FILE_KINDS)}")
-    kinds: dict[str | None, Path] = {}
-    for path in inside:
-        kinds.setdefault(kind_of(path), path)
-    if None in kinds:
-        raise InputError(
-            f"{directory} holds {kinds[None]}, which is not one of {', '.join(FILE_KINDS)}; move "
-            "other files out of it"
-        )
-    if len(kinds) > 1:
-        raise InputError(
-            f"{directory} holds files of several kinds, such as "
-            f"{' and '.join(map(str, kinds.values()))}; give it one kind only"
-        )
-    return [directory / path for path in inside]
 
 
 def file_rows(files: Sequence[Path], column: str, shuffle_seed: int | None) -> Iterator[TextRow]:
@@ -108,25 +80,54 @@ def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
     """The bytes of a file, decompressed if its name says so.
 
     Raises:
-        InputError: a compressed file is damaged or ends too early.
+        InputError: the file cannot be opened, or a compressed one is damaged or ends too early.
     """
-    if path.suffix not in {".gz", ".zst"}:
-        with path.open("rb") as plain:
-            yield plain
-        return
+    with _raw(path) as raw:
+        if path.suffix not in {".gz", ".zst"}:
+            yield raw
+            return
+        compression = {".gz": "gzip", ".zst": "zstd"}[path.suffix]
+        try:
+            with io.BufferedReader(decompressed(raw, compression)) as file:
+                yield file
+        except OSError as error:  # Errors of pyarrow are such, too.
+            reason = _first_line(error)
+            if "too much memory" in reason:
+                raise InputError(
+                    f"{path} was compressed with a window over 128 MiB, as by zstd --long=31; "
+                    f"decompress it first, by zstd -d --long=31 {shlex.quote(str(path))}"
+                ) from error
+            raise InputError(
+                f"{path} cannot be decompressed: {reason}; the file is damaged or was not copied "
+                "whole"
+            ) from error
+
+
+@contextmanager
+def _raw(path: Path) -> Iterator[io.BufferedReader]:
+    """The bytes of a file as they are on the disk, if they are its own."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    with file:
+        if file.peek(len(_LFS_POINTER)).startswith(_LFS_POINTER):
+            raise InputError(
+                f"{path} is a pointer of Git LFS, not the text itself; fetch that with git lfs pull"
+            )
+        yield file
+
+
+def decompressed(file: Any, compression: str) -> Any:
+    """A stream of the content of an open file, which may be of several parts, one after another.
+
+    Args:
+        file: opened for reading bytes.
+        compression: `gzip` or `zstd`.
+    """
     import pyarrow
 
-    compression = {".gz": "gzip", ".zst": "zstd"}[path.suffix]
-    with path.open("rb") as raw:
-        try:
-            stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), compression)
-            with io.BufferedReader(stream) as file:
-                yield file
-        except (OSError, pyarrow.ArrowException) as error:
-            raise InputError(
-                f"{path} cannot be decompressed: {_first_line(error)}; the file is damaged or was "
-                "not copied whole"
-            ) from error
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), compression)
 
 
 def _text(path: Path) -> str:
@@ -140,8 +141,9 @@ def _text(path: Path) -> str:
 
 
 def _decoded(data: bytes, where: str) -> str:
+    """Text of UTF-8, without a mark of the byte order at its beginning."""
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{where} is not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start}; "
@@ -155,27 +157,52 @@ def _jsonl_rows(path: Path) -> Iterator[TextRow]:
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
-            try:
-                row = json.loads(_decoded(line, where))
-            except json.JSONDecodeError as error:
-                raise InputError(f"{where}: not JSON ({error})") from error
+            row = _json(_decoded(line, where), where)
             if not isinstance(row, dict):
                 raise InputError(f"{where}: expected a JSON object, got {type(row).__name__}")
             yield row
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where}: not JSON ({error})") from error
+        except ValueError:
+            # A number of thousands of digits, which Python refuses to make.
+            return json.loads(text, parse_int=float)
+    except RecursionError as error:
+        raise InputError(f"{where}: brackets are nested too deep to be read") from error
 
 
 def _parquet_rows(path: Path, column: str) -> Iterator[TextRow]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            # Without the column, whole rows are read for the message that names the columns.
-            wanted = [column] if column in file.schema_arrow.names else None
-            for batch in file.iter_batches(ROWS_AT_ONCE, columns=wanted):
-                yield from batch.to_pylist()
+        with _raw(path), pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if column not in names:
+                # The names alone go into the message: values may be none that Python has.
+                yield from [dict.fromkeys(names)] * min(file.metadata.num_rows, 1)
+                return
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=[column]):
+                for value in batch.column(0):
+                    yield {column: value.as_py()}
+                    number += 1
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}, row {number}: column {column!r} is not UTF-8 text: byte "
+            f"{error.object[error.start]:#04x} at offset {error.start}; convert it first"
+        ) from error
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path} cannot be read as Parquet: {_first_line(error)}") from error
+    except OverflowError as error:
+        raise InputError(
+            f"{path}, row {number}: column {column!r} cannot be read: {_first_line(error)}"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

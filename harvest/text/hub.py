@@ -1,26 +1,16 @@
-"""Rows of a hub data set, or of a local directory laid out like one, as they stream in."""
+"""Rows of a hub data set, or of a local directory with a card like one, as they stream in."""
 
-import re
+import io
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mlsae.base.errors import InputError
-from mlsae.harvest.text.files import SHUFFLE_BUFFER, TextRow
+from mlsae.harvest.text.files import SHUFFLE_BUFFER, TextRow, decompressed
 
-SPLIT_NAME = re.compile(
-    r"(train|training|validation|valid|val|dev|test|testing|eval|evaluation)([-._ 0-9]|$)"
-)
-
-
-def is_hub_layout(directory: Path) -> bool:
-    """True for a directory with a README.md (the hub's card), or files or folders named by split.
-
-    Those are names such as `train-00000-of-00002.parquet`, `test.jsonl` or `validation/`.
-    """
-    return (directory / "README.md").is_file() or any(
-        SPLIT_NAME.match(path.name) for path in directory.rglob("*")
-    )
+_PATTERN_SIGNS = frozenset("[]*?")
 
 
 def hub_rows(
@@ -29,7 +19,7 @@ def hub_rows(
     """The rows of one split of a data set, streamed.
 
     Args:
-        name: hub id, or path of a directory in hub layout.
+        name: hub id, or path of a directory.
         split: name of the split.
         subset: name of the subset; None for the only or default one.
         shuffle_seed: seed of the order of the files and of the draws from a buffer of 10,000 rows;
@@ -42,11 +32,13 @@ def hub_rows(
     import datasets
 
     _bound_retries(datasets.config)
+    _read_zstd()
     try:
-        rows = datasets.load_dataset(name, subset, split=split, streaming=True)
-        if shuffle_seed is not None:
-            rows = rows.shuffle(shuffle_seed, buffer_size=SHUFFLE_BUFFER)
-        yield from rows
+        with _without_pattern_signs(name) as place:
+            rows = datasets.load_dataset(place, subset, split=split, streaming=True)
+            if shuffle_seed is not None:
+                rows = rows.shuffle(shuffle_seed, buffer_size=SHUFFLE_BUFFER)
+            yield from rows
     except ConnectionError as error:
         if "Disconnected" in str(error):
             raise InputError(
@@ -63,6 +55,28 @@ def hub_rows(
         raise InputError(
             f"data set {name}, {which}, cannot be read: {_first_line(error)}"
         ) from error
+
+
+@contextmanager
+def _without_pattern_signs(name: str) -> Iterator[str]:
+    """Another path of a directory whose own the library would take for a pattern."""
+    if not _PATTERN_SIGNS & set(name):
+        yield name
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder, "data")
+        link.symlink_to(Path(name).resolve(), target_is_directory=True)
+        yield str(link)
+
+
+def _read_zstd() -> None:
+    """Let the library read .zst files, of several frames too, whatever else is installed."""
+    from fsspec.compression import register_compression
+
+    def opened(file: Any, mode: str = "rb", **_: Any) -> io.BufferedReader:  # noqa: ARG001
+        return io.BufferedReader(decompressed(file, "zstd"))
+
+    register_compression("zstd", opened, "zst", force=True)
 
 
 def _bound_retries(config: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from mlsae.base.errors import InputError
 
-PACKINGS = ("concatenate", "document")
+PACKINGS = ("auto", "concatenate", "document", "rows")
 BOS = ("auto", "always", "never")
 
 
@@ -18,11 +18,12 @@ class Joints:
     separator where it has no EOS (BERT)."""
     bos: int | None
     """Token that opens every document but the first; only where there is no `eos`."""
-    opening: int | None
-    """Token that opens every context: a sequence, or with `isolate_documents` a document's part
-    of a sequence."""
+    opening: tuple[int, ...]
+    """Tokens that open every context which does not begin with them already: a sequence, or with
+    `isolate_documents` a document's part of a sequence."""
     packing: str = "concatenate"
-    """`concatenate` joins documents and cuts the stream; `document` gives each its sequence."""
+    """`concatenate` joins documents and cuts the stream; `document` gives each its sequence;
+    `rows` takes documents that are sequences already."""
     isolate_documents: bool = False
     """Attention stays inside documents, so that each is a context of its own."""
     padding: int | None = None
@@ -37,31 +38,37 @@ class Joints:
         bos: str = "auto",
         isolate_documents: bool = False,
     ) -> "Joints":
-        """Read the joints off a tokenizer: special tokens, and the token put before a plain text.
+        """Read the joints off a tokenizer: special tokens, and those put before a plain text.
 
         Args:
             tokenizer: a transformers tokenizer. Where it has no BOS or EOS, its classification and
                 separator tokens stand for them.
-            packing: `concatenate` or `document`.
-            bos: `auto` opens contexts with BOS where the tokenizer adds one by default, `always`
-                anyway, `never` not, nor does it join documents by BOS.
+            packing: `concatenate`, `document` or `rows`, which has no joints.
+            bos: `auto` opens contexts with the tokens that the tokenizer puts before a text,
+                `always` with BOS where there are none, `never` not, nor does it join documents by
+                BOS.
             isolate_documents: attention stays inside documents.
 
         Raises:
             InputError: `bos` is `always` and the tokenizer has none.
         """
+        if packing == "rows":
+            return cls(
+                eos=None, bos=None, opening=(), packing=packing, isolate_documents=isolate_documents
+            )
         closes = _first(tokenizer.eos_token_id, tokenizer.sep_token_id)
         opens = _first(tokenizer.bos_token_id, tokenizer.cls_token_id)
-        if opens is None and bos == "always":
+        before = _put_before(tokenizer, opens)
+        if not before and opens is None and bos == "always":
             raise InputError(
                 f"--bos always needs a BOS token, and the tokenizer {tokenizer.name_or_path} has "
                 "none; use --bos auto"
             )
-        plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-        by_default = opens is not None and tokenizer("a")["input_ids"][:1] == [opens] != plain[:1]
-        opening = opens if bos == "always" or (bos == "auto" and by_default) else None
+        if bos == "always" and opens is not None:
+            before = before or (opens,)
+        opening = before if bos != "never" else ()
         # A context that a BOS opens needs no other one between it and the document before.
-        joined = packing == "concatenate" and not (isolate_documents and opening is not None)
+        joined = packing == "concatenate" and not (isolate_documents and opening)
         return cls(
             eos=closes,
             bos=opens if closes is None and bos != "never" and joined else None,
@@ -77,10 +84,23 @@ class Joints:
             "packing": self.packing,
             "document_eos": self.eos,
             "document_bos": self.bos,
-            "context_bos": self.opening,
+            "context_bos": list(self.opening) if len(self.opening) > 1 else _first(*self.opening),
             "isolate_documents": self.isolate_documents,
             "padding": self.padding,
         }
+
+
+def _put_before(tokenizer: Any, opens: int | None) -> tuple[int, ...]:
+    """Tokens that a tokenizer puts before a text: BOS, or others such as `[gMASK]<sop>`."""
+    whole = list(tokenizer("a")["input_ids"])
+    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    # Some tokenizers put a BOS there whether asked to or not.
+    while plain and plain[0] == opens:
+        plain = plain[1:]
+    for start in range(len(whole) if plain else 0):
+        if whole[start : start + len(plain)] == plain:
+            return tuple(whole[:start])
+    return tuple(whole[:1]) if whole[:1] == [opens] else ()
 
 
 def _first(*ids: int | None) -> int | None:

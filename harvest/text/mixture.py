@@ -4,12 +4,14 @@ import math
 from collections.abc import Sequence
 
 from mlsae.base.errors import InputError
+from mlsae.base.files import local_path
 
 
 def parse_mixture(datasets: Sequence[str]) -> dict[str, float]:
     """Parse data sets such as `A:0.7`, `B:0.3` to shares of the tokens, which sum to 1.
 
-    Weights count by their ratio. One data set needs none; several need one each.
+    Weights count by their ratio. One data set needs none; several need one each. A path that is
+    there is a name as it stands, whatever follows its colon.
 
     Raises:
         InputError: no data set, one without a weight, named twice, or with a weight that is no
@@ -46,6 +48,8 @@ def lags_most(taken: Sequence[tuple[int, float]]) -> int:
 
 def _split(dataset: str) -> tuple[str, float | None]:
     name, colon, text = dataset.rpartition(":")
+    if local_path(dataset).exists():
+        return dataset, None
     try:
         weight = float(text)
     except ValueError:

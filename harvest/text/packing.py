@@ -1,12 +1,14 @@
-"""Documents to whole sequences of tokens: joined by separators and cut, or one to a sequence.
+"""Documents to whole sequences of tokens: joined and cut, one to a sequence, or as they are.
 
 `concatenate`: the text is one stream, document after document, each closed by EOS (or opened by
 BOS, where the tokenizer has no EOS), cut into sequences. `document`: each has a sequence of its
 own, cut or padded. Where the tokenizer adds a BOS to what it encodes, the model has hardly seen a
-context without one, so a BOS also opens every context, and the stream goes on behind it.
+context without one, so a BOS also opens every context, and the stream goes on behind it. `rows`:
+token ids that are sequences already stay as they are.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -21,8 +23,12 @@ from mlsae.base.units import counted
 from mlsae.harvest.text.joints import Joints
 from mlsae.harvest.text.mixture import lags_most
 from mlsae.harvest.text.sequences import SequenceBuilder
-from mlsae.harvest.text.sources import Source
+from mlsae.harvest.text.sources import Document, Source
 from mlsae.harvest.text.tokenizing import tokenized
+from mlsae.models.source.tokenizer import special_ids
+
+FIRST_ROWS = 64
+"""Rows of token ids by whose lengths `auto` finds that they are sequences already."""
 
 
 @dataclass(kw_only=True)
@@ -41,6 +47,8 @@ class Taken:
     """Tokens of these documents and their separators; no padding, no BOS that opens a context."""
     ran_out: bool = False
     """True where the text ended because this data set did."""
+    note: str | None = None
+    """Files of a directory that are read and those that are not, in a line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +81,8 @@ class PackedText:
     """Documents that were cut."""
     num_padding: int
     """Tokens that only fill sequences up."""
+    row_length: int | None = None
+    """Tokens of each of the first rows of token ids, where all have one length; else None."""
 
     @property
     def num_documents(self) -> int:
@@ -91,7 +101,7 @@ def pack(
     *,
     context_length: int,
     max_tokens: int | None = None,
-    packing: str = "concatenate",
+    packing: str = "auto",
     bos: str = "auto",
     isolate_documents: bool = False,
     spool: Path,
@@ -107,17 +117,27 @@ def pack(
         tokenizer: a transformers tokenizer.
         context_length: tokens of a sequence.
         max_tokens: most tokens; rounded down to whole sequences.
-        packing: `concatenate` or `document`.
+        packing: `concatenate`, `document`, `rows`, or `auto`: `rows` where the first rows of token
+            ids all have `context_length` tokens and `bos` is not `always`, else `concatenate`.
         bos: `auto`, `always` or `never`, see `Joints.of`.
         isolate_documents: attention stays inside documents, so that a BOS opens each.
         spool: directory on the disk that holds the sequences; its nearest parent if absent.
         report: called with the number of tokens of each document as it is packed.
 
     Raises:
-        InputError: there is no text, or less than one sequence of it; a source cannot be read.
+        InputError: there is no text, or less than one sequence of it; a source cannot be read; a
+            row is no sequence.
         ResourceError: the disk is full, or a document too long for the memory.
     """
+    documents_of, row_length = _peeked(sources)
+    if packing == "auto":
+        packing = "rows" if row_length == context_length and bos != "always" else "concatenate"
     joints = Joints.of(tokenizer, packing=packing, bos=bos, isolate_documents=isolate_documents)
+    if len(joints.opening) >= context_length:
+        raise InputError(
+            f"--context-length {context_length} leaves no room for text: {len(joints.opening)} "
+            "tokens open every context; raise it or use --bos never"
+        )
     most = None if max_tokens is None else max_tokens // context_length
     if most == 0:
         raise InputError(
@@ -128,18 +148,22 @@ def pack(
         joints,
         context_length=context_length,
         max_sequences=most,
-        special_ids=tokenizer.all_special_ids,
+        special_ids=[*special_ids(tokenizer), *joints.opening],
         near=spool,
     )
-    taken = tuple(Taken(name=source.name, share=source.share) for source in sources)
+    taken = tuple(
+        Taken(name=source.name, share=source.share, note=source.note) for source in sources
+    )
     with closing(sequences), ThreadPoolExecutor(1, "tokenise") as thread:
-        streams = [tokenized(source.documents, tokenizer, thread) for source in sources]
+        streams = [tokenized(documents, tokenizer, thread) for documents in documents_of]
         while not sequences.is_full:
             drawn = taken[index := lags_most([(t.num_tokens, t.share) for t in taken])]
             ids = next(streams[index], None)
             if ids is None:
                 drawn.ran_out = True
                 break
+            if packing == "rows" and len(ids) not in (0, context_length):
+                raise InputError(_no_sequence(drawn, len(ids), context_length))
             num_tokens = sequences.add(ids)
             drawn.num_tokens += num_tokens
             drawn.num_documents += num_tokens > 0
@@ -160,6 +184,29 @@ def pack(
         num_cut=sequences.num_cut,
         num_cut_documents=sequences.num_cut_documents,
         num_padding=sequences.num_padding,
+        row_length=row_length,
+    )
+
+
+def _peeked(sources: Sequence[Source]) -> tuple[list[Iterator[Document]], int | None]:
+    """Documents of each source, and the length that all their first rows of token ids have."""
+    streams: list[Iterator[Document]] = []
+    lengths: set[int | None] = set()
+    for source in sources:
+        first = list(itertools.islice(source.documents, 1))
+        if first and not isinstance(first[0], str):
+            first += itertools.islice(source.documents, FIRST_ROWS - 1)
+        lengths |= {None if isinstance(row, str) else len(row) for row in first}
+        streams.append(itertools.chain(first, source.documents))
+    return streams, lengths.pop() if len(lengths) == 1 else None
+
+
+def _no_sequence(drawn: Taken, num_tokens: int, context_length: int) -> str:
+    number = drawn.num_documents + drawn.num_empty
+    return (
+        f"row {number} of data set {drawn.name} holds {num_tokens:,} tokens, no sequence of "
+        f"{context_length:,}; give --packing concatenate to join and cut rows, or another "
+        "--context-length"
     )
 
 

@@ -9,11 +9,19 @@ from mlsae.harvest.text.packing import PackedText
 def text_lines(packed: PackedText) -> Iterator[str]:
     """Lines in the order to be printed."""
     num_tokens = len(packed.tokens)
+    yield from (taken.note for taken in packed.taken if taken.note is not None)
     yield (
         f"packed {counted(num_tokens, 'token')}: "
         f"{counted(num_tokens // packed.context_length, 'sequence')} of "
         f"{packed.context_length} from {counted(packed.num_documents, 'document')}"
     )
+    if packed.joints.packing == "rows":
+        yield f"rows of token ids are sequences of {packed.context_length} already and stay whole"
+    elif packed.row_length not in (None, 0, 1, packed.context_length):
+        yield (
+            f"note: the first rows of token ids all hold {packed.row_length:,} tokens; if they "
+            f"are sequences already, give --context-length {packed.row_length}"
+        )
     if len(packed.taken) > 1:
         total = sum(taken.num_tokens for taken in packed.taken)
         for taken in packed.taken:

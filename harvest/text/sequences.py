@@ -46,6 +46,7 @@ class SequenceBuilder:
         self._is_sink = np.zeros(size, bool)
         self._end = 0
         self._num_flushed = 0
+        self._num_opening = 0
         self._has_text = False
         self._spools = (Spool(near, np.uint32), Spool(near, np.uint32), Spool(near, np.uint8))
         self.num_documents = 0
@@ -71,7 +72,7 @@ class SequenceBuilder:
     def num_in_last(self) -> int:
         """Tokens of the incomplete last sequence, without the one that opens it."""
         in_row = self._end % self._length
-        return in_row - (in_row > 0 and self._joints.opening is not None)
+        return in_row - self._num_opening if in_row else 0
 
     def add(self, ids: Tokens) -> int:
         """Add the next document, with its separators; an empty one only counts.
@@ -87,7 +88,8 @@ class SequenceBuilder:
         if not len(ids):
             return 0
         joints = self._joints
-        before = [] if joints.bos is None or not self._has_text else [joints.bos]
+        begins = joints.bos is None or not self._has_text or ids[0] == joints.bos
+        before = [] if begins else [joints.bos]
         after = [] if joints.eos is None or ids[-1] == joints.eos else [joints.eos]
         self._has_text = True
         if before or after:
@@ -97,8 +99,8 @@ class SequenceBuilder:
         if joints.isolate_documents and self._end % self._length:
             # The first token of a context takes up attention that has nowhere else to go, as
             # position 0 of a sequence does; here no position tells it from others.
-            self._is_sink[self._end] = joints.opening is None
-            self._open(document)
+            self._is_sink[self._end] = not joints.opening
+            self._open(document, ids)
         return self._add_joined(ids, document)
 
     def finish(self) -> tuple[Tokens, Tokens, npt.NDArray[np.uint8]]:
@@ -116,13 +118,13 @@ class SequenceBuilder:
         taken = 0
         while taken < len(ids) and not self.is_full:
             if self._end % self._length == 0:
-                self._open(document)
+                self._open(document, ids[taken:])
             room = self._length - self._end % self._length
             taken += self._put(ids[taken : taken + room], document)
         return taken
 
     def _add_alone(self, ids: Tokens, document: int) -> int:
-        self._open(document)
+        self._open(document, ids)
         room = self._length - self._end % self._length
         taken = self._put(ids[:room], document)
         if taken < len(ids):
@@ -134,9 +136,17 @@ class SequenceBuilder:
             self.num_padding += missing
         return taken
 
-    def _open(self, document: int) -> None:
-        if self._joints.opening is not None:
-            self._put(np.asarray([self._joints.opening], np.uint32), document)
+    def _open(self, document: int, ids: Tokens) -> None:
+        """Open a context for tokens that do not begin with its opening themselves."""
+        position, opening = self._end % self._length, self._joints.opening
+        if not position:
+            self._num_opening = 0
+        if opening and tuple(ids[: len(opening)].tolist()) != opening:
+            # In the last places of a sequence not all of it has room.
+            tokens = np.asarray(opening[: self._length - position], np.uint32)
+            self._put(tokens, document)
+            if not position:
+                self._num_opening = len(tokens)
 
     def _put(self, ids: Tokens, document: int) -> int:
         """Write tokens that fit into the sequence in hand."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +9,12 @@ import numpy.typing as npt
 
 from mlsae.base.embedded import embedded_text
 from mlsae.base.errors import InputError
+from mlsae.base.files import local_path
 from mlsae.base.settings import setting, settings
 from mlsae.base.units import check_seed
-from mlsae.harvest.text.files import FILE_KINDS, TextRow, file_rows, files_in, kind_of
-from mlsae.harvest.text.hub import hub_rows, is_hub_layout
+from mlsae.harvest.text.files import FILE_KINDS, TextRow, file_rows, kind_of
+from mlsae.harvest.text.folder import DEFAULT_SPLIT, choose_files, has_card, no_splits
+from mlsae.harvest.text.hub import hub_rows
 from mlsae.harvest.text.mixture import parse_mixture
 
 Document = str | npt.NDArray[np.uint32]
@@ -36,25 +37,26 @@ class TextSettings:
         doc="Hub id, directory or file of text, or demo, demo:train or demo:held_out; given again "
         "as NAME:SHARE, a mixture.",
     )
-    split: str = setting(
-        default="train",
+    split: str | None = setting(
+        default=None,
+        unset="train, where there are splits",
         decides=True,
         group="Text",
-        doc="Split of a hub data set, or of a directory in hub layout.",
+        doc="Split of a hub data set, or of a directory whose files are named by split.",
     )
     subset: str | None = setting(
         default=None,
         unset="the only one",
         decides=True,
         group="Text",
-        doc="Subset (configuration) of a hub data set.",
+        doc="Subset (configuration) of a hub data set, or of a directory with such a card.",
     )
     shuffle_seed: int | None = setting(
         default=None,
         unset="the data set's own order",
         decides=True,
         group="Text",
-        doc="Seed of the order in which documents of a hub data set are streamed.",
+        doc="Seed of the order in which documents are taken.",
     )
     text_column: str = setting(
         default="text",
@@ -100,14 +102,16 @@ class Source:
     """Share of the tokens that the source is to have; the shares of all sources sum to 1."""
     documents: Iterator[Document]
     """Documents in order; a missing one is an empty one."""
+    note: str | None = None
+    """Files of a directory that are read and those that are not, in a line."""
 
 
 def open_sources(config: TextSettings) -> tuple[Source, ...]:
     """Find every data set; documents are read as they are asked for.
 
     A path is a .txt file (one document), a .jsonl or .parquet file (a document a row), the first
-    two compressed by gzip or zstd if they end in .gz or .zst; or a directory, in hub layout or of
-    such files. What is no path is a hub id.
+    two compressed by gzip or zstd if they end in .gz or .zst; or a directory of such files, or one
+    with the card of a hub data set. What is no path is a hub id.
 
     Raises:
         InputError: there is no such path, or it is nothing that can be read. What only shows in
@@ -115,43 +119,54 @@ def open_sources(config: TextSettings) -> tuple[Source, ...]:
             documents are asked for.
     """
     return tuple(
-        Source(name=name, share=share, documents=_documents(name, _rows(name, config), config))
-        for name, share in parse_mixture(config.datasets).items()
+        _opened(name, share, config) for name, share in parse_mixture(config.datasets).items()
     )
 
 
-def _rows(name: str, config: TextSettings) -> Iterable[TextRow]:
-    path = Path(name).expanduser()
+def _opened(name: str, share: float, config: TextSettings) -> Source:
+    rows, note = _rows(name, config)
+    return Source(name=name, share=share, documents=_documents(name, rows, config), note=note)
+
+
+def _rows(name: str, config: TextSettings) -> tuple[Iterable[TextRow], str | None]:
+    """Rows of a data set, and a note on the files they come from."""
+    path, split = local_path(name), config.split or DEFAULT_SPLIT
+    note = None
     if path.is_dir():
-        if is_hub_layout(path):
-            return hub_rows(str(path), config.split, config.subset, config.shuffle_seed)
-        files = files_in(path)
+        choice = None
+        if has_card(path):
+            note = f"packed from {path}: split {split} of the files that its README.md names"
+        elif choice := choose_files(path, config.split):
+            note = choice.line
+        if choice is None:
+            return hub_rows(str(path), split, config.subset, config.shuffle_seed), note
+        files = choice.paths
     elif path.is_file():
         if kind_of(path) is None:
             raise InputError(
                 f"cannot read {name}: expected a file ending in {', '.join(FILE_KINDS)}, a "
-                "directory of such files or in hub layout, or a hub id"
+                "directory of such files or with the card of a hub data set, or a hub id"
             )
+        if config.split is not None:
+            raise no_splits(f"--split {config.split}", name)
         files = [path]
+    elif path.exists():
+        raise InputError(
+            f"{name} is a pipe or device, which cannot be read again where a harvest goes on; "
+            "write the text to a file first, such as text.jsonl"
+        )
     elif path.is_absolute() or name.startswith((".", "~")) or kind_of(path) is not None:
         raise InputError(f"there is no data set {name}; give another path or a hub id")
     else:
-        return hub_rows(name, config.split, config.subset, config.shuffle_seed)
-    for flag, is_set in (
-        (f"--split {config.split}", config.split != TextSettings.split),
-        (f"--subset {config.subset}", config.subset is not None),
-    ):
-        if is_set:
-            raise InputError(
-                f"{flag} is for hub data sets and directories in hub layout; {name} is plain "
-                "files, so leave it out"
-            )
+        return hub_rows(name, split, config.subset, config.shuffle_seed), None
+    if config.subset is not None:
+        raise no_splits(f"--subset {config.subset}", name)
     if config.tokens_column is not None and kind_of(files[0]) == ".txt":
         raise InputError(
             f"--tokens-column {config.tokens_column}: {name} is plain text and has no columns; "
             "give token ids as .jsonl, .parquet or a hub data set"
         )
-    return file_rows(files, config.column, config.shuffle_seed)
+    return file_rows(files, config.column, config.shuffle_seed), note
 
 
 def _documents(name: str, rows: Iterable[TextRow], config: TextSettings) -> Iterator[Document]:

@@ -35,7 +35,7 @@ def tokenized(
         thread: tokenises batches, one at a time.
 
     Raises:
-        InputError: a text is not valid Unicode.
+        InputError: a text is not valid Unicode, or the tokenizer fails on one.
         ResourceError: a text is too long to be tokenised in this machine's memory.
     """
     ahead = None
@@ -79,16 +79,38 @@ def _encode(batch: list[Document], tokenizer: Any) -> list[Tokens]:
 
 def _token_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
     try:
-        # `verbose` off: texts longer than the model's context are the rule here.
-        encoded = tokenizer(
-            texts, add_special_tokens=False, verbose=False, return_attention_mask=False
-        )
-    except (TypeError, UnicodeEncodeError):
+        return _ids_of(texts, tokenizer)
+    except BaseException as error:
+        _require_failure(error)
         for text in texts:
             _check_unicode(text)
-        raise
+            try:
+                _ids_of([text], tokenizer)
+            except BaseException as alone:
+                _require_failure(alone)
+                raise InputError(_failed(tokenizer, alone, text)) from error
+        raise InputError(_failed(tokenizer, error, texts[0])) from error
+
+
+def _ids_of(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    # `verbose` off: texts longer than the model's context are the rule here.
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False, return_attention_mask=False)
     ids: list[list[int]] = encoded["input_ids"]
     return ids
+
+
+def _require_failure(error: BaseException) -> None:
+    """Pass on what is no failure of a tokenizer; a panic of one in Rust is no `Exception`."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+
+
+def _failed(tokenizer: Any, error: BaseException, text: str) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (
+        f"the tokenizer {tokenizer.name_or_path} fails on a document that begins {text[:40]!r}: "
+        f"{reason}; leave the document out, or mend the tokenizer"
+    )
 
 
 def _check_unicode(text: str) -> None:

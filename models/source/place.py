@@ -14,6 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from mlsae.base.errors import InputError
+from mlsae.base.files import local_path
 
 _PATIENCE = 3.0  # seconds for each of the server's addresses
 
@@ -39,7 +40,7 @@ class Place:
             InputError: the text can only be a path, and there is no such directory.
         """
         text = str(name_or_path)
-        path = Path(text).expanduser()
+        path = local_path(text)
         if path.is_dir():
             return cls(str(path.resolve()), None, True)
         if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:

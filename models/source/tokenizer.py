@@ -50,6 +50,17 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     ).hexdigest()
 
 
+def special_ids(tokenizer: Any) -> list[int]:
+    """Ids of all tokens that a tokenizer leaves out of its text on request, ascending.
+
+    Beside BOS, EOS and their like those are tokens that were added as special ones, such as the
+    marks of a chat template.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    marked = {index for index, token in added.items() if token.special}
+    return sorted(marked | set(tokenizer.all_special_ids))
+
+
 def texts_of_tokens(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Text of each token as it stands after another, with the space before a word.
 

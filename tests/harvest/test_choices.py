@@ -233,7 +233,7 @@ def test_other_hardware_is_refused_unless_it_is_allowed(
     ("change", "text"),
     [
         ({"init": "zero"}, "--init must be trained, rerandomized, .*, got 'zero'"),
-        ({"packing": "tight"}, "--packing must be concatenate, document, got 'tight'"),
+        ({"packing": "tight"}, "--packing must be auto, concatenate, document, rows, got 'tight'"),
         ({"bos": "maybe"}, "--bos must be auto, always, never, got 'maybe'"),
         ({"sites": ("resid",)}, "--sites must be different ones of resid_pre, .*, got resid$"),
         ({"sites": ("mlp_out", "mlp_out")}, "--sites must be different ones of"),

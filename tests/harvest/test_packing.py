@@ -10,10 +10,12 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
 from mlsae.base.errors import InputError, ResourceError
-from mlsae.harvest.text.joints import BOS, PACKINGS, Joints
+from mlsae.harvest.text.joints import BOS, Joints
 from mlsae.harvest.text.packing import PackedText, pack
+from mlsae.harvest.text.report import text_lines
 from mlsae.harvest.text.sources import Document, Source, TextSettings, open_sources
 from mlsae.models import load_tokenizer
 from mlsae.models.source.tokenizer import tokenizer_sha256
@@ -51,25 +53,27 @@ class Case:
     adds_bos: bool = False
 
 
-def expected_rows(texts: list[str], tokenizer: Any, case: Case) -> list[list[tuple[int, int, int]]]:
-    """(token, document, flag) of every sequence, written out token by token; the last one may be
-    too short, or a document's too long."""
+def expected_rows(
+    texts: list[str], tokenizer: Any, case: Case
+) -> list[list[tuple[int, int, int, bool]]]:
+    """(token, document, flag, put there to open) of every sequence, written out token by token; the
+    last one may be too short, or a document's too long."""
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     opens = case.bos == "always" or (case.bos == "auto" and case.adds_bos)
     alone = case.packing == "document"
     separator = eos is None and bos is not None and case.bos != "never"
     if alone or (opens and case.isolate_documents):
         separator = False
-    rows: list[list[tuple[int, int, int]]] = [[]]
+    rows: list[list[tuple[int, int, int, bool]]] = [[]]
     is_first = True
 
     def put(token: int, document: int) -> None:
         if len(rows[-1]) == case.context_length and not alone:
             rows.append([])
-        if not rows[-1] and opens:
-            rows[-1].append((bos, document, SPECIAL))
+        if not rows[-1] and opens and token != bos:
+            rows[-1].append((bos, document, SPECIAL, True))
         flag = SPECIAL if token in tokenizer.all_special_ids else 0
-        rows[-1].append((token, document, flag))
+        rows[-1].append((token, document, flag, False))
 
     for index, text in enumerate(texts):
         ids = [tokenizer.convert_tokens_to_ids(word) for word in text.split()]
@@ -89,10 +93,10 @@ def expected_rows(texts: list[str], tokenizer: Any, case: Case) -> list[list[tup
             put(eos, index)
         if alone:
             padding = 0 if eos is None else eos
-            rows[-1] += [(padding, index, PADDING)] * (case.context_length - len(rows[-1]))
+            rows[-1] += [(padding, index, PADDING, False)] * (case.context_length - len(rows[-1]))
         if sink is not None:
-            token, document, flag = rows[sink[0]][sink[1]]
-            rows[sink[0]][sink[1]] = (token, document, flag | MASKED)
+            token, document, flag, _ = rows[sink[0]][sink[1]]
+            rows[sink[0]][sink[1]] = (token, document, flag | MASKED, False)
         is_first = False
     return rows
 
@@ -110,7 +114,7 @@ def test_equals_packing_token_by_token(
     texts = data.draw(st.lists(text, max_size=30))
     case = Case(
         context_length=data.draw(st.integers(2, 7)),
-        packing=data.draw(st.sampled_from(PACKINGS)),
+        packing=data.draw(st.sampled_from(["auto", "concatenate", "document"])),
         bos=data.draw(st.sampled_from(BOS if KINDS[kind].get("bos") else ["auto", "never"])),
         isolate_documents=data.draw(st.booleans()),
         adds_bos=bool(KINDS[kind].get("adds_bos")),
@@ -126,15 +130,14 @@ def test_equals_packing_token_by_token(
             packed_of(texts, tokenizer, **settings_of_case)
         return
     packed = packed_of(texts, tokenizer, **settings_of_case)
-    flat = np.array(whole).reshape(-1, 3)
+    flat = np.array(whole).reshape(-1, 4)
     np.testing.assert_array_equal(packed.tokens, flat[:, 0])
     np.testing.assert_array_equal(packed.documents, flat[:, 1])
     np.testing.assert_array_equal(packed.token_flags, flat[:, 2])
     assert (packed.tokens.dtype, packed.documents.dtype) == (np.uint32, np.uint32)
     assert packed.token_flags.dtype == np.uint8
     left_out = rows[-1] if len(rows[-1]) < length else []
-    opens = packed.joints.opening is not None
-    assert packed.num_left_over == len(left_out) - (opens and bool(left_out))
+    assert packed.num_left_over == sum(not opens for *_, opens in left_out[:1]) + len(left_out[1:])
     assert packed.num_documents == sum(bool(t.split()) for t in texts)
     assert packed.num_empty == len(texts) - packed.num_documents
     assert packed.num_padding == (flat[:, 2] == PADDING).sum()
@@ -149,7 +152,7 @@ def test_settings_that_decide_tokens_are_described(
     """Two packings with different tokens differ in what the store's plan says of them."""
     tokenizer = tokenizer_maker(bos=True)
     seen: dict[bytes, str] = {}
-    for packing in PACKINGS:
+    for packing in ("auto", "concatenate", "document"):
         for bos in BOS:
             options = {"packing": packing, "bos": bos, "isolate_documents": isolate}
             packed = packed_of(["w1 w2", "w3"] * 9, tokenizer, context_length=5, **options)
@@ -174,6 +177,119 @@ def test_encoders_have_their_own_opening_and_closing_tokens() -> None:
     assert packed.tokens.tolist() == [2, 5, 6, 3, 0, 2, 6, 3, 0, 0]
     expected = [SPECIAL, 0, 0, SPECIAL, PADDING, SPECIAL, 0, SPECIAL, PADDING, PADDING]
     assert packed.token_flags.tolist() == expected
+
+
+def test_text_that_opens_itself_is_not_opened_twice(tokenizer_maker: Callable[..., Any]) -> None:
+    """As a rendered chat template does; a document in the middle keeps its own BOS."""
+    tokenizer = tokenizer_maker(bos=True, adds_bos=True)
+    texts = ["<s> w0 w1", "<s> w2 w3 w4 w5"]
+    joined = packed_of(texts, tokenizer, context_length=4)
+    assert joined.tokens.tolist() == [1, 3, 4, 0, 1, 5, 6, 7]
+    assert joined.num_left_over == 2
+    alone = packed_of(texts, tokenizer, context_length=4, packing="document")
+    assert alone.tokens.tolist() == [1, 3, 4, 0, 1, 5, 6, 7]
+    isolated = packed_of(texts, tokenizer, context_length=7, isolate_documents=True)
+    assert isolated.tokens.tolist() == [1, 3, 4, 0, 1, 5, 6]
+
+
+def make_chat_tokenizer(template: str, special: list[str], added: list[str], **names: str) -> Any:
+    """Ids: <unk>, special tokens, the words, and then tokens that were added."""
+    words = ["<unk>", *special, *(f"w{i}" for i in range(9))]
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in [*special, *added]])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[(word, tokenizer.token_to_id(word)) for word in special]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", **names
+    )
+
+
+def test_every_token_that_was_added_as_special_is_flagged() -> None:
+    """Marks of a chat template are none of BOS, EOS and their like."""
+    tokenizer = make_chat_tokenizer("$A", ["</s>"], ["<|head|>", "<|eot|>"], eos_token="</s>")
+    packed = packed_of(["<|head|> w0 w1 <|eot|>"], tokenizer, context_length=5)
+    assert packed.tokens.tolist() == [11, 2, 3, 12, 1]
+    assert packed.token_flags.tolist() == [SPECIAL, 0, 0, SPECIAL, SPECIAL]
+
+
+def test_contexts_open_with_all_that_the_tokenizer_puts_before_a_text() -> None:
+    """GLM has two such tokens, and no BOS."""
+    tokenizer = make_chat_tokenizer(
+        "[gMASK] <sop> $A", ["[gMASK]", "<sop>", "<eos>"], [], eos_token="<eos>"
+    )
+    packed = packed_of(["w0 w1 w2", "[gMASK] <sop> w3"], tokenizer, context_length=4)
+    assert packed.tokens.reshape(-1, 4).tolist() == [[1, 2, 4, 5], [1, 2, 6, 3], [1, 2, 7, 3]]
+    assert packed.token_flags.reshape(-1, 4)[0].tolist() == [SPECIAL, SPECIAL, 0, 0]
+    assert packed.joints.describe()["context_bos"] == [1, 2]
+    alone = packed_of(["w0"] * 3, tokenizer, context_length=5, isolate_documents=True)
+    assert alone.tokens.reshape(-1, 5).tolist() == [[1, 2, 4, 3, 1], [1, 2, 4, 3, 1]]
+    for bos, first in (("always", [1, 2, 4]), ("never", [4, 3, 4])):
+        assert (
+            packed_of(["w0"] * 3, tokenizer, context_length=3, bos=bos).tokens[:3].tolist() == first
+        )
+    with pytest.raises(
+        InputError, match="--context-length 2 leaves no room for text: 2 tokens open"
+    ):
+        packed_of(["w0"], tokenizer, context_length=2)
+
+
+@pytest.mark.parametrize("options", [{}, {"bos": "never"}, {"packing": "rows"}])
+def test_rows_that_are_sequences_stay_whole(
+    options: dict[str, str], tokenizer_maker: Callable[..., Any]
+) -> None:
+    rows = np.random.default_rng(0).integers(0, 50, (100, 8)).astype(np.uint32)
+    packed = packed_of(rows, tokenizer_maker(bos=True, adds_bos=True), context_length=8, **options)
+    np.testing.assert_array_equal(packed.tokens.reshape(-1, 8), rows)
+    np.testing.assert_array_equal(packed.documents.reshape(-1, 8)[:, 0], np.arange(100))
+    assert "rows of token ids are sequences of 8 already and stay whole" in text_lines(packed)
+    other = [*rows, rows[0, :5]]
+    with pytest.raises(
+        InputError, match=r"row 100 of data set texts holds 5 tokens, no sequence of 8"
+    ):
+        packed_of(other, tokenizer_maker(), context_length=8, **options)
+    joined = packed_of(other, tokenizer_maker(), context_length=8, packing="concatenate")
+    assert joined.tokens[:9].tolist() == [*rows[0], 0] or rows[0, -1] == 0
+
+
+def test_rows_of_another_length_are_joined_and_that_is_said(
+    tokenizer_maker: Callable[..., Any],
+) -> None:
+    rows = np.full((9, 8), 5, np.uint32)
+    lines = text_lines(packed_of(rows, tokenizer_maker(), context_length=6))
+    assert (
+        "note: the first rows of token ids all hold 8 tokens; if they are sequences already, give "
+        "--context-length 8"
+    ) in lines
+    with pytest.raises(InputError, match="row 0 of data set texts holds 8 tokens"):
+        packed_of(rows, tokenizer_maker(), context_length=6, packing="rows")
+
+
+def test_failing_tokenizer_is_named_with_its_document(tokenizer_maker: Callable[..., Any]) -> None:
+    """Whatever it raises; a panic in Rust is no `Exception`."""
+    tokenizer = tokenizer_maker()
+    PanicException = type("PanicException", (BaseException,), {})
+
+    class Failing:
+        name_or_path = "mine"
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+        def __call__(self, texts: Any, **options: Any) -> Any:
+            if "w7" in texts:
+                raise PanicException("index out of bounds\nnote: run")
+            return tokenizer(texts, **options)
+
+    with pytest.raises(InputError) as info:
+        packed_of(["w1", "w7", "w2"], Failing(), context_length=2)
+    assert str(info.value) == (
+        "the tokenizer mine fails on a document that begins 'w7': index out of bounds; leave the "
+        "document out, or mend the tokenizer"
+    )
 
 
 def test_long_documents_and_full_blocks_have_no_seam(tokenizer_maker: Callable[..., Any]) -> None:
@@ -341,9 +457,9 @@ def test_tokenizer_hash_names_the_vocabulary_and_the_special_tokens(
 @pytest.mark.parametrize(
     ("name", "joints"),
     [
-        ("stories260k", Joints(eos=2, bos=None, opening=1)),
-        ("pythia-tokenizer", Joints(eos=0, bos=None, opening=None)),
-        ("tinystories-char-gpt2", Joints(eos=None, bos=None, opening=None)),
+        ("stories260k", Joints(eos=2, bos=None, opening=(1,))),
+        ("pythia-tokenizer", Joints(eos=0, bos=None, opening=())),
+        ("tinystories-char-gpt2", Joints(eos=None, bos=None, opening=())),
     ],
 )
 def test_joints_of_real_tokenizers(name: str, joints: Joints, shared: Path) -> None:

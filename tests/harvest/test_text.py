@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlsae.base.errors import MlsaeError
-from mlsae.harvest.text.hub import is_hub_layout
 from mlsae.harvest.text.sources import TextSettings, open_sources
 
 TEXTS = ["one", "", "two\nlines", "três"]
@@ -81,8 +80,10 @@ def test_streaming_reads_no_further_than_asked(tmp_path: Path) -> None:
 
 
 def test_unknown_split_is_refused(hub_directory: Path) -> None:
-    text = refused(hub_directory, split="validation")
-    assert f"data set {hub_directory}, split 'validation', cannot be read" in text
+    assert refused(hub_directory, split="validation") == (
+        f"{hub_directory} has no split 'validation': its files are named test and train, such as "
+        "data/test-00000-of-00001.parquet; choose one with --split, or rename the files"
+    )
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "dataset"])
@@ -139,28 +140,17 @@ def test_directory_that_cannot_be_read_whole_is_refused(tmp_path: Path) -> None:
     assert f"{tmp_path} holds notes.csv, which is not one of .txt, .jsonl" in refused(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["README.md", "train/b.jsonl", "deep/test.jsonl"])
-def test_directory_named_by_splits_is_in_hub_layout(name: str, tmp_path: Path) -> None:
-    """There the hub's library reads, which knows splits."""
-    assert not is_hub_layout(tmp_path)
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_text('{"text": "x"}\n')
-    assert is_hub_layout(tmp_path)
-    for other in ("trainer.txt", "my_test.txt", "testament.jsonl"):
-        assert not is_hub_layout(write(tmp_path / "other" / other).parent)
-
-
 @pytest.mark.parametrize(
     ("settings", "flag"),
     [({"split": "test"}, "--split test"), ({"subset": "en"}, "--subset en")],
 )
 def test_plain_files_have_no_splits(settings: dict[str, str], flag: str, tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt")
-    assert refused(path, **settings) == (
-        f"{flag} is for hub data sets and directories in hub layout; {path} is plain files, so "
-        "leave it out"
-    )
+    for name in (path, tmp_path):
+        assert refused(name, **settings) == (
+            f"{flag} is for hub data sets and directories in hub layout; {name} is plain files, so "
+            "leave it out"
+        )
 
 
 def test_subsets_of_a_data_set(hub_directory: Path) -> None:
@@ -175,8 +165,9 @@ def test_subsets_of_a_data_set(hub_directory: Path) -> None:
 
 
 def test_shuffling_is_seeded_and_loses_nothing(tmp_path: Path) -> None:
-    """Hub layout and plain files alike; the buffer of 10,000 is filled and drawn from."""
+    """A card and plain files alike; the buffer of 10,000 is filled and drawn from."""
     files, hub = tmp_path / "files", tmp_path / "hub"
+    write(hub / "README.md", "---\nconfigs:\n- config_name: a\n  data_files: train.jsonl\n---\n")
     texts = [[f"{part}-{i}" for i in range(5000)] for part in range(3)]
     for part in range(3):
         pq.write_table(pa.table({"text": texts[part]}), write(files / f"{part}.parquet"))
@@ -283,3 +274,56 @@ def test_hub_data_set_without_network_is_refused() -> None:
     text = refused("someone/some-text")
     assert "cannot reach data set 'someone/some-text': no such file or directory here" in text
     assert "give a local .txt, .jsonl or .parquet file" in text
+
+
+def test_byte_order_marks_are_no_text(tmp_path: Path) -> None:
+    table, text = tmp_path / "a.jsonl", tmp_path / "a.txt"
+    mark = b"\xef\xbb\xbf"
+    table.write_bytes((mark + b'{"text": "x"}\n') * 2)
+    text.write_bytes(mark + b"Once")
+    assert (read(table), read(text)) == (["x", "x"], ["Once"])
+
+
+def test_rows_that_python_cannot_hold_are_named_or_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    row = '{"text": "x", "id": %s}\n'
+    path.write_text(row % 1 + row % ("9" * 5000))
+    assert read(path) == ["x", "x"]
+    path.write_text(row % 1 + row % ("[" * 100_000 + "]" * 100_000))
+    assert refused(path) == f"{path}, line 2: brackets are nested too deep to be read"
+
+
+def test_parquet_rows_that_python_cannot_hold_are_named(tmp_path: Path) -> None:
+    path, data = tmp_path / "a.parquet", b"ok \xff"
+    bad = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(np.array([0, 4], "<i4")), pa.py_buffer(data)]
+    )
+    until = pa.array([2_932_897] * 3, pa.date32())
+    texts = pa.chunked_array([pa.array(["a", "b"]), bad])
+    pq.write_table(pa.table({"text": texts, "until": until}), path)
+    assert refused(path) == (
+        f"{path}, row 2: column 'text' is not UTF-8 text: byte 0xff at offset 3; convert it first"
+    )
+    assert "has no column 'body': row 0 has text, until; name" in refused(path, text_column="body")
+    assert refused(path, text_column="until") == (
+        f"{path}, row 0: column 'until' cannot be read: date value out of range"
+    )
+
+
+def test_pointers_of_git_lfs_are_no_text(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+    for name in ("a.txt", "a.jsonl", "a.jsonl.zst", "a.parquet"):
+        path = write(tmp_path / name, pointer)
+        assert refused(path) == (
+            f"{path} is a pointer of Git LFS, not the text itself; fetch that with git lfs pull"
+        )
+
+
+def test_wide_window_is_no_damage(tmp_path: Path) -> None:
+    """A frame whose header asks for a window of 2 GiB, as `zstd --long=31` writes it."""
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"\x28\xb5\x2f\xfd\x04\xa8\x11\x00\x00{}\xff\xff\xff\xff")
+    assert refused(path) == (
+        f"{path} was compressed with a window over 128 MiB, as by zstd --long=31; decompress it "
+        f"first, by zstd -d --long=31 {path}"
+    )

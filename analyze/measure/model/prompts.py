@@ -19,7 +19,7 @@ from mlsae.base.errors import InputError
 from mlsae.base.units import counted
 from mlsae.models import Inputs, Transformer
 from mlsae.models.capture import capture
-from mlsae.models.source.tokenizer import texts_of_tokens, tokenizer_sha256
+from mlsae.models.source.tokenizer import special_ids, texts_of_tokens, tokenizer_sha256
 from mlsae.store import AnyStore
 
 Array = npt.NDArray[Any]
@@ -102,11 +102,12 @@ def prepare(
         )
     packing = store.source.get("packing")
     bos = packing.get("context_bos") if isinstance(packing, Mapping) else None
-    opening = [] if bos is None else [bos]
+    opening = bos if isinstance(bos, list) else [] if bos is None else [bos]
     prompts = []
     for name, text in texts.items():
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        tokens = np.asarray([*opening, *ids], dtype=np.int64)
+        opens_itself = ids[: len(opening)] == opening
+        tokens = np.asarray(ids if opens_itself else [*opening, *ids], dtype=np.int64)
         if len(tokens) > store.context_length:
             opened = ", the BOS that opens it included," if opening else ""
             raise InputError(
@@ -115,7 +116,7 @@ def prepare(
             )
         if not ids:
             raise InputError(f"{name} has no token: {text!r}; give other text, or leave it out")
-        eligible = ~np.isin(tokens, tokenizer.all_special_ids)
+        eligible = ~np.isin(tokens, special_ids(tokenizer))
         eligible[:skip_positions] = False
         pieces = tuple(texts_of_tokens(tokenizer, tokens.tolist()))
         prompts.append(Prompt(text=text, tokens=tokens, pieces=pieces, eligible=eligible))
