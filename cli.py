@@ -8,6 +8,7 @@ import click
 from mlsae import __version__
 from mlsae.base.errors import MlsaeError
 from mlsae.base.interruption import InterruptedWorkError
+from mlsae.base.output.console import escape_what_is_lacking
 from mlsae.commands.analyze import analyze
 from mlsae.commands.demo import demo
 from mlsae.commands.events import events
@@ -31,6 +32,11 @@ class _OneLineErrors(CommandList):
             ctx.fail("No such command 'activations': its name is mlsae events.")
         return super().resolve_command(ctx, args)
 
+    def main(self, *args: Any, **more: Any) -> Any:
+        # Before anything is printed, the help too.
+        escape_what_is_lacking()
+        return super().main(*args, **more)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -40,6 +46,9 @@ class _OneLineErrors(CommandList):
             ctx.exit(stop.exit_status)
         except MlsaeError as error:
             raise click.ClickException(" ".join(str(error).split())) from None
+        except BrokenPipeError:
+            # The reader of a list has what it wanted, as head does.
+            raise
         except OSError as error:
             where = f": {error.filename}" if error.filename else ""
             raise click.ClickException(f"{error.strerror or error}{where}") from None

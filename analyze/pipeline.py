@@ -5,11 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from mlsae import __version__
 from mlsae.analyze.config import PART_EVENTS, AnalyzeConfig
@@ -47,6 +45,7 @@ from mlsae.analyze.transformer import find_pieces, find_places, find_transformer
 from mlsae.base.devices import resolve_device
 from mlsae.base.errors import InputError
 from mlsae.base.files import seal, write_durably
+from mlsae.base.output.console import Progress, say
 from mlsae.base.resources import require_disk
 
 _ROWS_AT_ONCE = 2**20
@@ -65,7 +64,7 @@ def run(config: AnalyzeConfig) -> Analysis:
         cache_bytes=config.cache_size,
     )
     for warning in pairing.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        say(f"warning: {warning}", err=True)
     check_memory(pairing.sae.W_dec)
     if config.to_delphi is not None:
         check_target(config.to_delphi, pairing.store, config.out)
@@ -130,10 +129,10 @@ def run(config: AnalyzeConfig) -> Analysis:
         analysis = load(directory)
         write_page(analysis, directory / PAGE)
     analysis = analysis.moved_to(config.out)
-    click.echo(render(analysis))
+    say(render(analysis))
     if config.to_delphi is not None:
         cache = to_delphi(analysis, config.to_delphi, store=pairing.store, model=places.first)
-        click.echo("\n".join(cache.lines))
+        say("\n".join(cache.lines))
     return analysis
 
 
@@ -276,5 +275,5 @@ def _coverage(
 
 @contextmanager
 def _bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
-    with tqdm(total=total, desc=label, unit=unit, unit_scale=True, disable=total == 0) as bar:
-        yield bar.update
+    with Progress(label, total, unit) as progress:
+        yield progress.update

@@ -9,9 +9,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import click
-
 from mlsae.base.errors import InputError
+from mlsae.base.output.console import say
 
 POLL_SECONDS = 0.25
 
@@ -58,7 +57,7 @@ class Ranks:
     def say(self, line: str) -> None:
         """Print a line, once for all ranks."""
         if self.is_first:
-            click.echo(line)
+            say(line)
 
     def own(self, shards: list[int]) -> list[int]:
         """Shards of this process among `shards`: r, r + w, r + 2w, …"""

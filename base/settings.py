@@ -44,6 +44,9 @@ class Setting:
     """True for a path to a file, not to a directory."""
     on_command_line: bool = True
     """False where there is no option."""
+    gives_way_to: tuple[str, ...] = ()
+    """Fields that the setting makes no sense beside: a value from a file is dropped where the
+    command line changes one of them."""
 
     def flag(self, name: str) -> str:
         """Long option for the field `name`."""
@@ -65,6 +68,7 @@ def setting(
     again: bool = False,
     is_file: bool = False,
     on_command_line: bool = True,
+    gives_way_to: tuple[str, ...] = (),
 ) -> Any:
     """A field in a settings class; the arguments are those of `Setting`.
 
@@ -83,6 +87,7 @@ def setting(
         again=again,
         is_file=is_file,
         on_command_line=on_command_line,
+        gives_way_to=gives_way_to,
     )
     return dataclasses.field(default=default, metadata={_KEY: described})
 

@@ -45,6 +45,28 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.3g} {unit}"
 
 
+def format_short(count: float) -> str:
+    """A count or rate with three significant digits and the suffix that fits: `1.23M`, `0.5`."""
+    for suffix in ("", "k", "M", "G", "T"):
+        if abs(count) < 999.5 or suffix == "T":
+            break
+        count /= 1000
+    return f"{count:.3g}{suffix}"
+
+
+def format_duration(seconds: float) -> str:
+    """A time for people, in its two largest units: `42 s`, `12 min`, `1 h 12 min`, `2 d 3 h`."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    hours = round(minutes / 60)
+    return f"{hours // 24} d {hours % 24} h"
+
+
 def format_count(count: float) -> str:
     """A count with thousands separators: `480,000`."""
     return f"{count:,.0f}"

@@ -13,7 +13,7 @@ def _settings() -> type[Any]:
     return AnalyzeConfig
 
 
-@click.command(cls=SettingsCommand, settings=_settings)
+@click.command(cls=SettingsCommand, settings=_settings, example="analyze.yaml")
 def analyze(**settings: Any) -> None:
     """Turn an SAE's latents into Parquet tables, figures and a page to look at them."""
     from mlsae.analyze import AnalyzeConfig, run

@@ -13,7 +13,7 @@ def _settings() -> type[Any]:
     return EventsConfig
 
 
-@click.command(cls=SettingsCommand, settings=_settings)
+@click.command(cls=SettingsCommand, settings=_settings, example="events.yaml")
 def events(**settings: Any) -> None:
     """Write every active latent of every row as a Parquet data set.
 

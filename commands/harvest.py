@@ -30,7 +30,7 @@ def _costs() -> str:
     )
 
 
-@click.command(cls=SettingsCommand, settings=_settings, table=_costs)
+@click.command(cls=SettingsCommand, settings=_settings, example="harvest.yaml", table=_costs)
 def harvest(**settings: Any) -> None:
     """Run a transformer over text once and store its layers' activations."""
     from mlsae.base.devices import resolve_device

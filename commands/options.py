@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import click
+from click.core import ParameterSource
 
 from mlsae.base.errors import InputError
 from mlsae.base.settings import Setting, described
-from mlsae.base.units import (
-    parse_count,
-    parse_layers,
-)
+from mlsae.base.units import parse_count, parse_layers
+from mlsae.commands.config_file import names_of, read_config_file
 
 
 class Parsed(click.ParamType[Any]):
@@ -66,6 +65,7 @@ class SettingsCommand(click.Command):
     Args:
         args: arguments for `click.Command`.
         settings: function that returns the settings class.
+        example: a file of the options, for the help of --config; None for no such option.
         table: function that returns lines for the end of the help text, shown verbatim.
         more: further arguments for `click.Command`.
     """
@@ -74,21 +74,53 @@ class SettingsCommand(click.Command):
         self,
         *args: Any,
         settings: Callable[[], type[Any]],
+        example: str | None = None,
         table: Callable[[], str] | None = None,
         **more: Any,
     ) -> None:
         super().__init__(*args, **more)
-        self._settings, self._table = settings, table
+        self._settings, self._example, self._table = settings, example, table
         self._made = False
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """All options, and that for help; the first call completes the help text too."""
         if not self._made:
             self.params = [*options_of(self._settings()), *self.params]
+            if self._example is not None:
+                self.params.append(_config_option(self._example))
             if self._table is not None:
                 self.help = f"{self.help}\n\n\b\n{self._table()}"
             self._made = True
         return super().get_params(ctx)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """See `click.Command`; a file's options then give way to those of the command line."""
+        rest = super().parse_args(ctx, args)
+        if ctx.default_map:
+            self._give_way(ctx)
+        return rest
+
+    def _give_way(self, ctx: click.Context) -> None:
+        """Drop values of a file that make no sense beside others of the command line."""
+        settings = self._settings()
+        options = {str(option.name): option for option in self.get_params(ctx)}
+        in_file = ctx.default_map or {}
+
+        def is_changed(name: str) -> bool:
+            if ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+                return False
+            option, before = options[name], settings.__dataclass_fields__[name].default
+            if name in in_file:
+                before = option.process_value(ctx, in_file[name])
+            elif option.multiple:
+                before = (before,)
+            return bool(ctx.params[name] != before)
+
+        for name, one in described(settings).items():
+            from_file = ctx.get_parameter_source(name) is ParameterSource.DEFAULT_MAP
+            if from_file and any(map(is_changed, one.gives_way_to)):
+                default = settings.__dataclass_fields__[name].default
+                ctx.params[name] = () if options[name].multiple else default
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write each heading's options, ordered by their first ones."""
@@ -118,6 +150,34 @@ class CommandList(click.Group):
                     for name, command in self.commands.items()
                 ]
             )
+
+
+def _config_option(example: str) -> click.Option:
+    return GroupedOption(
+        ["--config"],
+        group="Run",
+        type=FILE,
+        is_eager=True,
+        expose_value=False,
+        callback=_use_config_file,
+        help=f"YAML file of these options, such as {example}; options given here come first.",
+    )
+
+
+def _use_config_file(ctx: click.Context, _param: click.Parameter, path: Path | None) -> None:
+    """Take the defaults of a command's options from a YAML file."""
+    if path is None:
+        return
+    options = {
+        name: option
+        for option in ctx.command.get_params(ctx)
+        if isinstance(option, click.Option) and option.expose_value
+        for name in names_of(option)
+    }
+    try:
+        ctx.default_map = read_config_file(path, options)
+    except InputError as error:
+        raise click.UsageError(str(error), ctx) from None
 
 
 def options_of(settings: type[Any]) -> list[click.Option]:

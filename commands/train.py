@@ -1,30 +1,11 @@
 """The command `mlsae train`."""
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from mlsae.base.errors import InputError
 from mlsae.base.machine.heap import keep_freed_memory
-from mlsae.commands.options import FILE, GroupedOption, SettingsCommand
-
-
-def _use_run_file(ctx: click.Context, _param: click.Parameter, path: Path | None) -> None:
-    """Take a command's default options from a YAML file."""
-    if path is None:
-        return
-    from mlsae.train.options import read_run_file
-
-    names = {
-        str(option.name): isinstance(option, click.Option) and option.multiple
-        for option in ctx.command.get_params(ctx)
-        if option.expose_value
-    }
-    try:
-        ctx.default_map = read_run_file(path, names)
-    except InputError as error:
-        raise click.UsageError(str(error), ctx) from None
+from mlsae.commands.options import SettingsCommand
 
 
 def _settings() -> type[Any]:
@@ -33,18 +14,7 @@ def _settings() -> type[Any]:
     return TrainConfig
 
 
-@click.command(cls=SettingsCommand, settings=_settings)
-@click.option(
-    "--config",
-    "run_file",
-    cls=GroupedOption,
-    group="Run",
-    type=FILE,
-    is_eager=True,
-    expose_value=False,
-    callback=_use_run_file,
-    help="YAML file with these options, such as a run's run.yaml; options given here come first.",
-)
+@click.command(cls=SettingsCommand, settings=_settings, example="a run's run.yaml")
 def train(**settings: Any) -> None:
     """Train sparse autoencoders on all layers of a store, without the transformer.
 

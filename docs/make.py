@@ -37,9 +37,10 @@ HARVEST = "../harvest.md"
 VERBATIM = "\b\n"
 """Before a paragraph that click sets as it is."""
 SETTINGS = """\
-Counts are accepted as `10M` or `1e7`, bytes as `200GB`, layers as `0-5` or `0,2,4`. `mlsae train`
-also reads its options from YAML ([training](../training.md#settings-in-a-file)). In Python the
-fields of `HarvestConfig`, `TrainConfig` and `AnalyzeConfig` are these ([Python](api.md))."""
+Counts are accepted as `10M` or `1e7`, bytes as `200GB`, layers as `0-5` or `0,2,4`. Commands
+with `--config` also read options from YAML ([training](../training.md#settings-in-a-file)). In
+Python the fields of `HarvestConfig`, `TrainConfig` and `AnalyzeConfig` are these
+([Python](api.md))."""
 WRAP: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 SECTION = re.compile(r"^(Args|Returns|Yields|Raises):$", re.M)
 Function = ast.FunctionDef | ast.AsyncFunctionDef

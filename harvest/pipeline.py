@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
-from tqdm.auto import tqdm
 
 from mlsae.base.devices import resolve_device
 from mlsae.base.interruption import (
@@ -15,6 +14,7 @@ from mlsae.base.interruption import (
     StopNow,
     interruptible,
 )
+from mlsae.base.output.console import Progress
 from mlsae.base.ranks import Ranks, wait_until
 from mlsae.base.resources import require_writable
 from mlsae.base.units import counted, portion
@@ -145,9 +145,7 @@ def _pack_and_check_room(request: Request, model: Transformer, ranks: Ranks) -> 
     if not ranks.is_first:
         return None
     config = request.config
-    with tqdm(
-        desc="pack", total=config.max_tokens, unit="tok", unit_scale=True, disable=None
-    ) as bar:
+    with Progress("pack", config.max_tokens, "token") as progress:
         packed = pack(
             open_sources(config),
             model.tokenizer,
@@ -157,7 +155,7 @@ def _pack_and_check_room(request: Request, model: Transformer, ranks: Ranks) -> 
             bos=config.bos,
             isolate_documents=config.isolate_documents,
             spool=config.out,
-            report=bar.update,
+            report=progress.update,
         )
     check_vocabulary(packed, model)
     for line in text_lines(packed):

@@ -2,9 +2,8 @@
 
 import time
 
-from tqdm.auto import tqdm
-
 from mlsae.base.interruption import Interruption
+from mlsae.base.output.console import Progress
 from mlsae.base.ranks import Ranks
 from mlsae.base.units import format_bytes, portion
 from mlsae.harvest.compute.batches import Batches
@@ -68,13 +67,12 @@ def harvest_shards(
     row_bytes = store.row_bytes * len(store.layers) * len(store.sites)
     num_rows = sum(len(writer.shard_range(shard)) for shard in shards)
     with (
-        tqdm(
-            desc="harvest",
-            total=num_rows // per_sequence * store.context_length,
-            unit="tok",
-            unit_scale=True,
-            disable=None if ranks.is_first else True,
-        ) as bar,
+        Progress(
+            "harvest",
+            num_rows // per_sequence * store.context_length,
+            "token",
+            shown=ranks.is_first,
+        ) as progress,
         interruption.deferred(STOPPING),
     ):
         began = time.monotonic()
@@ -88,10 +86,8 @@ def harvest_shards(
                 done_rows += stop - start
                 rate = done_rows * row_bytes / (time.monotonic() - began)
                 left = (num_rows - done_rows) * row_bytes
-                bar.set_postfix_str(
-                    f"{format_bytes(rate)}/s, {format_bytes(left)} left", refresh=False
-                )
-                bar.update((stop - start) // per_sequence * store.context_length)
+                progress.note(f"{format_bytes(rate)}/s", f"{format_bytes(left)} to write")
+                progress.update((stop - start) // per_sequence * store.context_length)
             if interruption.requested:
                 break
 

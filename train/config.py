@@ -110,6 +110,7 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
     expansion_factor: int | None = setting(
         default=None,
         unset="64",
+        gives_way_to=("num_latents",),
         decides=True,
         group="SAE",
         short="-R",
@@ -120,6 +121,7 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
     num_latents: int | None = setting(
         default=None,
         unset="by --expansion-factor",
+        gives_way_to=("expansion_factor",),
         decides=True,
         group="SAE",
         swept=True,
@@ -135,6 +137,7 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
     )
     layer_scale: str = setting(
         default="none",
+        gives_way_to=("normalize",),
         decides=True,
         group="SAE",
         swept=True,
@@ -177,6 +180,7 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
     epochs: int | None = setting(
         default=None,
         unset="1",
+        gives_way_to=("max_rows",),
         decides=True,
         group="Optimisation",
         parse=parse_count,
@@ -185,6 +189,7 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
     max_rows: int | None = setting(
         default=None,
         unset="by --epochs",
+        gives_way_to=("epochs",),
         decides=True,
         group="Optimisation",
         parse=parse_count,
@@ -209,6 +214,7 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
     lr_decay: float | None = setting(
         default=None,
         unset="0.2, or all after the warm-up for cosine",
+        gives_way_to=("schedule",),
         decides=True,
         group="Optimisation",
         swept=True,

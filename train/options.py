@@ -1,13 +1,12 @@
-"""Settings of a run as a command line or a YAML file has them."""
+"""Settings of a run as a command line has them, and the YAML file that repeats it."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mlsae.base.errors import InputError
 from mlsae.base.files import write_durably
+from mlsae.base.settings import described
 from mlsae.train.config import EACH, TrainConfig
 from mlsae.train.plan import RunPlan
 from mlsae.train.sweep import SWEPT, Sweep
@@ -39,41 +38,10 @@ def make_sweep(options: Mapping[str, Any]) -> Sweep:
     return Sweep(config=config, axes=axes, each_layer=each_layer)
 
 
-def read_run_file(path: Path, options: Mapping[str, bool]) -> dict[str, Any]:
-    """Read the options in a YAML file, as text, each as if it stood on the command line.
-
-    Args:
-        path: YAML file, a mapping from options without dashes to values or lists of values.
-        options: names that the file may have, with `_` for `-` → True where one can be repeated.
-
-    Raises:
-        InputError: the file is no such YAML.
-    """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"--config {path} does not exist") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        what = " ".join(str(error).split())
-        raise InputError(f"--config {path} is no YAML file: {what}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"--config {path} must map options to values, such as `batch-size: 4096`")
-    found = {str(name).replace("-", "_"): value for name, value in content.items()}
-    if unknown := sorted(found.keys() - options.keys()):
-        known = ", ".join(sorted(name.replace("_", "-") for name in options))
-        raise InputError(
-            f"--config {path} gives {unknown[0].replace('_', '-')!r}, which is no option; expected "
-            f"{known}"
-        )
-    return {
-        name: _as_given(value, again=options[name])
-        for name, value in found.items()
-        if value is not None
-    }
-
-
 def write_run_file(sweep: Sweep, plans: Sequence[RunPlan]) -> None:
-    """Write run.yaml to the run's directory: the run with every default resolved.
+    """Write run.yaml to the run's directory: the options that were given, and defaults in comments.
+
+    Defaults stay defaults, so that an option beside the file changes those that follow from it.
 
     Args:
         sweep: settings of the run.
@@ -81,40 +49,42 @@ def write_run_file(sweep: Sweep, plans: Sequence[RunPlan]) -> None:
     """
     config, plan = sweep.config, plans[0]
     caches = config.cache if isinstance(config.cache, tuple) else (config.cache,)
-    content: dict[str, Any] = {}
-    for name in TrainConfig.__dataclass_fields__:
-        value = getattr(config, name)
-        if name not in _LEFT_OUT and value is not None:
-            content[name] = value
-    content |= {
-        "cache": [str(cache) for cache in caches],
-        "out": str(config.out),
+    given: dict[str, Any] = {"cache": [str(cache) for cache in caches], "out": str(config.out)}
+    resolved: dict[str, Any] = {
         "site": plan.site,
-        "layers": [*plan.mixture.layers, *([EACH] if sweep.each_layer else [])],
+        "layers": list(plan.mixture.layers),
         "data_seed": plan.config.order_seed,
-        "lr": plan.schedule.peak,
-        "num_latents": plan.sae.num_latents,
+        "batch_size": plan.mixture.batch_rows,
+        "epochs": None if config.max_rows is not None else 1,
     }
-    if config.max_rows is None:
-        content["epochs"] = config.epochs or 1
-    content.pop("expansion_factor", None)
+    if not {"expansion_factor", "num_latents"} & sweep.axes.keys():
+        resolved |= {"num_latents": plan.sae.num_latents, "lr": plan.schedule.peak}
     if not {"schedule", "warmup"} & sweep.axes.keys():
-        content["lr_decay"] = config.decay
-    if {"expansion_factor", "num_latents"} & sweep.axes.keys():
-        del content["num_latents"]
-        if config.lr is None:
-            # The learning rate is another for each number of latents.
-            del content["lr"]
-    content |= {name: list(values) for name, values in sweep.axes.items()}
-    options = {name.replace("_", "-"): value for name, value in content.items()}
-    text = yaml.safe_dump(options, sort_keys=True, allow_unicode=True)
+        resolved["lr_decay"] = plan.config.decay
+    for name, field in TrainConfig.__dataclass_fields__.items():
+        value = getattr(config, name)
+        if name in _LEFT_OUT or name in given:
+            continue
+        if value != field.default:
+            given[name] = value
+        elif value is not None:
+            resolved.setdefault(name, value)
+    if sweep.each_layer:
+        given["layers"] = [*plan.mixture.layers, EACH]
+    given |= {name: list(values) for name, values in sweep.axes.items()}
+    defaults = {
+        name: value
+        for name, value in resolved.items()
+        if name not in given and value is not None and described(TrainConfig)[name].on_command_line
+    }
+    comments = "".join(f"# {line}\n" for line in _yaml(defaults).splitlines())
+    text = f"{_yaml(given)}\n# Defaults, as they came out:\n{comments}"
     write_durably(config.out / RUN_FILE, text.encode())
 
 
-def _as_given(value: Any, *, again: bool) -> Any:
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, list):
-        words = [str(word) for word in value]
-        return words if again else ",".join(words)
-    return [str(value)] if again else str(value)
+def _yaml(options: Mapping[str, Any]) -> str:
+    content = {
+        name.replace("_", "-"): list(value) if isinstance(value, tuple) else value
+        for name, value in options.items()
+    }
+    return str(yaml.safe_dump(content, sort_keys=True, allow_unicode=True))

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 from accelerate import Accelerator
 
-from mlsae.base.drawing import by_product
 from mlsae.base.errors import InputError, MlsaeError
 from mlsae.base.files import read_sealed, seal, write_durably
 from mlsae.base.interruption import (
@@ -20,6 +18,8 @@ from mlsae.base.interruption import (
     StopNow,
     interruptible,
 )
+from mlsae.base.output.console import Progress, say
+from mlsae.base.output.drawing import by_product
 from mlsae.base.units import counted
 from mlsae.sae.directory import TRAINING
 from mlsae.store import open_corpus
@@ -210,7 +210,7 @@ class _Run:
                 how_far = f"stopped after step {done.step} of {mine[0].num_steps}"
                 raise _stopped(self._interruption, how_far)
             try:
-                metrics = _measure(work.members, team)
+                metrics = _measure(work.members, team, shown=accelerator.is_main_process)
                 while work.members:
                     self._finish(work.members[0], metrics.pop(0), shape, done.seconds)
                     del work.members[0]
@@ -244,8 +244,8 @@ class _Run:
         with by_product(f"the line of {self._config.track}"):
             member.track(metrics)
         if self._sweep.is_single:
-            click.echo(format_summary(metrics))
-            click.echo(f"SAE: {out}")
+            say(format_summary(metrics))
+            say(f"SAE: {out}")
 
     def _sum_up(self, plans: Sequence[RunPlan]) -> list[TrainResult]:
         """Read every SAE's results; a sweep's table is written and printed."""
@@ -268,12 +268,12 @@ class _Run:
             entries.append(sweep_entry(plan, found))
         if self._accelerator.is_main_process and not self._sweep.is_single:
             write_durably(self._config.out / SUMMARY, seal({"saes": entries}))
-            click.echo(format_sweep(entries))
-            click.echo(f"SAEs: {self._config.out}")
+            say(format_sweep(entries))
+            say(f"SAEs: {self._config.out}")
         if self._accelerator.is_main_process:
             _draw(finished)
             for line in advice(finished):
-                click.echo(f"warning: {line}", err=True)
+                say(f"warning: {line}", err=True)
         if diverged:
             raise DivergedSAEsError(
                 f"{len(diverged)} of {counted(len(plans), 'SAE')} diverged, the others are "
@@ -289,7 +289,7 @@ class _Run:
 
     def _say(self, text: str) -> None:
         if self._accelerator.is_main_process:
-            click.echo(text)
+            say(text)
 
 
 def _draw(finished: Iterable[tuple[RunPlan, Mapping[str, Any] | None]]) -> None:
@@ -302,7 +302,9 @@ def _draw(finished: Iterable[tuple[RunPlan, Mapping[str, Any] | None]]) -> None:
                 draw_curves(read_log(out / LOG), plan.layers, validation, out / CURVES)
 
 
-def _measure(members: Sequence[Member], team: Team) -> list[Mapping[str, Any] | None]:
+def _measure(
+    members: Sequence[Member], team: Team, *, shown: bool
+) -> list[Mapping[str, Any] | None]:
     """Metrics of SAEs on the rows held out, beside those of PCA; None if there are none."""
     if not members or not len(members[0].plan.validation):
         return [None] * len(members)
@@ -316,11 +318,26 @@ def _measure(members: Sequence[Member], team: Team) -> list[Mapping[str, Any] | 
 
     def evaluated(member: Member) -> dict[str, Any]:
         sae, own = member.trainer.sae, member.plan
-        return evaluate(sae, own.store, own.site, own.layers, own.validation, **shared)
+        return evaluate(
+            sae, own.store, own.site, own.layers, own.validation, report=progress.update, **shared
+        )
 
-    metrics = team.map(evaluated, members)
+    own_share = len(plan.validation[ranks.process_index :: ranks.num_processes])
+    layer_rows = own_share * plan.store.rows_per_sequence
+    num_rows = layer_rows * sum(len(member.plan.layers) for member in members)
+    with Progress("evaluate", num_rows, "row", shown=shown) as progress:
+        metrics = team.map(evaluated, members)
     layers = plan.mixture.layers
-    fvu = pca_fvu(plan.store, plan.site, layers, plan.validation, device=ranks.device, **shared)
+    with Progress("PCA", len(layers), "layer", shown=shown) as progress:
+        fvu = pca_fvu(
+            plan.store,
+            plan.site,
+            layers,
+            plan.validation,
+            device=ranks.device,
+            report=progress.update,
+            **shared,
+        )
     for member, found in zip(members, metrics, strict=True):
         add_pca(found, fvu, member.trainer.sae.architecture.most_active)
     return list(metrics)

@@ -4,7 +4,6 @@ import time
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from mlsae.analyze.config import EventsConfig
 from mlsae.analyze.events.encode import encode_rows, write_events
@@ -17,10 +16,11 @@ from mlsae.analyze.results.tables import TABLES_VERSION
 from mlsae.analyze.selection import Int, choose_sequences, read_rows
 from mlsae.base.devices import resolve_device
 from mlsae.base.interruption import InterruptedWorkError, Interruption, StopNow, interruptible
+from mlsae.base.output.console import Progress
 from mlsae.base.ranks import Ranks, wait_until
 from mlsae.base.resources import require_disk, require_writable
 from mlsae.base.settings import deciding
-from mlsae.base.units import counted, format_count, portion
+from mlsae.base.units import counted, format_short, portion
 
 STOPPING = "finishing the part in hand, then stopping; press Ctrl-C again to stop at once"
 
@@ -129,9 +129,10 @@ def _require_room(config: EventsConfig, plan: EventsPlan, directory: EventsDirec
 
 def _check(directory: EventsDirectory, paths: list[str], ranks: Ranks) -> None:
     """Check every byte of parts that are there."""
-    hidden = None if ranks.is_first else True
-    for path in tqdm(paths, desc="check", unit="part", disable=hidden if paths else True):
-        directory.check_whole(path)
+    with Progress("check", len(paths), "part", shown=ranks.is_first) as progress:
+        for path in paths:
+            directory.check_whole(path)
+            progress.update(1)
 
 
 @torch.no_grad()
@@ -146,13 +147,9 @@ def _write(
     """Write this rank's parts, in order, until all are there or a signal asks to stop."""
     pairing, began, num_events = plan.pairing, time.monotonic(), 0
     with (
-        tqdm(
-            desc="events",
-            total=sum(part.num_rows for part in parts),
-            unit="row",
-            unit_scale=True,
-            disable=None if ranks.is_first else True,
-        ) as bar,
+        Progress(
+            "events", sum(part.num_rows for part in parts), "row", shown=ranks.is_first
+        ) as progress,
         interruption.deferred(STOPPING),
     ):
         for part in parts:
@@ -164,15 +161,15 @@ def _write(
                 for batch in batches:
                     encoded = encode_rows(pairing, part.layer, batch)
                     write_events(writer, encoded, part.end_row)
-                    bar.update(len(encoded.rows))
+                    progress.update(len(encoded.rows))
                     seen += len(encoded.rows)
             assert writer.record is not None
             directory.keep(writer.record)
-            # The bar counts flagged rows too, which are not read.
-            bar.update(part.num_rows - seen)
+            # The total counts flagged rows too, which are not read.
+            progress.update(part.num_rows - seen)
             num_events += writer.record.num_events
             rate = num_events / (time.monotonic() - began)
-            bar.set_postfix_str(f"{format_count(rate)} events/s")
+            progress.note(f"{format_short(rate)} events/s")
             if interruption.requested:
                 break
 

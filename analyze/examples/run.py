@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from mlsae.analyze.config import AnalyzeConfig
 from mlsae.analyze.examples.collect import Examples, ExamplesPlan
@@ -16,6 +15,7 @@ from mlsae.analyze.results.directory import EXAMPLES_FILE
 from mlsae.analyze.results.tables import schema
 from mlsae.analyze.transformer import Pieces
 from mlsae.base.errors import ResourceError
+from mlsae.base.output.console import Progress
 from mlsae.base.resources import require_disk, require_memory
 from mlsae.base.units import counted, format_bytes
 
@@ -83,7 +83,7 @@ def write_table(
     if examples is None:
         return None
     pieces, reason = text
-    with tqdm(total=examples.num_latents, desc="examples", unit="latent", unit_scale=True) as bar:
+    with Progress("examples", examples.num_latents, "latent") as bar:
         num_examples = write_examples(
             directory / EXAMPLES_FILE, schema("examples", provenance), examples, pieces, bar.update
         )

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.dataset as pd
-from tqdm import tqdm
 
 from mlsae.analyze.interop.delphi_files import (
     EventBatch,
@@ -29,6 +28,7 @@ from mlsae.analyze.selection import Int, choose_sequences, first_tokens
 from mlsae.analyze.transformer import find_places
 from mlsae.base.errors import InputError
 from mlsae.base.files import full_disk_explained
+from mlsae.base.output.console import Progress
 from mlsae.base.resources import require_disk, require_writable
 from mlsae.base.units import counted, portion
 from mlsae.store import PADDING, AnyStore, open_corpus
@@ -118,8 +118,7 @@ def to_delphi(
         for layer in summary["layers"]
     }
     num_events = analysis.events.count_rows()
-    bar = tqdm(total=2 * num_events, desc="delphi", unit="event", unit_scale=True)
-    with bar, full_disk_explained(out):
+    with Progress("delphi", 2 * num_events, "event") as bar, full_disk_explained(out):
         num_latents = len(analysis.latents)
         totals = {layer: count(of, num_latents, bar.update) for layer, of in events.items()}
         num_splits = choose_num_splits(totals.values())

@@ -33,6 +33,7 @@ class ReLUSettings:
     l1: float | None = setting(
         default=None,
         unset="none",
+        gives_way_to=("architecture",),
         decides=True,
         group="Architecture",
         swept=True,
@@ -48,6 +49,7 @@ class ReLUSettings:
     layer_l1: tuple[float, ...] | None = setting(
         default=None,
         unset="1 each",
+        gives_way_to=("architecture",),
         decides=True,
         group="Architecture",
         parse=parse_numbers,
@@ -56,6 +58,7 @@ class ReLUSettings:
     resample_every: int | None = setting(
         default=None,
         unset="an eighth of all",
+        gives_way_to=("architecture",),
         decides=True,
         group="Architecture",
         swept=True,

@@ -12,11 +12,11 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-from tqdm.auto import tqdm
 
 from mlsae import __version__
 from mlsae.base.files import seal, write_durably
 from mlsae.base.interruption import Interruption
+from mlsae.base.output.console import Progress
 from mlsae.store.copying.rows import ChosenRows
 from mlsae.store.copying.selection import Selection
 from mlsae.store.copying.target import StoppedError
@@ -49,7 +49,7 @@ def derive(
         selection: part of the source to copy, and its encoding.
         interruption: says between shards whether to stop.
         max_added_fvu: most that another encoding may add to a shard.
-        progress: show a bar, where there is a terminal.
+        progress: show a bar, or lines where there is no terminal.
 
     Returns:
         Things that could not be copied.
@@ -69,13 +69,7 @@ def derive(
         num_arrays = len(selection.sites) * len(selection.layers)
         row_bytes = num_arrays * sum(part.row_bytes for part in parts)
         with (
-            tqdm(
-                desc="copy",
-                total=num_rows * row_bytes,
-                unit="B",
-                unit_scale=True,
-                disable=None if progress else True,
-            ) as bar,
+            Progress("copy", num_rows * row_bytes, "B", shown=progress) as shown,
             interruption.deferred(STOPPING),
         ):
             try:
@@ -86,7 +80,7 @@ def derive(
                     rows = writer.shard_range(shard)
                     for start, stop in chosen.spans(rows):
                         writer.write(chosen.read(start, stop))
-                        bar.update((stop - start) * row_bytes)
+                        shown.update((stop - start) * row_bytes)
                     writer.end_shard(added_fvu=chosen.known_cost(rows))
                 left = writer.pending()
             except (DamagedStoreError, InvalidStoreError):

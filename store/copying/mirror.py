@@ -10,12 +10,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
-from typing import Any
-
-from tqdm.auto import tqdm
 
 from mlsae.base.files import seal
 from mlsae.base.interruption import Interruption
+from mlsae.base.output.console import Progress
 from mlsae.store.copying.manifest import Item, Manifest, sha256
 from mlsae.store.copying.target import StoppedError, Target
 from mlsae.store.errors import DamagedStoreError, PlanMismatchError, RemoteError
@@ -55,7 +53,7 @@ def mirror(
         manifest: manifest of the store.
         target: empty, or with objects that an earlier copy left.
         interruption: says between objects whether to stop.
-        progress: show a bar, where there is a terminal.
+        progress: show a bar, or lines where there is no terminal.
 
     Raises:
         NotAStoreError, PlanMismatchError: something else is at the target.
@@ -67,16 +65,10 @@ def mirror(
     if copy.is_there():
         return Mirrored(num_bytes=0, notes=())
     with (
-        tqdm(
-            desc="copy",
-            total=copy.bytes_left(),
-            unit="B",
-            unit_scale=True,
-            disable=None if progress else True,
-        ) as bar,
+        Progress("copy", copy.bytes_left(), "B", shown=progress) as shown,
         interruption.deferred(STOPPING),
     ):
-        copy.run(bar)
+        copy.run(shown)
     return Mirrored(num_bytes=copy.num_bytes, notes=tuple(copy.notes))
 
 
@@ -90,7 +82,7 @@ class _Copy:
         self._pending: list[int] = []
         self._stop = Event()
         self._lock = Lock()
-        self._bar: Any = None
+        self._progress = Progress("copy", 0, "B")
         self.num_bytes = 0
         self.notes: list[str] = []
 
@@ -128,9 +120,9 @@ class _Copy:
         self._target.require_room(names, left)
         return left
 
-    def run(self, bar: Any) -> None:
+    def run(self, progress: Progress) -> None:
         """Copy the missing objects, `complete.json` last."""
-        self._bar = bar
+        self._progress = progress
         manifest, target = self._manifest, self._target
         target.begin()
         target.put(PLAN, manifest.plan_record)
@@ -179,7 +171,7 @@ class _Copy:
     def _count(self, num_bytes: int) -> None:
         with self._lock:
             self.num_bytes += num_bytes
-            self._bar.update(num_bytes)
+            self._progress.update(num_bytes)
 
     def _copy_provenance(self) -> None:
         """Copy the records of the runs; each carries its own checksum."""

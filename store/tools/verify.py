@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
+from mlsae.base.output.console import Progress
 from mlsae.store.errors import DamagedStoreError, RemoteError, StoreError
 from mlsae.store.format.accumulate import Accumulator
 from mlsae.store.format.encoding import MAX_QUANTUM, Stored
@@ -85,7 +85,7 @@ def verify(
 
     Args:
         location: the store's directory or URL.
-        progress: show a bar of the activation bytes read.
+        progress: show the activation bytes read, as a bar or lines.
         cache_dir: argument of `open_store`.
         cache_bytes: argument of `open_store`.
 
@@ -104,7 +104,7 @@ def verify(
             raise
         return Report(problems=[Problem(rule=error.rule, path="", message=str(error))])
     check = _Verification(store, progress)
-    with check.bar:
+    with check.progress:
         check.metadata()
         check.tokens()
         check.calibration()
@@ -129,13 +129,7 @@ class _Verification:
         self.total: dict[str, GroupMoments] = {}
         self.expected = {PLAN, SETUP, COMPLETE, MOMENTS, *self.setup.metadata}
         row_bytes = store.row_bytes * len(store.layers) * len(store.sites)
-        self.bar = tqdm(
-            total=store.num_rows * row_bytes,
-            unit="B",
-            unit_scale=True,
-            desc="verify",
-            disable=not progress,
-        )
+        self.progress = Progress("verify", store.num_rows * row_bytes, "B", shown=progress)
 
     def report(self, rule: str, path: str, message: str) -> None:
         self.problems.append(Problem(rule=rule, path=path, message=message))
@@ -365,7 +359,7 @@ class _Verification:
         is_quanta = self.store.encoding == "int8" and name.startswith(f"{ACTIVATIONS}/")
         if is_quanta and (rows < -MAX_QUANTUM).any():
             self.report("R-INT8-4", name, f"rows {start} to {end} hold a quantum of -128")
-        self.bar.update(rows.nbytes)
+        self.progress.update(rows.nbytes)
         return rows
 
     def _report_not_finite(self, site: str, start: int, end: int, stored: list[Stored]) -> None:

@@ -17,7 +17,8 @@ OPTIONS = {
     "harvest": "model dataset out revision init init-seed blocks split subset shuffle-seed "
     "text-column tokens-column max-tokens max-disk context-length packing bos isolate-documents "
     "layers sites keep-positions keep-seed encoding max-encoding-fvu model-dtype "
-    "attn-implementation batch-size shard-size device device-map allow-mixed-hardware dry-run",
+    "attn-implementation batch-size shard-size device device-map allow-mixed-hardware dry-run "
+    "config",
     "train": "cache cache-dir cache-size config out site layers expansion-factor num-latents k "
     "preset architecture l1 l1-warmup resample-every normalize layer-scale layer-weights layer-l1 "
     "batch-size micro-batch epochs max-rows lr schedule lr-decay warmup clip-grad-norm "
@@ -25,8 +26,9 @@ OPTIONS = {
     "distribute resume keep track checkpoint-seconds",
     "analyze": "cache cache-dir cache-size sae out rows max-tokens model batch-size "
     "examples samples context-tokens examples-seed decomposition-max-tokens prompt "
-    "prompt-file figures device to-delphi",
-    "events": "cache cache-dir cache-size sae out rows max-tokens batch-size part-events device",
+    "prompt-file figures device to-delphi config",
+    "events": "cache cache-dir cache-size sae out rows max-tokens batch-size part-events "
+    "device config",
     "latents": "analysis where sort limit columns out",
     "examples": "analysis latent layer limit",
     "export": "run out to model",
@@ -129,6 +131,45 @@ def test_wrong_usage_exits_with_2(arguments, message):
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("command", ["harvest", "analyze", "events"])
+def test_every_long_command_reads_a_file_of_options(command: str, tmp_path: Path):
+    """Names are those of the flags; the command line comes first."""
+    path = tmp_path / f"{command}.yaml"
+    content = {
+        "harvest": "{model: m, attn-implementation: eager, dataset: [a:1, b:2], max-tokens: 1e3}",
+        "analyze": "{cache: m, sae: s, figures: no, context-tokens: [8, 4], prompt: hello}",
+        "events": "{cache: m, sae: s, max-tokens: 2k}",
+    }[command]
+    expected = {
+        "harvest": {"attention_implementation": "eager", "dataset": ("a:1", "b:2")},
+        "analyze": {"figures": False, "context_tokens": (8, 4), "prompts": ("hello",)},
+        "events": {"cache": ("m",), "sae": Path("s"), "max_tokens": 2000},
+    }[command]
+    path.write_text(content)
+    given = ["--config", str(path), "--out", "mine", "--batch-size", "3"]
+    with main.commands[command].make_context(command, given) as context:
+        found = context.params
+    assert {name: found[name] for name in expected} == expected
+    assert (found["out"], found["batch_size"]) == (Path("mine"), 3)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "ascii"])
+def test_consoles_that_lack_letters_have_them_escaped(encoding: str, sample):
+    """Help, lists and errors; no traceback."""
+    runner = CliRunner(charset=encoding)
+    for words in (["harvest", "--help"], ["store", "info", sample.path], ["train", "-k", "你"]):
+        done = runner.invoke(main, [str(word) for word in words])
+        assert done.exit_code == (2 if "train" in words else 0), done.output
+        assert done.exception is None or isinstance(done.exception, SystemExit)
+
+
+def test_reader_of_a_list_may_leave(sample, tmp_path: Path):
+    """As head does: no message."""
+    command = f"{sys.executable} -m mlsae store info {sample.path} | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stderr == ""
 
 
 def test_errors_are_one_line_without_a_traceback(sample, tmp_path: Path):

@@ -154,6 +154,7 @@ def test_a_run_is_of_whole_sequences_in_the_order_of_the_text(sample: Any, tmp_p
     torch.testing.assert_close(sae.W_enc, fresh.W_enc)
     assert (store.read("resid_post", 1) == before).all()
     assert sae.training_record["settings"]["preset"] == "paper"
+    assert "\npreset: paper\n" in (out / "run.yaml").read_text()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,10 @@ from safetensors.torch import load_file
 
 from mlsae.base.errors import InputError
 from mlsae.cli import main
+from mlsae.store import open_corpus
 from mlsae.train.config import parse_training_layers
+from mlsae.train.options import make_sweep
+from mlsae.train.plan import make_plans
 
 COMMON = "--batch-size 60 --validation-fraction 0.1 --device cpu --max-rows 300"
 
@@ -64,14 +67,63 @@ def test_a_file_gives_options_and_the_command_line_comes_first(sample: Any, tmp_
     first, again = tmp_path / "first", tmp_path / "again"
     done = train("--config", tmp_path / "mine.yaml", "--out", first, "-k", "4")
     assert done.exit_code == 0, done.output
-    resolved = yaml.safe_load((first / "run.yaml").read_text())
-    wanted = {"k": 4, "layers": [0, 3], "lr": 0.001, "site": "resid_post", "data-seed": 0}
-    assert wanted.items() <= resolved.items()
+    text = (first / "run.yaml").read_text()
+    given = {**content, "k": 4, "lr": 0.001, "max-rows": 300, "out": str(first)}
+    given |= {"batch-size": given.pop("batch_size"), "cache": [given["cache"]]}
+    assert yaml.safe_load(text) == given
+    for default in ("site: resid_post", "data-seed: 0", "lr-decay: 0.2", "architecture: topk"):
+        assert f"\n# {default}\n" in text
     done = train("--config", first / "run.yaml", "--out", again)
     assert done.exit_code == 0, done.output
     ours, theirs = (load_file(path / "sae.safetensors") for path in (first, again))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert {**yaml.safe_load((again / "run.yaml").read_text()), "out": str(first)} == resolved
+    assert {**yaml.safe_load((again / "run.yaml").read_text()), "out": str(first)} == given
+
+
+def test_defaults_of_a_run_are_no_choices(sample: Any, tmp_path: Path) -> None:
+    """An option beside run.yaml changes whatever follows from it."""
+    base = tmp_path / "base"
+    words = "-R 2 -k 3 --batch-size 60 --validation-fraction 0.1 --device cpu"
+    done = train("--cache", sample.path, "--out", base, *words.split())
+    assert done.exit_code == 0, done.output
+    found = {
+        "-R 3": {"num_latents": 60},
+        "--num-latents 64": {"num_latents": 64, "lr": 2e-4 / (64 / 2**14) ** 0.5},
+        "--max-rows 180": {"num_steps": 3},
+        "--schedule constant": {"lr_decay": 0.0},
+        "--schedule cosine": {"lr_decay": 0.99},
+        "--seed 5": {"seed": 5, "data_seed": 5},
+    }
+    for beside, expected in found.items():
+        given = ["--config", str(base / "run.yaml"), *beside.split()]
+        with main.commands["train"].make_context("train", given) as context:
+            (plan,) = make_plans(make_sweep(context.params), open_corpus(sample.path))
+        settings = plan.settings()
+        assert {name: settings[name] for name in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "kept"),
+    [
+        ("num-latents: 40", "-R 2", {"num_latents": (), "expansion_factor": (2,)}),
+        ("expansion-factor: 2", "--num-latents 40", {"expansion_factor": ()}),
+        ("epochs: 2", "--max-rows 300", {"epochs": None}),
+        ("lr-decay: 0.5", "--schedule constant", {"lr_decay": ()}),
+        ("lr-decay: 0.5", "--schedule linear", {"lr_decay": (0.5,)}),
+        ("{architecture: relu, l1: 3}", "--architecture topk", {"l1": ()}),
+        ("{architecture: relu, l1: 3}", "--architecture relu", {"l1": (3.0,)}),
+        ("{normalize: none, layer-scale: sqrt}", "--normalize center", {"layer_scale": ()}),
+        ("{k: 3, lr: 1e-3}", "--num-latents 40 -k 4", {"lr": (0.001,), "k": (4,)}),
+    ],
+)
+def test_command_line_wins_over_what_makes_no_sense_beside_it(
+    content: str, words: str, kept: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text(content)
+    command = main.commands["train"]
+    given = ["--config", str(tmp_path / "run.yaml"), "--cache", "a", "--out", "b", *words.split()]
+    with command.make_context("train", given) as context:
+        assert {name: context.params[name] for name in kept} == kept
 
 
 def test_the_file_of_a_sweep_repeats_all_of_it(sample: Any, tmp_path: Path) -> None:

@@ -5,16 +5,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import click
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
 
-from mlsae.base.drawing import by_product
 from mlsae.base.errors import InputError
+from mlsae.base.output.console import Progress, say
+from mlsae.base.output.drawing import by_product
 from mlsae.sae import SAE
 from mlsae.store import AnyStore, open_corpus
+from mlsae.train.options import write_run_file
 from mlsae.train.plan import RunPlan, make_plans
 from mlsae.train.published.step import DEAD_AFTER, LR, PaperTrainer
 from mlsae.train.running.baseline import add_pca, pca_fvu
@@ -58,6 +58,7 @@ def run_paper(sweep: Sweep) -> Mapping[str, Any] | None:
     config = plan.config
     check_output(config.out, plan.settings(), resume=False)
     claim(config.out, plan.settings())
+    write_run_file(sweep, [plan])
     sae = SAE(plan.sae, torch.Generator().manual_seed(config.seed)).to(accelerator.device)
     length = plan.store.rows_per_sequence
     dead_after = max(1, round(DEAD_AFTER * _PUBLISHED_LENGTH / length))
@@ -65,13 +66,13 @@ def run_paper(sweep: Sweep) -> Mapping[str, Any] | None:
     log, began = Log(config.out / LOG, 0), time.monotonic()
     log_every = max(1, plan.num_steps // LINES)
     rows = 0
-    with tqdm(total=plan.num_rows, unit="row", unit_scale=True, desc="train", disable=None) as bar:
+    with Progress("train", plan.num_rows, "row") as progress:
         for step in range(plan.num_steps):
             first = step * count % len(order)
             sequences = order[first : first + count]
             result = trainer.step(_micro_batches(plan, sequences), len(sequences))
             rows += len(sequences) * length * len(plan.layers)
-            bar.update(rows - bar.n)
+            progress.update(rows - progress.done)
             if (step + 1) % log_every and step + 1 < plan.num_steps:
                 continue
             log.write(
@@ -162,6 +163,6 @@ def _finish(
     with by_product(str(out / CURVES)):
         # The log has FVU by the variance of a batch, another one than that of the held-out rows.
         draw_curves(lines, plan.layers, None, out / CURVES)
-    click.echo(format_summary(metrics))
-    click.echo(f"SAE: {out}")
+    say(format_summary(metrics))
+    say(f"SAE: {out}")
     return metrics

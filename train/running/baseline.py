@@ -4,7 +4,7 @@ FVU(r) = Σ‖x − μ − V_r V_rᵀ (x − μ)‖² / Σ‖x − μ_l‖², wi
 the covariance found on training rows, and all sums and μ_l taken over the held-out rows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ def pca_fvu(
     rank: int,
     world_size: int,
     sum_over_ranks: Sum,
+    report: Callable[[int], object] = lambda _: None,
 ) -> Mapping[int, npt.NDArray[np.float64]]:
     """FVU of PCA on the held-out rows, by layer and by number of directions.
 
@@ -44,6 +45,7 @@ def pca_fvu(
         rank: this rank takes every world_size-th sequence.
         world_size: number of ranks.
         sum_over_ranks: adds up over them.
+        report: called with 1 for each layer done.
 
     Returns:
         Layer → (d_model + 1,) FVU of r directions, r from 0; NaN where the rows do not vary.
@@ -78,6 +80,7 @@ def pca_fvu(
         spread = products.trace() - total.square().sum() / count
         left = products.trace() - torch.cat([squares.new_zeros(1), squares.cumsum(0)])
         found[layer] = (left.clamp(min=0) / spread).cpu().numpy()
+        report(1)
     return found
 
 

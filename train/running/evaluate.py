@@ -4,7 +4,7 @@ FVU = Σ‖x − x̂‖² / Σ‖x − μ_l‖², with μ_l the mean of layer l 
 data set, never means of ratios. Special tokens are always out; position 0 is counted in and out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,7 @@ def evaluate(
     rank: int,
     world_size: int,
     sum_over_ranks: Sum,
+    report: Callable[[int], object] = lambda _: None,
 ) -> dict[str, Any]:
     """Reconstruct all rows of the given sequences but those with a flag.
 
@@ -81,6 +82,7 @@ def evaluate(
         rank: this rank takes every world_size-th sequence.
         world_size: number of ranks.
         sum_over_ranks: adds up over them.
+        report: called with the number of rows of each block, flagged ones too.
 
     Returns:
         For `position_0_in` and `position_0_out`: `layers`, a list of {layer, num_rows, fvu,
@@ -105,6 +107,7 @@ def evaluate(
             x = decode(stored, layers.index(layer), origin).to(sae.b.dtype)
             keep = (position >= 0, position >= first_out)
             _count(sae, x, layers.index(layer), [mask.to(device) for mask in keep], sums, used)
+            report(len(position))
         for name, total in zip(by_layer, sums, strict=True):
             total.sums = sum_over_ranks(total.sums)
             by_layer[name].append({"layer": layer, **total.result()})

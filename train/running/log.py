@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mlsae.base.drawing import own_style
 from mlsae.base.files import write_durably
+from mlsae.base.output.drawing import own_style
 from mlsae.train.step.trainer import StepResult
 
 LINES = 1000

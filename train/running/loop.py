@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from mlsae.base.interruption import Interruption
+from mlsae.base.output.console import Progress
 from mlsae.train.data.decode import RowDecoder
 from mlsae.train.data.loader import Batch, Loader
 from mlsae.train.data.mixture import Mixture
@@ -65,25 +65,24 @@ class Loop:
         step, stop = start, False
         with (
             self._loader(start) as loader,
-            tqdm(
-                total=_rows(mixture, plan.num_steps),
-                initial=_rows(mixture, start),
-                unit="row",
-                unit_scale=True,
-                desc="train",
-                disable=None if self._accelerator.is_main_process else True,
-            ) as bar,
+            Progress(
+                "train",
+                _rows(mixture, plan.num_steps),
+                "row",
+                done=_rows(mixture, start),
+                shown=self._accelerator.is_main_process,
+            ) as progress,
             interruption.deferred(STOPPING),
         ):
             for batch in loader:
                 self._step(batch)
                 step += 1
-                bar.update(batch.num_rows)
+                progress.update(batch.num_rows)
                 now = time.monotonic()
                 if step % log_every == 0 or step == plan.num_steps:
                     for member in self.members:
                         member.end_line((step - 1) // mixture.epoch_steps, now - began)
-                    bar.set_postfix(_shown(self.members), refresh=False)
+                    progress.note(*_shown(self.members))
                 due = now - last_checkpoint >= plan.config.checkpoint_seconds
                 stop, due = self._agree(interruption.requested, due and step < plan.num_steps)
                 if stop or due:
@@ -149,7 +148,7 @@ def _rows(mixture: Mixture, step: int) -> int:
     return epochs * mixture.epoch_rows + rest * mixture.batch_rows
 
 
-def _shown(members: Sequence[Member]) -> dict[str, str]:
+def _shown(members: Sequence[Member]) -> list[str]:
     """FVU, L0 and dead latents since the last line; for several SAEs from the least on."""
     lines = [(m.last_line, m.plan.sae.num_latents) for m in members if m.last_line is not None]
     columns = {
@@ -157,7 +156,9 @@ def _shown(members: Sequence[Member]) -> dict[str, str]:
         "L0": ([line["l0"] for line, _ in lines], "{:.1f}"),
         "dead": ([line["num_dead"] / latents for line, latents in lines], "{:.1%}"),
     }
-    return {name: _range(values, shape) for name, (values, shape) in columns.items() if values}
+    return [
+        f"{name} {_range(values, shape)}" for name, (values, shape) in columns.items() if values
+    ]
 
 
 def _range(values: Sequence[float], shape: str) -> str:

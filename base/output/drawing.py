@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import click
+from mlsae.base.output.console import say
 
 
 @contextmanager
@@ -31,4 +31,4 @@ def by_product(name: str) -> Iterator[None]:
         yield
     except Exception as error:  # Nothing that goes wrong here may end the command.
         cause = " ".join(f"{type(error).__name__}: {error}".split())
-        click.echo(f"warning: {name} could not be made ({cause}); all else is whole", err=True)
+        say(f"warning: {name} could not be made ({cause}); all else is whole", err=True)

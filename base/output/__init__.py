@@ -1,0 +1,1 @@
+"""Lines, progress and pictures: all that a command shows beside the product."""
