@@ -1,4 +1,4 @@
-"""What is printed never costs the work, and progress fits a terminal and a log alike."""
+"""Printing never costs the work, and progress fits a terminal and a log alike."""
 
 import ast
 import contextlib

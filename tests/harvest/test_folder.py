@@ -136,7 +136,7 @@ def test_colon_in_a_path_that_is_there_is_no_weight(tmp_path: Path) -> None:
 
 
 def test_compressed_files_with_a_card_need_no_other_package(tmp_path: Path) -> None:
-    """Of two frames: some readers stop after the first."""
+    """Files of two frames: some readers stop after the first."""
     card = "---\nconfigs:\n- config_name: x\n  data_files: a.jsonl.zst\n---\n"
     make(tmp_path, {"README.md": card})
     frames = [pa.compress(lines(text).encode(), codec="zstd", asbytes=True) for text in ("a", "b")]
