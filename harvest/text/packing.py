@@ -135,8 +135,8 @@ def pack(
     joints = Joints.of(tokenizer, packing=packing, bos=bos, isolate_documents=isolate_documents)
     if len(joints.opening) >= context_length:
         raise InputError(
-            f"--context-length {context_length} leaves no room for text: {len(joints.opening)} "
-            "tokens open every context; raise it or use --bos never"
+            f"--context-length {context_length} leaves no room for text behind the "
+            f"{counted(len(joints.opening), 'token')} before it; raise it or use --bos never"
         )
     most = None if max_tokens is None else max_tokens // context_length
     if most == 0:
@@ -204,7 +204,7 @@ def _peeked(sources: Sequence[Source]) -> tuple[list[Iterator[Document]], int | 
 def _no_sequence(drawn: Taken, num_tokens: int, context_length: int) -> str:
     number = drawn.num_documents + drawn.num_empty
     return (
-        f"row {number} of data set {drawn.name} holds {num_tokens:,} tokens, no sequence of "
+        f"row {number} of data set {drawn.name} holds {counted(num_tokens, 'token')}, no sequence of "
         f"{context_length:,}; give --packing concatenate to join and cut rows, or another "
         "--context-length"
     )

@@ -232,7 +232,7 @@ def test_contexts_open_with_all_that_the_tokenizer_puts_before_a_text() -> None:
             packed_of(["w0"] * 3, tokenizer, context_length=3, bos=bos).tokens[:3].tolist() == first
         )
     with pytest.raises(
-        InputError, match="--context-length 2 leaves no room for text: 2 tokens open"
+        InputError, match="--context-length 2 leaves no room for text behind the 2 tokens"
     ):
         packed_of(["w0"], tokenizer, context_length=2)
 
