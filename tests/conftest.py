@@ -1,10 +1,11 @@
 """Fixtures that several rooms share."""
 
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -87,20 +88,56 @@ def make_sample(
     return Sample(path, tokens, documents, flags, activations)
 
 
+@pytest.fixture(scope="session")
+def copied_sample(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Sample]:
+    """`make_sample`, which makes equal samples once and copies them."""
+    directory = tmp_path_factory.mktemp("samples")
+    made: dict[bytes, bytes] = {}
+
+    def copy(path: Path, **options: Any) -> Sample:
+        key = pickle.dumps(sorted(options.items()))
+        if key not in made:
+            made[key] = pickle.dumps(make_sample(directory / str(len(made)), **options))
+        first: Sample = pickle.loads(made[key])
+        shutil.copytree(first.path, path)
+        return replace(first, path=path)
+
+    return copy
+
+
 @pytest.fixture
-def sample(tmp_path: Path) -> Sample:
+def sample(tmp_path: Path, copied_sample: Callable[..., Sample]) -> Sample:
     """A small complete float16 store of several shards."""
-    return make_sample(tmp_path / "acts")
+    return copied_sample(tmp_path / "acts")
 
 
 @pytest.fixture
-def sample_maker(tmp_path: Path) -> Callable[..., Sample]:
+def sample_maker(tmp_path: Path, copied_sample: Callable[..., Sample]) -> Callable[..., Sample]:
     """Make a store below the test's directory: `sample_maker("name", encoding="float32")`."""
 
     def make(name: str = "acts", **options: Any) -> Sample:
-        return make_sample(tmp_path / name, **options)
+        return copied_sample(tmp_path / name, **options)
 
     return make
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_curves() -> Iterator[None]:
+    """Drawing the curves of a tiny run takes longer than the run; `curves` has them drawn."""
+    from mlsae.train import pipeline
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "draw_curves", lambda _lines, _layers, path: path.touch())
+        yield
+
+
+@pytest.fixture
+def curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of this test draw their curves, as they do outside of tests."""
+    from mlsae.train import pipeline
+    from mlsae.train.running.log import draw_curves
+
+    monkeypatch.setattr(pipeline, "draw_curves", draw_curves)
 
 
 @pytest.fixture(scope="session")
@@ -111,16 +148,26 @@ def demo_model() -> Path:
     return model_path()
 
 
-@pytest.fixture(scope="session")
-def servers() -> Any:
-    """tests/servers.py; the tests are no package."""
-    path = Path(__file__).with_name("servers.py")
-    spec = spec_from_file_location("loopback_servers", path)
+def beside(name: str) -> Any:
+    """A file of this directory as a module; the tests are no package."""
+    spec = spec_from_file_location(f"beside_{name}", Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def servers() -> Any:
+    """tests/servers.py."""
+    return beside("servers")
+
+
+@pytest.fixture(scope="session")
+def forking() -> Any:
+    """tests/forking.py."""
+    return beside("forking")
 
 
 @pytest.fixture

@@ -1,8 +1,5 @@
 """Hub data sets, from a server that speaks the hub's protocol: found, refused, missing, cut off."""
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -72,26 +69,33 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(hub: Any, model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+def processes(forking: Any, hub: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Processes that see this hub and have imported what harvests."""
+    modules = ("mlsae.harvest.pipeline", "datasets", "transformers.models.gpt_neox")
+    environment = hub.environment(tmp_path_factory.mktemp("home"))
+    with forking.importing(*modules, environment=environment) as processes:
+        yield processes
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    processes: Any, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Outcome]:
     """Two commands, both at once: the one that is cut off takes its time."""
-    directory = tmp_path_factory.mktemp("runs")
-    command = [sys.executable, "-m", "mlsae", "harvest", "--model", model, "--context-length", "16"]
+    out = tmp_path_factory.mktemp("runs") / "acts"
     began = time.monotonic()
     running = {
-        name: subprocess.Popen(
-            [*command, "--dataset", f"someone/{name}", "--out", directory / "acts", "--dry-run"],
-            env={**os.environ, **hub.environment(directory / name)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        name: processes.start(
+            "import runpy; runpy.run_module('mlsae', run_name='__main__', alter_sys=True)",
+            *("harvest", "--model", model, "--context-length", "16"),
+            *("--dataset", f"someone/{name}", "--out", out, "--dry-run"),
         )
         for name in ("cut-off", "interrupted")
     }
-    done = {}
-    for name, process in running.items():
-        stdout, stderr = process.communicate()
-        done[name] = Outcome(process.returncode, stdout, stderr, time.monotonic() - began)
-    return done
+    return {
+        name: Outcome(process.wait(), process.output, process.errors, time.monotonic() - began)
+        for name, process in running.items()
+    }
 
 
 def test_hub_data_set_is_packed_whole(hub: Any, outcomes: dict[str, Outcome]) -> None:
@@ -113,16 +117,11 @@ def test_connection_that_stays_cut_is_one_line_in_good_time(outcomes: dict[str, 
     assert outcome.seconds < 200
 
 
-def test_what_is_there_is_read_and_what_is_not_is_refused(hub: Any, tmp_path: Path) -> None:
+def test_what_is_there_is_read_and_what_is_not_is_refused(processes: Any) -> None:
     names = [f"someone/{name}" for name in ("found", "gated-401", "gated-403", "missing")]
-    done = subprocess.run(
-        [sys.executable, "-c", READ, *names],
-        env={**os.environ, **hub.environment(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found, gated_401, gated_403, missing = done.stdout.splitlines()
+    process = processes.start(READ, *names)
+    assert process.wait() == 0, process.errors
+    found, gated_401, gated_403, missing = process.output.splitlines()
     assert found == "40"
     assert gated_401 == (
         "data set someone/gated-401, split 'train', cannot be read: Dataset 'someone/gated-401' is "

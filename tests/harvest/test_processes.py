@@ -1,12 +1,9 @@
 """Real processes: one killed without warning, two on one store. The store is always the same."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ import pytest
 import torch
 
 from mlsae.base.units import portion
-from mlsae.harvest import HarvestConfig, run
+from mlsae.harvest import HarvestConfig, HarvestResult, run
 from mlsae.store import IncompleteStoreError, open_store
 from mlsae.store.schema import commit_record
 
@@ -22,78 +19,94 @@ PATIENCE_SECONDS = 120
 SCRIPT = """
 import sys
 from pathlib import Path
-from mlsae.harvest import HarvestConfig, run
+from mlsae.harvest import HarvestConfig, HarvestResult, run
 model, dataset, out, encoding = sys.argv[1:]
 run(HarvestConfig(model=model, dataset=dataset, out=Path(out), context_length=16, batch_size=1,
                   device="cpu", shard_size=1_000, max_tokens=640, encoding=encoding))
 """
+COMMAND = "import runpy; runpy.run_module('mlsae', run_name='__main__', alter_sys=True)"
 
 SmallShards = Callable[..., HarvestConfig]
+Unbroken = Callable[[str], HarvestResult]
 
 
-@pytest.fixture
-def small_shards(config: Callable[..., HarvestConfig]) -> SmallShards:
+@pytest.fixture(scope="module")
+def small_shards(model: Path, dataset: Path) -> SmallShards:
     """One sequence a shard: forty shards, so that a kill falls among them."""
 
     def make(out: Path, encoding: str = "auto") -> HarvestConfig:
-        return config(out=out, batch_size=1, shard_size=1_000, max_tokens=640, encoding=encoding)
+        return HarvestConfig(
+            model=str(model), dataset=str(dataset), out=out, context_length=16, batch_size=1,
+            device="cpu", shard_size=1_000, max_tokens=640, encoding=encoding,
+        )  # fmt: skip
 
     return make
 
 
-Start = Callable[..., "subprocess.Popen[bytes]"]
+@pytest.fixture(scope="module")
+def unbroken(small_shards: SmallShards, tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
+    """The same harvest by one process, by encoding."""
+
+    @cache
+    def make(encoding: str) -> HarvestResult:
+        result = run(small_shards(tmp_path_factory.mktemp("unbroken") / "acts", encoding))
+        assert result is not None
+        return result
+
+    return make
+
+
+Start = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def processes(forking: Any) -> Iterator[Any]:
+    """Processes that have imported what harvests; as many threads as here, as bits need."""
+    modules = ("mlsae.harvest.pipeline", "transformers.models.gpt_neox.modeling_gpt_neox")
+    threads = str(torch.get_num_threads())
+    with forking.importing(*modules, environment={"OMP_NUM_THREADS": threads}) as processes:
+        yield processes
 
 
 @pytest.fixture
-def start() -> Iterator[Start]:
-    """Harvest in another process; none outlives its test."""
-    with ExitStack() as processes:
+def start(processes: Any) -> Start:
+    """Harvest in another process."""
 
-        def begin(settings: HarvestConfig, **environment: str) -> "subprocess.Popen[bytes]":
-            # Equal threads in every process, as bits need.
-            threads = str(torch.get_num_threads())
-            process = subprocess.Popen(
-                [
-                    *(sys.executable, "-c", SCRIPT, settings.model, str(settings.dataset)),
-                    *(str(settings.out), settings.encoding),
-                ],
-                env={**os.environ, "OMP_NUM_THREADS": threads, **environment},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
-            processes.enter_context(process)
-            processes.callback(process.kill)
-            return process
+    def begin(settings: HarvestConfig, **environment: str) -> Any:
+        words = (settings.model, settings.dataset, settings.out, settings.encoding)
+        return processes.start(SCRIPT, *words, environment=environment)
 
-        yield begin
+    return begin
 
 
-def await_commit(settings: HarvestConfig, shard: int, process: "subprocess.Popen[Any]") -> None:
-    """Until a shard is committed, or the process has ended before."""
-    record = settings.out / commit_record(shard)
+def wait_until(is_so: Callable[[], bool], process: Any) -> None:
+    """Until something is so, or the process has ended before."""
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while not record.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not is_so() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
 
 
+def await_commit(settings: HarvestConfig, shard: int, process: Any) -> None:
+    """Until a shard is committed, or the process has ended before."""
+    wait_until((settings.out / commit_record(shard)).exists, process)
+
+
 def test_killed_harvest_continues_to_the_same_store(
-    small_shards: SmallShards, start: Start, tmp_path: Path
+    small_shards: SmallShards, start: Start, unbroken: Unbroken, tmp_path: Path
 ) -> None:
     """In int8, whose plan rests on what the first batches held."""
-    unbroken = run(small_shards(tmp_path / "unbroken", "int8"))
-    assert unbroken is not None
+    whole = unbroken("int8")
     settings = small_shards(tmp_path / "killed", "int8")
     process = start(settings)
     await_commit(settings, 1, process)
     process.send_signal(signal.SIGKILL)
-    _, errors = process.communicate()
-    assert process.returncode == -signal.SIGKILL, errors.decode()
+    assert process.wait() == -signal.SIGKILL, process.errors
     with pytest.raises(IncompleteStoreError, match=r"is incomplete: \d+ of \d+ shards"):
         open_store(settings.out)
     resumed = run(settings)
     assert resumed is not None
-    assert resumed.store_id == unbroken.store_id
-    assert 0 < resumed.bytes_written < unbroken.bytes_written
+    assert resumed.store_id == whole.store_id
+    assert 0 < resumed.bytes_written < whole.bytes_written
 
 
 @pytest.mark.parametrize(
@@ -105,68 +118,58 @@ def test_ranks_make_the_store_that_one_makes(
     encoding: str,
     small_shards: SmallShards,
     start: Start,
+    unbroken: Unbroken,
     tmp_path: Path,
 ) -> None:
     """They meet in the directory alone; only rank 0 packs and prints."""
-    alone = run(small_shards(tmp_path / "alone", encoding))
-    assert alone is not None
     settings = small_shards(tmp_path / "shared", encoding)
     ranks = [
         start(settings, RANK=str(rank), WORLD_SIZE=str(world_size))
         for rank in reversed(range(world_size))
     ]
-    outputs = [process.communicate(timeout=PATIENCE_SECONDS) for process in ranks]
-    assert [process.returncode for process in ranks] == [0] * world_size, outputs
-    assert [output for output, _ in outputs[:-1]] == [b""] * (world_size - 1)
-    assert b"packed" in outputs[-1][0]
+    statuses = [process.wait() for process in ranks]
+    assert statuses == [0] * world_size, [process.errors for process in ranks]
+    assert [process.output for process in ranks[:-1]] == [""] * (world_size - 1)
+    assert "packed" in ranks[-1].output
     store = open_store(settings.out)
-    assert store.store_id == alone.store_id
+    assert store.store_id == unbroken(encoding).store_id
     assert store.provenance()[0]["world_size"] == world_size
 
 
 def test_what_a_lost_rank_leaves_is_made_by_the_rerun(
-    small_shards: SmallShards, start: Start, tmp_path: Path
+    small_shards: SmallShards, start: Start, unbroken: Unbroken, tmp_path: Path
 ) -> None:
     """Rank 1 never comes: rank 0 makes its own shards, waits, is stopped; one process finishes."""
-    alone = run(small_shards(tmp_path / "alone"))
-    assert alone is not None
     settings = small_shards(tmp_path / "lost")
     process = start(settings, RANK="0", WORLD_SIZE="2")
-    assert process.stdout is not None
-    seen = b""
-    for line in process.stdout:
-        seen += line
-        if b"waiting for 20 shards of other ranks" in line:
-            break
+    wait_until(lambda: "waiting for 20 shards of other ranks" in process.output, process)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=PATIENCE_SECONDS)
-    assert b"stopped: 20 of 40 shards are safe in" in errors, (seen, errors)
+    process.wait()
+    assert "stopped: 20 of 40 shards are safe in" in process.errors, process.output
     finished = run(settings)
     assert finished is not None
-    assert finished.store_id == alone.store_id
+    assert finished.store_id == unbroken(settings.encoding).store_id
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_harvest_finishes_its_shard_and_goes_on(
     number: signal.Signals,
     small_shards: SmallShards,
+    processes: Any,
+    unbroken: Unbroken,
     tmp_path: Path,
 ) -> None:
     """The real command, stopped as a person or a scheduler does it."""
     settings = small_shards(tmp_path / "stopped")
-    command = [
-        sys.executable, "-m", "mlsae", "harvest", "--model", settings.model,
-        "--dataset", str(settings.dataset), "--out", str(settings.out), "--context-length", "16",
-        "--batch-size", "1", "--device", "cpu", "--shard-size", "1000", "--max-tokens", "640",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        await_commit(settings, 0, process)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=PATIENCE_SECONDS)
-    assert process.returncode == 128 + number, errors
+    process = processes.start(
+        COMMAND, "harvest", "--model", settings.model, "--dataset", settings.dataset,
+        "--out", settings.out, "--context-length", "16", "--batch-size", "1", "--device", "cpu",
+        "--shard-size", "1000", "--max-tokens", "640",
+    )  # fmt: skip
+    await_commit(settings, 0, process)
+    process.send_signal(number)
+    status, errors = process.wait(), process.errors
+    assert status == 128 + number, errors
     assert "finishing the shard in hand, then stopping; press Ctrl-C again" in errors
     done = len(list((settings.out / "commits").glob("0*.json")))
     last = errors.splitlines()[-1]
@@ -175,11 +178,9 @@ def test_stopped_harvest_finishes_its_shard_and_goes_on(
         "run the same command to go on"
     )
     assert 0 < done < 40
-    alone = run(small_shards(tmp_path / "alone"))
     finished = run(settings)
-    assert alone is not None
     assert finished is not None
-    assert finished.store_id == alone.store_id
+    assert finished.store_id == unbroken(settings.encoding).store_id
 
 
 def test_rank_with_another_model_is_refused(

@@ -5,11 +5,9 @@ Two processes do all the asking: one that reaches the hub, then one that does no
 
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +44,10 @@ def hub_module() -> Any:
     return module
 
 
-def ask(environment: dict[str, str], *asked: tuple[str, str, str | None]) -> list[dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", ASK, json.dumps(asked)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+def ask(processes: Any, *asked: tuple[str, str, str | None]) -> list[dict[str, Any]]:
+    process = processes.start(ASK, json.dumps(asked))
+    assert process.wait() == 0, process.errors
+    return [json.loads(line) for line in process.output.splitlines()]
 
 
 def error(answer: dict[str, Any]) -> str:
@@ -66,7 +57,9 @@ def error(answer: dict[str, Any]) -> str:
 
 @pytest.fixture(scope="module")
 def asked(
-    make_model_directory: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    make_model_directory: Callable[[str], Path],
+    forking: Any,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Any]:
     """All answers, by case; the model's fingerprint; the hub's address."""
     directory = make_model_directory("gpt2")
@@ -88,16 +81,19 @@ def asked(
         "interrupted": ("load", "someone/interrupted", None),
         "cut": ("load", "someone/cut", None),
     }
-    with hub_module().serving(root) as hub:
-        hub.gated = {"someone/members": 401, "someone/reviewed": 403}
-        hub.cuts["someone/interrupted", "model.safetensors"] = 1
-        hub.cuts["someone/cut", "model.safetensors"] = 1_000
-        environment = hub.environment(home)
-        answers = dict(zip(cases, ask(environment, *cases.values()), strict=True))
-        answers["url"] = hub.url
-    answers["cached"], answers["unreachable"] = ask(
-        environment, cases["found"], ("load", "someone/never-asked-for", None)
-    )
+    with ExitStack() as stack:
+        with hub_module().serving(root) as hub:
+            hub.gated = {"someone/members": 401, "someone/reviewed": 403}
+            hub.cuts["someone/interrupted", "model.safetensors"] = 1
+            hub.cuts["someone/cut", "model.safetensors"] = 1_000
+            environment = {**hub.environment(home), "PYTHONWARNINGS": "error"}
+            modules = ("mlsae.models.loading", "transformers.models.gpt2.modeling_gpt2")
+            processes = stack.enter_context(forking.importing(*modules, environment=environment))
+            answers = dict(zip(cases, ask(processes, *cases.values()), strict=True))
+            answers["url"] = hub.url
+        answers["cached"], answers["unreachable"] = ask(
+            processes, cases["found"], ("load", "someone/never-asked-for", None)
+        )
     answers["fingerprint"] = load(directory).fingerprint()
     return answers
 

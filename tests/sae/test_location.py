@@ -2,11 +2,9 @@
 
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +46,10 @@ def hub_module() -> Any:
     return module
 
 
-def ask(environment: dict[str, str], *asked: tuple[str, str, str]) -> list[dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", ASK, json.dumps(asked)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+def ask(processes: Any, *asked: tuple[str, str, str]) -> list[dict[str, Any]]:
+    process = processes.start(ASK, json.dumps(asked))
+    assert process.wait() == 0, process.errors
+    return [json.loads(line) for line in process.output.splitlines()]
 
 
 def expected(sae: SAE) -> float:
@@ -67,7 +58,7 @@ def expected(sae: SAE) -> float:
 
 
 def test_an_sae_is_loaded_and_imported_from_the_hub(
-    make_sae: Make, make_foreign: Make, tmp_path: Path
+    make_sae: Make, make_foreign: Make, forking: Any, tmp_path: Path
 ) -> None:
     """A repository, a folder of one, a commit; then the same with the hub gone, from its cache."""
     models = tmp_path / "hub" / "models" / "someone"
@@ -81,26 +72,30 @@ def test_an_sae_is_loaded_and_imported_from_the_hub(
     (models / "empty").mkdir()
     (models / "empty" / "README.md").write_text("nothing here")
     module, home = hub_module(), tmp_path / "home"
-    with module.serving(tmp_path / "hub") as hub:
-        hub.gated["someone/closed"] = 403
-        environment = hub.environment(home)
-        one, theirs = (module.revision_of(models / name) for name in ("one", "theirs"))
-        asked = {
-            "load": ("someone/one", ""),
-            "pinned": (f"someone/one@{one}", ""),
-            "folder": ("someone/many/x64-k32", ""),
-            "import": ("someone/theirs/layers.1", str(tmp_path / "imported")),
-            "gated": ("someone/closed", ""),
-            "whole": ("someone/theirs", str(tmp_path / "none")),
-            "unconverted": ("someone/published", ""),
-            "nothing": ("someone/empty", ""),
-            "absent": ("someone/absent", ""),
-            "revision": ("someone/one@v9", ""),
-        }
-        kinds = {"import": "import", "whole": "import"}
-        answers = ask(environment, *((kinds.get(k, "load"), *v) for k, v in asked.items()))
-        found = dict(zip(asked, answers, strict=True))
-        fetched = {path for _, path in hub.requests}
+    with ExitStack() as stack:
+        with module.serving(tmp_path / "hub") as hub:
+            hub.gated["someone/closed"] = 403
+            environment = {**hub.environment(home), "PYTHONWARNINGS": "error"}
+            modules = ("mlsae.sae", "mlsae.sae.formats.convert", "huggingface_hub")
+            processes = stack.enter_context(forking.importing(*modules, environment=environment))
+            one, theirs = (module.revision_of(models / name) for name in ("one", "theirs"))
+            asked = {
+                "load": ("someone/one", ""),
+                "pinned": (f"someone/one@{one}", ""),
+                "folder": ("someone/many/x64-k32", ""),
+                "import": ("someone/theirs/layers.1", str(tmp_path / "imported")),
+                "gated": ("someone/closed", ""),
+                "whole": ("someone/theirs", str(tmp_path / "none")),
+                "unconverted": ("someone/published", ""),
+                "nothing": ("someone/empty", ""),
+                "absent": ("someone/absent", ""),
+                "revision": ("someone/one@v9", ""),
+            }
+            kinds = {"import": "import", "whole": "import"}
+            answers = ask(processes, *((kinds.get(k, "load"), *v) for k, v in asked.items()))
+            found = dict(zip(asked, answers, strict=True))
+            fetched = {path for _, path in hub.requests}
+        again, gone = ask(processes, ("load", "someone/one", ""), ("load", "someone/other", ""))
     for name in ("load", "pinned", "folder"):
         assert found[name] == {"sum": pytest.approx(expected(load(run)))}
     imported = load(tmp_path / "imported")
@@ -120,7 +115,6 @@ def test_an_sae_is_loaded_and_imported_from_the_hub(
     assert "no such directory here and no such model on http://127.0.0.1" in errors["absent"]
     assert errors["revision"].startswith("someone/one on http://127.0.0.1")
     assert "has no such revision; check what is behind @" in errors["revision"]
-    again, gone = ask(environment, ("load", "someone/one", ""), ("load", "someone/other", ""))
     assert again == found["load"]
     assert "not in the cache" in gone["error"]
     assert "cannot be reached; give a directory, or run `hf download" in gone["error"]

@@ -1,4 +1,4 @@
-"""Run by torchrun on several ranks: shares of batches train as whole batches do, in float64.
+"""Run on several ranks: shares of batches train as whole batches do, in float64.
 
 Every rank also takes the whole batch through the same objective alone, and compares.
 """

@@ -1,14 +1,21 @@
 """Jobs planned before anything is read: none waits for itself, none overwrites waiting rows."""
 
+from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
-from mlsae.store import open_store
+from mlsae.store import Store, open_store
 from mlsae.train.data.jobs import plan
 from mlsae.train.data.mixture import Mixture
 from mlsae.train.data.window import Window
+
+
+@pytest.fixture(scope="module")
+def store(copied_sample: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return open_store(copied_sample(tmp_path_factory.mktemp("jobs") / "acts").path)
 
 
 @pytest.mark.parametrize("batch_rows", [3, 7, 33, 200, 5000])
@@ -21,10 +28,9 @@ def test_a_place_is_read_over_once_its_row_was_given(
     rank: int,
     world_size: int,
     job_runs: int,
-    sample_maker: Callable,
+    store: Store,
 ) -> None:
     """Played step by step: each row lies where it was put, until its step was given."""
-    store = open_store(sample_maker().path)
     mixture = Mixture.plan(
         store,
         "resid_post",
@@ -51,20 +57,25 @@ def test_a_place_is_read_over_once_its_row_was_given(
         ]
         held = np.full(num_batches * batch_rows + 1, -1)
         """Row at each place of the batches, numbered over layers."""
-        left, seen = jobs, []
+        left, seen = deque(jobs), []
         for share in shares:
             # All that may be read by then is, as if by the fastest of threads.
             while left and left[0].until < share.step + num_batches:
-                (first_share, until, runs), *left = left
-                batches = {step % num_batches for step in range(first_share.step, until + 1)}
+                first_share, until, runs = left.popleft()
                 assert 1 <= len(runs.start) <= job_runs
-                for reader, first, num_rows, place in zip(*runs, strict=True):
-                    wanted = place[place < len(held) - 1]
-                    assert (held[wanted] == -1).all()
-                    assert batches.issuperset((wanted // batch_rows).tolist())
-                    assert (place[num_rows:] == len(held) - 1).all()
-                    held[place[:num_rows]] = reader * store.num_rows + first + np.arange(num_rows)
-                    held[-1] = -1
+                turn = np.arange(runs.place.shape[1])
+                read = turn < runs.num_rows[:, None]
+                assert (runs.place[~read] == len(held) - 1).all()
+                rows = (runs.reader * store.num_rows + runs.start)[:, None] + turn
+                wanted = read & (runs.place < len(held) - 1)
+                places = runs.place[wanted]
+                # Free until now, each written once, all of batches that the job is for.
+                assert (held[places] == -1).all()
+                held[places] = rows[wanted]
+                assert np.array_equal(held[places], rows[wanted])
+                assert ((places // batch_rows - first_share.step) % num_batches).max(
+                    initial=0
+                ) <= until - first_share.step
             assert not left or left[0].share.step > share.step
             here = share.step % num_batches * batch_rows + np.arange(len(share.layer))
             assert len(here) <= batch_rows

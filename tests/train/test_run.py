@@ -1,10 +1,13 @@
 """Whole runs: what they leave behind, resume from, refuse, and never import."""
 
-import contextlib
 import json
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,9 +43,17 @@ def config(sample: Any, out: Path, **changes: Any) -> TrainConfig:
     return TrainConfig(cache=sample.path, out=out, **SETTINGS | changes)
 
 
+@pytest.fixture(scope="module")
+def finished_once(copied_sample: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("finished")
+    return run(config(copied_sample(directory / "acts"), directory / "finished")).directory
+
+
 @pytest.fixture
-def finished(sample: Any, tmp_path: Path) -> Path:
-    return run(config(sample, tmp_path / "finished")).directory
+def finished(finished_once: Path, tmp_path: Path) -> Path:
+    """A run of `sample`'s values that has ended."""
+    shutil.copytree(finished_once, tmp_path / "finished")
+    return tmp_path / "finished"
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -64,8 +75,10 @@ def assert_equal_runs(a: Path, b: Path) -> None:
     assert logs[0] == logs[1]
 
 
-def test_a_run_leaves_an_sae_its_record_a_log_and_curves(finished: Path, sample: Any) -> None:
+@pytest.mark.usefixtures("curves")
+def test_a_run_leaves_an_sae_its_record_a_log_and_curves(sample: Any, tmp_path: Path) -> None:
     """And nothing else: checkpoints are gone."""
+    finished = run(config(sample, tmp_path / "finished")).directory
     names = {path.name for path in finished.iterdir()}
     assert names == {
         "sae.safetensors",
@@ -323,29 +336,34 @@ def command(cache: Path, out: Path) -> list[str]:
     return ["-m", "mlsae", "train", *words]
 
 
+@pytest.fixture(scope="module")
+def processes(forking: Any) -> Iterator[Any]:
+    """Processes that have imported what trains, without a warning for its users."""
+    modules = ("mlsae.train.pipeline", "matplotlib.backends.backend_agg")
+    strict = {"PYTHONWARNINGS": "error::UserWarning"}
+    with forking.importing(*modules, environment=strict) as processes:
+        yield processes
+
+
 def test_a_killed_process_resumes_to_the_same_weights(
-    sample: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sample: Any, tmp_path: Path, processes: Any
 ) -> None:
     """SIGKILL as soon as there are two checkpoints; the same command with --resume finishes."""
-    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
     code = (
         "import sys; from pathlib import Path; from mlsae.train import TrainConfig, run;"
         "run(TrainConfig(cache=Path(sys.argv[1]), out=Path(sys.argv[2]), resume=True,"
         f"checkpoint_seconds=float(sys.argv[3]), **{SETTINGS | {'epochs': 8}!r}))"
     )
-    words = [sys.executable, "-c", code, str(sample.path)]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = subprocess.Popen([*words, str(killed), "0"])
-    try:
-        while process.poll() is None and len(list(killed.glob("checkpoints/*.json"))) < 2:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=0.01)
-    finally:
-        process.kill()
+    process = processes.start(code, sample.path, killed, 0)
+    while process.poll() is None and len(list(killed.glob("checkpoints/*.json"))) < 2:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
     assert process.wait() == -9
     assert not (killed / "config.json").exists()
-    subprocess.run([*words, str(killed), "300"], check=True)
-    subprocess.run([*words, str(whole), "300"], check=True)
+    for out in (killed, whole):
+        process = processes.start(code, sample.path, out, 300)
+        assert process.wait() == 0, process.errors
     assert_equal_runs(killed, whole)
 
 
@@ -366,13 +384,21 @@ def launch(*words: str, ranks: int = 2) -> str:
 
 
 @pytest.mark.parametrize("ranks", [2, FOUR])
-def test_losses_and_gradients_of_ranks_are_those_of_one(
-    ranks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_losses_and_gradients_of_ranks_are_those_of_one(ranks: int, processes: Any) -> None:
     """To 1e-9 in float64 over 50 steps, with dead latents, unequal and empty shares."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    script = str(Path(__file__).with_name("ranks_agree.py"))
-    assert launch(script, ranks=ranks) == "ranks agree\n"
+    code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+    script = Path(__file__).with_name("ranks_agree.py")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    started = [
+        processes.start(
+            code, script, environment={**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
+        for rank in range(ranks)
+    ]
+    assert [process.wait() for process in started] == [0] * ranks, [p.errors for p in started]
+    assert [process.output for process in started] == ["ranks agree\n"] + [""] * (ranks - 1)
 
 
 @pytest.mark.parametrize("ranks", [2, FOUR])
@@ -462,20 +488,14 @@ def test_a_store_of_kept_positions_trains_resumes_and_is_shared_by_ranks(
         torch.testing.assert_close(two.state_dict()[name], tensor, rtol=1e-2, atol=1e-3)
 
 
-def test_training_never_imports_transformers(sample: Any, tmp_path: Path) -> None:
-    """Nor datasets, by a whole run in a process of its own."""
+def test_training_never_imports_transformers(sample: Any, tmp_path: Path, processes: Any) -> None:
+    """Nor datasets, by a whole run in a process that has imported what trains and no more."""
     code = (
         "import sys; from pathlib import Path; from mlsae.train import TrainConfig, run;"
         "run(TrainConfig(cache=Path(sys.argv[1]), out=Path(sys.argv[2]), num_latents=64, k=4,"
         "batch_size=60, device='cpu', validation_fraction=0.1));"
         "sys.exit(', '.join({'transformers', 'datasets'} & set(sys.modules)) or None)"
     )
-    words = [sys.executable, "-W", "error::UserWarning", "-c", code]
-    done = subprocess.run(
-        [*words, str(sample.path), str(tmp_path / "run")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    process = processes.start(code, sample.path, tmp_path / "run")
+    assert process.wait() == 0, process.errors
     assert (tmp_path / "run/config.json").exists()
