@@ -46,7 +46,7 @@ def test_stories_model_predicts_stories_from_its_stored_activations(
             out=tmp_path / "acts",
             context_length=256,
             layers=(0, 4),
-            max_tokens=50_000,
+            max_tokens=12_800,
             device="cpu",
         )
     )
@@ -88,7 +88,7 @@ def test_demo_model_predicts_its_text_from_its_stored_activations(
             model=str(demo_model),
             dataset=str(text_path("held_out")),
             out=tmp_path / "acts",
-            max_tokens=20_000,
+            max_tokens=6_400,
             device="cpu",
         )
     )

@@ -37,7 +37,7 @@ def analyses(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         )  # fmt: skip
         mlsae(
             "analyze", "--cache", acts, "--sae", sae, "--out", analysis, "--max-tokens", "1k",
-            "--device", "cpu",
+            "--no-figures", "--device", "cpu",
         )  # fmt: skip
         found[encoding] = load(analysis)
     return found

@@ -58,13 +58,19 @@ def computed(name: str, *tensors: Tensor, **settings: Any) -> Tensor:
     return found.transpose(1, 2)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("num_heads", [1, 4, 20])
-@pytest.mark.parametrize("length", [256, 300, 512, 1100])
+@pytest.mark.parametrize(
+    ("num_sequences", "num_heads", "length"),
+    [(3, heads, length) for length in (256, 300, 512) for heads in (1, 4, 20)]
+    # Eight heads of so many positions have more scores than are computed at once.
+    + [(2, heads, 1100) for heads in (1, 4, 8)],
+)
 @pytest.mark.parametrize("scale", [None, 0.3])
 @torch.inference_mode()
-def test_blocks_give_attention(num_heads: int, length: int, scale: float | None) -> None:
+def test_blocks_give_attention(
+    num_sequences: int, num_heads: int, length: int, scale: float | None
+) -> None:
     """Any number of heads and positions; nearer to float64 than `eager` in transformers."""
-    q, k, v = tensors(num_heads=num_heads, length=length)
+    q, k, v = tensors(num_sequences, num_heads, length)
     found = computed(BY_BLOCKS, q, k, v, scaling=scale)
     expected = exact(q, k, v, scale or 32**-0.5)
     assert not torch.equal(found, computed("sdpa", q, k, v, scaling=scale))

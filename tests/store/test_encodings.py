@@ -20,7 +20,7 @@ from mlsae.store.tools.verify import verify
 SITE = "resid_post"
 MOST_FVU = 2e-4
 MOST_BYTES = 1.02
-NUM_TOKENS, LENGTH = 16_384, 256
+NUM_TOKENS, LENGTH = 8_192, 256
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 Array = np.ndarray
 
