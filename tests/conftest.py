@@ -4,7 +4,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -127,17 +127,30 @@ def _no_curves() -> Iterator[None]:
     from mlsae.train import pipeline
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "draw_curves", lambda _lines, _layers, path: path.touch())
+        patch.setattr(pipeline, "draw_curves", lambda *given: given[-1].touch())
         yield
 
 
-@pytest.fixture
-def curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs of this test draw their curves, as they do outside of tests."""
+@pytest.fixture(scope="session")
+def drawing_curves() -> Callable[[], AbstractContextManager[None]]:
+    """Runs draw their curves within it, as they do outside of tests."""
     from mlsae.train import pipeline
     from mlsae.train.running.log import draw_curves
 
-    monkeypatch.setattr(pipeline, "draw_curves", draw_curves)
+    @contextmanager
+    def drawing() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline, "draw_curves", draw_curves)
+            yield
+
+    return drawing
+
+
+@pytest.fixture
+def curves(drawing_curves: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Runs of this test draw their curves."""
+    with drawing_curves():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ def small_shards(model: Path, dataset: Path) -> SmallShards:
 
 @pytest.fixture(scope="module")
 def unbroken(small_shards: SmallShards, tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
-    """The same harvest by one process, by encoding."""
+    """Harvest by one process, by encoding."""
 
     @cache
     def make(encoding: str) -> HarvestResult:

@@ -44,9 +44,13 @@ def config(sample: Any, out: Path, **changes: Any) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def finished_once(copied_sample: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_once(
+    copied_sample: Any, drawing_curves: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     directory = tmp_path_factory.mktemp("finished")
-    return run(config(copied_sample(directory / "acts"), directory / "finished")).directory
+    settings = config(copied_sample(directory / "acts"), directory / "finished")
+    with drawing_curves():
+        return run(settings).directory
 
 
 @pytest.fixture
@@ -75,10 +79,8 @@ def assert_equal_runs(a: Path, b: Path) -> None:
     assert logs[0] == logs[1]
 
 
-@pytest.mark.usefixtures("curves")
-def test_a_run_leaves_an_sae_its_record_a_log_and_curves(sample: Any, tmp_path: Path) -> None:
+def test_a_run_leaves_an_sae_its_record_a_log_and_curves(finished: Path, sample: Any) -> None:
     """And nothing else: checkpoints are gone."""
-    finished = run(config(sample, tmp_path / "finished")).directory
     names = {path.name for path in finished.iterdir()}
     assert names == {
         "sae.safetensors",
@@ -180,6 +182,7 @@ def test_an_sae_that_pca_beats_is_told(
     )
 
 
+@pytest.mark.usefixtures("curves")
 def test_an_sae_that_the_mean_beats_is_an_error_and_kept(sample: Any, tmp_path: Path) -> None:
     """Whoever starts runs one after the other sees it in the exit status."""
     with pytest.raises(UselessSAEsError, match=r"run: finished and kept, but no better than"):
@@ -188,6 +191,7 @@ def test_an_sae_that_the_mean_beats_is_an_error_and_kept(sample: Any, tmp_path: 
     assert (tmp_path / "run" / "curves.png").exists()
 
 
+@pytest.mark.usefixtures("curves")
 def test_curves_follow_no_settings_of_the_user(sample: Any, tmp_path: Path) -> None:
     """A matplotlibrc may ask for LaTeX, which is not installed, or for a font that is not there."""
     with matplotlib.rc_context({"text.usetex": True, "font.family": "no such font"}):
@@ -195,6 +199,7 @@ def test_curves_follow_no_settings_of_the_user(sample: Any, tmp_path: Path) -> N
     assert (tmp_path / "run" / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.usefixtures("curves")
 def test_curves_that_cannot_be_drawn_cost_nothing_else(
     finished: Path, sample: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -339,8 +344,8 @@ def command(cache: Path, out: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def processes(forking: Any) -> Iterator[Any]:
     """Processes that have imported what trains, without a warning for its users."""
-    modules = ("mlsae.train.pipeline", "matplotlib.backends.backend_agg")
     strict = {"PYTHONWARNINGS": "error::UserWarning"}
+    modules = ("mlsae.train.pipeline", "matplotlib.backends.backend_agg")
     with forking.importing(*modules, environment=strict) as processes:
         yield processes
 
@@ -373,12 +378,8 @@ FOUR = pytest.param(4, marks=pytest.mark.slow)
 def launch(*words: str, ranks: int = 2) -> str:
     """Start processes as a user would, and give what they print."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*torchrun, "--nproc-per-node", str(ranks), *words],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = (*torchrun, "--nproc-per-node", str(ranks), *words)
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -386,17 +387,12 @@ def launch(*words: str, ranks: int = 2) -> str:
 @pytest.mark.parametrize("ranks", [2, FOUR])
 def test_losses_and_gradients_of_ranks_are_those_of_one(ranks: int, processes: Any) -> None:
     """To 1e-9 in float64 over 50 steps, with dead latents, unequal and empty shares."""
-    code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
-    script = Path(__file__).with_name("ranks_agree.py")
+    code = Path(__file__).with_name("ranks_agree.py").read_text()
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    started = [
-        processes.start(
-            code, script, environment={**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        )
-        for rank in range(ranks)
-    ]
+        port = str(server.getsockname()[1])
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
+    ranked = [{**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    started = [processes.start(code, environment=environment) for environment in ranked]
     assert [process.wait() for process in started] == [0] * ranks, [p.errors for p in started]
     assert [process.output for process in started] == ["ranks agree\n"] + [""] * (ranks - 1)
 
