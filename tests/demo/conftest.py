@@ -22,23 +22,26 @@ STEPS = 4096
 
 
 @cache
-def _normal_cdf() -> Array:
-    """Φ at −9, −9 + 1/STEPS, …, 9; between them a straight line is off by less than 2e-9."""
+def _normal_cdf() -> tuple[Array, Array]:
+    """Φ at −9, −9 + 1/STEPS, …, 9, and its differences.
+
+    Between those places a straight line is off by less than 2e-9.
+    """
     grid = np.arange(-9 * STEPS, 9 * STEPS + 1) / STEPS
-    return np.array([0.5 * (1 + math.erf(x / math.sqrt(2))) for x in grid])
+    phi = np.array([0.5 * (1 + math.erf(x / math.sqrt(2))) for x in grid])
+    return phi, np.diff(phi)
 
 
 def _gelu(x: Array) -> Array:
     """x Φ(x), by the table."""
-    phi = _normal_cdf()
+    phi, slope = _normal_cdf()
     at = np.clip(x, -8.9, 8.9)
     at += 9
     at *= STEPS
-    i = at.astype(np.int32)
+    i = at.astype(np.int64)
     at -= i
-    low = phi[i]
-    at *= phi[i + 1] - low
-    at += low
+    at *= slope.take(i)
+    at += phi.take(i)
     at *= x
     return np.asarray(at)
 
