@@ -189,13 +189,31 @@ def test_every_id_that_is_pointed_at_is_there_once(analysis: Analysis) -> None:
             assert attributes["alt"]
 
 
+def test_the_main_numbers_have_intervals(
+    world: Any, sae_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Where sequences are enough for one."""
+    config = AnalyzeConfig(
+        cache=world.store,
+        sae=sae_maker(world.store),
+        out=tmp_path / "out",
+        rows="train",
+        examples=0,
+        figures=False,
+    )
+    found = run(config)
+    text, mean = page_of(found).text, found.overall.to_pylist()[0]
+    for name in ("fvu", "delta_ce", "l0"):
+        low, high = mean[f"{name}_low"], mean[f"{name}_high"]
+        assert f"{low:.4g} to {high:.4g}".replace("-", "−") in text
+
+
 def test_numbers_and_tables_are_those_of_the_analysis(analysis: Analysis) -> None:
     page = page_of(analysis)
     mean, together = analysis.overall.to_pylist()
     for name in ("fvu", "delta_ce", "l0"):
-        low, high = mean[f"{name}_low"], mean[f"{name}_high"]
+        assert mean[f"{name}_low"] is mean[f"{name}_high"] is None
         assert f"{mean[name]:.4g}".replace("-", "−") in page.text
-        assert f"{low:.4g} to {high:.4g}".replace("-", "−") in page.text
     assert f"spliced at once: {together['delta_ce']:.4g}".replace("-", "−") in page.text
     assert (mean["loss_recovered_mean"] is None) == ("undefined" in page.text)
     total = analysis.summary["overall"]
