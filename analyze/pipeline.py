@@ -33,7 +33,6 @@ from mlsae.analyze.results.directory import (
     PAGE,
     SUMMARY,
     check_replaceable,
-    staged,
 )
 from mlsae.analyze.results.figures import registry as figures
 from mlsae.analyze.results.page.render import write_page
@@ -45,8 +44,9 @@ from mlsae.analyze.transformer import find_pieces, find_places, find_transformer
 from mlsae.base.devices import resolve_device
 from mlsae.base.errors import InputError
 from mlsae.base.files import seal, write_durably
+from mlsae.base.machine.resources import require_disk
 from mlsae.base.output.console import Progress, say
-from mlsae.base.resources import require_disk
+from mlsae.base.outputs import staged
 
 _ROWS_AT_ONCE = 2**20
 
@@ -74,7 +74,7 @@ def run(config: AnalyzeConfig) -> Analysis:
     transformer, reason = find_transformer(pairing.store, pairing.site, places, device)
     prompts = prepare(texts, transformer, reason, pairing.store, pairing.skip_positions)
     text = find_pieces(pairing.store, places)
-    with staged(config.out) as directory:
+    with staged(config.out, SUMMARY) as directory:
         provenance = provenance_of(pairing)
         events = _plan_events(pairing, sequences, config, directory, provenance)
         examples_plan = plan_examples(pairing, num_rows, config, directory)

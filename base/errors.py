@@ -9,6 +9,18 @@ MlsaeError
 A message is one line: the fault, the expected and the given value, the place, the remedy.
 """
 
+import re
+
+_LOGIN = re.compile(r"(?<=://)[^\s/?#'\"]*@")
+_LOGIN_WITH_SLASH = re.compile(r"(?<=://)[^\s/?#:@]+:(?!\d*(?:[/?#\s'\"),;]|$))[^\s@]*@")
+_QUERY = re.compile(r"(\bhttps?://[^\s?#'\"]*)\?[^\s'\"),;]+", re.IGNORECASE)
+
+
+def without_secrets(text: str) -> str:
+    """A text in which no URL has a user, a password or a query; all of them may let others in."""
+    text = _LOGIN_WITH_SLASH.sub("", _LOGIN.sub("", text))
+    return _QUERY.sub(r"\1?…", text)
+
 
 class MlsaeError(Exception):
     """Base class of every error meant for the user; the command line prints it and exits 1."""

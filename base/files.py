@@ -1,6 +1,7 @@
 """Files that survive a crash: written whole or not at all, and JSON that carries its checksum."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ import re
 import socket
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,13 @@ SEAL = "sha256"
 Location = str | os.PathLike[str]
 """A directory, or a URL: file://, https://, s3:// or hf://datasets/…"""
 
+_SUBSTITUTES = (
+    (b"version https://git-lfs.github.com/", "a Git LFS pointer", "run `git lfs pull`"),
+    (b"/annex/objects/", "a git-annex pointer", "run `git annex get`"),
+    (b"<!doctype html", "a web page", "check the address, which may ask for a login"),
+    (b"<html", "a web page", "check the address, which may ask for a login"),
+)
+"""First bytes, in lower case, of things that lie in the place of a file, and the way to it."""
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
 
 
@@ -63,23 +71,46 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.{owner}.partial")
 
 
+def open_partial(path: Path) -> tuple[Path, int]:
+    """Begin a file under a temporary name beside `path`, and hold it while it is open.
+
+    Returns:
+        The temporary name, and a descriptor for writing.
+    """
+    while True:
+        partial = partial_path(path)
+        fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        # A file system without locks has none to tell a live writer by; nothing is removed there.
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(fd).st_nlink:
+            return partial, fd
+        # Somebody who looked for stale files came between the two calls.
+        os.close(fd)
+
+
 def remove_stale_partials(directory: Path) -> None:
-    """Remove the temporary files that dead processes of this machine left below `directory`."""
-    ours = re.compile(rf".*\.{re.escape(socket.gethostname())}-(\d+)-[0-9a-f]+\.partial")
+    """Remove the temporary files that dead processes of this machine left below `directory`.
+
+    A live process holds its files by a lock, which the system lets go of when it dies: numbers of
+    processes are others in other containers.
+    """
+    ours = re.compile(rf".*\.{re.escape(socket.gethostname())}-\d+-[0-9a-f]+\.partial")
     for folder, _, names in os.walk(directory):
         for name in names:
-            if (owner := ours.fullmatch(name)) and not _is_alive(int(owner[1])):
-                Path(folder, name).unlink(missing_ok=True)
+            if ours.fullmatch(name):
+                _remove_stale(Path(folder, name))
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _remove_stale(partial: Path) -> None:
+    # Gone already, another user's, or in use.
+    with suppress(OSError):
+        fd = os.open(partial, os.O_RDWR | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.unlink()
+        finally:
+            os.close(fd)
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -90,16 +121,8 @@ def write_durably(path: Path, data: bytes) -> None:
     Raises:
         ResourceError: the disk is full; `path` is as it was.
     """
-    partial = partial_path(path)
-    try:
-        with full_disk_explained(path), partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+    with _written(path, data) as partial:
         partial.rename(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
     fsync_directory(path.parent)
 
 
@@ -112,12 +135,7 @@ def write_new_durably(path: Path, data: bytes) -> bool:
     Raises:
         ResourceError: the disk is full; `path` is as it was.
     """
-    partial = partial_path(path)
-    try:
-        with full_disk_explained(path), partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+    with _written(path, data) as partial:
         try:
             path.hardlink_to(partial)
         except FileExistsError:
@@ -129,10 +147,24 @@ def write_new_durably(path: Path, data: bytes) -> bool:
             if path.exists():
                 return False
             partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
     fsync_directory(path.parent)
     return True
+
+
+@contextmanager
+def _written(path: Path, data: bytes) -> Iterator[Path]:
+    """A temporary file beside `path` that holds `data` durably; gone when the block ends."""
+    with full_disk_explained(path):
+        partial, fd = open_partial(path)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            with full_disk_explained(path):
+                file.write(data)
+                file.flush()
+                os.fsync(fd)
+            yield partial
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def canonical_json(value: Any) -> bytes:
@@ -178,12 +210,27 @@ def parse_sealed(data: bytes, where: str) -> dict[str, Any]:
     # Brackets nested without end exhaust the parser's stack.
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         intact = False
+    if not intact and (found := in_its_place(data)):
+        raise DamagedFileError(f"{where} {found}, or make it again")
     if not intact:
         raise DamagedFileError(
             f"{where} is damaged: its content does not match its checksum "
             f"{str(digest)[:12]!r}; restore the file from a copy or make it again"
         )
     return dict(content)
+
+
+def in_its_place(head: bytes) -> str | None:
+    """Predicate and remedy for content that stands for a file and is no damage of it; else None.
+
+    Args:
+        head: first bytes of the file, 100 or more where it has them.
+    """
+    start = head[:200].lstrip().lower()
+    for opening, thing, remedy in _SUBSTITUTES:
+        if start.startswith(opening):
+            return f"is {thing} in place of the file: {remedy}"
+    return None
 
 
 def sha256_file(path: Path) -> str:

@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
 
+from mlsae.base.errors import without_secrets
 from mlsae.base.files import Location
 from mlsae.base.units import parse_bytes
 
@@ -141,7 +142,7 @@ def flag(cls: type[Any], name: str) -> str:
 def words_of(config: Any) -> list[str]:
     """Words for a command line that give a configuration's values other than defaults.
 
-    Options that must be given come first.
+    Options that must be given come first. URLs stand without their passwords.
     """
     words: list[str] = []
     fields = dataclasses.fields(config)
@@ -155,7 +156,7 @@ def words_of(config: Any) -> list[str]:
             continue
         values = value if isinstance(value, tuple) else (value,)
         for text in values if one.again else (",".join(map(str, values)),):
-            words += [option, str(text)]
+            words += [option, without_secrets(str(text))]
     return words
 
 

@@ -1,6 +1,7 @@
 """Counts and byte sizes as people write them: `10M`, `1e7`, `200GB`, `64KiB`."""
 
 import math
+import operator
 import re
 from collections.abc import Sequence
 
@@ -13,7 +14,42 @@ _BYTES = {
     **{f"{p}b": 1000**i for i, p in enumerate("kmgt", start=1)},
     **{f"{p}ib": 1024**i for i, p in enumerate("kmgt", start=1)},
 }
+EMPTY = "expected a value, got an empty one; is a variable unset?"
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/{1,2})(?=[^/]|$)")
+_SCHEMES = frozenset({"file", "hf", "http", "https", "s3"})
 _NUMBER = re.compile(r"\s*([0-9][0-9_]*\.?[0-9]*(?:e[+]?[0-9]+)?)\s*([a-z]*)\s*")
+
+
+def parse_location(text: str) -> str:
+    """A directory or a URL, as it is.
+
+    Raises:
+        InputError: nothing, or a URL with one slash in place of two.
+    """
+    if not text.strip():
+        raise InputError(EMPTY)
+    found = _URL.match(text)
+    if found is not None and found[1].lower() in _SCHEMES - {"file"} and found[2] == "/":
+        raise InputError(
+            f"{text} lacks a slash: expected {found[1]}://{text[found.end() :]}, or ./{text} for a "
+            f"directory of that name"
+        )
+    return text
+
+
+def parse_path(text: str) -> str:
+    """A place on this machine, as it is.
+
+    Raises:
+        InputError: nothing, or a URL, of which a path would make a directory.
+    """
+    if not text.strip():
+        raise InputError(EMPTY)
+    found = _URL.match(text)
+    # A path that was made of a URL has one slash left.
+    if found is not None and (found[2] == "//" or found[1].lower() in _SCHEMES):
+        raise InputError(f"{text} is a URL: expected a directory or file of this machine")
+    return text
 
 
 def _parse(text: str, units: dict[str, int], what: str, examples: str) -> int:
@@ -34,6 +70,20 @@ def parse_count(text: str) -> int:
 def parse_bytes(text: str) -> int:
     """`200GB` (powers of 1,000), `64KiB` (powers of 1,024) or a plain number → bytes."""
     return _parse(text, _BYTES, "a number of bytes", "200GB or 64KiB")
+
+
+def whole(name: str, value: object) -> int:
+    """A whole number of any library: of numpy, or a tensor of one.
+
+    Raises:
+        InputError: the value is no whole number.
+    """
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(
+            f"{name} must be a whole number, got {type(value).__name__} {str(value)[:40]}"
+        ) from None
 
 
 def format_bytes(num_bytes: float) -> str:

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import click
 
-from mlsae.commands.options import DIRECTORY
+from mlsae.commands.options import DIRECTORY, TEXT
 
 
 @click.command()
-@click.argument("run", metavar="RUN")
+@click.argument("run", metavar="RUN", type=TEXT)
 @click.argument("out", type=DIRECTORY)
 @click.option(
     "--to", required=True, help="Format: saelens, sparsify, dictionary-learning or mlsae."

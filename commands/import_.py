@@ -4,11 +4,11 @@ from pathlib import Path
 
 import click
 
-from mlsae.commands.options import DIRECTORY, LAYERS
+from mlsae.commands.options import DIRECTORY, LAYERS, TEXT
 
 
 @click.command("import")
-@click.argument("source", metavar="SRC")
+@click.argument("source", metavar="SRC", type=TEXT)
 @click.argument("out", type=DIRECTORY)
 @click.option("--site", help="Site that the SAE was trained on, where the files do not say.")
 @click.option(

@@ -1,11 +1,10 @@
 """The command `mlsae latents`."""
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from mlsae.commands.options import COUNT, DIRECTORY
+from mlsae.commands.options import COUNT, DIRECTORY, FILE
 
 
 @click.command()
@@ -23,7 +22,7 @@ from mlsae.commands.options import COUNT, DIRECTORY
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     help="Parquet file to write, instead of printing.",
 )
 def latents(columns: str | None, **settings: Any) -> None:

@@ -1,6 +1,7 @@
 """Command options, made from the fields of settings classes, and help under headings."""
 
 import itertools
+import os
 from collections.abc import Callable
 from dataclasses import MISSING
 from pathlib import Path
@@ -11,7 +12,13 @@ from click.core import ParameterSource
 
 from mlsae.base.errors import InputError
 from mlsae.base.settings import Setting, described
-from mlsae.base.units import parse_count, parse_layers
+from mlsae.base.units import (
+    EMPTY,
+    parse_count,
+    parse_layers,
+    parse_location,
+    parse_path,
+)
 from mlsae.commands.config_file import names_of, read_config_file
 
 
@@ -30,16 +37,38 @@ class Parsed(click.ParamType[Any]):
             self.fail(str(error), param, ctx)
 
 
+class _Text(click.types.StringParamType):
+    """A text that is not empty, as the value of an unset variable is."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See `click.ParamType`."""
+        if value == "":
+            self.fail(EMPTY, param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class _Path(click.Path):
+    """A place on this machine: neither empty, as the value of an unset variable is, nor a URL."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See `click.ParamType`."""
+        try:
+            return super().convert(parse_path(os.fspath(value)), param, ctx)
+        except InputError as error:
+            self.fail(str(error), param, ctx)
+
+
 COUNT = Parsed("count", parse_count)
 LAYERS = Parsed("layers", parse_layers)
-DIRECTORY = click.Path(path_type=Path, file_okay=False)
-FILE = click.Path(path_type=Path, dir_okay=False)
-LOCATION = Parsed("location", str)
+TEXT = _Text()
+DIRECTORY = _Path(path_type=Path, file_okay=False)
+FILE = _Path(path_type=Path, dir_okay=False)
+LOCATION = Parsed("location", parse_location)
 """A directory or a URL, which a path would mangle."""
 _PLAIN: dict[object, click.ParamType[Any]] = {
     int: click.INT,
     float: click.FLOAT,
-    str: click.STRING,
+    str: TEXT,
     Path: DIRECTORY,
 }
 

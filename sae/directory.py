@@ -12,7 +12,14 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from mlsae.base.files import DamagedFileError, read_sealed, seal, sha256_file, write_durably
+from mlsae.base.files import (
+    DamagedFileError,
+    in_its_place,
+    read_sealed,
+    seal,
+    sha256_file,
+    write_durably,
+)
 from mlsae.sae.architectures import registered
 from mlsae.sae.config import SAEConfig
 from mlsae.sae.errors import DamagedSAEError, NotAnSAEError
@@ -83,6 +90,9 @@ def read(directory: Path) -> tuple[SAEConfig, dict[str, torch.Tensor], dict[str,
         raise DamagedSAEError(str(error)) from error
     digest = sha256_file(directory / WEIGHTS)
     if digest != expected_digest:
+        with (directory / WEIGHTS).open("rb") as file:
+            if found := in_its_place(file.read(200)):
+                raise DamagedSAEError(f"{directory / WEIGHTS} {found}")
         raise DamagedSAEError(
             f"{directory / WEIGHTS} is damaged: expected SHA-256 "
             f"{expected_digest[:12]}, got {digest[:12]}; copy the directory again"

@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from mlsae.base.errors import without_secrets
 from mlsae.base.files import write_durably
 from mlsae.base.settings import described
 from mlsae.train.config import EACH, TrainConfig
@@ -49,7 +50,10 @@ def write_run_file(sweep: Sweep, plans: Sequence[RunPlan]) -> None:
     """
     config, plan = sweep.config, plans[0]
     caches = config.cache if isinstance(config.cache, tuple) else (config.cache,)
-    given: dict[str, Any] = {"cache": [str(cache) for cache in caches], "out": str(config.out)}
+    given: dict[str, Any] = {
+        "cache": [without_secrets(str(cache)) for cache in caches],
+        "out": str(config.out),
+    }
     resolved: dict[str, Any] = {
         "site": plan.site,
         "layers": list(plan.mixture.layers),

@@ -3,7 +3,7 @@
 import logging
 import signal
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from mlsae.base.interruption import (
 )
 from mlsae.base.output.console import Progress, say
 from mlsae.base.output.drawing import by_product
+from mlsae.base.outputs import held
 from mlsae.base.units import counted
 from mlsae.sae.directory import TRAINING
 from mlsae.store import open_corpus
@@ -141,6 +142,12 @@ class _Run:
             logging.getLogger("mlsae").setLevel(logging.ERROR)
         store = open_corpus(config.cache, cache_dir=config.cache_dir, cache_bytes=config.cache_size)
         plans = make_plans(self._sweep, store)
+        # One process writes, and holds the directory for all.
+        with held(config.out) if accelerator.is_main_process else nullcontext():
+            return self._results(plans)
+
+    def _results(self, plans: Sequence[RunPlan]) -> list[TrainResult]:
+        config, accelerator = self._config, self._accelerator
         self._check_outputs(plans)
         left = [p for p in plans if not is_finished(p) and divergence(p) is None]
         if left:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlsae.analyze.results.records import PartRecord
-from mlsae.base.files import fsync_directory, full_disk_explained, partial_path, sha256_file
+from mlsae.base.files import fsync_directory, full_disk_explained, open_partial, sha256_file
 
 GROUP_EVENTS = 2**15
 """Events in a row group, the least that a query for one latent reads from a part."""
@@ -63,7 +63,7 @@ class PartWriter:
     ) -> None:
         self.record: PartRecord | None = None
         self._path, self._name = directory / path, path
-        self._partial = partial_path(scratch / self._path.name)
+        self._scratch = scratch / self._path.name
         self._schema, self._layer = schema, layer
         self._num_latents, self._part_events = num_latents, part_events
         self._held: list[tuple[npt.NDArray[Any], ...]] = []
@@ -71,7 +71,8 @@ class PartWriter:
         self._num_events = 0
 
     def __enter__(self) -> Self:
-        self._file = self._partial.open("wb")
+        self._partial, fd = open_partial(self._scratch)
+        self._file = os.fdopen(fd, "wb")
         self._writer = pq.ParquetWriter(
             self._file,
             self._schema,

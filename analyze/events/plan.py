@@ -65,7 +65,7 @@ class EventsPlan:
         return PlannedPart(
             layer=layer,
             sequences=run,
-            path=f"layer={layer}/part-{first * length:012d}.parquet",
+            path=f"layer-{layer}/part-{first * length:012d}.parquet",
             num_rows=len(run) * length,
             end_row=end * length,
         )

@@ -16,9 +16,10 @@ from mlsae.analyze.results.tables import TABLES_VERSION
 from mlsae.analyze.selection import Int, choose_sequences, read_rows
 from mlsae.base.devices import resolve_device
 from mlsae.base.interruption import InterruptedWorkError, Interruption, StopNow, interruptible
+from mlsae.base.machine.resources import require_disk, require_writable
 from mlsae.base.output.console import Progress
+from mlsae.base.outputs import held, require_outside_stores
 from mlsae.base.ranks import Ranks, wait_until
-from mlsae.base.resources import require_disk, require_writable
 from mlsae.base.settings import deciding
 from mlsae.base.units import counted, format_short, portion
 
@@ -39,6 +40,7 @@ def _run(config: EventsConfig, interruption: Interruption) -> Events:
     directory = EventsDirectory(config.out)
     if ranks.is_first:
         directory.check_usable()
+    require_outside_stores(config.out, "--out")
     require_writable(config.out, "--out")
     pairing = pair(
         config.cache,
@@ -50,7 +52,25 @@ def _run(config: EventsConfig, interruption: Interruption) -> Events:
     sequences = choose_sequences(pairing.store, config.rows, pairing.validation, config.max_tokens)
     plan = plan_events(pairing, sequences, config.part_events, provenance_of(pairing))
     content = _content(config, plan, sequences)
-    paths = [part.path for part in plan.parts]
+    # Processes share it, in one run or in several of one plan: their bytes are equal.
+    with held(config.out, shared=True):
+        was_complete = _fill(config, plan, content, ranks, interruption)
+    found = load_events(config.out)
+    if was_complete:
+        ranks.say(f"{config.out} is finished and every byte of it sound: nothing to do")
+    ranks.say(f"events {found.path}: {describe(found.summary['events'])}")
+    return found
+
+
+def _fill(
+    config: EventsConfig,
+    plan: EventsPlan,
+    content: RecordedPlan,
+    ranks: Ranks,
+    interruption: Interruption,
+) -> bool:
+    """Write the parts that are missing; True where none was, and every byte is sound."""
+    directory, paths = EventsDirectory(config.out), [part.path for part in plan.parts]
     if ranks.is_first:
         if directory.is_begun:
             directory.check_plan(content)
@@ -73,11 +93,7 @@ def _run(config: EventsConfig, interruption: Interruption) -> Events:
         if interruption.requested:
             raise _stopped(config, interruption)
         _await_others(directory, paths, ranks)
-    found = load_events(config.out)
-    if was_complete:
-        ranks.say(f"{config.out} is finished and every byte of it sound: nothing to do")
-    ranks.say(f"events {found.path}: {describe(found.summary['events'])}")
-    return found
+    return was_complete
 
 
 def _content(config: EventsConfig, plan: EventsPlan, sequences: Int) -> RecordedPlan:

@@ -15,8 +15,8 @@ from mlsae.analyze.results.directory import EXAMPLES_FILE
 from mlsae.analyze.results.tables import schema
 from mlsae.analyze.transformer import Pieces
 from mlsae.base.errors import ResourceError
+from mlsae.base.machine.resources import require_disk, require_memory
 from mlsae.base.output.console import Progress
-from mlsae.base.resources import require_disk, require_memory
 from mlsae.base.units import counted, format_bytes
 
 _REMEDY = "lower --examples, --samples or --context-tokens"

@@ -23,13 +23,13 @@ from mlsae.analyze.interop.delphi_files import (
     write_tokens,
 )
 from mlsae.analyze.results.analysis import Analysis, load
-from mlsae.analyze.results.directory import staged
 from mlsae.analyze.selection import Int, choose_sequences, first_tokens
 from mlsae.analyze.transformer import find_places
 from mlsae.base.errors import InputError
 from mlsae.base.files import full_disk_explained
+from mlsae.base.machine.resources import require_disk, require_writable
 from mlsae.base.output.console import Progress
-from mlsae.base.resources import require_disk, require_writable
+from mlsae.base.outputs import content_of, require_outside_stores, staged
 from mlsae.base.units import counted, portion
 from mlsae.store import PADDING, AnyStore, open_corpus
 
@@ -186,18 +186,18 @@ def check_target(out: Path, store: AnyStore, analysis: Path | None = None) -> No
                 f"--to-delphi {out} and --out {analysis} lie in one another: give directories "
                 f"beside each other"
             )
-    if out.exists():
-        _check_replaceable(out)
+    require_outside_stores(out, "--to-delphi")
+    _check_replaceable(out)
     require_writable(out, "--to-delphi")
 
 
 def _check_replaceable(out: Path) -> None:
-    if not out.is_dir():
+    if out.exists() and not out.is_dir():
         raise InputError(f"--to-delphi {out} is a file; give a directory")
-    for path in sorted(out.iterdir()):
-        if not _is_module(path):
+    for name in content_of(out):
+        if not _is_module(out / name):
             raise InputError(
-                f"--to-delphi {out} holds {path.name}, which is no module of a cache that mlsae "
+                f"--to-delphi {out} holds {name}, which is no module of a cache that mlsae "
                 f"wrote: give a directory that is empty or absent"
             )
 
@@ -211,7 +211,7 @@ def _is_module(folder: Path) -> bool:
     return (
         isinstance(content, dict)
         and _OURS in content
-        and all(p.suffix == ".safetensors" or p.name == CONFIG for p in folder.iterdir())
+        and all(name.endswith(".safetensors") or name == CONFIG for name in content_of(folder))
     )
 
 

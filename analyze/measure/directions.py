@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mlsae.base.errors import ResourceError
-from mlsae.base.resources import available_memory
+from mlsae.base.machine.resources import available_memory
 from mlsae.base.units import counted, format_bytes
 
 Float = npt.NDArray[np.float64]

@@ -1,15 +1,17 @@
-"""The analysis directory, which appears whole and replaces nothing but an analysis."""
+"""The analysis directory: its names, its summary, and whether it may be replaced."""
 
-import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mlsae.base.errors import InputError
-from mlsae.base.files import DamagedFileError, fsync_directory, read_sealed
+from mlsae.base.files import DamagedFileError, read_sealed
+from mlsae.base.outputs import (
+    content_of,
+    has_staged,
+    is_systems_own,
+    require_outside_stores,
+)
 
 KIND = "mlsae analysis"
 SUMMARY = "summary.json"
@@ -73,62 +75,36 @@ def check_replaceable(out: Path) -> None:
     """Require that `out` is absent, an empty directory, or an analysis and nothing else.
 
     Raises:
-        InputError: another file lies there, which no analysis wrote.
+        InputError: another file lies there, which no analysis wrote, or `out` lies in a store.
     """
-    if not out.exists():
-        return
-    if not out.is_dir():
+    require_outside_stores(out, "--out")
+    if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; give a directory")
-    names = {path.name for path in out.iterdir()}
-    if not names:
+    names = set(content_of(out))
+    if not names or (has_staged(out) and names <= _OURS):
         return
     if SUMMARY not in names:
         raise InputError(
-            f"--out {out} holds other things than an analysis ({sorted(names)[0]}); "
+            f"--out {out} holds other things than an analysis ({min(names)}); "
             f"give a directory that is empty or absent"
         )
-    read_summary(out)
-    if foreign := sorted(names - _OURS):
+    foreign = sorted(names - _OURS) or _foreign_inside(out, read_summary(out))
+    if foreign:
         raise InputError(
             f"--out {out} holds an analysis, which would be replaced, and {foreign[0]}, which "
             f"mlsae did not write: move that away or give another directory"
         )
 
 
-@contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that becomes `out` when the block ends without an exception.
-
-    After an exception the folder is removed and `out` is as it was. A process that is killed leaves
-    a hidden sibling named `.<name>.<random>.partial`, which may be deleted.
-    """
-    out = Path(os.path.realpath(out))
-    made = [parent for parent in out.parents if not parent.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    token = uuid.uuid4().hex[:8]
-    partial = out.with_name(f".{out.name}.{token}.partial")
-    partial.mkdir()
-    try:
-        yield partial
-        _fsync_all(partial)
-        if out.exists():
-            old = out.with_name(f".{out.name}.{token}.old")
-            out.rename(old)
-            partial.rename(out)
-            shutil.rmtree(old)
-        else:
-            partial.rename(out)
-        fsync_directory(out.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        for parent in made:
-            parent.rmdir()
-        raise
-
-
-def _fsync_all(directory: Path) -> None:
-    for folder, _, files in os.walk(directory):
-        for name in files:
-            with (Path(folder) / name).open("rb") as file:
-                os.fsync(file.fileno())
-        fsync_directory(Path(folder))
+def _foreign_inside(out: Path, summary: Mapping[str, Any]) -> list[str]:
+    """Files in the folders of an analysis that its summary does not name, sorted."""
+    events = events_folder(out)
+    parts = summary.get(EVENTS_NAME, {}).get("parts", ())
+    ours = {out / name for name in summary.get("figures", ())}
+    ours |= {events / part["path"] for part in parts}
+    return sorted(
+        str(path.relative_to(out))
+        for folder in (events, out / FIGURES_FOLDER)
+        for path in folder.rglob("*")
+        if not path.is_dir() and path not in ours and not is_systems_own(path.name)
+    )

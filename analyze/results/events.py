@@ -1,5 +1,6 @@
 """Opening the events of an analysis or of `mlsae events`, and reading one latent's."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pd
 import pyarrow.parquet as pq
+from pyarrow.fs import LocalFileSystem
 
 from mlsae.analyze.results.directory import EVENTS_NAME, events_folder
 from mlsae.analyze.results.events_directory import EventsDirectory
@@ -16,7 +18,8 @@ from mlsae.analyze.results.records import PartRecord, check_part, part_record
 from mlsae.analyze.results.tables import with_later_columns
 from mlsae.base.errors import InputError
 
-_PARTITIONING = pd.partitioning(pa.schema([("layer", pa.int32())]), flavor="hive")
+_LAYER = re.compile(r"layer[-=](\d+)/")
+"""Folder of a layer. Earlier versions wrote `layer=<l>`, of which other readers made a column."""
 
 
 class HasEvents(Protocol):
@@ -82,13 +85,19 @@ def open_events(directory: Path, totals: Mapping[str, Any]) -> pd.Dataset:
     by_place = sorted(records, key=lambda record: (len(record.path), record.path))
     files = [str(folder / record.path) for record in by_place]
     options = pd.ParquetFragmentScanOptions(page_checksum_verification=True)
-    return pd.dataset(
+    return pd.FileSystemDataset.from_paths(
         files,
         schema=with_later_columns("events", pq.read_schema(files[0])),
         format=pd.ParquetFileFormat(default_fragment_scan_options=options),
-        partitioning=_PARTITIONING,
-        partition_base_dir=str(folder),
+        filesystem=LocalFileSystem(),
+        partitions=[_where(record.path) for record in by_place],
     )
+
+
+def _where(path: str) -> pc.Expression:
+    """Condition that holds for all events of a part."""
+    found = _LAYER.match(path)
+    return pc.scalar(True) if found is None else pc.field("layer") == int(found[1])
 
 
 def records_of(totals: Mapping[str, Any]) -> list[PartRecord]:

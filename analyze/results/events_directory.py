@@ -1,8 +1,8 @@
 """The directory of `mlsae events`: its plan, the parts that are there, and their sums.
 
     events.json                  the plan: inputs and settings, sealed before the first part
-    events/layer=<l>/part-<first row>.parquet
-    parts/layer=<l>/part-<first row>.json   record of a part, written when the part is durable
+    events/layer-<l>/part-<first row>.parquet
+    parts/layer-<l>/part-<first row>.json   record of a part, written when the part is durable
     complete.json                all records and their sums
 
 Version 0.4 had activations.json and the folder activations, which are read as well.
@@ -34,6 +34,7 @@ from mlsae.base.files import (
     write_durably,
     write_new_durably,
 )
+from mlsae.base.outputs import content_of, is_systems_own, require_outside_stores
 from mlsae.base.units import portion
 
 KIND = "mlsae events"
@@ -83,14 +84,11 @@ class EventsDirectory:
         Raises:
             InputError: the directory holds something else.
         """
-        if not self.path.exists():
-            return
-        if not self.path.is_dir():
+        require_outside_stores(self.path, "--out")
+        if self.path.exists() and not self.path.is_dir():
             raise InputError(f"--out {self.path} is a file; give a directory")
-        # A process that is killed at its beginning leaves nothing else.
-        names = sorted(
-            entry.name for entry in self.path.iterdir() if not entry.name.endswith(".partial")
-        )
+        # A process that is killed at its beginning leaves nothing but temporary files.
+        names = content_of(self.path)
         if names and not self.is_begun:
             raise InputError(
                 f"--out {self.path} holds other things than events ({names[0]}); give a "
@@ -177,7 +175,7 @@ class EventsDirectory:
         """
         known = {self.data / path for path in paths}
         for file in sorted(self.data.rglob("*")):
-            if file.is_file() and file not in known:
+            if file.is_file() and file not in known and not is_systems_own(file.name):
                 raise InputError(
                     f"{file} does not belong to the events in {self.path}: move it away and run "
                     f"the same command again"

@@ -1,1 +1,1 @@
-"""The processor, the heap and the scheduler of the machine that runs this process."""
+"""The machine that runs this process: processor, heap, scheduler, free memory and disk."""

@@ -2,12 +2,14 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mlsae.base.errors import InputError
 from mlsae.base.files import canonical_json, fsync_directory, sha256_file, write_durably
+from mlsae.base.outputs import content_of, held, require_outside_stores
 from mlsae.base.units import counted
 from mlsae.base.words import SITES
 from mlsae.sae.directory import CONFIG, WEIGHTS, write
@@ -67,7 +69,11 @@ def export_sae(
         )
     if obstacle := form.obstacle(sae, origin):
         raise ConversionError(f"the SAE {run} cannot be exported to {to}: {obstacle}")
-    _claim(out)
+    with _claimed(out):
+        return _write(sae, form, origin, out)
+
+
+def _write(sae: SAE, form: Format, origin: Origin, out: Path) -> list[Path]:
     if form.folder is None or origin.site is None:
         folders: dict[Path, int | None] = {out: None}
     else:
@@ -125,8 +131,8 @@ def import_sae(
         layers=_agreed("layers", source, foreign.origin.layers, layers),
         model=foreign.origin.model,
     )
-    _claim(out)
-    write(out, foreign.config, foreign.tensors, _record(form, found, foreign, origin, content))
+    with _claimed(out):
+        write(out, foreign.config, foreign.tensors, _record(form, found, foreign, origin, content))
     return load(out)
 
 
@@ -216,14 +222,21 @@ def _origin_of(record: Mapping[str, Any], model: str | None) -> Origin:
     )
 
 
-def _claim(out: Path) -> None:
-    """See that an output directory is free.
+@contextmanager
+def _claimed(out: Path) -> Iterator[None]:
+    """Hold an output directory that is free.
 
     Raises:
-        InputError: the directory holds something.
+        InputError: the directory holds something, lies in a store, or another run writes there.
+        ResourceError: the directory cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is in use already: give a directory that is absent or empty")
+    require_outside_stores(out, "OUT")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file: give a directory that is absent or empty")
+    with held(out):
+        if content_of(out):
+            raise InputError(f"{out} is in use already: give a directory that is absent or empty")
+        yield
 
 
 def _repeat(first: Path, path: Path) -> None:

@@ -38,5 +38,5 @@ def test_an_analysis_says_of_the_held_out_rows_what_training_did(
         assert mine["layer"] == theirs["layer"]
         assert mine["fvu"] == pytest.approx(theirs["fvu"], rel=1e-4)
         assert mine["l0"] == pytest.approx(theirs["l0"], rel=1e-6)
-        events = pq.read_table(out / "events" / f"layer={mine['layer']}")
+        events = pq.read_table(out / "events" / f"layer-{mine['layer']}")
         assert events.num_rows == round(mine["l0"] * theirs["num_rows"])

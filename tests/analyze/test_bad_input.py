@@ -219,7 +219,7 @@ import numpy as np, psutil, torch
 from mlsae.analyze.measure.directions import BLOCK, block_size, check_memory
 from mlsae.analyze.measure.directions import decoder_pairs, nearest_rows
 from mlsae.base.errors import ResourceError
-from mlsae.base.resources import available_memory
+from mlsae.base.machine.resources import available_memory
 torch.set_num_threads(1)
 rows = torch.randn(4096, 16, generator=torch.Generator().manual_seed(0))
 means = np.linspace(0, 3, len(rows))

@@ -395,7 +395,7 @@ def test_another_store_and_foreign_events_are_refused(analysis: Analysis, tmp_pa
 def test_too_little_disk_is_said_with_numbers_and_leaves_nothing(
     analysis: Analysis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlsae.base.resources.free_disk", lambda _: 5000)
+    monkeypatch.setattr("mlsae.base.machine.resources.free_disk", lambda _: 5000)
     with pytest.raises(
         ResourceError,
         match=r"not enough disk for the cache for Delphi at .*: needs .*, .* free; the analysis .* "

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from mlsae.analyze.results.directory import KIND, SUMMARY, check_replaceable, read_summary, staged
+from mlsae.analyze.results.directory import KIND, SUMMARY, check_replaceable, read_summary
 from mlsae.base.errors import InputError
 from mlsae.base.files import seal
+from mlsae.base.outputs import content_of, staged
 
 
 def _analysis(path: Path, **more: str) -> None:
@@ -21,7 +22,7 @@ def _names(path: Path) -> list[str]:
 def test_the_directory_appears_whole_and_alone(tmp_path: Path) -> None:
     with staged(tmp_path / "deep" / "out") as partial:
         (partial / "a.txt").write_text("new")
-        assert not (tmp_path / "deep" / "out").exists()
+        assert content_of(tmp_path / "deep" / "out") == []
     assert _names(tmp_path / "deep") == ["out"]
     assert (tmp_path / "deep" / "out" / "a.txt").read_text() == "new"
 

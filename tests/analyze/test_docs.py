@@ -58,7 +58,7 @@ def _shared_by_loop() -> int:
     here, above = (
         {tuple(event.values()) for event in table.to_pylist()}
         for table in (
-            pq.read_table(f"analysis/events/layer={layer}", columns=["row", "latent"])
+            pq.read_table(f"analysis/events/layer-{layer}", columns=["row", "latent"])
             for layer in (0, 1)
         )
     )

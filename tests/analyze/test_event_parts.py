@@ -17,11 +17,11 @@ from mlsae.analyze.results.tables import schema
 from mlsae.base.files import sha256_file
 
 SCHEMA = schema("events", {"store_id": "ab"})
-PATH = "layer=7/part-000000000000.parquet"
+PATH = "layer-7/part-000000000000.parquet"
 
 
 def part_writer(directory: Path, part_events: int = 10**6, num_latents: int = 50) -> PartWriter:
-    (directory / "layer=7").mkdir(parents=True, exist_ok=True)
+    (directory / "layer-7").mkdir(parents=True, exist_ok=True)
     return PartWriter(
         directory,
         PATH,
@@ -129,11 +129,11 @@ from mlsae.analyze.events.part import PartWriter
 from mlsae.base.errors import ResourceError
 
 disk = Path(sys.argv[1])
-(disk / "layer=0").mkdir()
+(disk / "layer-0").mkdir()
 def write(num_rows):
     generator = np.random.default_rng(0)
     rows = np.arange(num_rows)
-    with PartWriter(disk, "layer=0/part-0.parquet", scratch=disk,
+    with PartWriter(disk, "layer-0/part-0.parquet", scratch=disk,
                     schema=schema("events", {}), layer=0, num_latents=1000,
                     part_events=10_000) as writer:
         values = generator.uniform(1, 2, size=(num_rows, 4)).astype(np.float32)

@@ -150,7 +150,7 @@ def test_what_a_killed_rank_leaves_is_written_by_a_rerun(
     config = at(alone, tmp_path / "events")
     second = start(config, RANK="1", WORLD_SIZE="2")
     first = start(config, RANK="0", WORLD_SIZE="2")
-    own = config.out / "parts" / "layer=1" / "part-000000000024.json"
+    own = config.out / "parts" / "layer-1" / "part-000000000024.json"
     deadline = time.monotonic() + PATIENCE_SECONDS
     # Index 4 of the parts, so of rank 0; rank 1 begins when rank 0 has.
     while not own.exists() and second.poll() is None and time.monotonic() < deadline:

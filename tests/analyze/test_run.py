@@ -44,7 +44,7 @@ def _first_row(world: Any) -> int:
 def test_an_analysis_is_complete_and_says_what_it_found(world: Any, drawn: Any) -> None:
     found, text, out = drawn.analysis, drawn.printed, drawn.analysis.path
     assert _tree(out) == [
-        *(f"events/layer={n}/part-{_first_row(world):012d}.parquet" for n in (0, 1, 3)),
+        *(f"events/layer-{n}/part-{_first_row(world):012d}.parquet" for n in (0, 1, 3)),
         "examples.parquet",
         *(f"figures/{name}" for name in PICTURES),
         *sorted([*(f"{name}.parquet" for name in TABLES), "index.html", "summary.json"]),

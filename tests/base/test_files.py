@@ -8,7 +8,7 @@ import pytest
 
 from mlsae.base.errors import ResourceError
 from mlsae.base.files import DamagedFileError, canonical_json, read_sealed, seal, write_durably
-from mlsae.base.resources import available_memory, free_disk, require_disk, require_memory
+from mlsae.base.machine.resources import available_memory, free_disk, require_disk, require_memory
 
 CONTENT = {"b": [1, 2.5, None], "a": {"ü": True}, "c": "x"}
 

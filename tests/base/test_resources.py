@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from mlsae.base.resources import left_in_control_groups, require_writable
+from mlsae.base.machine.resources import left_in_control_groups, require_writable
 
 SCRIPT = """
 import sys
 from pathlib import Path
 from mlsae.base.errors import ResourceError
-from mlsae.base.resources import left_in_control_groups, require_writable
+from mlsae.base.machine.resources import left_in_control_groups, require_writable
 disk = Path(sys.argv[1])
 for path in (disk, disk / "a" / "b"):
     try:

@@ -76,7 +76,7 @@ BELOW = {
         "weights": set(),
         "passes": {"transformer", "inputs", "families", "structure", "weights"},
     },
-    "base": {"machine": set(), "output": {"units"}},
+    "base": {"machine": {"errors", "units"}, "output": {"units"}},
 }
 """Room → its inner room → what of the same room that may import: data goes one way inside too."""
 

@@ -180,7 +180,7 @@ def test_an_analysis_holds_signed_events_and_sizes(
         *("analyze", "--cache", sample.path, "--sae", trained, "--out", out),
         *("--rows", "all", "--no-figures", "--device", "cpu"),
     )
-    found = events_of(out.rglob("layer=*/*.parquet"))
+    found = events_of(out.rglob("layer-*/*.parquet"))
     rows = sorted({row for row, _, _ in found})
     expected = {
         (row, layer, latent): z[row, latent]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mlsae.base.errors import InputError, ResourceError
-from mlsae.base.resources import available_memory
+from mlsae.base.machine.resources import available_memory
 from mlsae.sae import TopK
 from mlsae.store import IncompleteStoreError, NotAStoreError, create, open_store
 from mlsae.train import TrainConfig, run

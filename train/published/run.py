@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from accelerate import Accelerator
 
 from mlsae.base.errors import InputError
 from mlsae.base.output.console import Progress, say
 from mlsae.base.output.drawing import by_product
+from mlsae.base.outputs import held
 from mlsae.sae import SAE
 from mlsae.store import AnyStore, open_corpus
 from mlsae.train.options import write_run_file
@@ -55,6 +57,13 @@ def run_paper(sweep: Sweep) -> Mapping[str, Any] | None:
             f"code gives every process the same rows, so more of them train no faster"
         )
     plan, order, count = _plan(sweep)
+    with held(plan.config.out):
+        return _run(plan, order, count, accelerator)
+
+
+def _run(
+    plan: RunPlan, order: npt.NDArray[np.int64], count: int, accelerator: Accelerator
+) -> Mapping[str, Any] | None:
     config = plan.config
     check_output(config.out, plan.settings(), resume=False)
     claim(config.out, plan.settings())

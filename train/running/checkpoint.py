@@ -6,7 +6,8 @@ its JSON was never finished and does not count.
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from mlsae.base.files import (
 )
 from mlsae.train.step.trainer import Trainer
 
+_OURS = re.compile(r"step-\d{10}\.(?:json|safetensors|partial)(?:\..*\.partial)?")
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -38,7 +40,7 @@ class Checkpoints:
     """The checkpoints of one SAE of a run.
 
     Args:
-        directory: directory that holds nothing else.
+        directory: directory of its own; files of others there are left alone.
         keep: number of checkpoints that `prune` leaves.
     """
 
@@ -86,9 +88,7 @@ class Checkpoints:
         none may lose its last but one before every other has its last.
         """
         kept = {_name(step) for step in self.steps()[-self.keep :]}
-        for path in sorted(self.directory.iterdir()):  # A record goes before its tensors.
-            if path.stem not in kept:
-                path.unlink()
+        self._remove_but(kept)
 
     def steps(self) -> list[int]:
         """Steps after which there is a whole checkpoint, ascending."""
@@ -123,11 +123,15 @@ class Checkpoints:
         if not self.directory.exists():
             return
         kept = set() if after is None else {_name(s) for s in self.steps() if s <= after}
-        for path in sorted(self.directory.iterdir()):
-            if path.stem not in kept:
-                path.unlink()
+        self._remove_but(kept)
         if after is None:
-            self.directory.rmdir()
+            with suppress(OSError):  # Somebody keeps a file of his own there.
+                self.directory.rmdir()
+
+    def _remove_but(self, kept: Set[str]) -> None:
+        for path in sorted(self.directory.iterdir()):  # A record goes before its tensors.
+            if path.stem not in kept and _OURS.fullmatch(path.name):
+                path.unlink()
 
 
 def common_step(saes: Sequence[Checkpoints]) -> int:

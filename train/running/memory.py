@@ -7,8 +7,8 @@ import torch
 from accelerate import Accelerator
 
 from mlsae.base.errors import ResourceError
+from mlsae.base.machine.resources import require_memory
 from mlsae.base.ranks import environment_number
-from mlsae.base.resources import require_memory
 from mlsae.base.units import counted, format_bytes
 from mlsae.sae import SAEConfig
 from mlsae.sae.kernels.select import BLOCK_BYTES

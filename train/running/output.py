@@ -6,6 +6,7 @@ from typing import Any
 
 from mlsae.base.errors import InputError
 from mlsae.base.files import read_sealed, remove_stale_partials, seal, write_durably
+from mlsae.base.outputs import content_of, require_outside_stores
 from mlsae.sae.directory import CONFIG
 from mlsae.train.sweep import SWEEP
 
@@ -35,13 +36,14 @@ def check_output(
         InputError: `out` holds something else, another run, or this run although `resume` was not
             asked for.
     """
+    require_outside_stores(out, "--out")
     # A run that was killed while it made the directory its own leaves a temporary file.
-    names = [p.name for p in out.iterdir() if p.suffix != ".partial"] if out.exists() else []
+    names = content_of(out)
     if not names:
         return False
     if record not in names:
         raise InputError(
-            f"{out} holds other files ({min(names)}) and no training run: choose another --out"
+            f"{out} holds other files ({names[0]}) and no training run: choose another --out"
             if RUN not in names and SWEEP not in names
             else f"{out} holds {'one SAE' if RUN in names else 'several SAEs of a sweep'}, not "
             f"{'one' if record == RUN else 'a sweep'}: choose another --out"

@@ -197,10 +197,12 @@ def check_columns(option: str, table: pa.Table, names: list[str]) -> None:
     """Require that a table has columns of these names.
 
     Raises:
-        InputError: a column is missing; the message names those there are.
+        InputError: a column is missing, and the message names those there are; or one comes twice.
     """
     for name in names:
         if name not in table.column_names:
             raise InputError(
                 f"{option}: there is no column {name!r}; there are {', '.join(table.column_names)}"
             )
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"{option}: the column {twice[0]!r} is given twice; give each once")

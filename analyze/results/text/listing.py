@@ -11,6 +11,7 @@ from mlsae.analyze.results.analysis import load
 from mlsae.analyze.results.text.filter import check_columns, check_named_latents, where
 from mlsae.base.errors import InputError
 from mlsae.base.files import write_durably
+from mlsae.base.outputs import require_outside_stores
 from mlsae.base.units import counted, format_count
 
 SHOWN = (
@@ -87,8 +88,8 @@ def list_latents(
         InputError: `analysis` holds no analysis, `out` exists, or as for `choose`.
     """
     latents = load(analysis).latents
-    if out is not None and out.exists():
-        raise InputError(f"--out {out} exists already: give another name")
+    if out is not None:
+        _check_out(out)
     chosen = choose(latents, condition=condition, sort=sort, columns=columns or None)
     whole = f"{format_count(len(chosen))} of {counted(len(latents), 'latent')}"
     if out is not None:
@@ -102,6 +103,14 @@ def list_latents(
     shown = kept.select(list(columns or SHOWN))
     more = "" if len(kept) == len(chosen) else f", {format_count(len(kept))} of them shown"
     return f"{_text(shown)}\n\n{whole}{more}"
+
+
+def _check_out(out: Path) -> None:
+    require_outside_stores(out, "--out")
+    if out.exists():
+        raise InputError(f"--out {out} exists already: give another name")
+    if out.suffix.lower() not in ("", ".parquet", ".pq"):
+        raise InputError(f"--out {out} would be a Parquet file: give a name that ends in .parquet")
 
 
 def _text(table: pa.Table) -> str:
