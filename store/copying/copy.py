@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from mlsae.base.interruption import (
     StopNow,
     interruptible,
 )
+from mlsae.base.outputs import held, require_outside_stores
 from mlsae.base.settings import setting, settings
 from mlsae.base.units import counted, format_bytes, parse_layers, parse_names, parse_range, portion
 from mlsae.store.copying.derive import derive
@@ -149,7 +151,9 @@ def _mirror(
         )
     else:
         target = BucketTarget(open_writable(config.target))
-    found = mirror(Manifest(source), target, interruption, progress=progress)
+    # Another copy may write the same bytes there; nobody may remove them meanwhile.
+    with held(_directory(config.target), shared=True) if is_local else nullcontext():
+        found = mirror(Manifest(source), target, interruption, progress=progress)
     if is_local:
         open_store(config.target)
     seconds = time.monotonic() - began
@@ -180,14 +184,15 @@ def _derive(
             f"directory; copy that one to {config.target} then"
         )
     path = _directory(config.target)
-    notes = derive(
-        source,
-        path,
-        selection,
-        interruption,
-        max_added_fvu=config.max_encoding_fvu,
-        progress=progress,
-    )
+    with held(path, shared=True):
+        notes = derive(
+            source,
+            path,
+            selection,
+            interruption,
+            max_added_fvu=config.max_encoding_fvu,
+            progress=progress,
+        )
     made = open_store(path)
     size = sum(num_bytes for _, num_bytes in made.objects.walk())
     return CopyResult(
@@ -206,6 +211,7 @@ def _check_places(config: CopyConfig) -> None:
             raise InputError(f"{config.source} would be copied to itself; give another place")
         return
     source, target = _directory(config.source).resolve(), _directory(config.target).resolve()
+    require_outside_stores(config.target, "the target")
     if source == target:
         raise InputError(f"{config.source} would be copied to itself; give another directory")
     if source in target.parents or target in source.parents:

@@ -13,6 +13,7 @@ from mlsae.store.read.commits import store_id_of
 from mlsae.store.read.records import CommitRecord, read_commit, read_complete, read_setup
 from mlsae.store.read.store import Store
 from mlsae.store.schema import (
+    ARRAY_METADATA,
     COMPLETE,
     MOMENTS,
     SETUP,
@@ -57,6 +58,13 @@ class Manifest:
             for hashes in (setup.metadata, setup.objects)
             for name, digest in hashes.items()
         ]
+        self.remade: dict[str, bytes] = {}
+        """Name → content of metadata that were added to in the store, as they were recorded."""
+        if store.is_consolidated:
+            data = store.plan.metadata()[ARRAY_METADATA]
+            if sha256(data) == setup.metadata[ARRAY_METADATA]:
+                self.remade[ARRAY_METADATA] = data
+                self.setup = [item for item in self.setup if item.name != ARRAY_METADATA]
         self.moments = Item(MOMENTS, complete.moments_sha256, COMPLETE)
         self.commit_sha256 = self._check_shards(setup.objects)
         """SHA-256 of each shard's commit record."""

@@ -130,6 +130,8 @@ class _Copy:
         try:
             if not self._has_setup:
                 _finish(self._begin(pool, manifest.setup))
+                for name, data in manifest.remade.items():
+                    target.put(name, data)
                 target.put(SETUP, manifest.setup_record)
             self._copy_shards(pool)
             _finish(self._begin(pool, [manifest.moments]))

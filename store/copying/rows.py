@@ -13,7 +13,7 @@ from mlsae.store.format.calibration import Calibration, Calibrator
 from mlsae.store.format.encoding import SiteCalibration
 from mlsae.store.read.records import read_commit
 from mlsae.store.read.store import Store
-from mlsae.store.write.writer import Rows
+from mlsae.store.write.given import Rows
 
 _BYTES_AT_ONCE = 2**26
 """Bytes of decoded rows, all layers and sites together, that are read at once; one chunk of each

@@ -12,12 +12,13 @@ import numpy as np
 from mlsae.base.files import (
     fsync_directory,
     full_disk_explained,
-    partial_path,
+    in_its_place,
+    open_partial,
     remove_stale_partials,
     sha256_file,
     write_durably,
 )
-from mlsae.base.resources import require_disk
+from mlsae.base.machine.resources import require_disk
 from mlsae.store.copying.manifest import Item
 from mlsae.store.errors import DamagedStoreError, NotAStoreError
 from mlsae.store.format.layout import MAX_OBJECT_BYTES
@@ -119,9 +120,9 @@ class DirectoryTarget:
         if path.exists() and sha256_file(path) == item.sha256:
             progress(path.stat().st_size)
             return
-        partial = partial_path(path)
+        partial, fd = open_partial(path)
         try:
-            with full_disk_explained(path), partial.open("xb") as file:
+            with full_disk_explained(path), os.fdopen(fd, "wb") as file:
                 for piece in _checked(source, item, stop):
                     file.write(piece)
                     progress(len(piece))
@@ -180,7 +181,7 @@ class BucketTarget:
 
 def _checked(source: Objects, item: Item, stop: Event) -> Iterator[memoryview]:
     """The bytes of an object, piece by piece; at their end they were those that were recorded."""
-    digest, offset = hashlib.sha256(), 0
+    digest, offset, head = hashlib.sha256(), 0, b""
     buffer = np.empty(_PIECE_BYTES, np.uint8)
     count = _PIECE_BYTES
     while count == _PIECE_BYTES and offset <= MAX_OBJECT_BYTES:
@@ -190,10 +191,13 @@ def _checked(source: Objects, item: Item, stop: Event) -> Iterator[memoryview]:
             count = source.read_into(item.name, offset, buffer)
         except FileNotFoundError:
             raise _damage(source, item, "is missing, but named by") from None
+        head = head or buffer[:200].tobytes()
         digest.update(buffer[:count].data)
         yield buffer[:count].data
         offset += count
     if digest.hexdigest() != item.sha256:
+        if found := in_its_place(head[:offset]):
+            raise DamagedStoreError(f"{source.place}/{item.name} {found}; nothing of it was copied")
         raise _damage(source, item, "is damaged: its SHA-256 is not that in")
 
 

@@ -21,6 +21,8 @@ BLOCK_ELEMENTS = 1 << 17
 """Values in a block: four tables of so many float32 lie in 2 MiB."""
 SAFE_MAGNITUDE = 1e15
 """Beyond it a block is summed in float64, because squares would leave float32's range."""
+SMALL_MAGNITUDE = 1e-10
+"""Below it a block is summed in float64 too, unless it is all 0, because squares would vanish."""
 
 LARGEST_FLOAT16 = 65504.0
 MAX_MEAN_TO_STD = 16.0
@@ -82,7 +84,8 @@ class Accumulator(GroupMoments):
             max_abs = sums.load(picked, index, self._codec)
             if not np.isfinite(max_abs):
                 return False
-            if max_abs > SAFE_MAGNITUDE and dtype is np.float32:
+            is_safe = max_abs == 0 or SMALL_MAGNITUDE <= max_abs <= SAFE_MAGNITUDE
+            if not is_safe and dtype is np.float32:
                 return self._add_block(group, rows, stored_L, np.float64)
             sums.add_layer(index)
         sums.give_to(self, group)

@@ -19,6 +19,11 @@ CHUNK_BYTES = 2**20
 COMPRESSED_CHUNK_BYTES = 2**18
 """Chunks that are read whole are smaller."""
 SHARD_BYTES = 2**27
+SMALL_SHARD_BYTES = 2**20
+SMALL_SHARD_ROWS = 2**11
+"""A shard's moments, 640 bytes a channel, take a sixth of so many rows of 16-bit values."""
+ENOUGH_SHARDS = 16
+"""Shards of a small store: less is lost when its producer is stopped in one of them."""
 MAX_OBJECT_BYTES = 5 * 10**9
 MAX_SHARDS = 999
 """With its metadata or its setup record a folder holds at most 1,000 objects."""
@@ -53,6 +58,14 @@ def chunk_rows_for(
         return batch_rows * max(1, min(round(want / batch_rows), -(-num_rows // batch_rows)))
     divisors = [d for d in range(1, batch_rows + 1) if batch_rows % d == 0]
     return min(divisors, key=lambda d: abs(math.log(d / want)))
+
+
+def shard_bytes_for(num_rows: int, row_bytes: int) -> int:
+    """Bytes of a shard by default: SHARD_BYTES, or less, so that there are enough of them."""
+    if num_rows * row_bytes <= SMALL_SHARD_BYTES:
+        return SHARD_BYTES
+    rows = max(num_rows // ENOUGH_SHARDS, SMALL_SHARD_ROWS)
+    return min(SHARD_BYTES, max(SMALL_SHARD_BYTES, rows * row_bytes))
 
 
 def chunk_offset(inner: Number, row: Number, chunk_rows: Number, row_bytes: Number) -> Number:

@@ -57,6 +57,10 @@ class ChunkCache:
         self._lock = threading.Lock()
         self._is_writable = True
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Processes share the directory."""
+        return ChunkCache, (self.directory, self.max_bytes)
+
     def get(self, store: str, key: str, out: npt.NDArray[np.uint8]) -> bool:
         """Fill `out` with the bytes put under a key.
 
@@ -121,7 +125,7 @@ class ChunkCache:
         """Descriptor of the lock's file, while nobody else adds or removes."""
         with self._lock:
             self._root.mkdir(parents=True, exist_ok=True)
-            fd = os.open(self._root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            fd = os.open(self._root / "lock", os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX)
                 yield fd
@@ -187,6 +191,10 @@ class CachedObjects:
         self.cache = cache
         self._objects = objects
         self._store: str | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process reads for itself, and has the cache in common."""
+        return CachedObjects, (self._objects, self.cache)
 
     def read(self, name: str, limit: int) -> bytes:
         """See `Objects`."""

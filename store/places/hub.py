@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
 from huggingface_hub import HfApi, constants, errors, get_token
@@ -68,6 +68,10 @@ class HubObjects(RemoteObjects):
             retry_config={"max_retries": 0},
         )
         super().__init__(place, client, _CREDENTIALS, patience)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process asks for itself, for the same commit."""
+        return HubObjects, (self.place, self._patience)
 
     def walk(self) -> Iterator[tuple[str, int]]:
         """See `Objects`."""

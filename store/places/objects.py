@@ -102,6 +102,10 @@ class LocalObjects:
         self._open: dict[str, Descriptor] = {}
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens files of its own."""
+        return LocalObjects, (self.directory,)
+
     def read(self, name: str, limit: int) -> bytes:
         """See `Objects`."""
         with open(_open_file(self._prefix + name), "rb") as file:

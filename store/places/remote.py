@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from mlsae.base.errors import InputError
+from mlsae.base.errors import InputError, without_secrets
+from mlsae.base.outputs import require_outside_stores
+from mlsae.base.units import parse_location
 from mlsae.store.places.cache import CachedObjects, ChunkCache, default_cache_dir
+from mlsae.store.places.credentials import S3_CREDENTIALS
 from mlsae.store.places.objects import LocalObjects, Objects
 from mlsae.store.places.retry import Patience
 
@@ -53,7 +56,7 @@ class WritableObjects(Objects, Protocol):
 def open_objects(
     location: str | os.PathLike[str],
     *,
-    cache_dir: Path | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     cache_bytes: int | None = None,
     patience: Patience | None = None,
 ) -> Objects:
@@ -71,7 +74,9 @@ def open_objects(
         InputError: `location` is of no such form.
         RemoteError: the hub cannot be reached, or does not have the data set.
     """
-    text = os.fspath(location)
+    text = parse_location(os.fspath(location))
+    if cache_dir is not None:
+        require_outside_stores(Path(cache_dir) / "chunks", "--cache-dir")
     scheme = _scheme(text)
     if scheme is None:
         return LocalObjects(Path(text))
@@ -83,7 +88,7 @@ def open_objects(
     cache_bytes = CACHE_BYTES if cache_bytes is None else cache_bytes
     if cache_bytes == 0:
         return objects
-    return CachedObjects(objects, ChunkCache(cache_dir or default_cache_dir(), cache_bytes))
+    return CachedObjects(objects, ChunkCache(Path(cache_dir or default_cache_dir()), cache_bytes))
 
 
 def open_writable(location: str, *, patience: Patience | None = None) -> WritableObjects:
@@ -119,9 +124,17 @@ def _path_of(text: str) -> Path:
 def _open_web(text: str, patience: Patience) -> Objects:
     from mlsae.store.places.web import WebObjects
 
-    url = urlsplit(text)
-    if not url.hostname or url.query or url.fragment:
-        raise InputError(f"{text}: expected https://host/path, without ? or #")
+    try:
+        url = urlsplit(text)
+        is_address = bool(url.hostname) and url.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address or url.query or url.fragment:
+        hint = "; in a password / is written %2F" if not is_address and "@" in text else ""
+        raise InputError(
+            f"{without_secrets(text)}: expected https://host/path or https://host:port/path, "
+            f"without ? or #{hint}"
+        )
     path = quote(url.path.rstrip("/"), safe="/%:@!$&'()*+,;=~")
     # Apart from the address, which messages show.
     login, _, host = url.netloc.rpartition("@")
@@ -135,6 +148,12 @@ def _open_bucket(text: str, patience: Patience) -> WritableObjects:
     if not bucket:
         raise InputError(f"{text}: expected s3://bucket/prefix")
     prefix = prefix.strip("/")
+    if "@" in bucket or ":" in bucket or {"", ".", ".."} & set(prefix.split("/") if prefix else ()):
+        shown = without_secrets(text)
+        raise InputError(
+            f"{shown}: expected s3://bucket/prefix, without // in the prefix; credentials come "
+            f"from the environment: {S3_CREDENTIALS}"
+        )
     return BucketObjects(f"s3://{bucket}/{prefix}".rstrip("/"), bucket, prefix, patience)
 
 

@@ -8,8 +8,11 @@ and their time would multiply with ours.
 """
 
 import errno
+import logging
+import threading
 from base64 import b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import cached_property, partial
@@ -23,14 +26,19 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import HTTPStore, S3Store
 
+from mlsae.base.errors import InputError
 from mlsae.store.errors import RemoteError
 from mlsae.store.places.credentials import S3_CREDENTIALS, bucket_access
 from mlsae.store.places.failures import RequestError, understand
 from mlsae.store.places.objects import too_large
+from mlsae.store.places.plain import Answer, PlainWeb
+from mlsae.store.places.relay import FORKS, Relay
 from mlsae.store.places.retry import Patience
 
 if TYPE_CHECKING:
     from obstore.store import BackoffConfig, ClientConfig
+
+log = logging.getLogger("mlsae")
 
 _PIECE_BYTES = 2**14
 """An answer is taken in pieces of about as many bytes; a cut loses the last one."""
@@ -40,7 +48,7 @@ _PARTS = 8
 
 
 class RemoteObjects:
-    """The objects of a store that is elsewhere. Threads may share it; forked processes may not.
+    """The objects of a store that is elsewhere. Threads may share it, and forked processes.
 
     Args:
         place: URL, as messages name it.
@@ -58,27 +66,47 @@ class RemoteObjects:
         self._client = client
         self._credentials = credentials
         self._patience = patience
+        self._has_read = False
+        self._relay: Relay | None = None
+        self._relay_lock = threading.Lock()
 
     def read(self, name: str, limit: int) -> bytes:
         """See `Objects`."""
+        if (relay := self._elsewhere()) is not None:
+            return bytes(relay.call("read", name, limit))
         held = bytearray()
 
-        def allocate(num_bytes: int, total: int) -> memoryview:
+        def allocate(num_bytes: int, total: int | None) -> memoryview:
             nonlocal held
-            if total > limit:
+            if total is not None and total > limit:
                 raise too_large(self.place, name, total, limit)
             held = bytearray(num_bytes)
             return memoryview(held)
 
-        self._receive(name, 0, max(limit, 1), allocate)
-        return bytes(held)
+        done = self._receive(name, 0, max(limit, 1), allocate, may_be_absent=True)
+        if done > limit:
+            raise too_large(self.place, name, done, limit)
+        return bytes(held[:done])
 
     def read_into(self, name: str, offset: int, out: npt.NDArray[Any]) -> int:
         """See `Objects`."""
         view = out.reshape(-1).view(np.uint8).data
         if not view.nbytes:
             return 0
+        if (relay := self._elsewhere()) is not None:
+            data = relay.call("read_part", name, offset, view.nbytes)
+            view[: len(data)] = data
+            return len(data)
         return self._receive(name, offset, offset + view.nbytes, lambda *_: view)
+
+    def read_part(self, name: str, offset: int, num_bytes: int) -> bytes:
+        """Bytes of an object from `offset` on, fewer than `num_bytes` only where the object ends.
+
+        Raises:
+            FileNotFoundError, RemoteError: as `read_into`.
+        """
+        out = np.empty(num_bytes, np.uint8)
+        return out[: self.read_into(name, offset, out)].tobytes()
 
     def forget(self, name: str, offset: int, num_bytes: int) -> bool:  # noqa: ARG002
         """Nothing is kept."""
@@ -86,27 +114,88 @@ class RemoteObjects:
 
     def size(self, name: str) -> int:
         """See `Objects`."""
-        size = 0
+        if (relay := self._elsewhere()) is not None:
+            return int(relay.call("size", name))
+        return self._size(name)
 
-        def allocate(num_bytes: int, total: int) -> memoryview:
+    def _size(self, name: str, *, may_be_absent: bool = False) -> int:
+        size: int | None = 0
+
+        def allocate(num_bytes: int, total: int | None) -> memoryview:
             nonlocal size
             size = total
             return memoryview(bytearray(num_bytes))
 
         # Not HEAD: an address that was signed for GET refuses it.
-        self._receive(name, 0, 1, allocate)
-        return size
+        self._receive(name, 0, 1, allocate, may_be_absent=may_be_absent)
+        return self._counted_size(name) if size is None else size
+
+    def _counted_size(self, name: str) -> int:
+        """Bytes of an object whose answers do not say so."""
+        raise NotImplementedError(name)
 
     def exists(self, name: str) -> bool:
         """See `Objects`."""
+        if (relay := self._elsewhere()) is not None:
+            return bool(relay.call("exists", name))
         try:
-            self.size(name)
+            self._size(name, may_be_absent=True)
         except FileNotFoundError:
             return False
         return True
 
+    def walk(self) -> Iterator[tuple[str, int]]:
+        """See `Objects`."""
+        raise NotImplementedError
+
+    def listed(self) -> list[tuple[str, int]]:
+        """(name, bytes) of every object; see `Objects.walk`."""
+        return list(self.walk())
+
+    def _elsewhere(self) -> Relay | None:
+        """A process that asks in place of this one, which was forked."""
+        if not FORKS.is_forked:
+            return None
+        with self._relay_lock:
+            if self._relay is None or not self._relay.is_own:
+                self._relay = Relay(self)
+            return self._relay
+
+    def _get(self, name: str, start: int, stop: int) -> Answer:
+        """Ask for the bytes start … stop − 1 of an object."""
+        with self._requesting():
+            answer = obstore.get(self._client, name, options={"range": (start, stop)})
+        total = answer.meta["size"]
+
+        def pieces() -> Generator[Any]:
+            with self._requesting():
+                yield from answer.stream(min_chunk_size=_PIECE_BYTES)
+
+        return Answer(min(stop, total) - start, total, pieces())
+
+    @contextmanager
+    def _requesting(self) -> Iterator[None]:
+        """A stretch in which the network library is used.
+
+        Raises:
+            RequestError: the request failed, or cannot be made.
+        """
+        FORKS.use()
+        try:
+            yield
+        except BaseError as error:
+            raise understand(error, self._credentials) from None
+        except ValueError as error:
+            raise RequestError(f"{error}", remedy="check the address") from None
+
     def _receive(
-        self, name: str, start: int, stop: int, allocate: Callable[[int, int], memoryview]
+        self,
+        name: str,
+        start: int,
+        stop: int,
+        allocate: Callable[[int, int | None], memoryview],
+        *,
+        may_be_absent: bool = False,
     ) -> int:
         """Take the bytes start … stop − 1 of an object, as far as it has them.
 
@@ -114,8 +203,10 @@ class RemoteObjects:
             name: name of the object.
             start: first byte.
             stop: end of the bytes, after `start`.
-            allocate: (bytes that will come, bytes of the whole object) → where to put them, at
-                least as much; called once.
+            allocate: (most bytes that will come, bytes of the whole object, None where the server
+                does not say) → where to put them; called once.
+            may_be_absent: take a refusal that servers give for absent objects too for one, once
+                another object was read.
         """
         out: memoryview | None = None
         done = expected = 0
@@ -123,30 +214,32 @@ class RemoteObjects:
         def attempt() -> int:
             nonlocal out, done, expected
             try:
-                answer = obstore.get(self._client, name, options={"range": (start + done, stop)})
-                total = answer.meta["size"]
-                num_bytes = min(stop, total) - start
+                answer = self._get(name, start + done, stop)
+                self._has_read = True
+                left = stop - start - done if answer.num_bytes is None else answer.num_bytes
                 if out is None:
-                    out, expected = allocate(num_bytes, total), num_bytes
-                if num_bytes != expected:
+                    out, expected = allocate(left, answer.total), left
+                if done + left != expected:
                     raise RequestError(
                         "the object was replaced while it was read",
                         remedy="run the same command again when nobody writes to it",
                     )
-                for piece in answer.stream(min_chunk_size=_PIECE_BYTES):
-                    if len(piece) > expected - done:
-                        raise RequestError(
-                            "the server sent more bytes than it was asked for",
-                            remedy="check the address and the server",
-                        )
-                    out[done : done + len(piece)] = piece
-                    done += len(piece)
-            except BaseError as error:
-                failure = understand(error, self._credentials)
+                with closing(answer.pieces) as pieces:
+                    for piece in pieces:
+                        if len(piece) > expected - done:
+                            raise RequestError(
+                                "the server sent more bytes than it was asked for",
+                                remedy="check the address and the server",
+                            )
+                        out[done : done + len(piece)] = piece
+                        done += len(piece)
+            except RequestError as failure:
                 if failure.is_past_end and out is None:
                     return 0
-                raise failure from None
-            if done < expected:
+                if failure.may_be_absent and may_be_absent and self._has_read:
+                    raise FileNotFoundError from None
+                raise
+            if done < expected and answer.num_bytes is not None:
                 raise RequestError("the connection was cut", passes=True)
             return done
 
@@ -170,18 +263,54 @@ class WebObjects(RemoteObjects):
     """
 
     def __init__(self, url: str, login: str, patience: Patience) -> None:
+        self._url, self._login = url, login
         encoded = b64encode(unquote_to_bytes(login)).decode()
         headers = {"Authorization": f"Basic {encoded}"} if login else {}
-        client = HTTPStore(
-            url, client_options=client_options(patience, headers), retry_config={"max_retries": 0}
-        )
+        try:
+            client = HTTPStore(
+                url,
+                client_options=client_options(patience, headers),
+                retry_config={"max_retries": 0},
+            )
+        except (BaseError, ValueError) as error:
+            raise InputError(f"{url} is no address ({error}): expected https://host/path") from None
+        self._plain = PlainWeb(url, headers, patience.stall_seconds)
+        self._is_plain = self._tells_whole = False
         super().__init__(
             url, client, "the server wants a login: https://USER:PASSWORD@… gives one", patience
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process asks for itself."""
+        return WebObjects, (self._url, self._login, self._patience)
+
     def walk(self) -> Iterator[tuple[str, int]]:
         """See `Objects`."""
         raise RemoteError(f"{self.place}: a web server does not list what it holds")
+
+    def _get(self, name: str, start: int, stop: int) -> Answer:
+        if not self._is_plain:
+            try:
+                return super()._get(name, start, stop)
+            except RequestError as failure:
+                if not failure.is_plain:
+                    raise
+            self._is_plain = True
+        answer, told = self._plain.get(name, start, stop), self._tells_whole
+        if self._plain.sends_whole and not told:
+            self._tells_whole = True
+            log.warning(
+                "%s sends whole objects where parts are asked for, which takes long for all but a "
+                "copy: copy the store here first (mlsae store copy), or use a server that answers "
+                "HTTP Range requests",
+                self.place,
+            )
+        return answer
+
+    def _counted_size(self, name: str) -> int:
+        return self._patience.persist(
+            f"{self.place}/{name} cannot be read", lambda: self._plain.size(name)
+        )
 
 
 class BucketObjects(RemoteObjects):
@@ -192,6 +321,7 @@ class BucketObjects(RemoteObjects):
     """
 
     def __init__(self, place: str, bucket: str, prefix: str, patience: Patience) -> None:
+        self._bucket, self._prefix = bucket, prefix
         self._open = partial(
             S3Store,
             bucket,
@@ -199,9 +329,18 @@ class BucketObjects(RemoteObjects):
             client_options=client_options(patience),
             **bucket_access(place),
         )
-        super().__init__(
-            place, self._open(retry_config={"max_retries": 0}), S3_CREDENTIALS, patience
-        )
+        try:
+            client = self._open(retry_config={"max_retries": 0})
+        except (BaseError, ValueError) as error:
+            failure = understand(error, S3_CREDENTIALS)
+            raise RemoteError(
+                f"{place} cannot be opened: {failure.cause}; {failure.remedy}"
+            ) from None
+        super().__init__(place, client, S3_CREDENTIALS, patience)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process asks for itself, with credentials of its own environment."""
+        return BucketObjects, (self.place, self._bucket, self._prefix, self._patience)
 
     @cached_property
     def _writer(self) -> S3Store:
@@ -229,13 +368,15 @@ class BucketObjects(RemoteObjects):
         self._put(name, path)
 
     def _put(self, name: str, source: bytes | Path) -> None:
+        if (relay := self._elsewhere()) is not None:
+            relay.call("put" if isinstance(source, bytes) else "put_file", name, source)
+            return
+
         def attempt() -> None:
-            try:
+            with self._requesting():
                 obstore.put(
                     self._writer, name, source, chunk_size=_PART_BYTES, max_concurrency=_PARTS
                 )
-            except BaseError as error:
-                raise understand(error, self._credentials) from None
 
         once = replace(self._patience, tries=1)
         try:
@@ -249,12 +390,14 @@ class BucketObjects(RemoteObjects):
     def walk(self) -> Iterator[tuple[str, int]]:
         """See `Objects`."""
 
+        if (relay := self._elsewhere()) is not None:
+            yield from relay.call("listed")
+            return
+
         def attempt() -> list[tuple[str, int]]:
-            try:
+            with self._requesting():
                 pages = obstore.list(self._client, chunk_size=1000)
                 return [(found["path"], found["size"]) for page in pages for found in page]
-            except BaseError as error:
-                raise understand(error, self._credentials) from None
 
         yield from self._patience.persist(f"{self.place} cannot be listed", attempt)
 

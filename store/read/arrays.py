@@ -5,6 +5,7 @@ one are an order of magnitude slower than sequential reading.
 """
 
 import hashlib
+import operator
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.errors import InputError
-from mlsae.store.errors import DamagedStoreError
+from mlsae.base.files import in_its_place
+from mlsae.base.units import whole
+from mlsae.store.errors import DamagedStoreError, StoreError
 from mlsae.store.format.layout import MAX_OBJECT_BYTES, chunk_offset, object_bytes
 from mlsae.store.format.metadata import ArraySpec
 from mlsae.store.format.shard import ABSENT, Bytes, crc32c_bytes, index_bytes
@@ -77,7 +80,8 @@ class ArrayReader:
             InputError: the range is not within the array.
             DamagedStoreError: a chunk's bytes are missing or differ from its checksum.
         """
-        stop = self.num_rows if stop is None else stop
+        start = whole("the first row", start)
+        stop = self.num_rows if stop is None else whole("the end of rows", stop)
         if not 0 <= start <= stop <= self.num_rows:
             raise InputError(
                 f"{self._name}: rows {start} to {stop} are not in 0 to {self.num_rows}"
@@ -99,7 +103,7 @@ class ArrayReader:
         Raises:
             DamagedStoreError: a chunk's bytes are missing or differ from its checksum.
         """
-        done, num_rows = 0, len(out)
+        done, num_rows, start = 0, len(out), operator.index(start)
         while done < num_rows:
             chunk, first = divmod(start + done, self.chunk_rows)
             take = min(num_rows - done, self.chunk_rows - first)
@@ -253,8 +257,18 @@ class ArrayReader:
             raise self._damage(number, "its chunks do not follow one another", "R-SHARD-1")
         return None if self._compressor is None else used
 
+    def _in_its_place(self, name: str) -> str | None:
+        head = np.zeros(200, np.uint8)
+        try:
+            self._objects.read_into(name, 0, head)
+        except (FileNotFoundError, StoreError):
+            return None
+        return in_its_place(head.tobytes())
+
     def _damage(self, shard: int, what: str, rule: str = "R-SHARD-3") -> DamagedStoreError:
         name = self._spec.object(shard)
+        if found := self._in_its_place(name):
+            return DamagedStoreError(f"{self._objects.place}/{name} {found}", rule=rule)
         return DamagedStoreError(
             f"{self._objects.place}/{name} (shard {shard} of {self._name}) is damaged: {what}; "
             f"restore it from a copy, or run `mlsae store verify` to see all damage",

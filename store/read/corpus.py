@@ -8,7 +8,6 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import numpy.typing as npt
 
 from mlsae.base.errors import InputError
 from mlsae.base.files import Location, canonical_json
+from mlsae.base.units import whole
 from mlsae.store.format.calibration import Calibration
 from mlsae.store.format.encoding import Stored
 from mlsae.store.format.moments import GroupMoments, Moments, eligible_groups
@@ -29,7 +29,7 @@ Array = npt.NDArray[Any]
 def open_corpus(
     locations: Location | Iterable[Location],
     *,
-    cache_dir: Path | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     cache_bytes: int | None = None,
 ) -> AnyStore:
     """Open one store, or several as one.
@@ -82,7 +82,8 @@ class Borders:
         Raises:
             InputError: there are no such items.
         """
-        stop = self.total if stop is None else stop
+        start = whole(f"the first of {self._what}", start)
+        stop = self.total if stop is None else whole(f"the end of {self._what}", stop)
         if not 0 <= start <= stop <= self.total:
             raise InputError(f"{self._what} {start} to {stop} are not in 0 to {self.total}")
         at = min(bisect_right(self.starts, start), len(self.starts) - 1) - 1
@@ -184,6 +185,10 @@ class Corpus:
         self._group_moments: dict[str, GroupMoments] | None = None
 
     __repr__ = Store.__repr__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the stores anew."""
+        return Corpus, (self.stores,)
 
     @property
     def calibrations(self) -> tuple[Calibration | None, ...]:

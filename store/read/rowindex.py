@@ -3,6 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
+from mlsae.base.units import whole
 from mlsae.store.errors import InvalidStoreError
 from mlsae.store.format.moments import group_of_rows
 from mlsae.store.places.objects import Objects
@@ -27,6 +28,7 @@ class RowIndex:
         Raises:
             InvalidStoreError: the store has no such token.
         """
+        start, stop = whole("the first row", start), whole("the end of rows", stop)
         if ROW_TOKEN in self.readers:
             tokens = self.readers[ROW_TOKEN].read(start, stop)
             if tokens.max(initial=0) >= self._plan.num_tokens:
@@ -47,6 +49,7 @@ class RowIndex:
         """(stop − start,) token_flags of each row's token."""
         if ROW_TOKEN not in self.readers:
             return self.readers["token_flags"].read(start, stop)
+        start, stop = whole("the first row", start), whole("the end of rows", stop)
         flags = np.empty(stop - start, np.uint8)
         block = max(1, _BLOCK_TOKENS // self._plan.context_length) * self._plan.rows_per_sequence
         for first in range(start, stop, block):

@@ -4,17 +4,19 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.errors import InputError
-from mlsae.base.units import counted, portion
+from mlsae.base.files import Location, in_its_place
+from mlsae.base.units import counted, portion, whole
 from mlsae.store.errors import DamagedStoreError, IncompleteStoreError, InvalidStoreError
 from mlsae.store.format.calibration import Calibration
 from mlsae.store.format.encoding import Part, Stored
+from mlsae.store.format.metadata import is_consolidated
 from mlsae.store.format.moments import (
     GroupMoments,
     Moments,
@@ -53,10 +55,10 @@ _REQUESTS = 16
 
 
 def open_store(
-    location: str | os.PathLike[str],
+    location: Location,
     *,
     incomplete: bool = False,
-    cache_dir: Path | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     cache_bytes: int | None = None,
 ) -> "Store":
     """Open an activation store for reading.
@@ -138,6 +140,7 @@ class Store:
 
     def __init__(self, objects: Objects, *, incomplete: bool = False) -> None:
         self.objects = objects
+        self._may_be_incomplete = incomplete
         self.place = objects.place
         """Directory or URL."""
         self.is_local = objects.is_local
@@ -153,6 +156,8 @@ class Store:
                 f"committed; run the same harvest or copy again to finish it",
                 rule="R-COMPLETE-1",
             )
+        self.is_consolidated = False
+        """True where a tool has added `consolidated_metadata` to the Zarr metadata of the group."""
         self._check_records()
         self.schema_version = self.plan.schema_version
         self.source: Mapping[str, Any] = self.plan.source
@@ -187,6 +192,10 @@ class Store:
             f"{type(self).__name__}({self.place!r}: {counted(self.num_rows, 'row')} of "
             f"{self.d_model} channels, {self.encoding}, {', '.join(self.sites)}, layers {layers})"
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the store anew."""
+        return partial(Store, incomplete=self._may_be_incomplete), (self.objects,)
 
     @property
     def stores(self) -> tuple["Store", ...]:
@@ -277,7 +286,8 @@ class Store:
         Raises:
             InputError: one is not in the store, or none is asked for.
         """
-        wanted = tuple(sorted(set(self.layers if layers is None else layers)))
+        given = self.layers if layers is None else layers
+        wanted = tuple(sorted({whole("a layer", layer) for layer in given}))
         missing = [layer for layer in wanted if layer not in self.layers]
         if missing or not wanted:
             raise InputError(
@@ -348,7 +358,7 @@ class Store:
             data = b""
         if hashlib.sha256(data).hexdigest() != completion.moments_sha256:
             raise DamagedStoreError(
-                f"{self.place}/{MOMENTS} is missing or damaged; restore it from a copy",
+                f"{self.place}/{MOMENTS} {damage_of(data)}",
                 rule="R-MOMENT-2",
             )
         try:
@@ -382,16 +392,22 @@ class Store:
                 rule="R-SETUP-2",
             )
         with ThreadPoolExecutor(1 if self.objects.is_local else _REQUESTS) as pool:
-            digests = pool.map(self._metadata_digest, expected)
-            for name, digest in zip(expected, digests, strict=True):
-                if digest != setup.metadata[name]:
-                    raise DamagedStoreError(
-                        f"{self.place}/{name} is missing or damaged; restore it from a copy",
-                        rule="R-META-1",
-                    )
+            contents = pool.map(self._metadata, expected)
+            for name, data in zip(expected, contents, strict=True):
+                if hashlib.sha256(data).hexdigest() == setup.metadata[name]:
+                    continue
+                if name == ARRAY_METADATA and is_consolidated(data, expected[name]):
+                    self.is_consolidated = True
+                    continue
+                raise DamagedStoreError(f"{self.place}/{name} {damage_of(data)}", rule="R-META-1")
 
-    def _metadata_digest(self, name: str) -> str | None:
+    def _metadata(self, name: str) -> bytes:
         try:
-            return hashlib.sha256(self.objects.read(name, _METADATA_BYTES)).hexdigest()
+            return self.objects.read(name, _METADATA_BYTES)
         except FileNotFoundError:
-            return None
+            return b""
+
+
+def damage_of(data: bytes) -> str:
+    """Predicate and remedy for an object whose bytes are not those that were recorded."""
+    return in_its_place(data) or "is missing or damaged; restore it from a copy"

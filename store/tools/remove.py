@@ -10,6 +10,7 @@ from typing import Any
 
 from mlsae.base.errors import InputError
 from mlsae.base.files import DamagedFileError, fsync_directory, read_sealed
+from mlsae.base.outputs import LOCK, is_systems_own, require_free
 from mlsae.base.units import counted, format_bytes, format_ranges
 from mlsae.base.words import SITES
 from mlsae.store.errors import NotAStoreError
@@ -34,7 +35,9 @@ from mlsae.store.schema import (
 
 _NAMED = 5
 """Most foreign files that a message names."""
-_ROOT = "|".join(re.escape(n) for n in sorted({PLAN, COMPLETE, MOMENTS, ARRAY_METADATA, *IGNORED}))
+_ROOT = "|".join(
+    re.escape(name) for name in sorted({PLAN, COMPLETE, MOMENTS, ARRAY_METADATA, LOCK, *IGNORED})
+)
 _SITE = "|".join(SITES)
 _NAME = re.compile(
     rf"(?:{_ROOT}"
@@ -88,7 +91,9 @@ def find_removable(location: str | os.PathLike[str]) -> Removable:
     folders, files, foreign, num_bytes = [], [], [], 0
     for name, is_folder, size in _walk(path):
         num_bytes += size
-        if (_FOLDER if is_folder else _NAME).fullmatch(name) is None:
+        if is_systems_own(name.rpartition("/")[2]) and not is_folder:
+            files.append(name)
+        elif (_FOLDER if is_folder else _NAME).fullmatch(name) is None:
             foreign.append(name)
         elif is_folder:
             folders.append(name)
@@ -113,10 +118,14 @@ def find_removable(location: str | os.PathLike[str]) -> Removable:
 def remove(found: Removable) -> None:
     """Remove a store; killed at any instant, the rest is visibly incomplete.
 
+    Raises:
+        InputError: a process writes the store.
+
     Records go before the data they vouch for, because a harvest into the rest would take shards
     with a record for safe. The plan goes last, so that the rest can still be told for a
     store, and removed.
     """
+    require_free(found.path)
     records = [name for name in found.files if name.startswith(f"{COMMITS}/")]
     last = {COMPLETE, PLAN, *records}
     for names, folder in (

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.output.console import Progress
+from mlsae.base.outputs import is_systems_own
 from mlsae.store.errors import DamagedStoreError, RemoteError, StoreError
 from mlsae.store.format.accumulate import Accumulator
 from mlsae.store.format.encoding import MAX_QUANTUM, Stored
@@ -136,6 +137,9 @@ class _Verification:
 
     def metadata(self) -> None:
         for name, expected in self.plan.metadata().items():
+            if name == ARRAY_METADATA and self.store.is_consolidated:
+                self.notes.append(f"{name} holds consolidated_metadata too, which a tool added")
+                continue
             try:
                 theirs = json.loads(self.store.objects.read(name, len(expected) * 4 + 2**16))
             except (ValueError, RecursionError, DamagedStoreError):
@@ -248,7 +252,7 @@ class _Verification:
                     self._report(error, name)
             elif name.endswith(PARTIAL):
                 self.report("R-LAYOUT-3", name, "was left by a process that was killed; delete it")
-            elif name not in self.expected | IGNORED:
+            elif name not in self.expected | IGNORED and not _is_systems_own(name):
                 self.report("R-LAYOUT-3", name, "does not belong here")
 
     def _card(self) -> None:
@@ -279,7 +283,9 @@ class _Verification:
     def _sha256(self, name: str) -> str:
         digest, offset = hashlib.sha256(), 0
         block = np.empty(2**20, np.uint8)
-        while count := self.store.objects.read_into(name, offset, block):
+        count = len(block)
+        while count == len(block):
+            count = self.store.objects.read_into(name, offset, block)
             digest.update(block[:count].data)
             offset += count
         return digest.hexdigest()
@@ -402,6 +408,10 @@ def _broken_metadata(name: str, found: object, expected: Mapping[str, Any]) -> s
     if found.get("codecs") != expected.get("codecs"):
         return "R-LAYOUT-2"
     return "R-ACT-2" if found.get("attributes") != expected.get("attributes") else "R-META-2"
+
+
+def _is_systems_own(name: str) -> bool:
+    return any(is_systems_own(part) for part in name.split("/"))
 
 
 def _scales(moments: GroupMoments) -> dict[str, Array]:

@@ -7,11 +7,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from mlsae.base.files import fsync_directory, seal, write_durably, write_new_durably
-from mlsae.base.resources import require_disk
+from mlsae.base.machine.resources import require_disk
+from mlsae.base.outputs import require_outside_stores
+from mlsae.base.units import parse_path, whole
 from mlsae.store.errors import PlanMismatchError
 from mlsae.store.format.added_fvu import MAX_ADDED_FVU
 from mlsae.store.format.calibration import Calibration
@@ -19,6 +20,7 @@ from mlsae.store.format.encoding import check_encoding
 from mlsae.store.format.layout import SHARD_BYTES, plan_layout
 from mlsae.store.read.records import Producer
 from mlsae.store.schema import PLAN, PROVENANCE, SETUP
+from mlsae.store.write.given import as_array, as_json
 from mlsae.store.write.plan import find_plan, make_plan
 from mlsae.store.write.setup import write_setup
 from mlsae.store.write.tokens import TokenArrays
@@ -28,13 +30,13 @@ from mlsae.store.write.writer import Writer
 def create(
     path: str | os.PathLike[str],
     *,
-    tokens: npt.NDArray[np.integer[Any]],
+    tokens: npt.ArrayLike,
     context_length: int,
     layers: Sequence[int],
     d_model: int,
     sites: Sequence[str] = ("resid_post",),
-    documents: npt.NDArray[np.integer[Any]] | None = None,
-    token_flags: npt.NDArray[np.uint8] | None = None,
+    documents: npt.ArrayLike | None = None,
+    token_flags: npt.ArrayLike | None = None,
     encoding: str = "float16",
     compression: str = "none",
     calibration: Calibration | None = None,
@@ -54,8 +56,9 @@ def create(
 
     Args:
         path: directory of the store; absent, empty, or holding a store of the same plan.
-        tokens: (num_tokens,) token ids, whole sequences of `context_length` one after another. Of
-            this and the next two, memory maps are read block by block and never held whole.
+        tokens: (num_tokens,) token ids, whole sequences of `context_length` one after another: an
+            array, list or tensor. Memory maps of this and the next two are read block by block and
+            never held whole.
         context_length: tokens of a sequence.
         layers: 0-based block indices, ascending.
         d_model: channels of an activation.
@@ -92,18 +95,31 @@ def create(
         MixedProducersError: another producer made some of its shards.
         ResourceError: the disk has no room for the store.
     """
-    path = Path(path)
-    arrays = TokenArrays(tokens, documents, token_flags, context_length)
+    path = Path(parse_path(os.fspath(path)))
+    require_outside_stores(path, "the store")
+    context_length = whole("context_length", context_length)
+    keep_seed = whole("keep_seed", keep_seed)
+    tokens = as_array("tokens", tokens)
+    arrays = TokenArrays(
+        tokens,
+        None if documents is None else as_array("documents", documents),
+        None if token_flags is None else as_array("token_flags", token_flags),
+        context_length,
+    )
     shape: dict[str, Any] = {
         "context_length": context_length,
-        "layers": layers,
-        "sites": sites,
-        "d_model": d_model,
+        "layers": tuple(whole("a layer", layer) for layer in layers),
+        "sites": (sites,) if isinstance(sites, str) else sites,
+        "d_model": whole("d_model", d_model),
         "encoding": check_encoding(encoding),
-        "batch_sequences": batch_sequences,
-        "shard_bytes": shard_bytes,
-        "keep_positions": keep_positions,
+        "batch_sequences": whole("batch_sequences", batch_sequences),
+        "shard_bytes": whole("shard_bytes", shard_bytes),
+        "keep_positions": None
+        if keep_positions is None
+        else whole("keep_positions", keep_positions),
     }
+    source, derived_from = as_json("source", source), as_json("derived_from", derived_from)
+    provenance, producer = as_json("provenance", provenance), as_json("producer", producer)
     plan = make_plan(
         arrays,
         source=source or {},

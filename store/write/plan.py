@@ -7,6 +7,7 @@ from typing import Any
 
 from mlsae.base.errors import InputError
 from mlsae.base.files import canonical_json
+from mlsae.base.outputs import is_systems_own
 from mlsae.base.words import SITES
 from mlsae.store.errors import NotAStoreError
 from mlsae.store.format.calibration import Calibration, check_calibration
@@ -110,7 +111,9 @@ def find_plan(path: Path) -> Plan | None:
     others = [
         entry.name
         for entry in (path.iterdir() if path.exists() else ())
-        if entry.name not in IGNORED and not entry.name.endswith(PARTIAL)
+        if entry.name not in IGNORED
+        and not entry.name.endswith(PARTIAL)
+        and not is_systems_own(entry.name)
     ]
     # Looked for last: who begins a store in this instant writes its plan before all else.
     if (path / PLAN).exists():

@@ -16,7 +16,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from mlsae.base.files import fsync_directory, full_disk_explained, partial_path
+from mlsae.base.files import fsync_directory, full_disk_explained, open_partial
 from mlsae.store.format.metadata import ArraySpec
 from mlsae.store.format.shard import Bytes, shard_index
 from mlsae.store.schema import CRC_BYTES
@@ -50,8 +50,7 @@ class ShardFile:
         self._sizes: list[int] = []
         self.num_bytes = 0
         self._flags = 0 if cached or sys.platform != "linux" else _RWF_DONTCACHE
-        self._partial = partial_path(path)
-        self._fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._partial, self._fd = open_partial(path)
 
     def write(self, rows: npt.NDArray[np.generic]) -> None:
         """Add rows of the stored data type, C-contiguous."""

@@ -35,6 +35,7 @@ from mlsae.store.schema import (
     SETUP,
 )
 from mlsae.store.write.completion import complete
+from mlsae.store.write.given import Rows, as_rows
 from mlsae.store.write.openshard import OpenShard
 
 _LEAST_WRITER_THREADS, MOST_WRITER_THREADS = 2, 8
@@ -43,8 +44,6 @@ busier, and several ranks may share a machine."""
 _FLUSHING_THREADS = 3
 """Threads that flush, and so only wait for the disk."""
 Array = npt.NDArray[Any]
-Rows = Array | Stored
-"""Floats, or values as stored: of int8 the quanta and their exponents."""
 
 
 class Writer:
@@ -153,14 +152,13 @@ class Writer:
     def append(self, activations: Mapping[Key, Rows]) -> None:
         """Add rows of every (site, layer) at `position`; a shard that becomes full is ended.
 
-        Threads check and write the arrays while the caller computes the next batch: they belong to
-        the writer until the next call has returned (or the writer is closed), so a caller with two
-        sets of buffers may use them in turn.
+        Threads check and write the rows while the caller computes the next batch. The arrays stay
+        the caller's, who may fill them again.
 
         Args:
             activations: (site, layer) → (num_rows, d_model) floats, or values of the stored data
                 type; for int8 a pair of (num_rows, d_model) and (num_rows, blocks) int8. Any number
-                of rows.
+                of rows, as arrays, lists, or tensors of torch.
 
         Raises:
             ActivationError: values that are not finite or too large for the encoding (they may be
@@ -170,6 +168,7 @@ class Writer:
             MixedProducersError: another producer has committed a shard meanwhile.
             ResourceError: the disk is full.
         """
+        activations = as_rows(activations)
         num_rows = self._check_shapes(activations)
         start = 0
         while start < num_rows:
@@ -180,13 +179,17 @@ class Writer:
                 )
             room = self.shard_range(self._shard).stop - self._row
             stop = min(num_rows, start + room)
-            self._write(activations, slice(start, stop), self._shard, moments_follow=False)
+            some = slice(start, stop)
+            self._write(activations, some, self._shard, moments_follow=False, is_lent=True)
             if stop - start == room:
                 self.end_shard()
             start = stop
 
     def write(self, activations: Mapping[Key, Rows], *, moments_follow: bool = False) -> None:
         """Add rows as `append` does, but of the shard in hand alone, and leave it open.
+
+        The arrays belong to the writer until the next call has returned (or the writer is closed),
+        so a caller with two sets of buffers may use them in turn.
 
         Args:
             activations: argument of `append`; no more rows than the shard has room for.
@@ -197,6 +200,7 @@ class Writer:
             InputError: the shard has less room.
             ActivationError, MixedProducersError, ResourceError: as for `append`.
         """
+        activations = as_rows(activations)
         num_rows = self._check_shapes(activations)
         room = 0 if self._shard is None else self.shard_range(self._shard).stop - self._row
         if self._shard is None or num_rows > room:
@@ -300,10 +304,18 @@ class Writer:
                 )
         return num_rows
 
-    def _encode(self, key: Key, rows: Rows, some: slice) -> Stored:
-        """Stored values of some rows; the cost of the encoding is measured on the way."""
+    def _encode(self, key: Key, rows: Rows, some: slice, *, is_lent: bool) -> Stored:
+        """Stored values of some rows; the cost of the encoding is measured on the way.
+
+        Args:
+            key: site and layer.
+            rows: all rows of a call.
+            some: those to be encoded.
+            is_lent: the caller may change the rows before they are written: a copy is made.
+        """
         if isinstance(rows, tuple):
-            return tuple(values[some] for values in rows)
+            parts = tuple(values[some] for values in rows)
+            return tuple(part.copy() for part in parts) if is_lent else parts
         site, layer = key
         values, codec = rows[some], self._codecs[site]
         index = self.plan.layers.index(layer)
@@ -321,12 +333,22 @@ class Writer:
                 with np.errstate(invalid="ignore", over="ignore"):
                     decoded = codec.decode(stored, index)
                     self._added[key].add(values[chosen], decoded[chosen])
+        if is_lent and np.may_share_memory(stored[0], values):
+            return tuple(part.copy() for part in stored)
         return stored
 
     def _write(
-        self, activations: Mapping[Key, Rows], some: slice, shard: int, *, moments_follow: bool
+        self,
+        activations: Mapping[Key, Rows],
+        some: slice,
+        shard: int,
+        *,
+        moments_follow: bool,
+        is_lent: bool = False,
     ) -> None:
-        stored = {key: self._encode(key, activations[key], some) for key in self._keys}
+        stored = {
+            key: self._encode(key, activations[key], some, is_lent=is_lent) for key in self._keys
+        }
         stop = self._row + some.stop - some.start
         groups = self._index.groups(self._row, stop)
         # Waiting here, and not after submitting, overlaps writing with the caller's next batch.

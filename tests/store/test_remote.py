@@ -97,8 +97,14 @@ def test_paths_and_file_urls_are_local(location, path):
             "ftp://host/store: expected a directory, https://host/path, s3://bucket/prefix or "
             "hf://datasets/owner/name[@revision][/path]",
         ),
-        ("https:///store", "https:///store: expected https://host/path, without ? or #"),
-        ("http://host/a?b=1", "http://host/a?b=1: expected https://host/path, without ? or #"),
+        (
+            "https:///store",
+            "https:///store: expected https://host/path or https://host:port/path, without ? or #",
+        ),
+        (
+            "http://host/a?b=1",
+            "http://host/a?…: expected https://host/path or https://host:port/path, without ? or #",
+        ),
         ("s3:///store", "s3:///store: expected s3://bucket/prefix"),
         (
             "file://some/store",

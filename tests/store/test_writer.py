@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 from mlsae.base.errors import InputError, ResourceError
+from mlsae.base.files import open_partial
 from mlsae.base.machine.priority import NICENESS
 from mlsae.store import (
     ActivationError,
@@ -372,14 +372,11 @@ def test_who_completes_a_store_takes_away_what_others_left_meanwhile(tmp_path: P
 
 def leave_partials(path: Path) -> tuple[list[Path], Path]:
     """Temporary files of a process that is dead, and one of a living one."""
-    host = socket.gethostname()
-    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
-        dead.wait()
-    stale = [
-        path / folder / f"x.{host}-{dead.pid}-0011.partial"
-        for folder in ("", "commits", "moments", "provenance", "activations/resid_post/1", "tokens")
-    ]
-    alive = path / f"x.{host}-{os.getpid()}-0011.partial"
-    for file in (*stale, alive):
-        file.touch()
+    folders = ("", "commits", "moments", "provenance", "activations/resid_post/1", "tokens")
+    stale = []
+    for folder in folders:
+        partial, descriptor = open_partial(path / folder / "x")
+        os.close(descriptor)
+        stale.append(partial)
+    alive, _ = open_partial(path / "x")
     return stale, alive
