@@ -42,11 +42,11 @@ from mlsae.analyze.results.text.summary import overall, render
 from mlsae.analyze.selection import Int, choose_sequences, first_tokens
 from mlsae.analyze.transformer import find_pieces, find_places, find_transformer
 from mlsae.base.devices import resolve_device
+from mlsae.base.directories import staged
 from mlsae.base.errors import InputError
 from mlsae.base.files import seal, write_durably
 from mlsae.base.machine.resources import require_disk
 from mlsae.base.output.console import Progress, say
-from mlsae.base.outputs import staged
 
 _ROWS_AT_ONCE = 2**20
 

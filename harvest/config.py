@@ -16,7 +16,6 @@ from mlsae.base.words import SITES
 from mlsae.harvest.text.joints import BOS, PACKINGS
 from mlsae.harvest.text.sources import TextSettings
 from mlsae.store.format.added_fvu import MAX_ADDED_FVU
-from mlsae.store.format.layout import SHARD_BYTES
 from mlsae.store.format.presets import PRESETS
 
 DEFAULT_CONTEXT_LENGTH = 1024
@@ -200,7 +199,7 @@ class HarvestConfig(TextSettings, _ModelSettings):
     )
     shard_size: int | None = setting(
         default=None,
-        unset="128MiB",
+        unset="128MiB, less where that makes under 16 files",
         decides=True,
         group="Store",
         parse=parse_bytes,
@@ -260,11 +259,6 @@ class HarvestConfig(TextSettings, _ModelSettings):
                 f"--device-map {self.device_map} chooses the devices itself; leave out --device "
                 f"{self.device}"
             )
-
-    @property
-    def shard_bytes(self) -> int:
-        """`shard_size` with its default resolved."""
-        return SHARD_BYTES if self.shard_size is None else self.shard_size
 
     @property
     def sized_as(self) -> str:

@@ -8,17 +8,18 @@ from typing import Any
 import numpy.typing as npt
 
 from mlsae.base.devices import resolve_device
+from mlsae.base.directories import held, require_outside_stores
 from mlsae.base.interruption import (
     InterruptedWorkError,
     Interruption,
     StopNow,
     interruptible,
 )
+from mlsae.base.machine.resources import require_writable
 from mlsae.base.output.console import Progress
 from mlsae.base.ranks import Ranks, wait_until
-from mlsae.base.resources import require_writable
 from mlsae.base.units import counted, portion
-from mlsae.harvest.compute.batch_size import choose_batch_size
+from mlsae.harvest.compute.batch_size import choose_batch_size, enough_shards_size
 from mlsae.harvest.compute.batches import Batches, Slice
 from mlsae.harvest.compute.calibrate import calibrate
 from mlsae.harvest.compute.forward import choose_encoding, preflight
@@ -32,6 +33,7 @@ from mlsae.harvest.plan import (
     provenance_of,
     require_room,
     resolve,
+    shard_bytes,
     source_of,
 )
 from mlsae.harvest.report import dry_run_lines, encoding_lines, last_line, layer_tables
@@ -95,14 +97,37 @@ def _run(config: HarvestConfig, interruption: Interruption) -> HarvestResult | N
     began = time.monotonic()
     ranks = Ranks.from_environment()
     device = resolve_device(config.device)
+    require_outside_stores(config.out, "--out")
     find_plan(config.out)
     if not config.dry_run:
         require_writable(config.out, "--out")
     model = outline(config.model, revision=config.revision, blocks=config.blocks)
     request = resolve(config, model, device.type)
-    packed = _pack_and_check_room(request, model, ranks)
     if config.dry_run:
+        _pack_and_check_room(request, model, ranks)
         return None
+    # Processes share it, in one run or in several of one plan: their bytes are equal.
+    with held(config.out, shared=True):
+        writer = _fill(request, model, ranks, interruption)
+    store = open_store(config.out)
+    seconds = time.monotonic() - began
+    for line in (*layer_tables(store), *encoding_lines(store)) if ranks.is_first else ():
+        ranks.say(line)
+    ranks.say(last_line(store, _bytes_in(config.out), seconds))
+    return HarvestResult(
+        path=config.out,
+        store_id=store.store_id,
+        num_tokens=store.num_tokens,
+        layers=store.layers,
+        bytes_written=writer.bytes_written,
+        seconds=seconds,
+    )
+
+
+def _fill(request: Request, model: Transformer, ranks: Ranks, interruption: Interruption) -> Writer:
+    """Pack the text and harvest it, until the store is complete."""
+    config, device = request.config, resolve_device(request.config.device)
+    packed = _pack_and_check_room(request, model, ranks)
     model = load(
         model.name,
         revision=model.revision,
@@ -125,19 +150,7 @@ def _run(config: HarvestConfig, interruption: Interruption) -> HarvestResult | N
     if interruption.requested:
         raise _stopped(config, interruption)
     _await_others(writer, ranks)
-    store = open_store(config.out)
-    seconds = time.monotonic() - began
-    for line in (*layer_tables(store), *encoding_lines(store)) if ranks.is_first else ():
-        ranks.say(line)
-    ranks.say(last_line(store, _bytes_in(config.out), seconds))
-    return HarvestResult(
-        path=config.out,
-        store_id=store.store_id,
-        num_tokens=store.num_tokens,
-        layers=store.layers,
-        bytes_written=writer.bytes_written,
-        seconds=seconds,
-    )
+    return writer
 
 
 def _pack_and_check_room(request: Request, model: Transformer, ranks: Ranks) -> PackedText | None:
@@ -176,9 +189,11 @@ def _begin(
     sites = check_sites(model, request.sites)
     batch_sequences = request.batch_sequences
     if request.batch_is_free:
+        num_sequences = len(packed.tokens) // length
+        most = min(batch_sequences, enough_shards_size(model.device.type, length, num_sequences))
         batch_sequences = choose_batch_size(
             model,
-            most=batch_sequences,
+            most=most,
             row_bytes=request.row_bytes,
             context_length=length,
             layers=request.layers,
@@ -220,7 +235,7 @@ def _begin(
         batch_sequences=batch_sequences,
         keep_positions=config.keep_positions,
         keep_seed=config.keep_seed,
-        shard_bytes=config.shard_bytes,
+        shard_bytes=shard_bytes(request, len(packed.tokens), model.d_model, preset.encoding),
         source=source_of(model, packed),
         provenance=provenance_of(config, packed, model, ranks),
         producer=producer_of(model),

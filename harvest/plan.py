@@ -12,8 +12,8 @@ import torch
 import mlsae
 from mlsae.base.errors import InputError, ResourceError
 from mlsae.base.files import local_path
+from mlsae.base.machine.resources import require_disk
 from mlsae.base.ranks import Ranks
-from mlsae.base.resources import require_disk
 from mlsae.base.units import format_bytes
 from mlsae.harvest.compute.batch_size import useful_batch_size
 from mlsae.harvest.config import DEFAULT_CONTEXT_LENGTH, HarvestConfig
@@ -23,8 +23,8 @@ from mlsae.models.sites import check_sites
 from mlsae.models.source.tokenizer import tokenizer_sha256
 from mlsae.store import PlanMismatchError
 from mlsae.store.format.compression import compression_named
-from mlsae.store.format.encoding import parts_of
-from mlsae.store.format.layout import Layout, plan_layout
+from mlsae.store.format.encoding import Encoding, parts_of
+from mlsae.store.format.layout import SHARD_BYTES, Layout, plan_layout, shard_bytes_for
 from mlsae.store.format.presets import PRESETS, resolve_preset
 from mlsae.store.plan import KeptPositions, Plan
 from mlsae.store.write.plan import find_plan
@@ -47,6 +47,8 @@ class Request:
     """Neither the user nor a plan at `out` fixes `batch_sequences`, so memory decides it."""
     row_bytes: int
     """Bytes of a stored row of one site and layer."""
+    present: Plan | None
+    """Plan of the store at `out`, if one was begun."""
 
 
 def resolve(config: HarvestConfig, model: Transformer, device_kind: str) -> Request:
@@ -80,7 +82,7 @@ def resolve(config: HarvestConfig, model: Transformer, device_kind: str) -> Requ
         asked["batch_sequences"] = config.batch_size
     parts = parts_of(resolve_preset(config.sized_as).encoding, model.d_model)
     kept = context_length if keep is None else keep.num
-    shard_sequences = config.shard_bytes // (kept * parts[0].row_bytes)
+    shard_sequences = (config.shard_size or SHARD_BYTES) // (kept * parts[0].row_bytes)
     present = find_plan(config.out)
     if present is not None:
         _refuse_difference(config.out, asked, present)
@@ -94,6 +96,7 @@ def resolve(config: HarvestConfig, model: Transformer, device_kind: str) -> Requ
         or useful_batch_size(device_kind, context_length, shard_sequences),
         batch_is_free=config.batch_size is None and present is None,
         row_bytes=sum(part.row_bytes for part in parts),
+        present=present,
     )
 
 
@@ -152,10 +155,37 @@ def layouts(request: Request, packed: PackedText, d_model: int) -> dict[str, Lay
             compressed=preset.compression != "none",
             batch_sequences=request.batch_sequences,
             keep_positions=request.config.keep_positions,
-            shard_bytes=request.config.shard_bytes,
+            shard_bytes=shard_bytes(request, len(packed.tokens), d_model, preset.encoding),
         )
         for name, preset in PRESETS.items()
     }
+
+
+def shard_bytes(request: Request, num_tokens: int, d_model: int, encoding: Encoding) -> int:
+    """Bytes of a shard: those asked for, those of a store begun before, or the default."""
+    config, length = request.config, request.context_length
+    if config.shard_size is not None:
+        return config.shard_size
+    num_rows = num_tokens // length * (config.keep_positions or length)
+    default = shard_bytes_for(num_rows, parts_of(encoding, d_model)[0].row_bytes)
+    present = request.present
+    if present is None:
+        return default
+    former = plan_layout(
+        num_tokens=num_tokens,
+        context_length=length,
+        layers=request.layers,
+        sites=request.sites,
+        d_model=d_model,
+        encoding=encoding,
+        compressed=present.compression is not None,
+        batch_sequences=request.batch_sequences,
+        keep_positions=config.keep_positions,
+        shard_bytes=SHARD_BYTES,
+    )
+    # Earlier versions made them as large whatever the size of the store.
+    is_former = (former.chunk_rows, former.shard_rows) == (present.chunk_rows, present.shard_rows)
+    return SHARD_BYTES if is_former else default
 
 
 def require_room(config: HarvestConfig, layout: Layout, num_tokens: int) -> None:

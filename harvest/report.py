@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mlsae.base.resources import free_disk
+from mlsae.base.machine.resources import free_disk
 from mlsae.base.units import counted, format_bytes, format_count
 from mlsae.harvest.config import HarvestConfig
 from mlsae.harvest.outliers import outlier_lines

@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from mlsae.base.directories import held
 from mlsae.base.errors import InputError, MlsaeError
 from mlsae.base.files import read_sealed, seal, write_durably
 from mlsae.base.interruption import (
@@ -20,7 +21,6 @@ from mlsae.base.interruption import (
 )
 from mlsae.base.output.console import Progress, say
 from mlsae.base.output.drawing import by_product
-from mlsae.base.outputs import held
 from mlsae.base.units import counted
 from mlsae.sae.directory import TRAINING
 from mlsae.store import open_corpus

@@ -15,10 +15,10 @@ from mlsae.analyze.results.records import ReadStore, RecordedPlan, describe
 from mlsae.analyze.results.tables import TABLES_VERSION
 from mlsae.analyze.selection import Int, choose_sequences, read_rows
 from mlsae.base.devices import resolve_device
+from mlsae.base.directories import held, require_outside_stores
 from mlsae.base.interruption import InterruptedWorkError, Interruption, StopNow, interruptible
 from mlsae.base.machine.resources import require_disk, require_writable
 from mlsae.base.output.console import Progress
-from mlsae.base.outputs import held, require_outside_stores
 from mlsae.base.ranks import Ranks, wait_until
 from mlsae.base.settings import deciding
 from mlsae.base.units import counted, format_short, portion

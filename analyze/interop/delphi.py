@@ -25,11 +25,11 @@ from mlsae.analyze.interop.delphi_files import (
 from mlsae.analyze.results.analysis import Analysis, load
 from mlsae.analyze.selection import Int, choose_sequences, first_tokens
 from mlsae.analyze.transformer import find_places
+from mlsae.base.directories import content_of, require_outside_stores, staged
 from mlsae.base.errors import InputError
 from mlsae.base.files import full_disk_explained
 from mlsae.base.machine.resources import require_disk, require_writable
 from mlsae.base.output.console import Progress
-from mlsae.base.outputs import content_of, require_outside_stores, staged
 from mlsae.base.units import counted, portion
 from mlsae.store import PADDING, AnyStore, open_corpus
 

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlsae.base.errors import InputError
-from mlsae.base.files import DamagedFileError, read_sealed
-from mlsae.base.outputs import (
+from mlsae.base.directories import (
     content_of,
     has_staged,
     is_systems_own,
     require_outside_stores,
 )
+from mlsae.base.errors import InputError
+from mlsae.base.files import DamagedFileError, read_sealed
 
 KIND = "mlsae analysis"
 SUMMARY = "summary.json"

@@ -24,6 +24,7 @@ from mlsae.analyze.results.records import (
     totals_of,
 )
 from mlsae.analyze.results.tables import check_version
+from mlsae.base.directories import content_of, is_systems_own, require_outside_stores
 from mlsae.base.errors import InputError
 from mlsae.base.files import (
     DamagedFileError,
@@ -34,7 +35,6 @@ from mlsae.base.files import (
     write_durably,
     write_new_durably,
 )
-from mlsae.base.outputs import content_of, is_systems_own, require_outside_stores
 from mlsae.base.units import portion
 
 KIND = "mlsae events"

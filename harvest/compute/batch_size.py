@@ -4,16 +4,25 @@ from collections.abc import Sequence
 
 import torch
 
-from mlsae.base.resources import available_memory
+from mlsae.base.machine.resources import available_memory
 from mlsae.harvest.compute.forward import PINNED, memory_explained
 from mlsae.models import Transformer
 from mlsae.models.capture import capture
 from mlsae.models.inputs import Inputs
+from mlsae.store.format.layout import ENOUGH_SHARDS
 
 TOKENS_AT_ONCE = {"cpu": 2**13, "cuda": 2**16}
 """Beyond these a larger pass gains no more speed."""
+_FEWEST = 4
+"""Divisor of them for the least tokens of a pass, which is slower by a few percent."""
 MEMORY_SHARE = 0.5
 """Share of free memory; the rest is left to the allocator's fragments and other programs."""
+
+
+def enough_shards_size(device_kind: str, context_length: int, num_sequences: int) -> int:
+    """Largest power of two with which a small text makes enough shards, that still has speed."""
+    tokens = TOKENS_AT_ONCE.get(device_kind, TOKENS_AT_ONCE["cpu"]) // _FEWEST
+    return _power_of_two(max(num_sequences // ENOUGH_SHARDS, tokens // context_length))
 
 
 def useful_batch_size(device_kind: str, context_length: int, shard_sequences: int) -> int:

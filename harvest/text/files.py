@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlsae.base.errors import InputError
-from mlsae.base.resources import require_memory
+from mlsae.base.machine.resources import require_memory
 
 FILE_KINDS = (
     ".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst",

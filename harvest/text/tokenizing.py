@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlsae.base.errors import InputError
-from mlsae.base.resources import require_memory
+from mlsae.base.machine.resources import require_memory
 from mlsae.base.units import counted
 from mlsae.harvest.text.sequences import Tokens
 from mlsae.harvest.text.sources import Document

@@ -9,7 +9,7 @@ from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import get_balanced_memory, get_max_memory
 
 from mlsae.base.errors import InputError, ResourceError
-from mlsae.base.resources import require_memory
+from mlsae.base.machine.resources import require_memory
 
 
 def check_device_map(device_map: str | None) -> None:

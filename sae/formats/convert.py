@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mlsae.base.directories import content_of, held, require_outside_stores
 from mlsae.base.errors import InputError
 from mlsae.base.files import canonical_json, fsync_directory, sha256_file, write_durably
-from mlsae.base.outputs import content_of, held, require_outside_stores
 from mlsae.base.units import counted
 from mlsae.base.words import SITES
 from mlsae.sae.directory import CONFIG, WEIGHTS, write

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlsae.base.directories import held, require_outside_stores
 from mlsae.base.errors import InputError
 from mlsae.base.interruption import (
     InterruptedWorkError,
@@ -13,7 +14,6 @@ from mlsae.base.interruption import (
     StopNow,
     interruptible,
 )
-from mlsae.base.outputs import held, require_outside_stores
 from mlsae.base.settings import setting, settings
 from mlsae.base.units import counted, format_bytes, parse_layers, parse_names, parse_range, portion
 from mlsae.store.copying.derive import derive

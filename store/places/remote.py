@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
+from mlsae.base.directories import require_outside_stores
 from mlsae.base.errors import InputError, without_secrets
-from mlsae.base.outputs import require_outside_stores
 from mlsae.base.units import parse_location
 from mlsae.store.places.cache import CachedObjects, ChunkCache, default_cache_dir
 from mlsae.store.places.credentials import S3_CREDENTIALS

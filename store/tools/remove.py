@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlsae.base.directories import LOCK, is_systems_own, require_free
 from mlsae.base.errors import InputError
 from mlsae.base.files import DamagedFileError, fsync_directory, read_sealed
-from mlsae.base.outputs import LOCK, is_systems_own, require_free
 from mlsae.base.units import counted, format_bytes, format_ranges
 from mlsae.base.words import SITES
 from mlsae.store.errors import NotAStoreError

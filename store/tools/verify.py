@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mlsae.base.directories import is_systems_own
 from mlsae.base.output.console import Progress
-from mlsae.base.outputs import is_systems_own
 from mlsae.store.errors import DamagedStoreError, RemoteError, StoreError
 from mlsae.store.format.accumulate import Accumulator
 from mlsae.store.format.encoding import MAX_QUANTUM, Stored

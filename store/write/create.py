@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy.typing as npt
 
+from mlsae.base.directories import require_outside_stores
 from mlsae.base.files import fsync_directory, seal, write_durably, write_new_durably
 from mlsae.base.machine.resources import require_disk
-from mlsae.base.outputs import require_outside_stores
 from mlsae.base.units import parse_path, whole
 from mlsae.store.errors import PlanMismatchError
 from mlsae.store.format.added_fvu import MAX_ADDED_FVU

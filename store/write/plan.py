@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlsae.base.directories import is_systems_own
 from mlsae.base.errors import InputError
 from mlsae.base.files import canonical_json
-from mlsae.base.outputs import is_systems_own
 from mlsae.base.words import SITES
 from mlsae.store.errors import NotAStoreError
 from mlsae.store.format.calibration import Calibration, check_calibration

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from mlsae.analyze.results.directory import KIND, SUMMARY, check_replaceable, read_summary
+from mlsae.base.directories import content_of, staged
 from mlsae.base.errors import InputError
 from mlsae.base.files import seal
-from mlsae.base.outputs import content_of, staged
 
 
 def _analysis(path: Path, **more: str) -> None:

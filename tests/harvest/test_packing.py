@@ -370,7 +370,7 @@ def test_text_that_is_not_unicode_is_refused(tokenizer_maker: Callable[..., Any]
 def test_document_too_long_for_the_memory_is_refused(
     tokenizer_maker: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlsae.base.resources.available_memory", lambda: 100_000_000)
+    monkeypatch.setattr("mlsae.base.machine.resources.available_memory", lambda: 100_000_000)
     with pytest.raises(ResourceError, match="tokenising a document of 3,000,000 characters: needs"):
         packed_of(["w1 " * 1_000_000], tokenizer_maker(), context_length=4)
 

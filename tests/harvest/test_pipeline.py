@@ -294,7 +294,7 @@ def test_store_over_max_disk_is_refused_naming_what_fits(config: MakeConfig) -> 
 def test_store_larger_than_the_disk_is_refused(
     config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlsae.base.resources.free_disk", lambda _: 100_000)
+    monkeypatch.setattr("mlsae.base.machine.resources.free_disk", lambda _: 100_000)
     settings = config()
     text = refused(settings, ResourceError)
     assert "not enough disk for the store" in text
@@ -308,7 +308,7 @@ def test_what_is_written_already_needs_no_room_again(
     """On a disk that the store has nearly filled, the same command still goes on."""
     settings = config()
     first = run(settings)
-    monkeypatch.setattr("mlsae.base.resources.free_disk", lambda _: 200_000)
+    monkeypatch.setattr("mlsae.base.machine.resources.free_disk", lambda _: 200_000)
     again = run(settings)
     assert first is not None
     assert again is not None

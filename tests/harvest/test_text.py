@@ -230,7 +230,7 @@ def test_text_file_too_large_for_the_memory_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "a.txt", "x" * 1000)
-    monkeypatch.setattr("mlsae.base.resources.available_memory", lambda: 1500)
+    monkeypatch.setattr("mlsae.base.machine.resources.available_memory", lambda: 1500)
     assert f"reading {path}, which is one document: needs 2 kB, 1.5 kB available" in refused(path)
 
 

@@ -10,10 +10,10 @@ import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 
+from mlsae.base.directories import held
 from mlsae.base.errors import InputError
 from mlsae.base.output.console import Progress, say
 from mlsae.base.output.drawing import by_product
-from mlsae.base.outputs import held
 from mlsae.sae import SAE
 from mlsae.store import AnyStore, open_corpus
 from mlsae.train.options import write_run_file
@@ -58,11 +58,15 @@ def run_paper(sweep: Sweep) -> Mapping[str, Any] | None:
         )
     plan, order, count = _plan(sweep)
     with held(plan.config.out):
-        return _run(plan, order, count, accelerator)
+        return _run(sweep, plan, order, count, accelerator)
 
 
 def _run(
-    plan: RunPlan, order: npt.NDArray[np.int64], count: int, accelerator: Accelerator
+    sweep: Sweep,
+    plan: RunPlan,
+    order: npt.NDArray[np.int64],
+    count: int,
+    accelerator: Accelerator,
 ) -> Mapping[str, Any] | None:
     config = plan.config
     check_output(config.out, plan.settings(), resume=False)

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlsae.base.directories import content_of, require_outside_stores
 from mlsae.base.errors import InputError
 from mlsae.base.files import read_sealed, remove_stale_partials, seal, write_durably
-from mlsae.base.outputs import content_of, require_outside_stores
 from mlsae.sae.directory import CONFIG
 from mlsae.train.sweep import SWEEP
 

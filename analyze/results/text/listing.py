@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 
 from mlsae.analyze.results.analysis import load
 from mlsae.analyze.results.text.filter import check_columns, check_named_latents, where
+from mlsae.base.directories import require_outside_stores
 from mlsae.base.errors import InputError
 from mlsae.base.files import write_durably
-from mlsae.base.outputs import require_outside_stores
 from mlsae.base.units import counted, format_count
 
 SHOWN = (

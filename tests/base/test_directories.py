@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlsae.base.errors import InputError, ResourceError
-from mlsae.base.files import open_partial, remove_stale_partials
-from mlsae.base.outputs import (
+from mlsae.base.directories import (
     LOCK,
     content_of,
     has_staged,
@@ -20,6 +18,8 @@ from mlsae.base.outputs import (
     require_outside_stores,
     staged,
 )
+from mlsae.base.errors import InputError, ResourceError
+from mlsae.base.files import open_partial, remove_stale_partials
 
 
 def names(path: Path) -> list[str]:
@@ -45,7 +45,7 @@ def test_a_second_run_is_told_who_holds_the_directory(tmp_path: Path):
 def test_a_lock_ends_with_its_process(tmp_path: Path):
     """Killed, it leaves the file; the next one takes it."""
     script = (
-        "import os, sys; from pathlib import Path; from mlsae.base.outputs import held\n"
+        "import os, sys; from pathlib import Path; from mlsae.base.directories import held\n"
         "with held(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], check=False)
@@ -133,7 +133,7 @@ def test_what_a_killed_run_left_is_cleared_away(tmp_path: Path):
 MOUNTS = """
 import subprocess, sys
 from pathlib import Path
-from mlsae.base.outputs import staged
+from mlsae.base.directories import staged
 out = Path(sys.argv[1])
 for folder in sys.argv[2].split(","):
     (out / folder).mkdir(parents=True, exist_ok=True)
