@@ -203,7 +203,8 @@ def _tables(
     pairs = zip(moments.layers[:-1], moments.adjacent_cosine().tolist(), strict=True)
     cosines = {layer: cosine for layer, cosine in pairs if np.isfinite(cosine)}
     latents, latent_layers = latents_tables(sums, joint, decoder, provenance)
-    layers, over_layers = layers_tables(sums, norms, cosines, entropy, provenance)
+    pca = _pca_on_these_rows(pairing.sae.training_record, sums)
+    layers, over_layers = layers_tables(sums, norms, cosines, pca, entropy, provenance)
     return {
         "layers": layers,
         "overall": over_layers,
@@ -213,6 +214,20 @@ def _tables(
             layer_means(sums), pairing.layers, decoder.pairs.counts, provenance
         ),
         "layer_cosine": layer_cosine_table(decoder.pairs.counts, provenance),
+    }
+
+
+def _pca_on_these_rows(
+    training: Mapping[str, Any], sums: Mapping[int, LayerSums]
+) -> dict[int, tuple[int, float]]:
+    """PCA's directions and FVU by layer as training measured them, where on as many rows."""
+    entries = ((training.get("metrics") or {}).get("position_0_out") or {}).get("layers", [])
+    return {
+        entry["layer"]: (entry["pca_directions"], entry["fvu_pca"])
+        for entry in entries
+        if entry.get("fvu_pca") is not None
+        and entry["layer"] in sums
+        and entry["num_rows"] == sums[entry["layer"]].eligible.num_rows
     }
 
 

@@ -3,11 +3,9 @@
 from pathlib import Path
 
 import click
-import pyarrow.compute as pc
 
 from mlsae.analyze import Analysis, AnalyzeConfig
 from mlsae.analyze import run as analyze
-from mlsae.base.units import counted, format_count
 from mlsae.demo import model_path, text_path
 from mlsae.harvest import HarvestConfig
 from mlsae.harvest import run as harvest
@@ -44,7 +42,7 @@ def stage_settings(out: Path) -> tuple[HarvestConfig, TrainConfig, AnalyzeConfig
 
 
 def walk(to_harvest: HarvestConfig, to_train: TrainConfig, to_analyze: AnalyzeConfig) -> Analysis:
-    """Harvest, train and analyze, and end with a table by layer and the figures' paths.
+    """Harvest, train and analyze, and end with a table by layer and the page's path.
 
     Finished stages of an earlier walk are kept, an unfinished one is continued, and the analysis is
     made anew.
@@ -63,39 +61,4 @@ def walk(to_harvest: HarvestConfig, to_train: TrainConfig, to_analyze: AnalyzeCo
     click.echo("\n2. train: one sparse autoencoder on all layers")
     train(to_train)
     click.echo("\n3. analyze: tables, figures and a page")
-    analysis = analyze(to_analyze)
-    click.echo(f"\n{render(analysis)}")
-    return analysis
-
-
-def render(analysis: Analysis) -> str:
-    """The table by layer, and where the figures and the page are."""
-    active = _active_by_layer(analysis)
-    num_latents = len(analysis.latents)
-    lines = ["layer     FVU  delta CE    L0  latents dead at the layer"]
-    for row in analysis.layers.to_pylist():
-        delta = "" if row["delta_ce"] is None else f"{row['delta_ce']:.3f}"
-        dead = num_latents - active[row["layer"]]
-        lines.append(
-            f"{row['layer']:5d}  {row['fvu']:6.4f}  {delta:>8}  {row['l0']:4.1f}  "
-            f"{format_count(dead)} of {format_count(num_latents)} ({dead / num_latents:.1%})"
-        )
-    dead_everywhere = counted(analysis.summary["overall"]["num_dead"], "latent")
-    lines.append(
-        f"held-out sequences; FVU 0 is perfect; delta CE in nats a token; {dead_everywhere} "
-        "dead at every layer"
-    )
-    if figures := [analysis.path / name for name in analysis.summary["figures"]]:
-        shown = [figure.name for figure in figures if figure.suffix == ".png"]
-        lines.append(f"figures in {figures[0].parent}: {', '.join(shown)}")
-    lines.append(f"all of it on one page, to open in a browser: {analysis.page}")
-    return "\n".join(lines)
-
-
-def _active_by_layer(analysis: Analysis) -> dict[int, int]:
-    """Layer → number of latents that some row of the layer uses."""
-    table = analysis.latent_layers
-    used = (
-        table.filter(pc.greater(table["count"], 0)).group_by("layer").aggregate([([], "count_all")])
-    )
-    return dict(zip(used["layer"].to_pylist(), used["count_all"].to_pylist(), strict=True))
+    return analyze(to_analyze)

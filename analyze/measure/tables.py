@@ -24,6 +24,7 @@ def layers_tables(
     sums: Mapping[int, LayerSums],
     norms: Mapping[int, float],
     pooled_cosines: Mapping[int, float],
+    pca: Mapping[int, tuple[int, float]],
     entropy: CrossEntropy | None,
     provenance: Mapping[str, str],
 ) -> tuple[pa.Table, pa.Table]:
@@ -33,6 +34,7 @@ def layers_tables(
         sums: by layer id.
         norms: mean norm by layer id.
         pooled_cosines: pooled cosine with the next layer by layer id, where there is one.
+        pca: directions and FVU of PCA by layer id, where known for these rows.
         entropy: entropies, with arrays in the order of `sums`, or None.
         provenance: metadata of the schema.
     """
@@ -43,6 +45,7 @@ def layers_tables(
             "norm": norms[layer],
             "adjacent_cosine": sums[layer].adjacent_cosine,
             "adjacent_cosine_pooled": pooled_cosines.get(layer),
+            **dict(zip(("pca_directions", "fvu_pca"), pca.get(layer, ()), strict=False)),
             **of,
         }
         for layer, of in zip(sums, by_layer, strict=True)

@@ -74,6 +74,22 @@ _STORE = (
     ),
 )
 
+_PCA_TEXT = (
+    "as training measured it on the same held-out rows; null where others are evaluated, or "
+    "training did not"
+)
+_PCA = (
+    Column(
+        "fvu_pca",
+        _F,
+        "1",
+        f"fvu of the leading principal directions of training rows, {_PCA_TEXT}",
+    ),
+    Column(
+        "pca_directions", _I, "direction", f"how many: as many as a row uses latents, {_PCA_TEXT}"
+    ),
+)
+
 _TOKENS = (
     Column("num_ce_tokens", _I, "token", f"scored next tokens of the columns below; {_CE}"),
     Column(
@@ -157,6 +173,7 @@ _SCORES = (*_TOKENS, *_ENTROPY)
 LAYER_METRICS = (
     Column("layer", _L, "layer", "0-based block index"),
     *_SHARED,
+    *_PCA,
     *_STORE,
     *_SCORES,
     *_bounds((*_ROWS, *_ENTROPY)),

@@ -11,7 +11,6 @@ import pytest
 from mlsae.analyze import Analysis, AnalyzeConfig, run
 from mlsae.analyze.measure.bootstrap import estimate
 from mlsae.analyze.results.metric_columns import LAYER_METRICS
-from mlsae.analyze.results.text.summary import render
 from mlsae.sae import load as load_sae
 
 Float = npt.NDArray[np.float64]
@@ -137,17 +136,3 @@ def test_one_sequence_has_figures_and_no_interval(
         assert row["fvu"] > 0
         assert row["ce"] > 0
         assert {row[c.name] for c in LAYER_METRICS if c.name.endswith(("_low", "_high"))} == {None}
-
-
-def test_the_summary_has_the_mean_and_all_layers_at_once_with_their_intervals(
-    analysis: Analysis,
-) -> None:
-    text, (mean, together) = render(analysis), analysis.overall.to_pylist()
-    assert (
-        f"mean over layers: fvu {mean['fvu']:.4g} ({mean['fvu_low']:.4g} to {mean['fvu_high']:.4g})"
-        ", fvu_published "
-    ) in text
-    assert (
-        f"all layers spliced at once: delta_ce {together['delta_ce']:.4g} "
-        f"({together['delta_ce_low']:.4g} to {together['delta_ce_high']:.4g})"
-    ) in text

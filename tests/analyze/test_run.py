@@ -1,6 +1,5 @@
 """A whole analysis: what it leaves, what it says, and what it refuses."""
 
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from mlsae.analyze import AnalyzeConfig, load, run
 from mlsae.analyze.results.figures.registry import FIGURES
+from mlsae.analyze.results.records import describe
+from mlsae.analyze.results.text.summary import render
 from mlsae.base.errors import InputError, ResourceError
 from mlsae.sae import SAE, SAEConfig, TopK
 from mlsae.store import IncompleteStoreError, create, open_store
 from mlsae.store.read.split import validation_sequences
+from mlsae.train import TrainConfig
+from mlsae.train import run as train
 
 PICTURES = sorted(f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg"))
 TABLES = (
@@ -49,25 +52,71 @@ def test_an_analysis_is_complete_and_says_what_it_found(world: Any, drawn: Any) 
         *(f"figures/{name}" for name in PICTURES),
         *sorted([*(f"{name}.parquet" for name in TABLES), "index.html", "summary.json"]),
     ]
-    assert re.search(r"^layer +fvu +fvu_published +fvu_position_0_in +mse ", text, re.MULTILINE)
-    layers = found.layers.to_pylist()
-    for row in layers:
-        assert re.search(rf"^ +{row['layer']} +{row['fvu']:.4f} ", text, re.MULTILINE)
-    rows = sum(row["num_rows"] for row in layers)
-    assert f"{rows} rows over 3 layers (validation: 7 sequences of 24 tokens, positions" in text
-    assert f"ce {layers[0]['ce']:.4f} nats over {layers[0]['num_ce_tokens']} scored" in text
-    for part in ("dead latents on these rows: ", "mean standard deviation of a latent's layer: "):
-        assert part in text
-    mass = found.summary["layer_variance"]["mass"]
-    assert (
-        f"over all tokens: mass {mass['single']:.4g} of {mass['aggregate']:.4g} "
-        f"({mass['single_over_aggregate']:.1%}), pair-uniform " in text
+    lines, layers = text.splitlines(), found.layers.to_pylist()
+    head = lines.index("layer     FVU  delta CE   L0  dead latents")
+    events, num_latents = found.events.to_table().to_pylist(), len(found.latents)
+    for row, line in zip(layers, lines[head + 1 :], strict=False):
+        used = {event["latent"] for event in events if event["layer"] == row["layer"]}
+        dead = num_latents - len(used)
+        assert line.split() == [
+            str(row["layer"]),
+            f"{row['fvu']:.4f}",
+            f"{row['delta_ce']:.3f}",
+            f"{row['l0']:.1f}",
+            str(dead),
+            f"({dead / num_latents:.1%})",
+        ]
+    dead = found.latents["dead"].to_pylist().count(True)
+    assert lines[head + 4 :] == [
+        f"{sum(row['num_rows'] for row in layers)} rows of 7 sequences (validation), "
+        "positions from 1",
+        "FVU: 0 is perfect, 1 the mean",
+        f"delta CE: nats a token beside the model's {layers[0]['ce']:.4f}, over "
+        f"{layers[0]['num_ce_tokens']} tokens",
+        f"dead latents: used by no such row of the layer; at every layer: {dead} of {num_latents} "
+        f"({dead / num_latents:.1%})",
+        f"examples have token ids and no text: {found.summary['examples']['no_text_because']}",
+        "",
+        f"page      {out / 'index.html'}",
+        f"tables    {out}/*.parquet",
+        f"events    {out / 'events'} ({describe(found.summary['events'])})",
+        f"figures   {out / 'figures'} ({len(FIGURES)})",
+        f"examples  mlsae examples {out} LATENT",
+    ]
+
+
+@pytest.mark.parametrize("same_rows", [True, False])
+def test_pca_of_training_stands_beside_on_the_same_rows(
+    same_rows: bool, world: Any, tmp_path: Path
+) -> None:
+    """Training measures it on the held-out rows; on others it would compare with nothing."""
+    trained = train(
+        TrainConfig(
+            cache=world.store,
+            out=tmp_path / "sae",
+            num_latents=32,
+            k=3,
+            batch_size=64,
+            device="cpu",
+        )
     )
-    assert re.search(r"a latent that is active for a token is so at [12]\.\d\d layers", text)
-    assert f"{out / 'figures'}/{{{','.join(FIGURES)}}}.{{png,svg}}" in text
-    assert str(out / "events") in text
-    assert f"page      {out / 'index.html'}" in text
-    assert "note:" not in text
+    assert trained.metrics is not None
+    entries = trained.metrics["position_0_out"]["layers"]
+    found = run(
+        AnalyzeConfig(
+            figures=False,
+            cache=world.store,
+            sae=tmp_path / "sae",
+            out=tmp_path / "out",
+            rows="validation" if same_rows else "train",
+        )
+    )
+    wanted = [(3, entry["fvu_pca"]) if same_rows else (None, None) for entry in entries]
+    columns = (found.layers[name].to_pylist() for name in ("pca_directions", "fvu_pca"))
+    assert list(zip(*columns, strict=True)) == wanted
+    text = render(found)
+    assert ("PCA: FVU of 3 principal directions" in text) is same_rows
+    assert ("   PCA" in text) is same_rows
 
 
 def test_provenance_is_in_every_file(
@@ -183,7 +232,7 @@ def test_without_a_transformer_all_but_the_ce_family_is_there(
         )
     finally:
         gone.rename(world.model)
-    assert "ce, ce_store, ce_sae, delta_ce, kl were not measured: there is no model dir" in text
+    assert "delta CE was not measured: there is no model dir" in text
     assert " kl" not in text.splitlines()[0]
     for name in ("num_ce_tokens", "ce", "ce_store", "ce_sae", "delta_ce", "kl"):
         assert found.layers[name].null_count == 3

@@ -225,7 +225,7 @@ def test_without_a_list_of_files_the_transformer_has_to_be_given(
     reason = alone.summary["no_cross_entropy_because"]
     assert reason.startswith("where the transformer lay is not known (http://127.0.0.1:")
     assert reason.endswith("does not list what it holds); give --model")
-    assert f"kl were not measured: {reason}" in done.output
+    assert f"CE was not measured: {reason}" in done.output
     assert all(alone.layers[name].null_count == len(alone.layers) for name in CE)
     words += ["--model", str(demo_model)]
     assert CliRunner().invoke(main, [*words, "--out", str(tmp_path / "given")]).exit_code == 0

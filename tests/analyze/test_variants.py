@@ -158,7 +158,7 @@ def test_an_encoder_has_every_table_but_no_cross_entropy(
     found = run(AnalyzeConfig(figures=False, **settings, out=tmp_path / "out"))
     reason = "the store's transformer is an encoder, which predicts no next token"
     assert found.summary["no_cross_entropy_because"] == reason
-    assert f"kl were not measured: {reason}" in capsys.readouterr().out
+    assert f"CE was not measured: {reason}" in capsys.readouterr().out
     assert all(found.layers[name].null_count == 2 for name in CE_COLUMNS)
     assert found.layers["num_rows"].to_pylist() == [150, 150]
     assert found.events.count_rows() > 0

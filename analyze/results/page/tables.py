@@ -22,6 +22,8 @@ _GROUPS: Mapping[str, tuple[str, ...]] = {
         "mse",
         "cosine",
         "relative_reconstruction_bias",
+        "fvu_pca",
+        "pca_directions",
     ),
     "Latents": (
         "l0",

@@ -1,32 +1,14 @@
 """The numbers of the whole SAE, and the text that ends an analysis."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from mlsae.analyze.results.analysis import Analysis
-from mlsae.analyze.results.directory import EXAMPLES_FILE, FIGURES_FOLDER, events_folder
+from mlsae.analyze.results.directory import FIGURES_FOLDER, events_folder
 from mlsae.analyze.results.records import describe
-from mlsae.base.units import counted, format_count
-
-_SHOWN = {
-    "fvu": ".4f",
-    "fvu_published": ".4f",
-    "fvu_position_0_in": ".4f",
-    "mse": ".3g",
-    "l0": ".1f",
-    "l1": ".3g",
-    "norm": ".3g",
-    "ce_store": ".4f",
-    "ce_sae": ".4f",
-    "delta_ce": ".4f",
-    "kl": ".4f",
-}
-"""Columns of `layers` that are printed, with their formats."""
-_MEAN = ("fvu", "fvu_published", "cosine", "delta_ce", "loss_recovered_mean")
-_TOGETHER = ("delta_ce", "loss_recovered_mean", "kl", "top1_agreement")
+from mlsae.base.units import counted, format_count, format_ranges
 
 
 def overall(layers: pa.Table, latents: pa.Table) -> dict[str, Any]:
@@ -50,111 +32,82 @@ def _mean(column: pa.ChunkedArray) -> float | None:
 
 
 def render(analysis: Analysis) -> str:
-    """A table by layer, the numbers of the SAE, reasons for missing ones, and paths."""
-    summary, total = analysis.summary, analysis.summary["overall"]
-    num_layers = len(analysis.layers)
-    columns = [name for name in _SHOWN if analysis.layers[name].null_count < num_layers]
-    rows = [["layer", *columns]]
-    rows += [
-        [str(row["layer"]), *(_text(row[name], _SHOWN[name]) for name in columns)]
-        for row in analysis.layers.to_pylist()
-    ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
-    lines += [
-        "",
-        f"{counted(summary['num_rows'], 'row')} over {counted(num_layers, 'layer')} "
-        f"({summary['rows']}: {counted(summary['num_sequences'], 'sequence')} of "
-        f"{summary['context_length']} tokens, positions from {summary['skip_positions']})",
-        *_over_layers(analysis.overall),
-        f"dead latents on these rows: {total['dead_fraction']:.2%} "
-        f"({format_count(total['num_dead'])} of {format_count(total['num_latents'])})",
-        f"mean standard deviation of a latent's layer: {_text(total['mean_layer_std'])}",
-    ]
-    lines += _layer_variance(summary["layer_variance"])
-    decoder = summary["decoder"]
-    lines.append(
-        f"largest decoder cosine with another latent, mean over latents: {_text(decoder['mmcs'])} "
-        f"(with an earlier one, as published: {_text(decoder['mmcs_published'])})"
-    )
+    """A table by layer, its units, reasons for missing numbers, and paths."""
+    summary = analysis.summary
+    directions = analysis.layers["pca_directions"].drop_null().to_pylist()
+    lines = [*_table(analysis), *_units(analysis, directions)]
     if summary["cross_entropy"] is None:
-        lines.append(
-            "ce, ce_store, ce_sae, delta_ce, kl were not measured: "
-            + summary["no_cross_entropy_because"]
-        )
-    else:
-        ce = analysis.layers["ce"][0].as_py()
-        tokens = counted(summary["cross_entropy"]["num_tokens"], "scored token")
-        lines.append(f"untouched transformer: ce {ce:.4f} nats over {tokens}")
+        lines.append(f"delta CE was not measured: {summary['no_cross_entropy_because']}")
     examples = summary["examples"]
     if examples is not None and (reason := examples["no_text_because"]) is not None:
         lines.append(f"examples have token ids and no text: {reason}")
     lines += [f"note: {note}" for note in summary["notes"]]
-    tables = f"{analysis.path}/{{layers,latents,latent_layers}}.parquet"
     lines += [
         "",
-        f"tables    {tables}",
-        f"events    {events_folder(analysis.path)} ({describe(summary['events'])})",
-        *_of_examples(analysis),
-        *_figures_at(analysis),
         f"page      {analysis.page}",
+        f"tables    {analysis.path}/*.parquet",
+        f"events    {events_folder(analysis.path)} ({describe(summary['events'])})",
     ]
+    if summary["figures"]:
+        lines.append(f"figures   {analysis.path / FIGURES_FOLDER} ({len(analysis.figures)})")
+    if examples is not None:
+        lines.append(f"examples  mlsae examples {analysis.path} LATENT")
     return "\n".join(lines)
 
 
-def _figures_at(analysis: Analysis) -> list[str]:
-    """Path of the figures, if they were drawn."""
-    if not analysis.summary["figures"]:
-        return []
-    names = ",".join(analysis.figures)
-    return [f"figures   {analysis.path / FIGURES_FOLDER}/{{{names}}}.{{png,svg}}"]
+def _table(analysis: Analysis) -> list[str]:
+    """A line a layer; columns that were measured nowhere are left out."""
+    rows, num_latents = analysis.layers.to_pylist(), len(analysis.latents)
+    columns = {
+        "FVU": [_text(row["fvu"], ".4f") for row in rows],
+        "PCA": [_text(row["fvu_pca"], ".4f") for row in rows],
+        "delta CE": [_text(row["delta_ce"], ".3f") for row in rows],
+        "L0": [_text(row["l0"], ".1f") for row in rows],
+        "dead latents": [
+            f"{format_count(dead)} ({dead / num_latents:.1%})"
+            for dead in (num_latents - used for used in _used_latents(analysis))
+        ],
+    }
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {"–"}}
+    shown = [["layer", *columns]]
+    layers = [str(row["layer"]) for row in rows]
+    shown += [list(cells) for cells in zip(layers, *columns.values(), strict=True)]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    return ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in shown]
 
 
-def _of_examples(analysis: Analysis) -> list[str]:
-    found = analysis.summary["examples"]
-    if found is None:
-        return []
-    return [
-        f"examples  {analysis.path / EXAMPLES_FILE} ({counted(found['num_examples'], 'row')}); "
-        f"to read those of a latent: mlsae examples {analysis.path} LATENT"
+def _units(analysis: Analysis, directions: list[int]) -> list[str]:
+    """Rows behind the table, and the meaning of its columns, in lines of 80 characters."""
+    summary, total = analysis.summary, analysis.summary["overall"]
+    lines = [
+        f"{counted(summary['num_rows'], 'row')} of "
+        f"{counted(summary['num_sequences'], 'sequence')} ({summary['rows']}), positions from "
+        f"{summary['skip_positions']}",
+        "FVU: 0 is perfect, 1 the mean"
+        + (
+            f"; PCA: FVU of {format_ranges(sorted(set(directions)))} principal directions"
+            if directions
+            else ""
+        ),
     ]
-
-
-def _layer_variance(found: Mapping[str, Any] | None) -> list[str]:
-    """Spread of latents over layers at single tokens; nothing without an active latent."""
-    if found is None:
-        return []
-    terms = (
-        f"{name} {_text(of['single'])} of {_text(of['aggregate'])} "
-        f"({_text(of['single_over_aggregate'], '.1%')})"
-        for name, of in (("mass", found["mass"]), ("pair-uniform", found["pair_uniform"]))
+    if summary["cross_entropy"] is not None:
+        ce = analysis.layers["ce"][0].as_py()
+        tokens = counted(summary["cross_entropy"]["num_tokens"], "token")
+        lines.append(f"delta CE: nats a token beside the model's {ce:.4f}, over {tokens}")
+    lines.append(
+        f"dead latents: used by no such row of the layer; at every layer: "
+        f"{format_count(total['num_dead'])} of {format_count(total['num_latents'])} "
+        f"({total['dead_fraction']:.1%})"
     )
-    coded = _text(found["as_coded"]["single_over_aggregate"], ".1%")
-    return [
-        f"variance of a latent's layer at a single token, of that over all tokens: "
-        f"{', '.join(terms)}; by the published code {coded}",
-        f"a latent that is active for a token is so at {found['layers_of_a_pair']:.2f} layers "
-        f"(mean over {counted(found['num_tokens'], 'token')})",
-    ]
-
-
-def _over_layers(overall: pa.Table) -> list[str]:
-    """Mean over layers and all layers at once, with 95% intervals; without null values."""
-    mean, together = overall.to_pylist()
-    lines = [f"mean over layers: {_values(mean, _MEAN)}"]
-    if spliced := _values(together, _TOGETHER):
-        lines.append(f"all layers spliced at once: {spliced}")
     return lines
 
 
-def _values(row: dict[str, Any], names: tuple[str, ...]) -> str:
-    parts = []
-    for name in names:
-        value, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
-        if value is not None:
-            interval = "" if low is None else f" ({_text(low)} to {_text(high)})"
-            parts.append(f"{name} {_text(value)}{interval}")
-    return ", ".join(parts)
+def _used_latents(analysis: Analysis) -> list[int]:
+    """Latents that some row of each layer uses."""
+    used = analysis.latent_layers.filter(pc.greater(analysis.latent_layers["count"], 0))
+    counts = used.group_by("layer").aggregate([([], "count_all")])
+    found = dict(zip(counts["layer"].to_pylist(), counts["count_all"].to_pylist(), strict=True))
+    return [found.get(layer, 0) for layer in analysis.layers["layer"].to_pylist()]
 
 
 def _text(value: float | None, form: str = ".4g") -> str:
