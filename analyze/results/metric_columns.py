@@ -85,9 +85,7 @@ _PCA = (
         "1",
         f"fvu of the leading principal directions of training rows, {_PCA_TEXT}",
     ),
-    Column(
-        "pca_directions", _I, "direction", f"how many: as many as a row uses latents, {_PCA_TEXT}"
-    ),
+    Column("pca_directions", _I, "direction", f"principal directions of fvu_pca, {_PCA_TEXT}"),
 )
 
 _TOKENS = (

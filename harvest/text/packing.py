@@ -204,8 +204,8 @@ def _peeked(sources: Sequence[Source]) -> tuple[list[Iterator[Document]], int | 
 def _no_sequence(drawn: Taken, num_tokens: int, context_length: int) -> str:
     number = drawn.num_documents + drawn.num_empty
     return (
-        f"row {number} of data set {drawn.name} holds {counted(num_tokens, 'token')}, no sequence of "
-        f"{context_length:,}; give --packing concatenate to join and cut rows, or another "
+        f"row {number} of data set {drawn.name} holds {counted(num_tokens, 'token')}, no sequence "
+        f"of {context_length:,}; give --packing concatenate to join and cut rows, or another "
         "--context-length"
     )
 
