@@ -116,6 +116,8 @@ def _harvest(store: Store, record: Mapping[str, Any]) -> str:
     words: list[object] = ["mlsae", "harvest", "--model", record["model"]["name"]]
     if record["model"]["revision"]:
         words += ["--revision", record["model"]["revision"]]
+    if record["model"].get("tokenizer"):
+        words += ["--tokenizer", record["model"]["tokenizer"]]
     for text in record["datasets"]:
         words += ["--dataset", f"{text['name']}:{text['share']}" if mixed else text["name"]]
     for name, default in _HARVEST_DEFAULTS.items():

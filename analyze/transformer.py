@@ -47,6 +47,9 @@ class Places:
     reason: str
     """Reason why no place is known, or not all of them."""
 
+    tokenizers: tuple[str, ...] = ()
+    """Places of tokenizers that the harvests were given beside their transformers."""
+
     @property
     def first(self) -> str | None:
         """Name or directory that is tried first; None where none is known."""
@@ -60,17 +63,25 @@ def find_places(store: AnyStore, given: Path | None) -> Places:
         store: the store.
         given: directory of the transformer; None for where a store's last harvest found it.
     """
-    if given is not None:
-        return Places(each=((given, None),), is_given=True, reason="")
     places: dict[Place, None] = {}
+    tokenizers: dict[str, None] = {}
     reason = "the store does not say where its transformer lay; give --model"
     for member in store.stores:
         try:
-            if (place := _place(member)) is not None:
-                places[place] = None
+            if (record := _last_record(member)) is not None:
+                places[record["name"], record["revision"]] = None
+                if "tokenizer" in record:
+                    tokenizers[record["tokenizer"]] = None
         except RemoteError as error:
             reason = f"where the transformer lay is not known ({error}); give --model"
-    return Places(each=tuple(places), is_given=False, reason=reason)
+    if given is not None:
+        places, reason = {(given, None): None}, ""
+    return Places(
+        each=tuple(places),
+        is_given=given is not None,
+        reason=reason,
+        tokenizers=tuple(tokenizers),
+    )
 
 
 def find_transformer(
@@ -97,7 +108,7 @@ def find_transformer(
     reason = places.reason
     for place in places.each:
         try:
-            return _load(store, site, place, device), None
+            return _load(store, site, place, places, device), None
         except InputError as error:
             if places.is_given:
                 raise
@@ -114,7 +125,7 @@ def find_pieces(store: AnyStore, places: Places) -> tuple[Pieces | None, str | N
     """
     reason = places.reason
     recorded = store.source.get("tokenizer_sha256")
-    for name, revision in places.each:
+    for name, revision in (*((name, None) for name in places.tokenizers), *places.each):
         try:
             tokenizer = load_tokenizer(name, revision=revision)
         except InputError as error:
@@ -127,9 +138,22 @@ def find_pieces(store: AnyStore, places: Places) -> tuple[Pieces | None, str | N
     return None, reason
 
 
-def _load(store: AnyStore, site: str, place: Place, device: torch.device) -> Transformer:
+def _load(
+    store: AnyStore, site: str, place: Place, places: Places, device: torch.device
+) -> Transformer:
     name, revision = place
-    transformer = load_for(store.source["model"], name, revision=revision, device=device)
+    transformer = load_for(
+        store.source["model"],
+        name,
+        revision=revision,
+        device=device,
+        tokenizer=next(iter(places.tokenizers), None),
+    )
+    if not transformer.predicts:
+        raise InputError(
+            f"model {name} was saved without its head and predicts no next token, so that "
+            "cross-entropy cannot be measured"
+        )
     check_sites(transformer, [site])
     return transformer
 
@@ -144,10 +168,10 @@ def _why_none(record: object) -> str | None:
     return None
 
 
-def _place(store: Store) -> Place | None:
-    """Name and revision under which the last harvest of this store found its transformer."""
-    places = [record["model"] for record in store.provenance() if "model" in record]
-    return (places[-1]["name"], places[-1]["revision"]) if places else None
+def _last_record(store: Store) -> Mapping[str, Any] | None:
+    """Places of transformer and tokenizer as the last harvest of this store found them."""
+    records = [record["model"] for record in store.provenance() if "model" in record]
+    return records[-1] if records else None
 
 
 class _Cached:

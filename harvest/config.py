@@ -54,6 +54,13 @@ class _ModelSettings:
         group="Model",
         doc="Path to the module list that holds the blocks, such as transformer.h.",
     )
+    tokenizer: str | None = setting(
+        default=None,
+        unset="the model's",
+        decides=True,
+        group="Model",
+        doc="Hub id or local directory of a tokenizer, for a model that lies without one.",
+    )
     model_dtype: str = setting(
         default="auto",
         decides=True,
@@ -219,6 +226,8 @@ class HarvestConfig(TextSettings, _ModelSettings):
 
         super().__post_init__()
         object.__setattr__(self, "model", embedded_model(self.model))
+        if self.tokenizer is not None:
+            object.__setattr__(self, "tokenizer", embedded_model(self.tokenizer))
         object.__setattr__(self, "out", Path(self.out))
         object.__setattr__(self, "sites", tuple(self.sites))
         for flag, value, least in (

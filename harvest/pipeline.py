@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy.typing as npt
 
 from mlsae.base.devices import resolve_device
@@ -101,7 +102,12 @@ def _run(config: HarvestConfig, interruption: Interruption) -> HarvestResult | N
     find_plan(config.out)
     if not config.dry_run:
         require_writable(config.out, "--out")
-    model = outline(config.model, revision=config.revision, blocks=config.blocks)
+    model = outline(
+        config.model,
+        revision=config.revision,
+        blocks=config.blocks,
+        tokenizer=config.tokenizer,
+    )
     request = resolve(config, model, device.type)
     if config.dry_run:
         _pack_and_check_room(request, model, ranks)
@@ -138,7 +144,10 @@ def _fill(request: Request, model: Transformer, ranks: Ranks, interruption: Inte
         init_seed=config.init_seed,
         blocks=config.blocks,
         device_map=config.device_map,
+        tokenizer=config.tokenizer,
     )
+    for note in model.notes:
+        ranks.say(note)
     batches = None
     if packed is None:
         writer = _join(config, model, ranks)
@@ -266,7 +275,12 @@ def _written_calibration(path: Path) -> Calibration | None:
 
 def _join(config: HarvestConfig, model: Transformer, ranks: Ranks) -> Writer:
     """Wait for rank 0's plan and tokens, and take part if they are of this very model."""
-    wait_until((config.out / SETUP).exists)
+    if not (config.out / SETUP).exists():
+        click.echo(
+            f"rank {ranks.rank} waits for rank 0 to make the plan at {config.out}; if no other "
+            "process runs this command, unset RANK and WORLD_SIZE"
+        )
+        wait_until((config.out / SETUP).exists)
     writer = resume(
         config.out,
         producer=producer_of(model),

@@ -21,7 +21,7 @@ from mlsae.harvest.text.packing import PackedText
 from mlsae.models import Transformer
 from mlsae.models.sites import check_sites
 from mlsae.models.source.tokenizer import tokenizer_sha256
-from mlsae.store import PlanMismatchError
+from mlsae.store import PADDING, PlanMismatchError
 from mlsae.store.format.compression import compression_named
 from mlsae.store.format.encoding import Encoding, parts_of
 from mlsae.store.format.layout import SHARD_BYTES, Layout, plan_layout, shard_bytes_for
@@ -134,6 +134,9 @@ def check_vocabulary(packed: PackedText, model: Transformer) -> None:
         InputError: a token of the text has no row in the model's embedding.
     """
     largest = int(packed.tokens.max())
+    if largest >= model.vocab_size:
+        # Padding is seen by no token, so that any id serves for it.
+        largest = int(packed.tokens[packed.token_flags & PADDING == 0].max())
     if largest >= model.vocab_size:
         raise InputError(
             f"the text holds token {largest}, but the embedding of {model.name} has "

@@ -56,6 +56,7 @@ def load(
     init_seed: int = 0,
     blocks: str | None = None,
     device_map: str | None = None,
+    tokenizer: str | Path | None = None,
 ) -> Transformer:
     """Load a decoder or an encoder, in eval mode and without gradients.
 
@@ -73,11 +74,12 @@ def load(
         blocks: dotted path of the list of blocks in the backbone, where it cannot be found.
         device_map: None, or `auto` to spread the weights over all GPUs, then the CPU's memory,
             then the disk, in place of `device`.
+        tokenizer: directory or hub id of the tokenizer, where it does not lie beside the model.
 
     Raises:
-        InputError: the model does not exist, cannot be reached, is damaged, incomplete or
-            neither a decoder nor an encoder, its blocks cannot be found, or an argument has no
-            such value.
+        InputError: the model does not exist, cannot be reached, is damaged, incomplete, not what
+            its files hold, or neither a decoder nor an encoder; its blocks cannot be found, it
+            cannot be run, or an argument has no such value.
         ResourceError: too little memory for the weights.
     """
     if dtype != "auto" and dtype not in DTYPES:
@@ -109,7 +111,9 @@ def load(
         placement.move(model, device, place.name)
     elif not hasattr(model, "hf_device_map"):
         placement.dispatch(model, place.name)
-    transformer = _transformer(place, model, config, kind, blocks, init, init_seed)
+    transformer = _transformer(
+        place, model, config, kind, blocks, tokenizer, init=init, init_seed=init_seed
+    )
     if headless:
         transformer = replace(transformer, model=transformer.backbone, has_head=False)
     note = left_out(
@@ -133,7 +137,11 @@ def load(
 
 
 def outline(
-    name_or_path: str | Path, *, revision: str | None = None, blocks: str | None = None
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    blocks: str | None = None,
+    tokenizer: str | Path | None = None,
 ) -> Transformer:
     """Build a model from its config alone: blocks, sizes and tokenizer, but no weights.
 
@@ -147,7 +155,7 @@ def outline(
         config, place = _config(place), place.pinned()
         kind = kind_of(config, place.name)
         model = sketch(config, kind)
-    return _transformer(place, model, config, kind, blocks, "trained", 0)
+    return _transformer(place, model, config, kind, blocks, tokenizer)
 
 
 def load_for(
@@ -157,6 +165,7 @@ def load_for(
     revision: str | None = None,
     device: str | torch.device = "cpu",
     device_map: str | None = None,
+    tokenizer: str | Path | None = None,
 ) -> Transformer:
     """Load the model that a store was harvested from, initialisation included.
 
@@ -166,6 +175,7 @@ def load_for(
         revision: branch, tag or commit of a hub id.
         device: where to put the weights.
         device_map: None or `auto`, as for `load`.
+        tokenizer: as for `load`.
 
     Raises:
         InputError: as `load`; or weights or config differ from the recorded ones.
@@ -182,6 +192,7 @@ def load_for(
         init_seed=0 if seed is None else seed,
         blocks=record["blocks"],
         device_map=device_map,
+        tokenizer=tokenizer,
     )
     found = transformer.describe()
     for key, what in (("fingerprint", "weights"), ("config_sha256", "config")):
@@ -268,12 +279,24 @@ def _from_config(
 
 
 def _transformer(
-    place: Place, model: Any, config: Any, kind: str, blocks: str | None, init: str, seed: int
+    place: Place,
+    model: Any,
+    config: Any,
+    kind: str,
+    blocks: str | None,
+    tokenizer: str | Path | None,
+    **drawn: Any,
 ) -> Transformer:
-    num_layers = int(config.get_text_config().num_hidden_layers)
-    backbone = model.base_model
-    text = model.get_decoder() if isinstance(model.get_decoder(), nn.Module) else backbone
-    path, modules = find_blocks(backbone, num_layers, blocks, within=text)
+    backbone, text = model.base_model, config.get_text_config()
+    num_layers = getattr(text, "num_hidden_layers", None)
+    if not (num_layers and getattr(text, "hidden_size", None)):
+        raise InputError(
+            f"the config of model {place.name} ({config.model_type}) has no num_hidden_layers or "
+            "no hidden_size: expected one stack of blocks with one residual stream"
+        )
+    decoder = model.get_decoder()
+    within = decoder if isinstance(decoder, nn.Module) else backbone
+    path, modules = find_blocks(backbone, int(num_layers), blocks, within=within)
     return Transformer(
         model=model.eval().requires_grad_(False),
         blocks=modules,
@@ -281,8 +304,8 @@ def _transformer(
         name=place.name,
         revision=place.revision,
         kind=kind,
-        init=init,
-        init_seed=seed,
+        tokenizer_name=None if tokenizer is None else Place.of(tokenizer, None).name,
+        **drawn,
     )
 
 

@@ -37,6 +37,8 @@ class Transformer:
     """Seed for the initialisation; without meaning for `trained`."""
     has_head: bool = True
     """False for a decoder that was saved without its language-model head."""
+    tokenizer_name: str | None = None
+    """Hub id or absolute path of a tokenizer that lies elsewhere; None for the model's own."""
     notes: tuple[str, ...] = ()
     """Lines on weights in the checkpoint for which this model has no use."""
 
@@ -92,11 +94,13 @@ class Transformer:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The model's tokenizer, read from the same place at first use.
+        """The tokenizer, read at first use.
 
         Raises:
             InputError: there is no tokenizer, or it cannot be read.
         """
+        if self.tokenizer_name is not None:
+            return load_tokenizer(self.tokenizer_name)
         return load_tokenizer(self.name, revision=self.revision)
 
     @cached_property
@@ -124,8 +128,12 @@ class Transformer:
         }
 
     def place(self) -> dict[str, str | None]:
-        """Name and revision that this model was loaded from, for a store's provenance."""
-        return {"name": self.name, "revision": self.revision}
+        """Name and revision that this model was loaded from, for a store's provenance.
+
+        The tokenizer's place stands beside them where it is another.
+        """
+        elsewhere = {} if self.tokenizer_name is None else {"tokenizer": self.tokenizer_name}
+        return {"name": self.name, "revision": self.revision, **elsewhere}
 
     def check_layers(self, layers: Sequence[int]) -> tuple[int, ...]:
         """Check the layers asked for and return them sorted.

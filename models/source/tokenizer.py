@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,48 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
     """
     place = Place.of(name_or_path, revision)
     with explained(place, "tokenizer"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            place.name,
-            revision=place.revision,
-            trust_remote_code=False,
-            local_files_only=place.is_offline,
-        )
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                place.name,
+                revision=place.revision,
+                trust_remote_code=False,
+                local_files_only=place.is_offline,
+            )
+        except (ValueError, ImportError) as error:
+            if (lacking := _lacking(place)) is not None:
+                raise InputError(lacking) from error
+            raise
     # Where its files are absent, some families build a tokenizer that knows no word.
     if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
-        raise InputError(
-            f"{place.name} holds no tokenizer: expected tokenizer.json beside the model; save the "
-            "model's tokenizer there"
-        )
+        raise InputError(_absent(place))
     return tokenizer
+
+
+def _lacking(place: Place) -> str | None:
+    """Line on the files or the package without which there is no tokenizer; None for others."""
+    folder = place.folder()
+    if folder is None or (folder / "tokenizer.json").exists():
+        return None
+    pieces = sorted(folder.glob("*.model"))
+    if pieces and find_spec("sentencepiece") is None:
+        return (
+            f"tokenizer {pieces[0].name} of {place.name} is read by sentencepiece, which is not "
+            "installed: pip install sentencepiece protobuf"
+        )
+    known = [
+        *pieces,
+        *folder.glob("vocab*"),
+        *folder.glob("merges.txt"),
+        *folder.glob("*.tiktoken"),
+    ]
+    return None if known else _absent(place)
+
+
+def _absent(place: Place) -> str:
+    return (
+        f"{place.name} holds no tokenizer: expected tokenizer.json beside the model; save the "
+        "model's tokenizer there, or name the place of one with --tokenizer"
+    )
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:

@@ -134,9 +134,9 @@ def left_out(
         (others if owner in above else owned).append(key)
     if owned:
         raise InputError(
-            f"model {name} is not what its files hold: {len(owned)} of their weights have no place "
-            f"in the model that config.json describes, the first {owned[0]}, and without them it "
-            "computes other values; give the config.json that belongs to the weights"
+            f"model {name} is not what its files hold: the model that config.json describes has no "
+            f"place for {counted(len(owned), 'weight')}, the first {owned[0]}, and computes other "
+            "values without; give the config.json that belongs to the weights"
         )
     if not others:
         return None

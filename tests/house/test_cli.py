@@ -14,8 +14,9 @@ from mlsae.cli import main
 from mlsae.store import open_store
 
 OPTIONS = {
-    "harvest": "model dataset out revision init init-seed blocks split subset shuffle-seed "
-    "text-column tokens-column max-tokens max-disk context-length packing bos isolate-documents "
+    "harvest": "model dataset out revision init init-seed blocks tokenizer split subset "
+    "shuffle-seed text-column tokens-column max-tokens max-disk context-length packing bos "
+    "isolate-documents "
     "layers sites keep-positions keep-seed encoding max-encoding-fvu model-dtype "
     "attn-implementation batch-size shard-size device device-map allow-mixed-hardware dry-run "
     "config",
