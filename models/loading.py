@@ -175,7 +175,7 @@ def load_for(
         revision: branch, tag or commit of a hub id.
         device: where to put the weights.
         device_map: None or `auto`, as for `load`.
-        tokenizer: as for `load`.
+        tokenizer: directory or hub id, as for `load`.
 
     Raises:
         InputError: as `load`; or weights or config differ from the recorded ones.

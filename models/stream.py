@@ -55,7 +55,7 @@ def stream_proven(transformer: Transformer, shape: torch.Size, last: int) -> Ite
             for site, act in (("resid_pre", enters), ("resid_post", leaves)):
                 handle = attach(transformer.blocks[layer], anatomy.taps[site], partial(act, layer))
                 stack.callback(handle.remove)
-        stack.enter_context(pass_explained(transformer, shape[1]))
+        stack.enter_context(pass_explained(transformer, shape[1], trial=False))
         yield
     proven.add(kind)
 

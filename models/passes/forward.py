@@ -60,8 +60,13 @@ def forward(
 
 
 @contextmanager
-def pass_explained(transformer: Transformer, length: int) -> Iterator[None]:
+def pass_explained(transformer: Transformer, length: int, *, trial: bool = True) -> Iterator[None]:
     """Turn any exception of the library in a forward pass into one line, full memory apart.
+
+    Args:
+        transformer: the model.
+        length: tokens of a sequence.
+        trial: True for a few tokens, which any model takes.
 
     Raises:
         InputError: the model cannot be run on sequences of this length.
@@ -74,10 +79,12 @@ def pass_explained(transformer: Transformer, length: int) -> Iterator[None]:
         if "allocate memory" in str(error):
             raise
         text = (str(error).strip().splitlines() or [""])[0]
+        cure = "a smaller --context-length"
+        if trial:
+            cure = "--attn-implementation eager, or another version of transformers"
         raise InputError(
-            f"model {transformer.name} cannot be run on sequences of {length} tokens: "
-            f"{type(error).__name__}: {text} (transformers {transformers.__version__}); try "
-            "another --context-length or --attn-implementation"
+            f"model {transformer.name} cannot be run on sequences of {length} tokens by "
+            f"transformers {transformers.__version__} ({type(error).__name__}: {text}); try {cure}"
         ) from error
 
 

@@ -67,7 +67,7 @@ def _last_output(transformer: Transformer, tokens_L: Tensor, padding_L: Tensor |
     )
     padding = None if padding_L is None else padding_L[None]
     try:
-        with pass_explained(transformer, len(tokens_L)):
+        with pass_explained(transformer, len(tokens_L), trial=False):
             forward(
                 transformer, transformer.backbone, Inputs(tokens=tokens_L[None], padding=padding)
             )

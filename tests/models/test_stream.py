@@ -224,6 +224,10 @@ def test_a_model_that_changes_its_weights_is_refused(
 def test_a_pass_that_fails_is_one_line(made: Callable[[Any], Path]) -> None:
     transformer = load(made(transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4,
                                                     n_positions=16)))  # fmt: skip
-    with pytest.raises(InputError, match=r"cannot be run on sequences of 20 tokens: \w+Error: .* "
-                       r"\(transformers [\d.]+\); try another --context-length or"):  # fmt: skip
+    with pytest.raises(InputError) as info:
         capture(transformer, Inputs(tokens=tokens_of(1, 20)), [0])
+    assert str(info.value) == (
+        f"model {transformer.name} cannot be run on sequences of 20 tokens by transformers "
+        f"{transformers.__version__} (IndexError: index out of range in self); try a smaller "
+        "--context-length"
+    )
