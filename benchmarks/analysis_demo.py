@@ -31,8 +31,9 @@ def demo_section(study: dict[str, Any]) -> str:
     commands = [study["commands"][0], study["commands"][1], study["commands"][2]]
     columns = (
         ("cosine", ".3f"), ("fvu", ".3f"), ("l0", ".2f"), ("l1", ".2f"), ("dead_fraction", ".1%"),
-        ("delta_ce", ".3f"), ("loss_recovered_zero", ".3f"), ("loss_recovered_mean", ".3f"),
-        ("token_entropy", ".2f"), ("adjacent_cosine", ".3f"),
+        ("delta_ce", ".3f"), ("loss_recovered_zero_eligible", ".3f"),
+        ("loss_recovered_mean", ".3f"), ("token_entropy", ".2f"),
+        ("adjacent_cosine_pooled", ".3f"),
     )  # fmt: skip
     head = ["layer", "cosine", "FVU", "L0", "L1", "not active", "delta CE", "recovered, zero",
             "recovered, mean", "token entropy", "adjacent cosine"]  # fmt: skip
@@ -69,7 +70,7 @@ def _demo_sentence(saes: Sequence[dict[str, Any]]) -> str:
     uniform = spread([ratio("pair_uniform")(sae) for sae in saes], ".2f")
     coded = spread([ratio("as_coded")(sae) for sae in saes], ".2f")
     return paragraph(
-        "The layers of the demo model are alike (adjacent cosine "
+        "The layers of the demo model are alike (pooled adjacent cosine "
         f"{mean(map(adjacent_cosine, saes)):.3f} on "
         f"average), and a latent that is active for a token is so at "
         f"{mean(sae['layer_variance']['layers_of_a_pair'] for sae in saes):.2f} of "

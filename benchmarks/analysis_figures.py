@@ -248,7 +248,7 @@ def layer_pairs(study: dict[str, Any], init: str) -> list[tuple[float, float, bo
 
 def adjacent_cosine(sae: dict[str, Any]) -> float:
     """Mean over the layers that have a next one."""
-    found = [of["adjacent_cosine"] for of in sae["layers"]]
+    found = [of["adjacent_cosine_pooled"] for of in sae["layers"]]
     return float(mean(cosine for cosine in found if cosine is not None))
 
 

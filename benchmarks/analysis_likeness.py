@@ -54,8 +54,9 @@ def similarity_section(content: dict[str, Any]) -> str:
         "Latents shared by two layers of one token, over bins that hold at least 30 pairs of "
         "either kind, and by pairs of different tokens as alike, weighed by the cosines of the "
         "first; "
-        "`covered` is the share of the first in those bins. Adjacent cosine: the store's, about "
-        "the layers' means (`adjacent_cosine` of `layers.parquet`), mean over layers."
+        "`covered` is the share of the first in those bins. Adjacent cosine: pooled over the "
+        "store's rows, about the layers' means (`adjacent_cosine_pooled` of `layers.parquet`), "
+        "mean over layers."
     )
     return f"""## Is it only that layers are alike?
 

@@ -38,11 +38,11 @@ COLUMNS = (
     "ce",
     "ce_store",
     "delta_ce",
-    "loss_recovered_zero",
+    "loss_recovered_zero_eligible",
     "loss_recovered_mean",
     "dead_fraction",
     "norm",
-    "adjacent_cosine",
+    "adjacent_cosine_pooled",
 )
 STRONGEST = 40
 """Events that the entropy of a latent's strongest ones is taken over."""
@@ -76,7 +76,7 @@ def described(directory: Path, store: Store) -> dict[str, Any]:
         "num_sequences": analysis.summary["num_sequences"],
         "layers": layers,
         "all_layers": {
-            name: over["all"][name] for name in ("delta_ce", "ce", "ce_zero", "ce_mean")
+            name: over["all"][name] for name in ("delta_ce", "ce", "ce_zero_eligible", "ce_mean")
         },
         "dead_fraction": analysis.summary["overall"]["dead_fraction"],
         "mean_layer_std": analysis.summary["overall"]["mean_layer_std"],

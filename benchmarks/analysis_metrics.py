@@ -23,9 +23,9 @@ METRICS = (
     ("dead_fraction", ".1%", "Latents active at none of the layer's rows (`dead_fraction`)"),
     ("delta_ce", ".3f", "Delta CE, nats a token, one layer spliced (`delta_ce`)"),
     (
-        "loss_recovered_zero",
+        "loss_recovered_zero_eligible",
         ".3f",
-        "Loss recovered against zero ablation (`loss_recovered_zero`)",
+        "Loss recovered against zeros at eligible tokens (`loss_recovered_zero_eligible`)",
     ),
     (
         "loss_recovered_mean",
@@ -127,7 +127,7 @@ def _caution(study: dict[str, Any]) -> str:
         value
         for init in random
         for sae in of_init(study, init)
-        for name in ("loss_recovered_zero", "loss_recovered_mean")
+        for name in ("loss_recovered_zero_eligible", "loss_recovered_mean")
         for value in at_layers(sae, name)
         if value is not None
     ]
@@ -140,16 +140,17 @@ def _caution(study: dict[str, Any]) -> str:
     below = sum(value < 0 for value in delta) / len(delta)
     others = listed([f"`{init}` {ce[init]:.2f}" for init in random])
     trained = of_init(study, "trained")
-    zero = mean(over_layers("loss_recovered_zero")(sae) or 0.0 for sae in trained)
+    zero = mean(over_layers("loss_recovered_zero_eligible")(sae) or 0.0 for sae in trained)
     by_mean = mean(over_layers("loss_recovered_mean")(sae) or 0.0 for sae in trained)
     return paragraph(
         "**Cross-entropy says something of the trained model alone.** It has a CE of "
         f"{ce['trained']:.2f} nats; the others predict nothing ({others}), so that what a "
         f"reconstruction changes says little: delta CE is below 0 in {below:.0%} of their layers "
         f"and seeds, loss recovered goes from {min(recovered):.1f} to {max(recovered):.1f}. For "
-        f"the trained model loss recovered is {zero:.3f} against zero ablation and {by_mean:.3f} "
-        "against mean ablation, mean over layers; of these the second is the fairer. In the tables "
-        "it is – where an ablation costs nothing for a seed, so that it is not defined."
+        f"the trained model loss recovered is {zero:.3f} against zeros at eligible tokens and "
+        f"{by_mean:.3f} against mean ablation, mean over layers; of these the second is the "
+        "fairer. In the tables it is – where an ablation costs nothing for a seed, so that it is "
+        "not defined."
     )
 
 

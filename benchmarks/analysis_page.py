@@ -32,6 +32,7 @@ def analysis_page(content: dict[str, Any]) -> str:
         f"settings but for the seed of the weights: {sae['num_latents']:,} latents, k {sae['k']}. "
         f"Everything is over {sae['num_sequences']} sequences that were held out from training "
         f"({sae['layers'][0]['num_rows']:,} rows a layer), position 0 and special tokens left out. "
+        "All SAEs have one learning rate, tuned for none of the variants. "
         "Where a cell has brackets, it is the mean over seeds, lowest to highest. It is one small "
         "model on one kind of text: what is seen here need not hold for a large one."
     )

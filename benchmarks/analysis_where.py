@@ -77,7 +77,7 @@ def _layers_sentence(study: dict[str, Any]) -> str:
         f"{one['trained']:.0%} of the pairs of the trained model, from {one[least]:.0%} "
         f"(`{least}`) to {one[most]:.0%} (`{most}`) over the variants. Over the data set nearly "
         f"all are active at every layer at least once, {everywhere['trained']:.0%} of the trained "
-        f"model's; in `{fewest}` {everywhere[fewest]:.0%}, in the others {min(rest):.0%} or more. "
+        f"model's; in `{fewest}` {everywhere[fewest]:.0%}, in the others at least {min(rest):.1%}. "
         "The answer to the question is yes to both halves, with random weights too."
     )
 

@@ -44,8 +44,6 @@ SETTINGS: dict[str, Any] = {
     "validation_fraction": 0.05,
 }
 CONTEXT_LENGTH = 256
-PROTOTYPE_FVU = (0.040, 0.074, 0.090, 0.115, 0.156)
-"""Held-out FVU by layer of a plain prototype: raw loss space, one seed, the same settings."""
 SHOWN = ("raw", 0)
 """The run whose figures are kept."""
 FIGURES = ("layer_distribution.png", "norm_cosine.png", "density.png")
@@ -130,7 +128,7 @@ def readings(analysis: Analysis) -> dict[str, float]:
     return {
         "first_norm": layers[0]["norm"],
         "last_norm": layers[-1]["norm"],
-        "last_cosine": layers[-2]["adjacent_cosine"],
+        "last_cosine": layers[-2]["adjacent_cosine_pooled"],
         "last_fvu": layers[-1]["fvu"],
         "last_delta_ce": layers[-1]["delta_ce"],
         "log10_median_density": float(np.log10(np.median(density))),
@@ -161,7 +159,7 @@ def draw_layers(shown: Analysis, path: Path) -> None:
 
 
 def draw_comparison(runs: list[dict[str, Any]], path: Path) -> None:
-    """Held-out FVU and delta CE by layer: a line a loss space, a dot a seed, the prototype."""
+    """Held-out FVU and delta CE by layer: a line a loss space, a dot a seed."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.0, 3.0), layout="constrained")
         panels = figure.subplots(1, 2)
@@ -179,7 +177,6 @@ def draw_comparison(runs: list[dict[str, Any]], path: Path) -> None:
                 axes.plot(np.tile(layers, (len(values), 1)), values, "o", ms=3, color=colour)
             axes.set_xticks(layers)
             axes.set_xlabel("layer")
-        panels[0].plot(layers, PROTOTYPE_FVU, "s--", color="#666666", ms=4, label="prototype, raw")
         panels[0].set(title="Variance unexplained, held out", ylabel="FVU")
         panels[1].set(title="Cross-entropy added by one layer", ylabel="nats / token")
         for axes in panels:
@@ -213,21 +210,21 @@ def main() -> None:
         "machine": machine(),
         "settings": SETTINGS,
         "context_length": CONTEXT_LENGTH,
-        "prototype_fvu": PROTOTYPE_FVU,
         "shown": dict(zip(("loss_space", "seed"), SHOWN, strict=True)),
         "readings": readings(shown),
         **measured,
     }
     arguments.json.write_text(json.dumps(content, indent=1) + "\n")
-    mean = [
-        statistics.mean(
-            run["layers"][i]["fvu_position_0_in"]
+    fvu = {
+        space: statistics.mean(
+            layer["fvu_position_0_in"]
             for run in measured["runs"]
-            if run["loss_space"] == "raw"
+            if run["loss_space"] == space
+            for layer in run["layers"]
         )
-        for i in range(len(PROTOTYPE_FVU))
-    ]
-    print(json.dumps({"raw_fvu": mean, "prototype_fvu": PROTOTYPE_FVU}))
+        for space in LOSS_SPACES
+    }
+    print(json.dumps({"mean_fvu": fvu}))
 
 
 if __name__ == "__main__":
