@@ -34,6 +34,9 @@ CONTEXT_LENGTH = 256
 STREAM, MLP = "resid_post", "mlp_out"
 EPOCHS = (16, 8, 4, 2, 1)
 """Epochs of the study of unique tokens; the parts of the store are the inverse."""
+RATES = "1e-3,3e-3,1e-2"
+"""Learning rates that SAEs are compared at the best of."""
+MLP_RATES = "3e-3,1e-2,3e-2"
 
 
 @dataclass(frozen=True)
@@ -50,18 +53,18 @@ class Studies:
     batch_size: int
 
     def sweep(self) -> dict[str, Any]:
-        """FVU against L0: k by expansion factor."""
+        """FVU against L0: k by expansion factor, each at its best learning rate."""
         command = self._train(
-            "sweep", STREAM, "-k", "4,8,16,32,64", "-R", "4,16,64", "--lr", "1e-3",
+            "sweep", STREAM, "-k", "4,16,64", "-R", "4,16,64", "--lr", RATES,
             "--max-rows", self.rows, "--validation-fraction", "0.05",
         )  # fmt: skip
         return {"commands": [command], **self._summary("sweep")}
 
     def layers(self) -> dict[str, Any]:
-        """One SAE for all layers against one for each."""
+        """One SAE for all layers against one for each, each at its best learning rate."""
         command = self._train(
             "layers", STREAM, "-k", "16", "--num-latents", "256,1280", "--layers", "each",
-            "--seed", "0,1,2", "--lr", "1e-3", "--max-rows", self.rows,
+            "--seed", "0,1", "--lr", RATES, "--max-rows", self.rows,
             "--validation-fraction", "0.05",
         )  # fmt: skip
         return {"commands": [command], **self._summary("layers")}
@@ -104,7 +107,7 @@ class Studies:
         """ReLU with L1 on what the MLPs add, by layer scaling."""
         command = self._train(
             "mlp", MLP, "--architecture", "relu", "--normalize", "none",
-            "--layer-scale", "none,log,sqrt,linear", "--lr", "3e-4,1e-3,3e-3",
+            "--layer-scale", "none,log,sqrt,linear", "--lr", MLP_RATES,
             "--l1", "0.005,0.01,0.02,0.04", "-R", "4", "--max-rows", self.mlp_rows,
             "--validation-fraction", "0.05",
         )  # fmt: skip
@@ -164,9 +167,9 @@ def main() -> None:
     parser.add_argument("--json", required=True, type=Path, help="result, with figures beside it")
     parser.add_argument("--study", action="append", help="sweep, layers, tokens or mlp; else all")
     parser.add_argument("--max-tokens", help="tokens of the text; all if not given")
-    parser.add_argument("--rows", default="1200k", help="rows of the sweep and the study of layers")
+    parser.add_argument("--rows", default="600k", help="rows of the sweep and the study of layers")
     parser.add_argument("--mlp-rows", default="600k", help="rows of the study of MLP outputs")
-    parser.add_argument("--batch-size", default=2048, type=int, help="rows a step")
+    parser.add_argument("--batch-size", default=1024, type=int, help="rows a step")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     studies = Studies(

@@ -1,6 +1,7 @@
 """The figures of docs/evidence/training.md from its JSON."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -37,9 +38,41 @@ def _values_on(axes: Axes, values: Sequence[int]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """SAEs of one kind, a seed each, at the learning rate of the lowest FVU."""
+
+    saes: list[dict[str, Any]]
+    rate: float
+    is_inside: bool
+    """False where the rate is the smallest or largest tried: a better one may lie beyond."""
+
+
+def tuned(saes: Iterable[dict[str, Any]]) -> Tuned:
+    """Choose the learning rate by the FVU over validation rows, mean over layers and seeds."""
+    by_rate: dict[float, list[dict[str, Any]]] = {}
+    for sae in saes:
+        by_rate.setdefault(sae["lr"], []).append(sae)
+    known = {
+        rate: mean(sae["fvu"] for sae in of)
+        for rate, of in by_rate.items()
+        if all(sae.get("fvu") is not None for sae in of)
+    }
+    best = min(known, key=known.__getitem__)
+    return Tuned(by_rate[best], best, min(by_rate) < best < max(by_rate))
+
+
+def best_of_sweep(content: dict[str, Any]) -> dict[tuple[int, int], Tuned]:
+    """(latents, k) → the SAE at its best rate."""
+    groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for sae in content["saes"]:
+        groups.setdefault((sae["num_latents"], sae["k"]), []).append(sae)
+    return {key: tuned(of) for key, of in sorted(groups.items())}
+
+
 def _sweep(content: dict[str, Any]) -> Figure:
     """Mean over layers by number of latents, and by layer for the middle one."""
-    saes = [sae for sae in content["saes"] if sae.get("fvu") is not None]
+    saes = [sae for of in best_of_sweep(content).values() for sae in of.saes]
     sizes = sorted({sae["num_latents"] for sae in saes})
     figure, panels = _figure(2, 3.2, sharey=True)
     for size, colour, marker in zip(sizes, COLOURS, MARKERS, strict=False):
@@ -75,19 +108,36 @@ def _shades(sae: dict[str, Any]) -> list[Any]:
     return [colours(0.12 + 0.85 * i / max(1, num_layers - 1)) for i in range(num_layers)]
 
 
-def by_kind(content: dict[str, Any]) -> dict[tuple[str, int], dict[int, list[float]]]:
-    """(`all` or `each`, latents of one SAE) → seed → FVU by layer.
+Kind = tuple[str, int]
+"""`all` or `each`, and latents of one SAE."""
+
+
+def by_kind(content: dict[str, Any]) -> dict[Kind, dict[int, list[float]]]:
+    """Kind → seed → FVU by layer, every SAE at its best rate.
 
     `each` joins the SAEs of single layers.
     """
-    found: dict[tuple[str, int], dict[int, list[float]]] = {}
+    found: dict[Kind, dict[int, list[float]]] = {}
     layers = max((sae["layers"] for sae in content["saes"]), key=len)
+    for kind, of in tuned_by_kind(content).items():
+        seeds = found.setdefault(kind, {})
+        for sae in (sae for one in of for sae in one.saes):
+            by_layer = seeds.setdefault(sae["seed"], [0.0] * len(layers))
+            for layer, fvu in zip(sae["layers"], sae["fvu_by_layer"], strict=True):
+                by_layer[layers.index(layer)] = fvu
+    return found
+
+
+def tuned_by_kind(content: dict[str, Any]) -> dict[Kind, list[Tuned]]:
+    """Kind → its SAE, or those of its single layers in their order."""
+    layers = max((sae["layers"] for sae in content["saes"]), key=len)
+    groups: dict[tuple[Kind, tuple[int, ...]], list[dict[str, Any]]] = {}
     for sae in content["saes"]:
-        whole = sae["layers"] == layers
-        seeds = found.setdefault(("all" if whole else "each", sae["num_latents"]), {})
-        by_layer = seeds.setdefault(sae["seed"], [0.0] * len(layers))
-        for layer, fvu in zip(sae["layers"], sae["fvu_by_layer"], strict=True):
-            by_layer[layers.index(layer)] = fvu
+        kind = ("all" if sae["layers"] == layers else "each", sae["num_latents"])
+        groups.setdefault((kind, tuple(sae["layers"])), []).append(sae)
+    found: dict[Kind, list[Tuned]] = {}
+    for (kind, _), of in sorted(groups.items()):
+        found.setdefault(kind, []).append(tuned(of))
     return found
 
 
@@ -110,7 +160,7 @@ def _layers(content: dict[str, Any]) -> Figure:
         for run in runs:
             axes.plot(layers, run, "o", color=colour, markersize=3)
     axes.set_xticks(list(layers))
-    axes.set(xlabel="layer", ylabel="validation FVU", title="k 16, equal rows")
+    axes.set(xlabel="layer", ylabel="validation FVU", title="k 16, equal rows, best rates")
     axes.set_ylim(bottom=0)
     axes.legend()
     return figure

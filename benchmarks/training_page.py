@@ -5,14 +5,22 @@ python -m benchmarks.training_page
 
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
 import numpy as np
 
 from benchmarks.markdown import EVIDENCE, made, paragraph, table
-from benchmarks.training_figures import by_kind, loss, of_scale
+from benchmarks.training_figures import (
+    Kind,
+    Tuned,
+    best_of_sweep,
+    by_kind,
+    loss,
+    of_scale,
+    tuned_by_kind,
+)
 
 SCALES = ("none", "log", "sqrt", "linear")
 
@@ -79,46 +87,65 @@ def _listed(values: Sequence[Any]) -> str:
 
 
 def _sweep(study: dict[str, Any]) -> str:
-    saes = sorted(study["saes"], key=lambda sae: (sae["num_latents"], sae["k"]))
-    layers = range(len(saes[0]["fvu_by_layer"]))
+    best = best_of_sweep(study)
+    layers = range(len(study["saes"][0]["layers"]))
     rows = [
         [
-            f"{sae['num_latents']:,}",
-            str(sae["k"]),
-            f"{sae['fvu']:.4f}",
-            *(f"{fvu:.4f}" for fvu in sae["fvu_by_layer"]),
-            f"{sae['dead_fraction']:.1%}",
+            f"{size:,}",
+            str(k),
+            f"{of.rate:g}{'' if of.is_inside else ' (end of the grid)'}",
+            f"{of.saes[0]['fvu']:.4f}",
+            *(f"{fvu:.4f}" for fvu in of.saes[0]["fvu_by_layer"]),
+            f"{of.saes[0]['dead_fraction']:.1%}",
         ]
-        for sae in saes
+        for (size, k), of in best.items()
     ]
-    head = ["latents", "k", "FVU, mean", *(f"layer {layer}" for layer in layers), "dead"]
+    head = ["latents", "k", "rate", "FVU, mean", *(f"layer {layer}" for layer in layers), "dead"]
     return f"""## FVU against L0
 
 {_commands(study)}
 
 ![Validation FVU against L0, by number of latents and by layer](training/sweep.png)
 
-{_sweep_sentence(saes, study)}
+{_sweep_sentence(best, study)}
 
 {table(head, rows)}"""
 
 
-def _sweep_sentence(saes: Sequence[dict[str, Any]], study: dict[str, Any]) -> str:
-    sizes = sorted({sae["num_latents"] for sae in saes})
-    best: dict[int, list[int]] = {}
-    for k in sorted({sae["k"] for sae in saes}):
-        lowest = min((sae for sae in saes if sae["k"] == k), key=lambda sae: sae["fvu"])
-        best.setdefault(lowest["num_latents"], []).append(k)
-    winners = "; ".join(f"at k {_listed(ks)} by {size:,} latents" for size, ks in best.items())
+def _sweep_sentence(best: Mapping[tuple[int, int], Tuned], study: dict[str, Any]) -> str:
+    rates = sorted({sae["lr"] for sae in study["saes"]})
+    saes = [of.saes[0] for of in best.values()]
     rising = all(sae["fvu_by_layer"] == sorted(sae["fvu_by_layer"]) for sae in saes)
     layers = " In every one of them FVU rises from each layer to the next." if rising else ""
-    dead = max(saes, key=lambda sae: sae["dead_fraction"])
+    said = []
+    for k in sorted({k for _, k in best}):
+        sizes = {size: of for (size, other), of in best.items() if other == k}
+        ends = [size for size, of in sizes.items() if not of.is_inside]
+        order = sorted(sizes, key=lambda size: sizes[size].saes[0]["fvu"])
+        said.append(
+            f"at k {k} no order, because the best rate with {_listed(ends)} latents is an end of "
+            "the grid"
+            if ends
+            else f"at k {k} {_listed(order)}"
+        )
+    at_one = []
+    for rate in rates:
+        of_most = {
+            sae["num_latents"]: sae["fvu"]
+            for sae in study["saes"]
+            if sae["lr"] == rate and sae["k"] == max(k for _, k in best) and sae.get("fvu")
+        }
+        at_one.append(f"{_listed(sorted(of_most, key=of_most.__getitem__))} at {rate:g}")
     text = (
-        f"Among SAEs of {_listed(sizes)} latents the lowest FVU is reached {winners}.{layers} All "
-        f"{len(saes)} SAEs took the same {study['num_steps']:,} steps on the same "
-        f"{study['num_rows']:,} rows at one learning rate, with one seed: it is what they reach "
-        "on equal rows, and says nothing of where longer training would end. Most dead latents: "
-        f"{dead['dead_fraction']:.1%} at k {dead['k']} of {dead['num_latents']:,}."
+        f"Each SAE at the learning rate of its lowest FVU (tried: "
+        f"{_listed([f'{rate:g}' for rate in rates])}). Numbers of latents from the lowest FVU to "
+        f"the highest: {'; '.join(said)}.{layers} At k {max(k for _, k in best)} and one rate for "
+        f"all the order is {'; '.join(at_one)}. "
+    )
+    text += (
+        f"All took {study['num_steps']:,} steps on the same {study['num_rows']:,} rows, with one "
+        "seed: it is what they reach on equal rows, and says nothing of where longer training, or "
+        "more latents, would end."
     )
     return paragraph(text)
 
@@ -138,27 +165,26 @@ def _layers(study: dict[str, Any]) -> str:
         [str(layer), *(_spread([run[layer] for run in found[key].values()]) for key, _ in kinds)]
         for layer in range(num_layers)
     ]
-    rows.append(
-        ["mean", *(_spread([mean(run) for run in found[key].values()]) for key, _ in kinds)]
-    )
+    tuned = tuned_by_kind(study)
+    rows.append(["rate", *(", ".join(_rate(of) for of in tuned[key]) for key, _ in kinds)])
     seeds = len(found["all", large])
     sentences = [
-        _held_against(
-            found, ("all", large), ("each", small), f"At equal total latents ({large:,})"
-        ),
-        _held_against(
-            found, ("all", large), ("each", large), f"At {large:,} latents an SAE and equal rows"
-        ),
-        _held_against(
-            found, ("all", small), ("each", small), f"At {small:,} latents an SAE and equal rows"
-        ),
+        _held_against(found, one, other, setting, _inside(study, one, other))
+        for one, other, setting in (
+            (("all", large), ("each", small), f"At equal total latents ({large:,})"),
+            (("all", large), ("each", large), f"At {large:,} latents an SAE and equal rows"),
+            (("all", small), ("each", small), f"At {small:,} latents an SAE and equal rows"),
+        )
     ]
     about = paragraph(
         f"`--layers each` trains, beside one SAE for all layers, one for each single layer, on "
         f"that layer's rows of the same batches: {num_layers} single-layer SAEs see together the "
         f"rows that the multi-layer one sees, {study['num_rows']:,} in {study['num_steps']:,} "
         f"steps, so each of their steps is 1/{num_layers} as large. {seeds} seeds, which set the "
-        "initial weights alone; the rows and their order are the same."
+        "initial weights alone; the rows and their order are the same. Every SAE is at the "
+        "learning rate of its lowest FVU, mean over seeds, of those of the table; `*` marks one "
+        "at an end of the grid, beyond which a better one may lie. Layers are compared one by "
+        "one: a mean over layers would hold one SAE against the mean of several."
     )
     return f"""## One SAE for all layers, or one for each
 
@@ -179,21 +205,32 @@ def _spread(values: Sequence[float]) -> str:
     return f"{mean(values):.4f} ({min(values):.4f}–{max(values):.4f})"
 
 
+def _rate(of: Tuned) -> str:
+    return f"{of.rate:g}{'' if of.is_inside else '*'}"
+
+
+def _inside(study: dict[str, Any], one: Kind, other: Kind) -> list[int]:
+    """Layers at which both are at a rate inside the grid."""
+    tuned = tuned_by_kind(study)
+    (whole,), each = tuned[one], tuned[other]
+    return [layer for layer, of in enumerate(each) if of.is_inside and whole.is_inside]
+
+
 def _held_against(
     found: dict[tuple[str, int], dict[int, list[float]]],
     one: tuple[str, int],
     other: tuple[str, int],
     setting: str,
+    compared: Sequence[int],
 ) -> str:
     """Where the multi-layer SAE's worst seed beats the others' best, and the other way round."""
     ours, theirs = list(found[one].values()), list(found[other].values())
     lower: list[int] = []
     higher: list[int] = []
     neither: list[int] = []
-    for layer in range(len(ours[0])):
+    for layer in compared:
         a, b = [run[layer] for run in ours], [run[layer] for run in theirs]
         (lower if max(a) < min(b) else higher if min(a) > max(b) else neither).append(layer)
-    ratio = mean(map(mean, ours)) / mean(map(mean, theirs))
     said = [
         f"{words} at layer{'s' if len(layers) > 1 else ''} {_listed(layers)}"
         for words, layers in (
@@ -203,9 +240,18 @@ def _held_against(
         )
         if layers
     ]
+    if not compared:
+        return f"{setting}, every layer has a best rate at an end of the grid: none is compared."
+    if ends := [layer for layer in range(len(ours[0])) if layer not in compared]:
+        said.append(
+            f"not compared, for a best rate at an end of the grid, at layers {_listed(ends)}"
+        )
+    ratios = [
+        mean(run[layer] for run in ours) / mean(run[layer] for run in theirs) for layer in compared
+    ]
     return (
-        f"{setting}, the multi-layer SAE's mean FVU is {ratio:.2f} times that of the single-layer "
-        f"ones; it is {'; '.join(said)}."
+        f"{setting}, the multi-layer SAE's FVU is {min(ratios):.2f} to {max(ratios):.2f} times "
+        f"that of the layer's own SAE; it is {'; '.join(said)}."
     )
 
 
@@ -236,7 +282,8 @@ def _tokens(study: dict[str, Any]) -> str:
         f"document is in both (the held-out ones have {study['held_out_documents']}), and every "
         "SAE's "
         "training.json names its part. `trained on` is FVU over as many sequences as are held "
-        "out, the first of the store, which every part has. k 16, two seeds."
+        "out, the first of the store, which every part has. k 16, two seeds, and one learning "
+        "rate for all, tuned for none."
     )
     return f"""## FVU against unique tokens
 
@@ -337,13 +384,19 @@ def _mlp_sentence(saes: Sequence[dict[str, Any]], num_channels: int) -> str:
     active = [mean(sae["l0"]) for scale in SCALES for sae in of_scale(saes, scale)]
     rates = sorted({sae["lr"] for sae in saes})
     chosen = [sae["lr"] for scale in SCALES for sae in of_scale(saes, scale)]
-    often = max(rates, key=chosen.count)
+    inside = sum(rates[0] < rate < rates[-1] for rate in chosen)
     return paragraph(
         "A column is a scaling, a dot a weight of the penalty, at the learning rate of lowest "
         "loss. What the scalings change is how active latents are shared out between layers: L0 "
-        f"of the last layer over that of the first is {'; '.join(shown)}. The lowest loss is at "
-        f"learning rate {often:g} in {chosen.count(often)} of {len(chosen)} cases (tried: "
-        f"{_listed([f'{rate:g}' for rate in rates])}). The runs are short and the rows narrow: "
+        f"of the last layer over that of the first is {'; '.join(shown)}. Of the rates tried "
+        f"({_listed([f'{rate:g}' for rate in rates])}) the best is inside the grid in {inside} of "
+        f"{len(chosen)} cases"
+        + (
+            ""
+            if inside == len(chosen)
+            else ", in the others at an end of it, beyond which a better one may lie"
+        )
+        + ". The runs are short and the rows narrow: "
         f"mean L0 goes from {min(active):.0f} to {max(active):.0f}, at {num_channels} channels, so "
         "this is no sparse regime, and what scalings do there is not shown."
     )
@@ -361,10 +414,16 @@ def _best_by_scale(saes: Sequence[dict[str, Any]]) -> str:
     }
     rows = [[scale, *(f"{fvu:.4f}" for fvu in values)] for scale, values in at.items()]
     ordered = sorted(SCALES, key=lambda scale: float(at[scale][0]))
+    rates = sorted({sae["lr"] for sae in saes})
+    chosen = {sae["lr"] for scale in SCALES for sae in of_scale(saes, scale)}
+    order = (
+        "Some are at a rate at an end of the grid, so no order of scalings follows."
+        if {rates[0], rates[-1]} & chosen
+        else f"At the sparsest end that all reach the order is {_listed(ordered)}."
+    )
     text = paragraph(
         "Mean FVU by scaling at equal mean L0, interpolated between the weights of the table (both "
-        f"logarithmic). At the sparsest end that all reach the order is {_listed(ordered)}. With "
-        "one seed, small differences mean nothing."
+        f"logarithmic). {order} With one seed, small differences mean nothing."
     )
     head = ["scaling", *(f"L0 {l0:.1f}" for l0 in shown)]
     return f"{text}\n\n{table(head, rows)}"
