@@ -83,10 +83,9 @@ def test_kept_positions_are_those_rows_of_the_full_store(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Down to a row a batch."""
-    full = harvested(config(out=tmp_path / "full", batch_size=batch_size))
-    kept = harvested(
-        config(out=tmp_path / "kept", batch_size=batch_size, keep_positions=num_kept, keep_seed=3)
-    )
+    some = {"batch_size": batch_size, "max_tokens": 640}
+    full = harvested(config(out=tmp_path / "full", **some))
+    kept = harvested(config(out=tmp_path / "kept", keep_positions=num_kept, keep_seed=3, **some))
     assert kept.num_tokens == full.num_tokens
     last = capsys.readouterr().out.splitlines()[-1]
     assert f"{kept.num_tokens:,} tokens, {kept.num_rows:,} rows of each of 4 layers, in " in last

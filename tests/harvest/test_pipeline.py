@@ -68,7 +68,7 @@ def test_same_plan_gives_the_same_store_and_batch_size_another_plan(
     config: MakeConfig, tmp_path: Path
 ) -> None:
     first, again, other = (
-        run(config(out=tmp_path / name, batch_size=size))
+        run(config(out=tmp_path / name, batch_size=size, max_tokens=640))
         for name, size in (("a", 3), ("b", 3), ("c", 4))
     )
     assert first is not None

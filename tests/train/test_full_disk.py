@@ -15,6 +15,7 @@ from mlsae.base.errors import ResourceError
 from mlsae.sae import SAE, SAEConfig, TopK
 from mlsae.train.running.checkpoint import Checkpoints
 from mlsae.train.step.dead import DeadLatents
+from mlsae.train.step.optimizer import Optimizer
 
 class Trainer:
     # What a checkpoint holds of one, without a step taken.
@@ -23,10 +24,7 @@ class Trainer:
         self.sae = SAE(config, torch.Generator().manual_seed(0))
         self.dead = DeadLatents(512, 1000, torch.device("cpu"))
         self.step_number = 0
-        self.optimizer = torch.optim.Adam(self.sae.parameters())
-        for parameter in self.sae.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        self.optimizer.step()
+        self.optimizer = Optimizer(self.sae)
 
 trainer, checkpoints = Trainer(), Checkpoints(Path(sys.argv[1]) / "checkpoints")
 for number in range(1, 9):
