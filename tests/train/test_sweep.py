@@ -21,6 +21,7 @@ from mlsae.train.plan import make_plans
 from mlsae.train.running import loop as passing_module
 from mlsae.train.running.checkpoint import Checkpoints
 from mlsae.train.running.memory import estimate
+from mlsae.train.running.record import format_sweep
 from mlsae.train.step.trainer import DivergedError, Trainer
 
 SETTINGS: dict[str, Any] = {
@@ -103,6 +104,21 @@ def test_bytes_are_read_and_decoded_once(config: Any, monkeypatch: pytest.Monkey
     )
     steps = log(results[0].directory)[-1]["step"]
     assert counts == {"loaders": 1, "batches": steps, "decoded": steps}
+
+
+def test_a_mean_over_one_layer_is_shown_as_such_beside_a_mean_over_all() -> None:
+    """A single-layer SAE's line names its layer; SAEs of the same layers need no such column."""
+    entry = {"num_latents": 64, "k": 4, "lr": 1e-3, "fvu": 0.1, "fvu_pca": 0.2, "l0": 4.0,
+             "dead_fraction": 0.0}  # fmt: skip
+    whole = {**entry, "name": "all", "layers": [0, 1, 3]}
+    lines = format_sweep([whole, {**entry, "name": "layer1", "layers": [1]}]).splitlines()
+    assert lines[0].split()[:2] == ["SAE", "layers"]
+    assert "  0–1, 3  " in lines[1]
+    assert "  1  " in lines[2]
+    assert lines[-1] == "compare SAEs of other layers layer by layer: fvu_by_layer in summary.json"
+    alike = format_sweep([whole, {**whole, "name": "other"}]).splitlines()
+    assert alike[0].split()[:2] == ["SAE", "latents"]
+    assert alike[-1] == "validation rows, means over layers, position 0 out"
 
 
 def test_each_layer_gets_an_sae_of_its_own_rows(config: Any) -> None:

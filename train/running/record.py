@@ -200,11 +200,21 @@ def sweep_entry(plan: RunPlan, training: Mapping[str, Any] | str) -> dict[str, A
 
 
 def format_sweep(entries: Sequence[Mapping[str, Any]]) -> str:
-    """The SAEs of a sweep, for people: validation rows, means over layers."""
+    """The SAEs of a sweep, for people: validation rows, means over layers.
+
+    Where SAEs have other layers, each line names them: a mean over one layer says nothing beside a
+    mean over all.
+    """
     width = max(4, *(len(entry["name"]) for entry in entries))
-    lines = [f"{'SAE':<{width}}  latents      k      lr      FVU      PCA     L0    dead"]
-    for entry in entries:
-        start = f"{entry['name']:<{width}}  {entry['num_latents']:>7} {entry['k'] or '-':>6}"
+    layers = [format_ranges(entry["layers"]) for entry in entries]
+    column = max(6, *map(len, layers)) + 2 if len(set(layers)) > 1 else 0
+    lines = [
+        f"{'SAE':<{width}}{'layers' if column else '':>{column}}  latents      k      lr      FVU"
+        "      PCA     L0    dead"
+    ]
+    for entry, of in zip(entries, layers, strict=True):
+        start = f"{entry['name']:<{width}}{of if column else '':>{column}}"
+        start += f"  {entry['num_latents']:>7} {entry['k'] or '-':>6}"
         start += f" {entry['lr']:>7.2g}"
         if "diverged" in entry:
             lines.append(f"{start}  diverged")
@@ -214,6 +224,8 @@ def format_sweep(entries: Sequence[Mapping[str, Any]]) -> str:
         fvu, pca, l0 = (_number(entry[name]) for name in ("fvu", "fvu_pca", "l0"))
         lines.append(f"{start} {fvu:>8} {pca:>8} {l0:>6} {shown:>7}")
     lines.append("validation rows, means over layers, position 0 out")
+    if column:
+        lines.append("compare SAEs of other layers layer by layer: fvu_by_layer in summary.json")
     return "\n".join(lines)
 
 
