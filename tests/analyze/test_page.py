@@ -190,7 +190,7 @@ def test_every_id_that_is_pointed_at_is_there_once(analysis: Analysis) -> None:
 
 
 def test_the_main_numbers_have_intervals(
-    world: Any, sae_maker: Callable[..., Path], tmp_path: Path
+    world: Any, sae_maker: Callable[..., Path], analysis: Analysis, tmp_path: Path
 ) -> None:
     """Where sequences are enough for one."""
     config = AnalyzeConfig(
@@ -206,6 +206,8 @@ def test_the_main_numbers_have_intervals(
     for name in ("fvu", "delta_ce", "l0"):
         low, high = mean[f"{name}_low"], mean[f"{name}_high"]
         assert f"{low:.4g} to {high:.4g}".replace("-", "−") in text
+    assert "its 95% interval for other text of the kind, from 30 sequences." in text
+    assert "No intervals: 7 sequences, and they begin at 10." in page_of(analysis).text
 
 
 def test_numbers_and_tables_are_those_of_the_analysis(analysis: Analysis) -> None:

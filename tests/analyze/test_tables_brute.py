@@ -8,8 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from mlsae.analyze import Analysis, AnalyzeConfig, run
+from mlsae.analyze.events.plan import plan_events
+from mlsae.analyze.measure.rows.joint import Joint
+from mlsae.analyze.measure.rows.walk import walk
+from mlsae.analyze.pairing import pair
 from mlsae.sae import load as load_sae
 from mlsae.store import open_store
 from mlsae.store.read.split import validation_sequences
@@ -132,6 +137,29 @@ def test_the_adjacent_cosine_is_a_mean_over_evaluated_rows_about_the_means_of_th
     assert found[:2] != pytest.approx(
         case.analysis.layers["adjacent_cosine_pooled"].to_pylist()[:2], rel=1e-3
     )
+
+
+def test_a_layer_whose_next_one_the_sae_does_not_read_has_no_adjacent_cosine(
+    world: Any, sae_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Layer 3 follows layer 0 in this SAE, and is not next to it."""
+    found = {}
+    for layers in ((0, 3), (0, 1)):
+        pairing = pair(
+            world.store, sae_maker(world.store, layers=list(layers)), torch.device("cpu")
+        )
+        sums = walk(
+            pairing,
+            np.arange(3),
+            batch_rows=50,
+            events=plan_events(pairing, np.arange(0), 100, {}),
+            directory=tmp_path,
+            joint=Joint(pairing, 0),
+            examples=None,
+            progress=lambda _: None,
+        )
+        found[layers] = [of.adjacent_cosine is None for of in sums.values()]
+    assert found == {(0, 3): [True, True], (0, 1): [False, True]}
 
 
 def test_latents_and_latent_layers(case: Case) -> None:

@@ -99,6 +99,7 @@ def render(analysis: Analysis) -> str:
         title=_title(summary),
         summary=summary,
         rows=number(summary["num_rows"]),
+        sequences=counted(summary["num_sequences"], "sequence"),
         headline=headline(analysis),
         missing=missing(analysis, notes),
         notes=summary["notes"],
