@@ -203,7 +203,7 @@ def test_text_that_is_left_out_or_empty_is_reported(
     assert lines[:3] == [
         "packed 32 tokens: 2 sequences of 16 from 2 documents",
         "left out: the final incomplete sequence, 12 tokens",
-        "passed over: 1 empty documents",
+        "passed over: 1 empty document",
     ]
 
 

@@ -345,7 +345,7 @@ def command(cache: Path, out: Path) -> list[str]:
 def processes(forking: Any) -> Iterator[Any]:
     """Processes that have imported what trains, without a warning for its users."""
     strict = {"PYTHONWARNINGS": "error::UserWarning"}
-    modules = ("mlsae.train.pipeline", "matplotlib.backends.backend_agg")
+    modules = ("mlsae.train.pipeline", "matplotlib.figure", "matplotlib.style")
     with forking.importing(*modules, environment=strict) as processes:
         yield processes
 
