@@ -12,7 +12,7 @@ A message is one line: the fault, the expected and the given value, the place, t
 import re
 
 _LOGIN = re.compile(r"(?<=://)[^\s/?#'\"]*@")
-_LOGIN_WITH_SLASH = re.compile(r"(?<=://)[^\s/?#:@]+:(?!\d*(?:[/?#\s'\"),;]|$))[^\s@]*@")
+_LOGIN_WITH_SLASH = re.compile(r"(?<=://)[^\s/?#:@\[]+:(?!\d*(?:[/?#\s'\"),;]|$))[^\s@]*@")
 _QUERY = re.compile(r"(\bhttps?://[^\s?#'\"]*)\?[^\s'\"),;]+", re.IGNORECASE)
 
 

@@ -239,7 +239,8 @@ def _faulty(server: BucketServer, application: Any) -> Any:
             server.checksums[name] = checksum
         status = server.faults.status(method, name, environ.get("HTTP_RANGE"))
         if status is not None:
-            body = b"<Error><Code>Injected</Code><Message>Not now</Message></Error>"
+            code = b"AccessDenied" if status == 403 else b"Injected"
+            body = b"<Error><Code>%b</Code><Message>Not now</Message></Error>" % code
             headers = [("Content-Length", str(len(body))), ("Content-Type", "application/xml")]
             start_response(f"{status} Injected", headers)
             return [body]

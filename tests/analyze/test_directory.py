@@ -1,6 +1,7 @@
 """An analysis directory appears whole, and nothing but an analysis is replaced."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from mlsae.base.errors import InputError
 from mlsae.base.files import seal
 
 
-def _analysis(path: Path, **more: str) -> None:
+def _analysis(path: Path, **more: Any) -> None:
     path.mkdir()
     (path / SUMMARY).write_bytes(seal({"kind": KIND, **more}))
 
@@ -95,3 +96,33 @@ def test_a_summary_of_another_kind_or_damaged_is_refused(tmp_path: Path) -> None
     (tmp_path / SUMMARY).write_bytes(seal({"kind": KIND}).replace(b"mlsae", b"mlsAe"))
     with pytest.raises(InputError, match=r"summary.json is damaged: .* with mlsae analyze"):
         read_summary(tmp_path)
+
+
+def test_files_of_somebody_else_inside_the_folders_are_refused(tmp_path: Path) -> None:
+    """Folders are replaced whole, so what the summary does not name is looked for in them too."""
+    parts = {"parts": [{"path": "layer-0/part-0.parquet"}]}
+    _analysis(tmp_path / "out", figures=["figures/a.png"], events=parts)
+    for name in ("figures/a.png", "events/layer-0/part-0.parquet", "figures/.DS_Store"):
+        path = tmp_path / "out" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    check_replaceable(tmp_path / "out")
+    (tmp_path / "out" / "figures" / "mine.png").touch()
+    with pytest.raises(InputError, match=r"and figures/mine\.png, which mlsae did not write: move"):
+        check_replaceable(tmp_path / "out")
+
+
+def test_an_analysis_that_was_killed_while_it_was_published_may_be_replaced(tmp_path: Path) -> None:
+    (tmp_path / "out" / "new-0123abcd.partial").mkdir(parents=True)
+    (tmp_path / "out" / "layers.parquet").touch()
+    check_replaceable(tmp_path / "out")
+    (tmp_path / "out" / "thesis.tex").touch()
+    with pytest.raises(InputError, match=r"holds other things than an analysis"):
+        check_replaceable(tmp_path / "out")
+
+
+def test_an_analysis_in_a_store_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "acts" / "commits").mkdir(parents=True)
+    (tmp_path / "acts" / "plan.json").touch()
+    with pytest.raises(InputError, match=r"--out .*/acts/an lies in the activation store"):
+        check_replaceable(tmp_path / "acts" / "an")

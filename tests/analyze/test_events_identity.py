@@ -1,15 +1,19 @@
 """Events go on with the settings that decide their bytes, and with no others."""
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
-from mlsae.analyze import EventsConfig, run_events
+from mlsae.analyze import EventsConfig, load_events, run_events
 from mlsae.base.errors import InputError
-from mlsae.base.files import read_sealed, seal
+from mlsae.base.files import read_sealed, seal, sha256_file
 from mlsae.base.settings import deciding
 
 CHANGES: dict[str, Any] = {
@@ -77,3 +81,42 @@ def test_the_plan_has_the_keys_that_it_had(written: EventsConfig) -> None:
         *("batch_size", "part_events", "device", "num_sequences", "num_parts", "notes"),
         *("store_id", "plan_id", "sae_sha256"),
     }
+
+
+def test_the_folder_is_a_table_to_other_readers(written: EventsConfig) -> None:
+    """`layer` is a column of the files, and no reader takes it from the names of folders too."""
+    expected = load_events(written.out).events.count_rows()
+    folder = written.out / "events"
+    found = pq.read_table(folder)
+    assert found.num_rows == expected
+    assert found.column_names == ["row", "token", "layer", "latent", "value"]
+    pandas = pytest.importorskip("pandas", reason="needs pandas")
+    frame = pandas.read_parquet(folder)
+    assert len(frame) == expected
+    some = pandas.read_parquet(folder, filters=[("layer", "==", 2)])
+    assert len(some) == (frame["layer"] == 2).sum() > 0
+
+
+def test_folders_of_earlier_versions_are_read(written: EventsConfig, tmp_path: Path) -> None:
+    """They were called `layer=<l>`; the records name them so."""
+    out = tmp_path / "events"
+    shutil.copytree(written.out, out)
+    for folder in [*out.glob("*/layer-*")]:
+        folder.rename(folder.with_name(folder.name.replace("-", "=")))
+    for path in out.rglob("*.json"):
+        text = json.dumps(read_sealed(path)).replace("layer-", "layer=")
+        path.write_bytes(seal(json.loads(text)))
+    _renew_plan(out)
+    there, here = (load_events(at).events for at in (out, written.out))
+    assert there.to_table().equals(here.to_table())
+    layer = pc.field("layer") == 2
+    assert there.to_table(filter=layer).equals(here.to_table(filter=layer))
+
+
+def _renew_plan(out: Path) -> None:
+    """Name the plan's new hash where it is recorded."""
+    digest = sha256_file(out / "events.json")
+    for path in out.rglob("*.json"):
+        content = read_sealed(path)
+        if "plan" in content:
+            path.write_bytes(seal({**content, "plan": digest}))

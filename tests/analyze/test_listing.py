@@ -119,3 +119,23 @@ def test_a_directory_without_an_analysis(tmp_path: Path) -> None:
     assert done.output == (
         f"Error: {tmp_path} is no analysis: it has no summary.json; make one with mlsae analyze\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--columns", "latent,latent"), "--columns: the column 'latent' is given twice; give eac"),
+        (("--out", "x.csv"), "--out x.csv would be a Parquet file: give a name that ends in .parq"),
+    ],
+)
+def test_columns_twice_and_other_kinds_of_files_are_refused(
+    analysis: Analysis,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, output = _latents(analysis, *options)
+    assert (status, message in output) == (1, True), output
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from mlsae.base.settings import deciding, described
 from mlsae.harvest import HarvestConfig, run
 from mlsae.store import open_store
+from mlsae.store.format.layout import SHARD_BYTES
 
 CHANGES: dict[str, dict[str, Any]] = {
     "init": {"init": "random"},
@@ -117,3 +119,21 @@ def test_other_settings_are_in_no_plan(identity: Callable[..., dict[str, Any]]) 
     limits = {"max_encoding_fvu": 0.5, "max_disk": 10**9, "allow_mixed_hardware": True}
     assert not any(described(HarvestConfig)[name].decides for name in limits)
     assert identity(**limits) == identity()
+
+
+def test_a_small_harvest_has_enough_shards_and_an_earlier_one_goes_on_as_it_was(
+    config: Callable[..., HarvestConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Stores begun before were cut by bytes alone; their plan is not another one now."""
+    monkeypatch.setattr("mlsae.store.format.layout.SMALL_SHARD_BYTES", 1000)
+    monkeypatch.setattr("mlsae.store.format.layout.SMALL_SHARD_ROWS", 16)
+    settings = config(out=tmp_path / "new", shard_size=None, layers=(1,))
+    run(settings)
+    assert 16 <= open_store(settings.out).plan.num_shards <= 32
+    former = config(out=tmp_path / "old", shard_size=SHARD_BYTES, layers=(1,))
+    before = run(former)
+    again = run(replace(former, shard_size=None))
+    assert before is not None
+    assert again is not None
+    assert (again.store_id, again.bytes_written) == (before.store_id, 0)
+    assert open_store(former.out).plan.num_shards == 1

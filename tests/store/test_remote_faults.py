@@ -360,3 +360,21 @@ def test_a_password_in_an_address_is_used_and_never_shown(web, content, open_qui
     expected = "Basic " + b64encode(b"us@er:pass word").decode()
     assert web.authorizations == [expected]
     assert objects.place == f"{web.url}/store"
+
+
+@pytest.mark.parametrize("place", ["web", "s3"])
+def test_a_refusal_of_one_object_is_an_absence_once_another_was_read(locate, place, open_quickly):
+    """Who may not list a bucket is told 403, not 404, of what is not there."""
+    location, faults, prefix = locate(place)
+    objects = open_quickly(location)
+    faults.refused[f"{prefix}complete.json"] = 403
+    faults.refused[f"{prefix}{LARGE}"] = 403
+    with pytest.raises(RemoteError, match=r"403 Forbidden.*servers answer so for what is not th"):
+        objects.exists("complete.json")
+    objects.size("plan.json")
+    assert not objects.exists("complete.json")
+    with pytest.raises(FileNotFoundError):
+        objects.read("complete.json", 10)
+    # Rows that a record names are there, and somebody may not read them.
+    with pytest.raises(RemoteError, match="403 Forbidden"):
+        objects.read_into(LARGE, 0, np.empty(10, np.uint8))

@@ -4,8 +4,16 @@ import numpy as np
 import pytest
 
 from mlsae.base.errors import InputError
+from mlsae.harvest.compute.batch_size import enough_shards_size
 from mlsae.store import open_store
-from mlsae.store.format.layout import Layout, array_bytes, object_bytes, plan_layout
+from mlsae.store.format.layout import (
+    SHARD_BYTES,
+    Layout,
+    array_bytes,
+    object_bytes,
+    plan_layout,
+    shard_bytes_for,
+)
 from mlsae.store.read.split import validation_sequences
 
 
@@ -119,3 +127,33 @@ def test_five_terabytes_a_layer_fit_and_no_more():
     assert object_bytes(layout.shard_rows, row_bytes, layout.chunk_rows, layout.shard_rows) <= 5e9
     with pytest.raises(InputError, match=r"over the 5 GB that an object may, and a folder holds 9"):
         planned(int(1.001 * limit) // context_length * context_length)
+
+
+@pytest.mark.parametrize("d_model", [64, 576, 4096])
+@pytest.mark.parametrize("num_tokens", [40_960, 480_256, 10_000_384])
+def test_small_stores_have_enough_shards(d_model: int, num_tokens: int):
+    """At least 16 of a mebibyte or more, of whole batches; larger stores keep large ones."""
+    row_bytes = d_model * 2
+    size = shard_bytes_for(num_tokens, row_bytes)
+    assert 2**20 <= size <= SHARD_BYTES
+    batch = enough_shards_size("cpu", 256, num_tokens // 256)
+    assert batch * 256 >= 2048
+    layout = plan_layout(
+        num_tokens=num_tokens,
+        context_length=256,
+        layers=[0],
+        sites=["resid_post"],
+        d_model=d_model,
+        encoding="float16",
+        batch_sequences=min(batch, 8),
+        shard_bytes=size,
+    )
+    whole = num_tokens * row_bytes
+    assert layout.num_shards >= min(16, whole // 2**20)
+    assert layout.num_shards <= max(21, whole / SHARD_BYTES * 1.1)
+    assert layout.shard_rows >= 2048
+
+
+def test_a_tiny_store_is_cut_as_before():
+    """One shard, whose chunks are no smaller for it."""
+    assert shard_bytes_for(1000, 1000) == SHARD_BYTES
