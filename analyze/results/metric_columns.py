@@ -39,7 +39,7 @@ _ROWS = (
         _F,
         "1",
         "Σ‖x̂‖² / Σ⟨x, x̂⟩; below 1 reconstructions are too small; null if the divisor is not "
-        "above 0",
+        "above its rounding",
     ),
     Column("l0", _F, "latent", "mean number of active latents of a row"),
     Column("l1", _F, "latent value", "mean sum of the latents' values of a row"),

@@ -161,6 +161,18 @@ def test_a_bias_without_agreement_is_not_defined() -> None:
     assert np.isnan(found["relative_reconstruction_bias"][0])
 
 
+def test_a_reconstruction_at_right_angles_to_its_rows_has_no_bias() -> None:
+    """The rounding of float32 leaves a little of x in x̂; 1 / 1e-8 is no bias."""
+    x, _ = _rows(30, seed=8, offset=3.0)
+    x_hat = torch.zeros_like(x)
+    x_hat[:, 0], x_hat[:, 1] = x[:, 1], -x[:, 0]
+    x_hat += 1e-8 * x
+    found = _figures(_summed(x, x_hat, reference=3.0), np.ones((1, 1)))
+    assert np.isnan(found["relative_reconstruction_bias"][0])
+    tilted = _figures(_summed(x, x_hat + 1e-3 * x, reference=3.0), np.ones((1, 1)))
+    assert tilted["relative_reconstruction_bias"][0] > 100
+
+
 def test_a_latent_counts_where_its_value_is_above_zero() -> None:
     sums = LatentSums(6, CPU)
     sums.add(torch.tensor([[2.0, 0.0], [1.5, 0.25]]), torch.tensor([[4, 1], [4, 0]]))

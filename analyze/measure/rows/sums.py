@@ -18,6 +18,9 @@ Ratio = tuple[Float, Float]
 ROUNDING = 1e-26
 """Square of the relative error of a mean, at most: a smaller share of a squared norm is none."""
 
+SINGLE = 1e-6
+"""Relative error of a float32 reconstruction, at most."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RowSums:
@@ -80,11 +83,19 @@ class RowSums:
             "explained_variance": (scatter - error, scatter),
             "mse": (error, num_rows * width),
             "cosine": (self.of("cosine"), num_rows),
-            "relative_reconstruction_bias": (self.of("square"), self.of("dot")),
+            "relative_reconstruction_bias": (self.of("square"), self._agreement()),
             "l0": (self.of("active"), num_rows),
             "l1": (self.of("value"), num_rows),
             "density": (self.of("active"), num_rows * num_latents),
         }
+
+    def _agreement(self) -> Float:
+        """Σ⟨x, x̂⟩, 0 where x̂ has no more of x than the rounding of float32, (A,)."""
+        dot, ends = self.of("dot"), self.offset @ self.reference
+        square = self.of("about") + 2 * ends
+        square += self.of("rows") * np.square(self.reference).sum()
+        least = SINGLE * np.sqrt(np.maximum(square, 0) * self.of("square"))
+        return np.where(dot > least, dot, 0.0)
 
     def _scatter(self) -> Float:
         """Σ‖x − μ‖², (A,)."""
