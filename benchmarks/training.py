@@ -136,11 +136,20 @@ class Studies:
         )  # fmt: skip
 
     def run(self, *arguments: str) -> str:
-        """Runs `mlsae`; returns the command as a person would type it."""
+        """Runs `mlsae`; returns the command as a person would type it.
+
+        A sweep of which some SAEs diverged ends with an error, and has the others.
+        """
         names = {self.model: "MODEL", self.dataset: "TEXT"}
         command = " ".join(("mlsae", *(names.get(word, word) for word in arguments)))
         print(command, flush=True)
-        subprocess.run([sys.executable, "-m", "mlsae", *arguments], cwd=self.out, check=True)
+        done = subprocess.run([sys.executable, "-m", "mlsae", *arguments], cwd=self.out)
+        has_others = (
+            "--out" in arguments
+            and (self.out / arguments[arguments.index("--out") + 1] / "summary.json").exists()
+        )
+        if not has_others:
+            done.check_returncode()
         return command
 
     def _summary(self, name: str) -> dict[str, Any]:
