@@ -15,6 +15,7 @@ from mlsae.base.errors import InputError
 from mlsae.base.settings import flag
 from mlsae.sae import SAE, SAEConfig
 from mlsae.sae.architectures import get
+from mlsae.sae.normalize import EPS
 from mlsae.store import Moments
 from mlsae.train.config import TrainConfig
 from mlsae.train.step.objective import Objective, layer_variances
@@ -106,6 +107,25 @@ def initial_sae(sae: SAEConfig, moments: Moments, layers: tuple[int, ...], seed:
         # Every layer has equally many eligible rows, so this is the mean over all.
         made.b.copy_(torch.from_numpy(means_LD.mean(axis=0)))
     return made
+
+
+def small_layers(sae: SAEConfig, moments: Moments, layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Layers that lose over a twentieth of their length when standardised.
+
+    u = (x − m) / (s + ε) is shorter than 1 a channel by s / (s + ε), and x̂ = û · s + m has no ε:
+    where s is not far above ε = 1e-5, part of every row is lost, whatever the SAE.
+    """
+    if sae.normalize != "standardize":
+        return ()
+    found = []
+    for layer in layers:
+        at = moments.layers.index(layer)
+        squares = moments.u_m2[at].sum() / moments.count + np.square(moments.u_mean[at]).sum()
+        # Rows whose channels are all equal are short, too, but lose nothing.
+        is_small = moments.norm_mean[at] < 1000 * EPS * sae.d_in**0.5
+        if is_small and squares < 0.9 * (sae.d_in - 1):
+            found.append(layer)
+    return tuple(found)
 
 
 def resample_every(config: TrainConfig, num_steps: int) -> int:

@@ -21,12 +21,13 @@ from mlsae.base.interruption import (
 )
 from mlsae.base.output.console import Progress, say
 from mlsae.base.output.drawing import by_product
-from mlsae.base.units import counted
+from mlsae.base.units import counted, format_ranges
 from mlsae.sae.directory import TRAINING
 from mlsae.store import open_corpus
 from mlsae.train.config import TrainConfig
 from mlsae.train.data.decode import RowDecoder
 from mlsae.train.data.sampler import check_world_size
+from mlsae.train.initial import small_layers
 from mlsae.train.options import write_run_file
 from mlsae.train.plan import RunPlan, make_plans
 from mlsae.train.published.run import run_paper
@@ -111,7 +112,9 @@ def run_sweep(sweep: Sweep) -> list[TrainResult]:
         Exception: as `run`.
     """
     if sweep.config.preset is not None:
-        return [TrainResult(sweep.config.out, run_paper(sweep))]
+        metrics = run_paper(sweep)
+        _refuse_useless([sweep.config.out] if is_useless(metrics) else [])
+        return [TrainResult(sweep.config.out, metrics)]
     with interruptible() as interruption:
         try:
             accelerator = make_accelerator(sweep.config.device)
@@ -149,6 +152,7 @@ class _Run:
     def _results(self, plans: Sequence[RunPlan]) -> list[TrainResult]:
         config, accelerator = self._config, self._accelerator
         self._check_outputs(plans)
+        self._warn_of_small_rows(plans)
         left = [p for p in plans if not is_finished(p) and divergence(p) is None]
         if left:
             self._train(plans, left)
@@ -156,6 +160,18 @@ class _Run:
             self._say(f"{config.out} is finished already")
         accelerator.wait_for_everyone()
         return self._sum_up(plans)
+
+    def _warn_of_small_rows(self, plans: Sequence[RunPlan]) -> None:
+        store, skipped = plans[0].store, self._config.skip_positions
+        moments = store.moments(plans[0].site, skipped)
+        small = {layer for plan in plans for layer in small_layers(plan.sae, moments, plan.layers)}
+        if small and self._accelerator.is_main_process:
+            say(
+                f"warning: rows of layers {format_ranges(sorted(small))} are so small that "
+                f"standardising them loses part of them (docs/objectives.md): give --normalize "
+                f"scale",
+                err=True,
+            )
 
     def _check_outputs(self, plans: Sequence[RunPlan]) -> None:
         config = self._config
@@ -219,7 +235,8 @@ class _Run:
             try:
                 metrics = _measure(work.members, team, shown=accelerator.is_main_process)
                 while work.members:
-                    self._finish(work.members[0], metrics.pop(0), shape, done.seconds)
+                    if work.members[0].check(found := metrics.pop(0)):
+                        self._finish(work.members[0], found, shape, done.seconds)
                     del work.members[0]
             except StopNow:
                 # Other ranks may have none left, so none waits here for another.
@@ -286,17 +303,21 @@ class _Run:
                 f"{len(diverged)} of {counted(len(plans), 'SAE')} diverged, the others are "
                 f"finished: {'; '.join(diverged)}"
             )
-        if useless:
-            raise UselessSAEsError(
-                f"{', '.join(map(str, useless))}: finished and kept, but no better than the mean "
-                f"of each layer (FVU 1 or more): train again into another --out with a lower --lr "
-                f"or more --epochs"
-            )
+        _refuse_useless(useless)
         return results
 
     def _say(self, text: str) -> None:
         if self._accelerator.is_main_process:
             say(text)
+
+
+def _refuse_useless(directories: Sequence[Path]) -> None:
+    if directories:
+        raise UselessSAEsError(
+            f"{', '.join(map(str, directories))}: finished and kept, but no better than the mean "
+            f"of each layer (FVU 1 or more): train again into another --out with a lower --lr "
+            f"or more --epochs"
+        )
 
 
 def _draw(finished: Iterable[tuple[RunPlan, Mapping[str, Any] | None]]) -> None:

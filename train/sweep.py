@@ -97,7 +97,11 @@ class Sweep:
         found = []
         for values in itertools.product(*self.axes.values()):
             chosen = dict(zip(self.axes, values, strict=True))
-            words = [_word(name, chosen[name]) for name in self.axes if len(self.axes[name]) > 1]
+            words = [
+                _words(name, self.axes[name])[chosen[name]]
+                for name in self.axes
+                if len(self.axes[name]) > 1
+            ]
             for layer in (None, *layers) if self.each_layer else (None,):
                 last = ["all" if layer is None else f"layer{layer}"] if self.each_layer else []
                 name = "-".join([*words, *last])
@@ -112,8 +116,10 @@ class Sweep:
         return {"axes": axes, "each_layer": self.each_layer}
 
 
-def _word(name: str, value: Any) -> str:
-    shown = f"{value:g}" if isinstance(value, float) else str(value)
-    if name in _SHORT:
-        return f"{_SHORT[name]}{shown}"
-    return f"{flag(TrainConfig, name).removeprefix('--')}-{shown}"
+def _words(name: str, values: tuple[Any, ...]) -> dict[Any, str]:
+    """Value → word of a name: six digits of a number, or all where six tell no two apart."""
+    prefix = _SHORT.get(name) or f"{flag(TrainConfig, name).removeprefix('--')}-"
+    shown = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
+    if len(set(shown)) < len(values):
+        shown = [str(value) for value in values]
+    return {value: f"{prefix}{text}" for value, text in zip(values, shown, strict=True)}

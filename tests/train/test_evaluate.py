@@ -1,16 +1,21 @@
 """The validation summary, against one pass in float64 numpy over whole arrays."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from mlsae.base.errors import InputError
 from mlsae.sae import SAE, SAEConfig, TopK
-from mlsae.store import open_store
+from mlsae.store import create, open_store
 from mlsae.store.format.positions import kept_positions
 from mlsae.train.running import evaluate as module
-from mlsae.train.running.evaluate import evaluate
+from mlsae.train.running.baseline import pca_fvu
+from mlsae.train.running.evaluate import evaluate, not_finite
+from mlsae.train.running.record import format_summary
+from mlsae.train.step.objective import layer_variances
 
 SEQUENCES = np.array([0, 3, 4, 20, 36])
 
@@ -108,3 +113,58 @@ def test_no_rows_give_no_ratio(sample: Any) -> None:
     )
     entry = {"layer": 1, "num_rows": 0, "fvu": None, "fvu_standardized": None, "l0": None}
     assert found["position_0_in"]["layers"] == [entry]
+    assert found["position_0_in"]["dead_fraction"] is None
+    assert format_summary(found) == (
+        "No row of the sequences held out counts: no summary of validation rows."
+    )
+
+
+def test_layers_that_are_not_reconstructed_as_numbers_are_named() -> None:
+    """By figures that are not finite, or all of them where a weight is not."""
+    sae = make_sae(8)
+    layers = [{"layer": 0, "fvu": 0.5}, {"layer": 2, "fvu": None}, {"layer": 3, "fvu": np.inf}]
+    metrics = {"position_0_in": {"layers": layers}}
+    assert not_finite(sae, None, (0, 2, 3)) == ()
+    assert not_finite(sae, metrics, (0, 2, 3)) == (3,)
+    with torch.no_grad():
+        sae.b[1] = torch.nan
+    assert not_finite(sae, None, (0, 2, 3)) == (0, 2, 3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
+def test_rows_that_do_not_vary_have_no_fvu(scale: float, tmp_path: Path) -> None:
+    """Equal held-out rows, in a store whose rows vary; and rows that differ in length alone."""
+    generator = np.random.default_rng(0)
+    x = generator.normal(3, 1, (64, 8)).astype(np.float32)
+    x[8:24] = x[8]
+    lengths = generator.uniform(1, 3, (64, 1)).astype(np.float32)
+    with create(
+        tmp_path / "acts",
+        tokens=np.arange(64),
+        context_length=8,
+        layers=(0, 3),
+        d_model=8,
+        encoding="float32",
+        source={"made_by": "test"},
+    ) as writer:
+        writer.append({("resid_post", 0): scale * x, ("resid_post", 3): 1000 * lengths * x[:1]})
+    store = open_store(tmp_path / "acts")
+    sae = make_sae(8)
+    alone: dict[str, Any] = {"rank": 0, "world_size": 1, "sum_over_ranks": lambda t: t}
+    found = evaluate(sae, store, "resid_post", (0, 3), np.array([1, 2]), skip_positions=1, **alone)
+    still, lengthened = found["position_0_in"]["layers"]
+    assert still["fvu"] is still["fvu_standardized"] is None
+    assert lengthened["fvu"] > 0
+    assert lengthened["fvu_standardized"] is None
+    with pytest.raises(InputError, match=r"layer 3 do not vary \(variance \d"):
+        layer_variances(store.moments("resid_post", 1), (0, 3), "standardized")
+    assert (layer_variances(store.moments("resid_post", 1), (0, 3), "raw") > 0).all()
+    assert pca_fvu(
+        store,
+        "resid_post",
+        (0,),
+        np.array([1, 2]),
+        skip_positions=1,
+        device=torch.device("cpu"),
+        **alone,
+    )[0].tolist() == pytest.approx([np.nan] * 9, nan_ok=True)

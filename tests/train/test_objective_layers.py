@@ -12,14 +12,16 @@ import torch
 
 from mlsae.base.errors import InputError
 from mlsae.sae import load
-from mlsae.store import open_store
+from mlsae.store import create, open_store
 from mlsae.train import TrainConfig, run
 from mlsae.train.initial import (
     initial_sae,
     layer_factors,
     of_sae,
     sae_config,
+    small_layers,
 )
+from mlsae.train.plan import make_plan
 
 LAYERS = (0, 1, 3)
 CHANGES: dict[str, dict[str, Any]] = {
@@ -202,3 +204,37 @@ def test_values_of_layers_are_as_many_as_layers(sample: Any, tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
     wanted = dataclasses.replace(wanted, layer_weights=(1.0, 2.0, 4.0))
     assert of_sae(wanted, LAYERS, (3,)).layer_weights == (4.0,)
+
+
+def test_rows_as_small_as_the_epsilon_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Layers whose rows lose length when standardised; rows of equal channels lose nothing."""
+    x = np.random.default_rng(0).normal(0, 1, (160, 8)).astype(np.float32)
+    still = x.copy()
+    still[::2] = 2.0
+    rows = {0: x, 1: 1e-3 * x, 2: 1e-5 * x, 3: still, 4: 1e-4 * x}
+    path = tmp_path / "acts"
+    with create(
+        path,
+        tokens=np.arange(160),
+        context_length=8,
+        layers=rows,
+        d_model=8,
+        encoding="float32",
+        source={"made_by": "test"},
+    ) as writer:
+        writer.append({("resid_post", layer): values for layer, values in rows.items()})
+    asked = TrainConfig(
+        cache=path, out=tmp_path / "run", num_latents=16, k=2, lr=1e-3, device="cpu"
+    )
+    run(asked)
+    warning = "warning: rows of layers 2, 4 are so small that standardising them loses part of them"
+    assert warning in capsys.readouterr().err
+    plan = make_plan(dataclasses.replace(asked, normalize="scale"), open_store(path))
+    moments = plan.store.moments("resid_post", 1)
+    assert small_layers(plan.sae, moments, plan.layers) == ()
+    given = initial_sae(plan.sae, moments, plan.layers, seed=0)
+    # The cure: a layer's unit makes no difference.
+    large, small = (given.standardize(torch.from_numpy(rows[i]), i)[0] for i in (0, 2))
+    torch.testing.assert_close(small, large, rtol=1e-4, atol=1e-4)

@@ -15,6 +15,7 @@ from mlsae.sae import SAE, SAEConfig, TopK, load
 from mlsae.store import open_store
 from mlsae.store.read.split import validation_of
 from mlsae.train import TrainConfig, run
+from mlsae.train.pipeline import UselessSAEsError
 from mlsae.train.published.step import PaperTrainer, geometric_median
 from mlsae.train.step.trainer import DivergedError
 
@@ -128,7 +129,10 @@ def config(sample: Any, out: Path, **changes: Any) -> TrainConfig:
 
 def test_a_run_is_of_whole_sequences_in_the_order_of_the_text(sample: Any, tmp_path: Path) -> None:
     """Special tokens are 0 there and not in the store; the losses are the trainer's."""
-    out = run(config(sample, tmp_path / "sae")).directory
+    out = tmp_path / "sae"
+    # A few steps make it no better than the mean, which the preset says as any run does.
+    with pytest.raises(UselessSAEsError):
+        run(config(sample, out))
     store, sae = open_store(sample.path), load(out)
     length, layers = store.context_length, store.layers
     before = store.read("resid_post", 1)

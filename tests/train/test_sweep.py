@@ -233,6 +233,35 @@ def test_values_that_make_no_sweep_are_refused(axes: Any, message: str, config: 
         Sweep(config=config("sweep"), axes=axes)
 
 
+def test_values_that_are_nearly_equal_have_names_of_their_own(config: Any) -> None:
+    """All digits where six do not tell them apart; else names stay as short as they were."""
+
+    def names(**axes: Any) -> list[str]:
+        return [sae.name for sae in Sweep(config=config("sweep"), axes=axes).saes((0,))]
+
+    assert names(lr=(1e-4, 1.0000001e-4)) == ["lr0.0001", "lr0.00010000001"]
+    assert names(lr=(1e-4 / 3, 3e-4)) == ["lr3.33333e-05", "lr0.0003"]
+    assert names(k=(2, 3), l1_warmup=(0.1, 0.1 + 1e-9)) == [
+        f"k{k}-l1-warmup-{share}" for k in (2, 3) for share in ("0.1", "0.100000001")
+    ]
+
+
+def test_an_sae_that_diverges_in_its_last_step_says_so(config: Any) -> None:
+    """As at any other step, though no loss comes after; a lower rate elsewhere is a cure."""
+    alone = config("run", lr=3e38, batch_size=10**4)
+    message = (
+        r"^the loss is nan at step 1 with learning rate 3e\+38, from layers 0, 1, 3: training "
+    )
+    message += "has diverged; train again into another --out with a lower --lr$"
+    with pytest.raises(DivergedError, match=message):
+        run(alone)
+    assert not list(alone.out.glob("*.safetensors"))
+    assert read_sealed(alone.out / "diverged.json")["step"] == 1
+    with pytest.raises(DivergedError, match=message):
+        run(replace(alone, resume=True))
+    assert run(config("again", lr=1e-3, batch_size=10**4)).directory.exists()
+
+
 def test_directories_of_other_runs_are_refused(config: Any) -> None:
     """One SAE is no sweep, a sweep is no SAE, and another sweep is not this one."""
     sweep = Sweep(config=config("sweep", max_rows=61), axes={"k": (2, 3)})

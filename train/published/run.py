@@ -1,5 +1,6 @@
 """A run of the preset `paper`: whole sequences in the order of the text, one process, one go."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -21,10 +22,11 @@ from mlsae.train.plan import RunPlan, make_plans
 from mlsae.train.published.step import DEAD_AFTER, LR, PaperTrainer
 from mlsae.train.running.baseline import add_pca, pca_fvu
 from mlsae.train.running.devices import make_accelerator
-from mlsae.train.running.evaluate import evaluate
+from mlsae.train.running.evaluate import evaluate, not_finite
 from mlsae.train.running.log import LINES, Log, draw_curves, read_log
 from mlsae.train.running.output import CURVES, LOG, check_output, claim
 from mlsae.train.running.record import format_summary, training_record
+from mlsae.train.step.trainer import DivergedError
 from mlsae.train.sweep import Sweep
 
 _PUBLISHED_LENGTH = 2048
@@ -160,6 +162,8 @@ def _finish(
         metrics = evaluate(trainer.sae, *where, **alone)
         fvu = pca_fvu(*where, device=trainer.sae.b.device, **alone)
         add_pca(metrics, fvu, trainer.sae.architecture.most_active)
+    if layers := not_finite(trainer.sae, metrics, plan.layers):
+        raise DivergedError(math.nan, trainer.step_number, plan.schedule.peak, layers)
     lines = read_log(out / LOG)
     record = training_record(
         plan,

@@ -19,6 +19,9 @@ from mlsae.train.step.auxiliary import Sum
 _LEAST_ROWS, _ROWS_A_CHANNEL = 16384, 32
 """Rows a layer on which PCA is found: so many more than channels that more gain nothing."""
 
+_ROUNDING = 1e-6
+"""Share of a sum of squares that is rounding."""
+
 
 def pca_fvu(
     store: AnyStore,
@@ -60,9 +63,10 @@ def pca_fvu(
         width = store.d_model
         totals = [about.new_zeros(shape) for shape in ((), (width,), (width, width))]
         for stored, position, origin in row_blocks(store, site, layer, sequences):
-            x = decode(stored, layers.index(layer), origin)[position.to(device) >= first]
-            centred = x - about.to(x.dtype)
-            parts = (about.new_tensor(len(x)), centred.sum(0), centred.T @ centred)
+            x = decode(stored, layers.index(layer), origin)[position.to(device) >= first].float()
+            centred = x - about.float()
+            total = centred.sum(0, dtype=torch.float64)
+            parts = (about.new_tensor(len(x)), total, centred.T @ centred)
             for total, part in zip(totals, parts, strict=True):
                 total += part
         return [sum_over_ranks(total) for total in totals]
@@ -79,6 +83,8 @@ def pca_fvu(
         squares = (directions * (products @ directions)).sum(0)
         spread = products.trace() - total.square().sum() / count
         left = products.trace() - torch.cat([squares.new_zeros(1), squares.cumsum(0)])
+        # The squares are rounded to 32 bits.
+        spread = spread.where(spread > _ROUNDING * products.trace(), torch.nan)
         found[layer] = (left.clamp(min=0) / spread).cpu().numpy()
         report(1)
     return found

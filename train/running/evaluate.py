@@ -4,7 +4,8 @@ FVU = Σ‖x − x̂‖² / Σ‖x − μ_l‖², with μ_l the mean of layer l 
 data set, never means of ratios. Special tokens are always out; position 0 is counted in and out.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from mlsae.sae import SAE
 from mlsae.store import AnyStore
 from mlsae.train.data.decode import RowDecoder, StoredParts, origin_of, torch_rows
 from mlsae.train.step.auxiliary import Sum
+from mlsae.train.step.spread import least_share, rounding_left
 
 POSITION_0_IN, POSITION_0_OUT = "position_0_in", "position_0_out"
 _BLOCK_ROWS = 4096
@@ -23,8 +25,8 @@ _BLOCK_ROWS = 4096
 class _LayerSums:
     """Sums over the evaluated rows of one layer, in float64, about a fixed point near the mean."""
 
-    def __init__(self, about_x: torch.Tensor, about_u: torch.Tensor) -> None:
-        self._about = about_x, about_u
+    def __init__(self, about_x: torch.Tensor, about_u: torch.Tensor, least_share: float) -> None:
+        self._about, self._least_share = (about_x, about_u), least_share
         width = len(about_x)
         # rows, active values, then for x and u: error, squared length, and d channel sums.
         self.sums = torch.zeros(2 + 2 * (2 + width), dtype=torch.float64, device=about_x.device)
@@ -46,9 +48,14 @@ class _LayerSums:
     def result(self) -> dict[str, Any]:
         rows, active = self.sums[:2].tolist()
         fvu = []
-        for error, length, *channels in self.sums[2:].view(2, -1).tolist():
-            spread = length - float(np.square(channels).sum()) / rows if rows else 0.0
-            fvu.append(error / spread if spread > 0 else None)
+        for i, (error, squares, *channels) in enumerate(self.sums[2:].view(2, -1).tolist()):
+            spread = squares - float(np.square(channels).sum()) / rows if rows else 0.0
+            about = float(self._about[i].square().sum())
+            least = rounding_left(squares, rows, about)
+            # Rows are exact, what is made of them is rounded to 32 bits.
+            if i == 1:
+                least = max(least, self._least_share * (squares + rows * about))
+            fvu.append(error / spread if spread > least else None)
         return {
             "num_rows": int(rows),
             "fvu": fvu[0],
@@ -102,7 +109,8 @@ def evaluate(
         if sae.config.normalize != "standardize":
             u_mean = sae.standardize(mean[None], layers.index(layer)).u[0].double()
         about = mean, u_mean
-        sums = [_LayerSums(about[0], about[1]) for _ in by_layer]
+        least = least_share(standardized=sae.config.normalize == "standardize")
+        sums = [_LayerSums(*about, least) for _ in by_layer]
         for stored, position, origin in row_blocks(store, site, layer, mine):
             x = decode(stored, layers.index(layer), origin).to(sae.b.dtype)
             keep = (position >= 0, position >= first_out)
@@ -112,15 +120,33 @@ def evaluate(
             total.sums = sum_over_ranks(total.sums)
             by_layer[name].append({"layer": layer, **total.result()})
     num_dead = (sum_over_ranks(used) == 0).sum(dim=1).tolist()
+    num_rows = {name: sum(entry["num_rows"] for entry in of) for name, of in by_layer.items()}
     return {
         name: {
             "layers": by_layer[name],
-            "num_rows": sum(entry["num_rows"] for entry in by_layer[name]),
+            "num_rows": num_rows[name],
             "num_dead": dead,
-            "dead_fraction": dead / sae.config.num_latents,
+            "dead_fraction": dead / sae.config.num_latents if num_rows[name] else None,
         }
         for name, dead in zip(by_layer, num_dead, strict=True)
     }
+
+
+def not_finite(
+    sae: SAE, metrics: Mapping[str, Any] | None, layers: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Layers whose rows an SAE does not reconstruct as finite numbers; all, if its weights are not.
+
+    Args:
+        sae: the SAE.
+        metrics: result of `evaluate`; None for weights alone.
+        layers: layers of the SAE.
+    """
+    if not all(weights.isfinite().all() for weights in sae.parameters()):
+        return layers
+    found = [] if metrics is None else [*metrics[POSITION_0_IN]["layers"]]
+    # Position 0 is among these rows, so that others are not looked at.
+    return tuple(e["layer"] for e in found if not math.isfinite(e["fvu"] or 0))
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """One SAE of a pass, with its log and its checkpoints."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelerate import Accelerator
@@ -13,7 +14,7 @@ from mlsae.train.initial import initial_sae, make_objective
 from mlsae.train.plan import RunPlan
 from mlsae.train.running.checkpoint import Checkpoints
 from mlsae.train.running.devices import Alone
-from mlsae.train.running.evaluate import POSITION_0_OUT
+from mlsae.train.running.evaluate import POSITION_0_OUT, not_finite
 from mlsae.train.running.log import Averages, Log
 from mlsae.train.running.output import CHECKPOINTS, DIVERGED, LOG
 from mlsae.train.running.tracking import Tracker, open_tracker
@@ -88,16 +89,25 @@ class Member:
         try:
             self._averages.add(self.trainer.step(batch))
         except DivergedError as error:
-            layers = [self.plan.layers[i] for i in error.layers]
-            if self.writes:
-                record = {
-                    "loss": str(error.loss),
-                    "step": error.step,
-                    "lr": error.lr,
-                    "layers": layers,
-                }
-                write_durably(self.plan.config.out / DIVERGED, seal(record))
+            self._record(error.loss, error.step, [self.plan.layers[i] for i in error.layers])
             raise
+
+    def check(self, metrics: Mapping[str, Any] | None) -> bool:
+        """True unless the last step made the SAE diverge, which its directory then says.
+
+        Args:
+            metrics: figures of the held-out rows; None without any.
+        """
+        layers = not_finite(self.trainer.sae, metrics, self.plan.layers)
+        if layers:
+            self._record(math.nan, self.trainer.step_number, layers)
+        return not layers
+
+    def _record(self, loss: float, step: int, layers: Sequence[int]) -> None:
+        if self.writes:
+            lr = self.plan.schedule(min(step, self.plan.num_steps - 1))
+            record = {"loss": str(loss), "step": step, "lr": lr, "layers": list(layers)}
+            write_durably(self.plan.config.out / DIVERGED, seal(record))
 
     def end_line(self, epoch: int, seconds: float) -> None:
         """Write a line of the log: means over the steps since the last one.

@@ -98,6 +98,8 @@ def format_summary(metrics: Mapping[str, Any] | None) -> str:
     if metrics is None:
         return "No sequence was held out: no summary of validation rows."
     outside, inside = metrics[POSITION_0_OUT], metrics[POSITION_0_IN]
+    if outside["num_rows"] == 0:
+        return "No row of the sequences held out counts: no summary of validation rows."
     lines = ["layer      FVU      PCA   FVU of u     L0   FVU with position 0"]
     for a, b in zip(outside["layers"], inside["layers"], strict=True):
         shown = (a["fvu"], a["fvu_pca"], a["fvu_standardized"], a["l0"], b["fvu"])

@@ -22,6 +22,7 @@ from mlsae.sae import SAE
 from mlsae.sae.kernels.functions import bag, preactivations
 from mlsae.sae.kernels.select import select
 from mlsae.sae.kernels.sparse import Support
+from mlsae.train.step.spread import least_share
 
 Sum = Callable[[torch.Tensor], torch.Tensor]
 """Adds a tensor up over ranks."""
@@ -97,7 +98,7 @@ def accumulate(
     """
     u_SD, e_SD = (torch.cat(parts) for parts in zip(*residuals, strict=True))
     num_dead = len(dead)
-    total = sum_over_ranks(e_SD.square().sum())
+    total, squares = sum_over_ranks(torch.stack([e_SD.square().sum(), u_SD.square().sum()]))
     W_enc, W_dec, b = (
         weights.detach().requires_grad_() for weights in (sae.W_enc[dead], sae.W_dec[dead], sae.b)
     )
@@ -107,8 +108,9 @@ def accumulate(
     values = preactivations(u_SD, W_enc, b, pre, support).relu()
     remainder = (e_SD - bag(values, W_dec, support)).square().sum()
     coefficient = COEFFICIENT * min(1.0, num_dead / k_aux)
-    # Without a residual there is nothing to explain, and 0 / 0 would poison the gradient.
-    aux = remainder * torch.where(total > 0, coefficient / total, 0.0)
+    # Rounding is nothing to explain, and 0 / 0 would poison the gradient.
+    is_left = total > least_share(standardized=False) * squares
+    aux = remainder * torch.where(is_left, coefficient / total, 0.0)
     gradients = torch.autograd.grad(aux, (W_enc, W_dec, b))
     for parameter, gradient in zip((sae.W_enc, sae.W_dec), gradients[:2], strict=True):
         assert parameter.grad is not None

@@ -25,6 +25,7 @@ from mlsae.store import Moments
 from mlsae.train.step import auxiliary, resample
 from mlsae.train.step.auxiliary import Residual, Sum
 from mlsae.train.step.resample import Candidates, Resampling
+from mlsae.train.step.spread import least_share
 
 LOSS_SPACES = ("standardized", "raw")
 
@@ -63,10 +64,12 @@ def layer_variances(
     """
     at = [moments.layers.index(layer) for layer in layers]
     in_u = loss_space != "raw" and normalize == "standardize"
-    m2 = moments.u_m2 if in_u else moments.m2
+    m2, mean = (moments.u_m2, moments.u_mean) if in_u else (moments.m2, moments.mean)
     variances: npt.NDArray[np.float64] = m2[at].sum(axis=1) / moments.count
-    for layer, variance in zip(layers, variances.tolist(), strict=True):
-        if not variance > 0:
+    squares = variances + np.square(mean[at]).sum(axis=1)
+    least = least_share(standardized=in_u) * squares
+    for layer, variance, too_little in zip(layers, variances.tolist(), least, strict=True):
+        if not variance > too_little:
             raise InputError(
                 f"the activations of layer {layer} do not vary (variance {variance:g}): there is "
                 f"nothing to reconstruct; leave it out with --layers"
@@ -171,7 +174,10 @@ class Objective:
                 residual = Residual(u_BD[chosen], e_BD[chosen])
             if num_candidates:
                 keys_B = resample.keys(x_BD, loss_B, self._seed, step)
-                candidates = Candidates(keys_B, u_BD - sae.b).first(num_candidates)
+                c_BD = u_BD - sae.b
+                # A row at b has no direction.
+                keys_B = keys_B.where(c_BD.any(dim=1), torch.inf)
+                candidates = Candidates(keys_B, c_BD).first(num_candidates)
         return Losses(
             main=main.detach(),
             penalty=cost,

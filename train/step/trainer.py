@@ -38,7 +38,7 @@ class DivergedError(MlsaeError, ArithmeticError):
             where = f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
         super().__init__(
             f"the loss is {loss} at step {step} with learning rate {lr:.3g}, from {where}: "
-            f"training has diverged; lower --lr. The last checkpoint is kept"
+            f"training has diverged; train again into another --out with a lower --lr"
         )
 
 
