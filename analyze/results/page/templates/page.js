@@ -86,7 +86,10 @@
     return piece
       .replaceAll("\n", "⏎")
       .replaceAll("\t", "⇥")
-      .replace(/[\u0000-\u001f]/g, (c) => String.fromCharCode(0x2400 + c.charCodeAt(0)));
+      .replace(/[\u0000-\u001f]/g, (c) => String.fromCharCode(0x2400 + c.charCodeAt(0)))
+      // Others that have no shape would hide, or turn round the tokens behind them (U+202E); two
+      // join letters.
+      .replace(/[\p{C}\u2028\u2029]/gu, (c) => (/[\u200c\u200d]/.test(c) ? c : "\ufffd"));
   }
 
   function exampleItem([, , quantile, layer, token, value, peak, pieces, active, byLayer]) {
