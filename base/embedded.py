@@ -16,7 +16,9 @@ def embedded_model(name: str) -> str:
 
 
 def embedded_text(name: str) -> str:
-    """Place of the demo's text for `demo`, `demo:train` or `demo:held_out`; another name as it is.
+    """Place of the demo's text for `demo:train`, which is `demo`, or `demo:held_out`.
+
+    Another name stays as it is.
 
     A share of a mixture may follow, as in `demo:train:0.5`, and is kept.
     """
@@ -24,4 +26,4 @@ def embedded_text(name: str) -> str:
     if match is None:
         return name
     part, share = match.groups()
-    return f"{TEXT / f'{part}.jsonl' if part else TEXT}{share or ''}"
+    return f"{TEXT / (part or 'train')}.jsonl{share or ''}"

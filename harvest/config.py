@@ -20,6 +20,8 @@ from mlsae.store.format.presets import PRESETS
 
 DEFAULT_CONTEXT_LENGTH = 1024
 DEVICE_MAPS = ("auto",)
+ALL_ENCODINGS = "all"
+"""Encodings of a dry run that prints the size in each."""
 
 
 @settings
@@ -171,7 +173,7 @@ class HarvestConfig(TextSettings, _ModelSettings):
         group="Store",
         doc="float16, bfloat16, float32 or int8, each also with -zstd; auto is bfloat16 for a "
         "model in bfloat16, else float16, which refuses magnitudes over 16,000 in the first "
-        "batch.",
+        "batch; all, with --dry-run, prints the size in each.",
     )
     max_encoding_fvu: float = setting(
         default=MAX_ADDED_FVU,
@@ -216,7 +218,7 @@ class HarvestConfig(TextSettings, _ModelSettings):
         default=False,
         decides=False,
         group="Run",
-        doc="Print what would be harvested and write nothing.",
+        doc="Pack the text, try one batch, print what the harvest would take, and write nothing.",
     )
 
     def __post_init__(self) -> None:
@@ -243,7 +245,7 @@ class HarvestConfig(TextSettings, _ModelSettings):
         if not self.max_encoding_fvu > 0:
             raise InputError(f"--max-encoding-fvu must be above 0, got {self.max_encoding_fvu}")
         for flag, name, choices in (
-            ("--encoding", self.encoding, ("auto", *PRESETS)),
+            ("--encoding", self.asked_encoding, ("auto", *PRESETS)),
             ("--model-dtype", self.model_dtype, ("auto", *DTYPES)),
             ("--init", self.init, INITS),
             ("--packing", self.packing, PACKINGS),
@@ -270,9 +272,14 @@ class HarvestConfig(TextSettings, _ModelSettings):
             )
 
     @property
+    def asked_encoding(self) -> str:
+        """`encoding`; `auto` for a dry run of all."""
+        return "auto" if self.dry_run and self.encoding == ALL_ENCODINGS else self.encoding
+
+    @property
     def sized_as(self) -> str:
         """Preset with the sizes for `encoding`: for `auto`, one of the two with 16 bits."""
-        return "float16" if self.encoding == "auto" else self.encoding
+        return "float16" if self.asked_encoding == "auto" else self.asked_encoding
 
 
 def unknown_or_twice(sites: tuple[str, ...]) -> bool:

@@ -3,13 +3,10 @@
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import click
-import numpy.typing as npt
 
 from mlsae.base.devices import resolve_device
 from mlsae.base.directories import held, require_outside_stores
+from mlsae.base.errors import MlsaeError
 from mlsae.base.interruption import (
     InterruptedWorkError,
     Interruption,
@@ -17,18 +14,15 @@ from mlsae.base.interruption import (
     interruptible,
 )
 from mlsae.base.machine.resources import require_writable
-from mlsae.base.output.console import Progress
+from mlsae.base.output.console import Progress, say
 from mlsae.base.ranks import Ranks, wait_until
 from mlsae.base.units import counted, portion
-from mlsae.harvest.compute.batch_size import choose_batch_size, enough_shards_size
-from mlsae.harvest.compute.batches import Batches, Slice
+from mlsae.harvest.compute.batches import Batches
 from mlsae.harvest.compute.calibrate import calibrate
-from mlsae.harvest.compute.forward import choose_encoding, preflight
 from mlsae.harvest.config import HarvestConfig
 from mlsae.harvest.plan import (
     Request,
     check_vocabulary,
-    kept_by,
     layouts,
     producer_of,
     provenance_of,
@@ -42,8 +36,8 @@ from mlsae.harvest.shards import harvest_shards
 from mlsae.harvest.text.packing import PackedText, pack
 from mlsae.harvest.text.report import text_lines
 from mlsae.harvest.text.sources import open_sources
+from mlsae.harvest.trial import try_batch
 from mlsae.models import Transformer, load, outline
-from mlsae.models.sites import check_sites
 from mlsae.store import Calibration, PlanMismatchError, Writer, create, open_store, resume
 from mlsae.store.places.objects import LocalObjects
 from mlsae.store.read.commits import pending_shards
@@ -110,7 +104,8 @@ def _run(config: HarvestConfig, interruption: Interruption) -> HarvestResult | N
     )
     request = resolve(config, model, device.type)
     if config.dry_run:
-        _pack_and_check_room(request, model, ranks)
+        if (packed := _pack_and_check_room(request, model, ranks)) is not None:
+            _say_dry_run(request, model, packed, ranks)
         return None
     # Processes share it, in one run or in several of one plan: their bytes are equal.
     with held(config.out, shared=True):
@@ -130,15 +125,13 @@ def _run(config: HarvestConfig, interruption: Interruption) -> HarvestResult | N
     )
 
 
-def _fill(request: Request, model: Transformer, ranks: Ranks, interruption: Interruption) -> Writer:
-    """Pack the text and harvest it, until the store is complete."""
-    config, device = request.config, resolve_device(request.config.device)
-    packed = _pack_and_check_room(request, model, ranks)
-    model = load(
+def _loaded(config: HarvestConfig, model: Transformer) -> Transformer:
+    """Load the weights of an outlined model."""
+    return load(
         model.name,
         revision=model.revision,
         dtype=config.model_dtype,
-        device=device,
+        device=resolve_device(config.device),
         attention_implementation=config.attention_implementation,
         init=config.init,
         init_seed=config.init_seed,
@@ -146,6 +139,13 @@ def _fill(request: Request, model: Transformer, ranks: Ranks, interruption: Inte
         device_map=config.device_map,
         tokenizer=config.tokenizer,
     )
+
+
+def _fill(request: Request, model: Transformer, ranks: Ranks, interruption: Interruption) -> Writer:
+    """Pack the text and harvest it, until the store is complete."""
+    config = request.config
+    packed = _pack_and_check_room(request, model, ranks)
+    model = _loaded(config, model)
     for note in model.notes:
         ranks.say(note)
     batches = None
@@ -160,6 +160,23 @@ def _fill(request: Request, model: Transformer, ranks: Ranks, interruption: Inte
         raise _stopped(config, interruption)
     _await_others(writer, ranks)
     return writer
+
+
+def _say_dry_run(request: Request, model: Transformer, packed: PackedText, ranks: Ranks) -> None:
+    """Try a batch where the model is, and describe the store and the time that it takes."""
+    config, trial, seconds = request.config, None, None
+    try:
+        trial = try_batch(request, _loaded(config, model), packed)
+        num_batches = -(-len(packed.tokens) // request.context_length // trial.num_sequences)
+        seconds = trial.seconds() * num_batches / ranks.world_size
+        request = replace(request, batch_sequences=trial.batches.batch_sequences)
+    except MlsaeError as error:
+        ranks.say(f"not tried: {error}")
+    chosen = config.sized_as if trial is None else trial.preset.name
+    sizes = layouts(request, packed, model.d_model)
+    for line in dry_run_lines(request, packed, sizes, chosen, seconds, model):
+        ranks.say(line)
+    require_room(config, sizes[config.sized_as], len(packed.tokens))
 
 
 def _pack_and_check_room(request: Request, model: Transformer, ranks: Ranks) -> PackedText | None:
@@ -182,11 +199,9 @@ def _pack_and_check_room(request: Request, model: Transformer, ranks: Ranks) -> 
     check_vocabulary(packed, model)
     for line in text_lines(packed):
         ranks.say(line)
-    sizes = layouts(request, packed, model.d_model)
-    if config.dry_run:
-        for line in dry_run_lines(config, packed, sizes, model.tokenizer):
-            ranks.say(line)
-    require_room(config, sizes[config.sized_as], len(packed.tokens))
+    if not config.dry_run:
+        sizes = layouts(request, packed, model.d_model)
+        require_room(config, sizes[config.sized_as], len(packed.tokens))
     return packed
 
 
@@ -194,35 +209,11 @@ def _begin(
     request: Request, model: Transformer, packed: PackedText, ranks: Ranks
 ) -> tuple[Writer, Batches]:
     """Try one batch, then fix the plan and write the tokens, unless they are there already."""
-    config, length = request.config, request.context_length
-    sites = check_sites(model, request.sites)
-    batch_sequences = request.batch_sequences
+    config = request.config
+    trial = try_batch(request, model, packed)
+    batches, preset, sites = trial.batches, trial.preset, trial.sites
     if request.batch_is_free:
-        num_sequences = len(packed.tokens) // length
-        most = min(batch_sequences, enough_shards_size(model.device.type, length, num_sequences))
-        batch_sequences = choose_batch_size(
-            model,
-            most=most,
-            row_bytes=request.row_bytes,
-            context_length=length,
-            layers=request.layers,
-            sites=sites,
-        )
-        ranks.say(f"sequences a forward pass: {batch_sequences}")
-    batches = Batches(
-        tokens=_slices(packed.tokens),
-        documents=_slices(packed.documents) if config.isolate_documents else None,
-        token_flags=_slices(packed.token_flags) if config.packing == "document" else None,
-        context_length=length,
-        batch_sequences=batch_sequences,
-        keep=kept_by(config),
-    )
-    num_sequences = min(batch_sequences, len(packed.tokens) // length)
-    # All positions are looked at, those that are not stored too.
-    largest = preflight(
-        model, replace(batches, keep=None).batch(0, num_sequences), request.layers, sites
-    )
-    preset = choose_encoding(config.encoding, model.dtype, largest)
+        ranks.say(f"sequences a forward pass: {batches.batch_sequences}")
     calibration = None
     if preset.encoding == "int8":
         calibration = _written_calibration(config.out) or calibrate(
@@ -233,7 +224,7 @@ def _begin(
         tokens=packed.tokens,
         documents=packed.documents,
         token_flags=packed.token_flags,
-        context_length=length,
+        context_length=request.context_length,
         layers=request.layers,
         d_model=model.d_model,
         sites=sites,
@@ -241,7 +232,7 @@ def _begin(
         compression=preset.compression,
         calibration=calibration,
         max_added_fvu=config.max_encoding_fvu,
-        batch_sequences=batch_sequences,
+        batch_sequences=batches.batch_sequences,
         keep_positions=config.keep_positions,
         keep_seed=config.keep_seed,
         shard_bytes=shard_bytes(request, len(packed.tokens), model.d_model, preset.encoding),
@@ -252,10 +243,6 @@ def _begin(
         cached=keeps_cached(model),
     )
     return writer, batches
-
-
-def _slices(values: npt.NDArray[Any]) -> Slice:
-    return lambda start, stop: values[start:stop]
 
 
 def keeps_cached(model: Transformer) -> bool:
@@ -276,7 +263,7 @@ def _written_calibration(path: Path) -> Calibration | None:
 def _join(config: HarvestConfig, model: Transformer, ranks: Ranks) -> Writer:
     """Wait for rank 0's plan and tokens, and take part if they are of this very model."""
     if not (config.out / SETUP).exists():
-        click.echo(
+        say(
             f"rank {ranks.rank} waits for rank 0 to make the plan at {config.out}; if no other "
             "process runs this command, unset RANK and WORLD_SIZE"
         )

@@ -76,8 +76,8 @@ def resolve(config: HarvestConfig, model: Transformer, device_kind: str) -> Requ
     }
     compression = compression_named(resolve_preset(config.sized_as).compression)
     asked["compression"] = None if compression is None else asdict(compression)
-    if config.encoding != "auto":
-        asked["encoding"] = resolve_preset(config.encoding).encoding
+    if config.asked_encoding != "auto":
+        asked["encoding"] = resolve_preset(config.asked_encoding).encoding
     if config.batch_size is not None:
         asked["batch_sequences"] = config.batch_size
     parts = parts_of(resolve_preset(config.sized_as).encoding, model.d_model)

@@ -1,15 +1,22 @@
 """Lines about a dry run and a finished store: sizes, the table by layer, the cost of int8."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
 from mlsae.base.machine.resources import free_disk
-from mlsae.base.units import counted, format_bytes, format_count
-from mlsae.harvest.config import HarvestConfig
+from mlsae.base.units import (
+    counted,
+    format_bytes,
+    format_count,
+    format_duration,
+    format_ranges,
+)
+from mlsae.harvest.config import ALL_ENCODINGS
 from mlsae.harvest.outliers import outlier_lines
+from mlsae.harvest.plan import Request
 from mlsae.harvest.text.packing import PackedText
+from mlsae.models import Transformer
 from mlsae.store import Store
 from mlsae.store.format.layout import Layout
 from mlsae.store.format.presets import PRESETS
@@ -19,21 +26,44 @@ DECODED_TOKENS = 40
 
 
 def dry_run_lines(
-    config: HarvestConfig, packed: PackedText, sizes: Mapping[str, Layout], tokenizer: Any
+    request: Request,
+    packed: PackedText,
+    sizes: Mapping[str, Layout],
+    chosen: str,
+    seconds: float | None,
+    model: Transformer,
 ) -> Iterator[str]:
-    """Describe the store that the command would write without --dry-run."""
-    layout = next(iter(sizes.values()))
-    yield f"rows of each layer: {format_count(layout.num_rows)}"
-    for name, size in sizes.items():
+    """Describe the store that the command would write without --dry-run.
+
+    Args:
+        request: the settings, resolved.
+        packed: the text.
+        sizes: rows, shards and bytes of the store in each encoding.
+        chosen: encoding that the harvest would take.
+        seconds: time of all forward passes; None where none was tried.
+        model: the model, for the text of tokens.
+    """
+    config = request.config
+    yield (
+        f"activations: {' and '.join(request.sites)} of {counted(len(request.layers), 'layer')} "
+        f"({format_ranges(request.layers)} of 0–{model.num_layers - 1}), {model.d_model} channels, "
+        f"{counted(sizes[chosen].num_rows, 'row')} of each layer"
+    )
+    for name in sizes if config.encoding == ALL_ENCODINGS else (chosen,):
+        size = sizes[name]
         bound = "" if PRESETS[name].compression == "none" else "at most "
+        auto = " (auto)" if config.encoding == "auto" else ""
         yield (
-            f"{name}: {bound}{format_bytes(size.total_bytes)}, shards of each layer: "
+            f"{name}{auto}: {bound}{format_bytes(size.total_bytes)}, shards of each layer: "
             f"{format_count(size.num_shards)} of up to {counted(size.shard_rows, 'row')}"
         )
+    if seconds is not None:
+        yield f"time: about {format_duration(seconds)} for the transformer here, by one batch of it"
     yield f"free at {config.out}: {format_bytes(free_disk(config.out))}"
     # As a literal: newlines and control characters of the text must not break the report.
-    beginning = tokenizer.decode(packed.tokens[:DECODED_TOKENS].tolist())
-    yield f"first {counted(min(DECODED_TOKENS, len(packed.tokens)), 'token')}: {beginning!r}"
+    beginning = model.tokenizer.decode(packed.tokens[:DECODED_TOKENS].tolist())
+    first = counted(min(DECODED_TOKENS, len(packed.tokens)), "token")
+    yield f"first {first}: {beginning!r}"
     yield "dry run: nothing was written"
 
 

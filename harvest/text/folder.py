@@ -79,8 +79,9 @@ def choose_files(directory: Path, split: str | None) -> Choice | None:
         None where no file is of a kind read here.
 
     Raises:
-        InputError: the directory is empty; holds files of several kinds or of another one, a link
-            to nothing, or a folder that cannot be read; or has no such split.
+        InputError: the directory is empty; holds files of several kinds or of another one, none of
+            them named by split; a link to nothing, or a folder that cannot be read; or has no such
+            split.
     """
     inside = list(_files_inside(directory))
     if not inside:
@@ -89,6 +90,10 @@ def choose_files(directory: Path, split: str | None) -> Choice | None:
     files = [path for path in inside if not _is_about(path)]
     if not any(kind_of(path) for path in files):
         return None
+    # Data sets as the hub keeps them have a licence or a description in another form beside them.
+    if len(own := {kind_of(path) for path in files if split_of(path)} - {None}) == 1:
+        left_out += [(path, "another kind of file") for path in files if kind_of(path) not in own]
+        files = [path for path in files if kind_of(path) in own]
     _require_one_kind(directory, files)
     seen: dict[tuple[int, int], Path] = {}
     for path in list(files):

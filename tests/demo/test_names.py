@@ -15,10 +15,10 @@ from mlsae.harvest import HarvestConfig
 @pytest.mark.parametrize(
     ("name", "place"),
     [
-        ("demo", str(text_path())),
+        ("demo", str(text_path("train"))),
         ("demo:train", str(text_path("train"))),
         ("demo:held_out", str(text_path("held_out"))),
-        ("demo:0.5", f"{text_path()}:0.5"),
+        ("demo:0.5", f"{text_path('train')}:0.5"),
         ("demo:held_out:0.5", f"{text_path('held_out')}:0.5"),
         ("./demo", "./demo"),
         ("demo:other", "demo:other"),

@@ -95,6 +95,15 @@ def test_two_splits_keep_others_out_and_say_so(tmp_path: Path) -> None:
     )
 
 
+def test_other_kinds_beside_a_split_are_passed_over(tmp_path: Path) -> None:
+    make(tmp_path, {"train.jsonl": lines("a"), "LICENSE-mine.txt": "free", "sources.json": "{}"})
+    assert read(tmp_path) == (
+        ["a"],
+        "packed from DIR: train.jsonl; passed over LICENSE-mine.txt, sources.json (another kind of "
+        "file)",
+    )
+
+
 def test_one_split_is_chosen_by_name_alone(tmp_path: Path) -> None:
     make(tmp_path, {"test.jsonl": lines("b")})
     assert "has no split 'train': its files are named test, such as test.jsonl" in refused(tmp_path)

@@ -138,7 +138,7 @@ def test_what_was_left_out_is_said(tokenizer_maker: Callable[..., Any], tmp_path
                 "packed 24 tokens: 3 sequences of 8 from 3 documents",
                 "padding: 5 tokens, 20.8% of all",
                 "cut off: 7 tokens of 2 documents longer than a sequence",
-                "passed over: 1 empty documents",
+                "passed over: 1 empty document",
             ],
         ),
         (
@@ -146,7 +146,7 @@ def test_what_was_left_out_is_said(tokenizer_maker: Callable[..., Any], tmp_path
             [
                 "packed 24 tokens: 3 sequences of 8 from 3 documents",
                 "left out: the final incomplete sequence, 2 tokens",
-                "passed over: 1 empty documents",
+                "passed over: 1 empty document",
             ],
         ),
     ):

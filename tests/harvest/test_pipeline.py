@@ -1,6 +1,8 @@
 """A harvest from text to a finished store, and everything that stops one before it starts."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from mlsae.harvest.text.sources import Source
 from mlsae.models import load, load_for
 from mlsae.models.families import attention
 from mlsae.store import ActivationError, NotAStoreError, PlanMismatchError, open_store
+from mlsae.store.format.presets import PRESETS
 
 MakeConfig = Callable[..., HarvestConfig]
 
@@ -215,13 +218,36 @@ def test_dry_run_says_what_would_be_made_and_writes_nothing(
     assert not settings.out.exists()
     text = capsys.readouterr().out
     assert "packed 992 tokens: 62 sequences of 16" in text
-    assert "rows of each layer: 992" in text
-    for encoding in ("float16", "bfloat16", "float32"):
-        assert f"\n{encoding}: " in text
+    assert "activations: resid_post of 4 layers (0–3 of 0–3), 32 channels, 992 rows of each" in text
+    assert "\nfloat16 (auto): " in text
+    assert "float32" not in text
+    assert re.search(r"\ntime: about \d+ s for the transformer here, by one batch of it\n", text)
     assert f"free at {settings.out}: " in text
     words = " <|endoftext|> ".join(texts).split()[:40]
     assert f"first 40 tokens: {' '.join(words)!r}" in text
     assert text.endswith("dry run: nothing was written\n")
+
+
+def test_dry_run_has_the_size_in_every_encoding_on_request(
+    config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(config(dry_run=True, encoding="all", max_tokens=100))
+    lines = capsys.readouterr().out.splitlines()
+    assert set(PRESETS) <= {line.split(": ")[0] for line in lines}
+    with pytest.raises(InputError, match=r"--encoding must be auto, .*, got 'all'"):
+        config(encoding="all")
+
+
+def test_dry_run_goes_on_where_the_model_cannot_be_tried(
+    config: MakeConfig, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever plans on a small machine has the weights elsewhere."""
+    shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    run(config(dry_run=True, model=str(tmp_path / "model")))
+    text = capsys.readouterr().out
+    assert "\nnot tried: " in text
+    assert "\nfloat16 (auto): " in text
+    assert "time: " not in text
 
 
 def test_dry_run_names_the_bytes_that_the_harvest_then_takes(
