@@ -110,6 +110,42 @@ def require(config: Mapping[str, Any], key: str, path: Path, kind: type) -> Any:
     return value
 
 
+def check_entries(
+    config: Mapping[str, Any],
+    path: Path,
+    *,
+    harmless: Collection[str],
+    decided: Mapping[str, Collection[object]] | None = None,
+    within: str = "",
+) -> None:
+    """Refuse entries with which an SAE may compute something else, or take another input.
+
+    Args:
+        config: a mapping of the configuration.
+        path: the file.
+        harmless: entries that say nothing of that, or are read elsewhere.
+        decided: entry → values with which it is understood; absent, it is so always.
+        within: name of the mapping within the file, with a dot; empty for the whole.
+
+    Raises:
+        ConversionError: an entry is unknown, or has another value.
+    """
+    allowed = decided or {}
+    for key in sorted(config.keys() - set(harmless)):
+        value = config[key]
+        if key not in allowed:
+            raise ConversionError(
+                f"{path} cannot be imported exactly: {within}{key} ({value!r}) is no entry that is "
+                f"understood, so what the SAE computes is not known"
+            )
+        if not any(value == one and type(value) is type(one) for one in allowed[key]):
+            shown = " or ".join(map(repr, allowed[key]))
+            raise ConversionError(
+                f"{path} cannot be imported exactly: {within}{key} is {value!r}, and an SAE that "
+                f"is imported has {shown}"
+            )
+
+
 def names_in(path: Path) -> list[str]:
     """Names of a safetensors file's tensors.
 

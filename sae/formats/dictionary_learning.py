@@ -28,6 +28,7 @@ from mlsae.sae.formats.common import (
     Origin,
     Tensors,
     assemble,
+    check_entries,
     conversion,
     encoder_bias,
     layers_of,
@@ -44,6 +45,21 @@ from mlsae.sae.model import SAE
 
 _NAME = "dictionary-learning"
 _CONFIG, _WEIGHTS = "config.json", "ae.pt"
+_HARMLESS = (
+    *("dict_class", "k", "submodule_name", "layer", "lm_name", OURS),
+    *("activation_dim", "dict_size", "device", "wandb_name", "seed", "steps", "lr", "l1_penalty"),
+    *("warmup_steps", "sparsity_warmup_steps", "resample_steps", "decay_start", "auxk_alpha"),
+    *("threshold_beta", "threshold_start_step"),
+)
+"""Entries of a trainer that are read elsewhere, or were of training alone."""
+_DECIDED = {
+    "trainer_class": ("TopKTrainer", "StandardTrainer", "StandardTrainerAprilUpdate"),
+}
+_BUFFER = (
+    *("d_submodule", "layer", "n_ctxs", "ctx_len", "refresh_batch_size", "out_batch_size"),
+    "device",
+)
+"""Entries of a buffer that were of training alone; `io` says which side of the module is meant."""
 _SUBMODULE = re.compile(rf"({'|'.join(SITES)})_layer_(\d+)")
 
 
@@ -58,6 +74,11 @@ def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
             f"{understood(_NAME)}"
         )
     kind, theirs = found
+    check_entries(config, path, harmless=("trainer", "buffer"))
+    check_entries(trainer, path, harmless=_HARMLESS, decided=_DECIDED, within="trainer.")
+    if isinstance(buffer := config.get("buffer"), Mapping):
+        decided = {"io": ("out",)}
+        check_entries(buffer, path, harmless=_BUFFER, decided=decided, within="buffer.")
     weights = directory / _WEIGHTS
     state = _load(weights)
     if "ae" in state:

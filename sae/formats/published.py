@@ -21,6 +21,7 @@ from mlsae.sae.formats.common import (
     Format,
     Origin,
     assemble,
+    check_entries,
     layers_of,
     names_in,
     no_place,
@@ -36,6 +37,13 @@ _NAME = "mlsae"
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _SITE = "resid_post"
 _PREFIX = "autoencoder."
+_HARMLESS = (
+    *("k", "standardize", "layers", "model_name", "lens", "tuned_lens"),
+    *("n_inputs", "n_latents", "expansion_factor", "auxk", "auxk_coef", "dead_tokens_threshold"),
+    *("dead_steps_threshold", "dead_threshold", "lr", "skip_special_tokens", "max_length"),
+    *("batch_size", "accumulate_grad_batches"),
+)
+"""Entries that are read elsewhere, or were of training alone."""
 _BLOCK = re.compile(r"transformer\..*\.layers\.(\d+)\..*")
 
 
@@ -47,6 +55,7 @@ def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
                 f"{path} cannot be imported exactly: it has a lens, a transformation of each layer "
                 f"of its own ({key} is true), and SAEs here have none"
             )
+    check_entries(config, path, harmless=_HARMLESS)
     names = names_in(weights)
     with_transformer = any(name.startswith(_PREFIX) for name in names)
     state = read_safetensors(weights, _PREFIX if with_transformer else "")

@@ -25,6 +25,7 @@ from mlsae.sae.formats.common import (
     Origin,
     Tensors,
     assemble,
+    check_entries,
     conversion,
     encoder_bias,
     named,
@@ -46,6 +47,36 @@ _VERSION = "6.0.0"
 """A configuration without a version, or with an earlier one, is taken for the older layout."""
 _NORM, _SHAPE = "normalize_activations", "reshape_activations"
 _NORMALIZE = {"standardize": "layer_norm", "none": "none"}
+_HARMLESS = (
+    *("architecture", "d_in", "d_sae", "k", "apply_b_dec_to_input", _NORM, _SHAPE, "metadata"),
+    *("rescale_acts_by_decoder_norm", "dtype", "device"),
+    *("decoder_init_norm", "aux_loss_coefficient", "use_sparse_activations"),
+    *("l1_coefficient", "lp_norm", "l1_warm_up_steps"),
+)
+"""Entries that are read elsewhere, or were of training alone."""
+_METADATA = (
+    *("sae_lens_version", "sae_lens_training_version", "model_name", "hook_name", OURS),
+    *("model_from_pretrained_kwargs", "model_class_name", "hook_layer", "dataset_path"),
+    *("dataset_trust_remote_code", "context_size", "prepend_bos", "seqpos_slice"),
+    *("exclude_special_tokens", "sequence_separator_token", "disable_concat_sequences"),
+    *("neuronpedia_id", "training_tokens", "artifacts_path"),
+)
+"""Entries of the metadata that say nothing of the encoder's input, or are read elsewhere."""
+_MODEL = (
+    *("fold_ln", "fold_value_biases", "center_unembed", "refactor_factored_attn_matrices"),
+    *(
+        "dtype",
+        "torch_dtype",
+        "device",
+        "device_map",
+        "n_devices",
+        "trust_remote_code",
+        "cache_dir",
+    ),
+    *("local_files_only", "low_cpu_mem_usage", "default_prepend_bos", "default_padding_side"),
+    *("attn_implementation", "token"),
+)
+"""Ways to load the model that leave its activations as they are."""
 _HOOK = re.compile(rf"blocks\.(\d+)\.hook_({'|'.join(SITES)})")
 
 
@@ -58,6 +89,7 @@ def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
             f"again"
         )
     kind = _check(config, path)
+    _check_input(metadata, path)
     d_in, d_sae = require(config, "d_in", path, int), require(config, "d_sae", path, int)
     shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
     found = take(read_safetensors(directory / _WEIGHTS), shapes, directory / _WEIGHTS)
@@ -106,8 +138,34 @@ def _check(config: Mapping[str, Any], path: Path) -> type[Architecture]:
             raise ConversionError(
                 f"{path} cannot be imported exactly: it is an SAE {reason.format(repr(value))}"
             )
+    check_entries(config, path, harmless=_HARMLESS)
     assert found is not None
     return found[0]
+
+
+def _check_input(metadata: Mapping[str, Any], path: Path) -> None:
+    """Refuse an SAE of other activations than those of the model as it was published."""
+    check_entries(
+        metadata,
+        path,
+        harmless=_METADATA,
+        decided={
+            "hook_head_index": (None,),
+            "hook_head_index_out": (None,),
+            "hook_name_out": (None, metadata.get("hook_name")),
+            "finetuning_scaling_factor": (None, False),
+        },
+        within="metadata.",
+    )
+    processing = metadata.get("model_from_pretrained_kwargs")
+    if isinstance(processing, Mapping):
+        check_entries(
+            processing,
+            path,
+            harmless=_MODEL,
+            decided={"center_writing_weights": (False,), "revision": (None, "main")},
+            within="metadata.model_from_pretrained_kwargs.",
+        )
 
 
 def _folded(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]]:

@@ -20,6 +20,7 @@ from mlsae.sae.formats.common import (
     Format,
     Origin,
     assemble,
+    check_entries,
     conversion,
     encoder_bias,
     named,
@@ -36,12 +37,18 @@ from mlsae.sae.model import SAE
 
 _NAME = "sparsify"
 _CONFIG, _WEIGHTS = "cfg.json", "sae.safetensors"
+_HARMLESS = (
+    *("activation", "d_in", "expansion_factor", "k", "num_latents", "skip_connection"),
+    *("transcode", OURS, "multi_topk", "normalize_decoder"),
+)
+"""Entries that are read elsewhere, or were of training alone."""
 _MODULES = {"resid_post": "layers.{}", "mlp_out": "layers.{}.mlp"}
 """Site → the module whose output it is in most transformers; the last sites are no one's output."""
 
 
 def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
     path = directory / _CONFIG
+    check_entries(config, path, harmless=_HARMLESS, decided={"signed": (False,)})
     known = named(_NAME, config.get("activation", "topk"))
     for key, expected in (
         ("activation", "topk" if known is None else known[1].name),

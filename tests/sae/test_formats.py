@@ -198,7 +198,7 @@ def test_what_an_export_says_of_the_model_and_the_hook_point(
         ("sparsify", {"num_latents": 0, "expansion_factor": 4}),
         ("dictionary-learning", {}),
         ("mlsae", {}),
-        ("mlsae", {"standardize": False, "layers": None, "anything": "new"}),
+        ("mlsae", {"standardize": False, "layers": None, "skip_special_tokens": True}),
     ],
 )
 def test_an_import_computes_what_the_tool_does(
@@ -340,7 +340,7 @@ def test_odd_values_in_a_foreign_configuration(make_foreign: Make, tmp_path: Pat
         assert "layers" not in import_sae(theirs, tmp_path / f"b{place}").training_record
     theirs = make_foreign(tmp_path / "theirs", "mlsae")
     path = theirs / "config.json"
-    path.write_text(path.read_text().replace("{", '{"lr": 1e999, "beta": NaN, ', 1))
+    path.write_text(path.read_text().replace("{", '{"lr": 1e999, "auxk_coef": NaN, ', 1))
     imported = import_sae(theirs, tmp_path / "sae").training_record["imported"]
     assert imported["configuration"]["lr"] == "1e999"
-    assert imported["configuration"]["beta"] == "NaN"
+    assert imported["configuration"]["auxk_coef"] == "NaN"

@@ -18,6 +18,8 @@ from mlsae.sae.formats.convert import export_sae
 
 Make = Callable[..., Path]
 D, N, K = 12, 48, 5
+METADATA = {"sae_lens_version": "6.18.0", "hook_name": "blocks.7.hook_mlp_out"}
+CENTRED = {"center_writing_weights": True, "fold_ln": True}
 
 
 def command(*arguments: object) -> Result:
@@ -118,6 +120,42 @@ def test_an_sae_without_layers_has_no_place_in_a_format_of_single_layers(
             {"trainer": {"dict_class": "AutoEncoderTopK", "k": K + 1}},
             f"says k {K + 1}, ",
         ),
+        ("saelens", {"noise": 0.1}, "noise (0.1) is no entry that is understood, so what the SAE"),
+        (
+            "saelens",
+            {"metadata": METADATA | {"model_from_pretrained_kwargs": CENTRED}},
+            "metadata.model_from_pretrained_kwargs.center_writing_weights is True, and an SAE that "
+            "is imported has False",
+        ),
+        (
+            "saelens",
+            {"metadata": METADATA | {"model_from_pretrained_kwargs": {"checkpoint_value": 1000}}},
+            "metadata.model_from_pretrained_kwargs.checkpoint_value (1000) is no entry that is un",
+        ),
+        (
+            "saelens",
+            {"metadata": METADATA | {"hook_head_index": 3}},
+            "metadata.hook_head_index is 3, and an SAE that is imported has None",
+        ),
+        (
+            "saelens",
+            {"metadata": METADATA | {"hook_name_out": "blocks.7.hook_resid_post"}},
+            "metadata.hook_name_out is 'blocks.7.hook_resid_post', and an SAE that is imported has",
+        ),
+        ("sparsify", {"signed": True}, "signed is True, and an SAE that is imported has False"),
+        ("sparsify", {"ste_temperature": 1.0}, "ste_temperature (1.0) is no entry that is und"),
+        (
+            "dictionary-learning",
+            {"trainer": {"dict_class": "AutoEncoderTopK", "k": K, "abs": True}},
+            "trainer.abs (True) is no entry that is understood",
+        ),
+        (
+            "dictionary-learning",
+            {"trainer": {"dict_class": "AutoEncoderTopK", "k": K, "trainer_class": "AbsTopK"}},
+            "trainer.trainer_class is 'AbsTopK', and an SAE that is imported has 'TopKTrainer' or",
+        ),
+        ("dictionary-learning", {"buffer": {"io": "in"}}, "buffer.io is 'in', and an SAE that is"),
+        ("mlsae", {"signed": True}, "signed (True) is no entry that is understood"),
         ("mlsae", {"lens": True}, "it has a lens, a transformation of each layer of its own"),
         ("mlsae", {"tuned_lens": True}, "(tuned_lens is true)"),
         ("mlsae", {"standardize": None}, "expected standardize as bool, got None"),
@@ -264,3 +302,23 @@ def test_the_refusal_is_a_class_of_its_own(make_sae: Make, tmp_path: Path) -> No
     run = make_sae(tmp_path / "run", "none", bias=True)
     with pytest.raises(ConversionError):
         export_sae(run, "mlsae", tmp_path / "out")
+
+
+def test_entries_that_say_nothing_of_the_function_are_taken(
+    make_foreign: Make, tmp_path: Path
+) -> None:
+    """Those of training, and ways to load the model that leave its activations alone."""
+    harmless = {
+        "model_from_pretrained_kwargs": {"center_writing_weights": False, "dtype": "bfloat16"},
+        "hook_head_index": None,
+        "context_size": 128,
+        "seqpos_slice": [None],
+    }
+    for form, changes in (
+        ("saelens", {"metadata": METADATA | harmless, "aux_loss_coefficient": 1.0}),
+        ("sparsify", {"signed": False, "multi_topk": True}),
+        ("dictionary-learning", {"buffer": {"io": "out", "ctx_len": 128, "device": "cuda:0"}}),
+        ("mlsae", {"auxk": 256, "dead_threshold": 1e-3, "model_name": "EleutherAI/pythia-70m"}),
+    ):
+        theirs = make_foreign(tmp_path / form, form, **changes)
+        assert command("import", theirs, tmp_path / f"{form}-sae").exit_code == 0
