@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from mlsae import __version__
-from mlsae.base.errors import MlsaeError, without_secrets
+from mlsae.base.errors import MlsaeError
 from mlsae.base.interruption import InterruptedWorkError
 from mlsae.base.output.console import escape_what_is_lacking
 from mlsae.commands.analyze import analyze
@@ -45,8 +45,7 @@ class _OneLineErrors(CommandList):
             click.echo(str(stop), err=True)
             ctx.exit(stop.exit_status)
         except MlsaeError as error:
-            text = without_secrets(" ".join(str(error).split()))
-            raise click.ClickException(text) from None
+            raise click.ClickException(" ".join(str(error).split())) from None
         except BrokenPipeError:
             # The reader of a list has what it wanted, as head does.
             raise

@@ -28,8 +28,8 @@ _PARTIAL = ".partial"
 _STAGED = re.compile(r"(?:new|old)-[0-9a-f]{8}\.partial")
 _SYSTEMS_OWN = frozenset(
     {
-        ".DS_Store", ".Spotlight-V100", ".Trashes", ".directory", ".fseventsd",
-        ".ipynb_checkpoints", ".snapshot", "$RECYCLE.BIN", "System Volume Information",
+        ".DS_Store", ".Spotlight-V100", ".Trashes", ".cache", ".directory", ".fseventsd",
+        ".git", ".ipynb_checkpoints", ".snapshot", "$RECYCLE.BIN", "System Volume Information",
         "Thumbs.db", "desktop.ini", "lost+found",
     }
 )  # fmt: skip
@@ -39,7 +39,7 @@ _NO_RENAME = frozenset({errno.EBUSY, errno.EXDEV})
 
 
 def is_systems_own(name: str) -> bool:
-    """True for a name under which an operating system or file browser leaves things anywhere."""
+    """True for a name under which systems, browsers of files, git and hubs leave their own."""
     return name in _SYSTEMS_OWN or name.startswith(_SYSTEMS_OPENINGS)
 
 

@@ -11,8 +11,10 @@ A message is one line: the fault, the expected and the given value, the place, t
 
 import re
 
-_LOGIN = re.compile(r"(?<=://)[^\s/?#'\"]*@")
-_LOGIN_WITH_SLASH = re.compile(r"(?<=://)[^\s/?#:@\[]+:(?!\d*(?:[/?#\s'\"),;]|$))[^\s@]*@")
+_LOGIN = re.compile(r"(?<=://)(?!USER:PASSWORD@)[^\s/?#'\"]*@")
+_LOGIN_WITH_SLASH = re.compile(
+    r"(?<=://)(?!USER:PASSWORD@)[^\s/?#:@\[]+:(?!\d*(?:[/?#\s'\"),;]|$))[^\s@]*@"
+)
 _QUERY = re.compile(r"(\bhttps?://[^\s?#'\"]*)\?[^\s'\"),;]+", re.IGNORECASE)
 
 
@@ -24,6 +26,9 @@ def without_secrets(text: str) -> str:
 
 class MlsaeError(Exception):
     """Base class of every error meant for the user; the command line prints it and exits 1."""
+
+    def __str__(self) -> str:
+        return without_secrets(super().__str__())
 
 
 class InputError(MlsaeError, ValueError):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import mlsae
-from mlsae.base.errors import InputError, ResourceError
+from mlsae.base.errors import InputError, ResourceError, without_secrets
 from mlsae.base.files import local_path
 from mlsae.base.machine.resources import require_disk
 from mlsae.base.ranks import Ranks
@@ -275,5 +275,6 @@ def provenance_of(
 
 
 def _resolved(name: str) -> str:
+    name = without_secrets(name)
     path = local_path(name)
     return str(path.resolve()) if path.exists() else name

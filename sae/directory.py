@@ -12,6 +12,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from mlsae.base.directories import require_outside_stores
 from mlsae.base.files import (
     DamagedFileError,
     in_its_place,
@@ -44,9 +45,11 @@ def write(
         tensors: the architecture's parameters and the state of layers (sae/normalize.py).
         training: training.json's content.
     """
+    record = seal(training)
+    require_outside_stores(directory, "the SAE")
     directory.mkdir(parents=True, exist_ok=True)
     write_durably(directory / WEIGHTS, serialized(tensors))
-    write_durably(directory / TRAINING, seal(training))
+    write_durably(directory / TRAINING, record)
     content = {
         **config.to_dict(),
         "architecture": f"{_PREFIX}{config.architecture.name}",

@@ -11,6 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as pd
+
+from mlsae.analyze.results.analysis import Analysis
+from mlsae.base.errors import InputError
 
 _FLOATS = pa.list_(pa.float64())
 
@@ -35,7 +39,7 @@ COMPANION_EXAMPLES = pa.schema(
 """Columns of `tim-lawson/mlsae-…-examples` but for the row number `id`; the last three are JSON."""
 
 
-def dists(latent_layers: pa.Table) -> pa.Table:
+def dists(source: Analysis | pa.Table) -> pa.Table:
     """The distributions over layers, one row a latent: the columns of `COMPANION_DISTS`.
 
     A layer is given by its place among the SAE's layers, from 0, as in the published code; lists
@@ -44,8 +48,9 @@ def dists(latent_layers: pa.Table) -> pa.Table:
     above 0.
 
     Args:
-        latent_layers: the table `latent_layers`.
+        source: an analysis, or its table `latent_layers`.
     """
+    latent_layers = source.latent_layers if isinstance(source, Analysis) else source
     num_layers = len(pc.unique(latent_layers["layer"]))
     ordered = latent_layers.sort_by([("latent", "ascending"), ("layer", "ascending")])
     counts, totals = (
@@ -72,7 +77,7 @@ def dists(latent_layers: pa.Table) -> pa.Table:
     )
 
 
-def examples(examples: pa.Table) -> pa.Table:
+def examples(source: Analysis | pa.Table | pd.Dataset) -> pa.Table:
     """The events of largest values of each latent at each layer, as `COMPANION_EXAMPLES` says.
 
     By latent, layer and falling `act`. `layer` is the layer's id. `tokens` are the texts of tokens,
@@ -81,9 +86,19 @@ def examples(examples: pa.Table) -> pa.Table:
     are not rounded to float16.
 
     Args:
-        examples: the table `examples`.
+        source: an analysis, or its table `examples`, in memory or as `load` gives it.
+
+    Raises:
+        InputError: the analysis was made without examples.
     """
-    chosen = examples.filter(pc.field("kind") == "top_layer")
+    table = source.examples if isinstance(source, Analysis) else source
+    if table is None:
+        raise InputError("the analysis was made without examples: analyze with --examples above 0")
+    wanted = pc.field("kind") == "top_layer"
+    if isinstance(table, pd.Dataset):
+        chosen = table.to_table(filter=wanted)
+    else:
+        chosen = table.filter(wanted)
     order = [("latent", "ascending"), ("layer", "ascending"), ("rank", "ascending")]
     rows = [_example(row) for row in chosen.sort_by(order).to_pylist()]
     return pa.Table.from_pylist(rows, schema=COMPANION_EXAMPLES)

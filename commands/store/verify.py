@@ -2,6 +2,7 @@
 
 import click
 
+from mlsae.base.errors import without_secrets
 from mlsae.base.units import counted
 from mlsae.commands.options import LOCATION
 
@@ -19,7 +20,7 @@ def verify(location: str) -> None:
         click.echo(line)
     if problems := len(report.problems):
         raise click.ClickException(
-            f"{location} breaks {counted(problems, 'rule')} of storage_schema.md"
+            f"{without_secrets(location)} breaks {counted(problems, 'rule')} of storage_schema.md"
         )
     store_id = open_store(location, cache_bytes=0).store_id
-    click.echo(f"{location} is sound: store_id {store_id}")
+    click.echo(f"{without_secrets(location)} is sound: store_id {store_id}")

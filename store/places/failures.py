@@ -30,6 +30,7 @@ class RequestError(Exception):
         is_busy: the server asked for fewer requests.
         is_past_end: the object has none of the bytes asked for.
         may_be_absent: the server may also answer so where there is nothing.
+        is_unreached: there was no answer.
         is_plain: HTTP allows the answer, but the network library does not take it.
         remedy: advice to the user, other than to try again.
     """
@@ -43,6 +44,7 @@ class RequestError(Exception):
         is_past_end: bool = False,
         may_be_absent: bool = False,
         is_plain: bool = False,
+        is_unreached: bool = False,
         remedy: str = "",
     ) -> None:
         cause = without_secrets(cause)
@@ -53,6 +55,7 @@ class RequestError(Exception):
         self.is_past_end = is_past_end
         self.may_be_absent = may_be_absent
         self.is_plain = is_plain
+        self.is_unreached = is_unreached
         self.remedy = remedy
 
 
@@ -94,7 +97,8 @@ def understand(error: Exception, credentials: str) -> RequestError:
         causes = {"Timeout": "no answer in time", "Interrupted": "the connection was cut"}
         details = _DETAIL.findall(text)
         detail = details[-1] if details else text.split("\n")[0]
-        return RequestError(causes.get(kind[1], _brief(detail)), passes=True)
+        cause = causes.get(kind[1], _brief(detail))
+        return RequestError(cause, passes=True, is_unreached=kind[1] in ("Connect", "Timeout"))
     return RequestError(_brief(text.split("\n")[0]), remedy="check the address and the server")
 
 

@@ -67,7 +67,7 @@ class HubObjects(RemoteObjects):
             client_options=client_options(patience, headers),
             retry_config={"max_retries": 0},
         )
-        super().__init__(place, client, _CREDENTIALS, patience)
+        super().__init__(place, client, _CREDENTIALS, patience, constants.ENDPOINT)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process asks for itself, for the same commit."""

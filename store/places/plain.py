@@ -43,6 +43,9 @@ class _Stream:
     total: int | None
     response: HTTPResponse
 
+    def __del__(self) -> None:
+        self.response.close()
+
 
 class PlainWeb:
     """Objects below a URL. Threads may share it.

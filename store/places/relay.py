@@ -11,6 +11,8 @@ import sys
 import threading
 from typing import IO, Any
 
+from mlsae.store.errors import RemoteError
+
 _START = "import sys; from mlsae.store.places.relay import serve; serve()"
 
 
@@ -59,11 +61,18 @@ class Relay:
 
         Raises:
             Exception: the method's own.
+            RemoteError: the process has ended.
         """
-        with self._lock:
-            self._send((method, arguments))
-            assert self._process.stdout is not None
-            result, error = pickle.load(self._process.stdout)
+        try:
+            with self._lock:
+                self._send((method, arguments))
+                assert self._process.stdout is not None
+                result, error = pickle.load(self._process.stdout)
+        except (EOFError, BrokenPipeError):
+            raise RemoteError(
+                "the process that reads in place of this forked one has ended: start workers by "
+                "spawn instead, or see why it ended"
+            ) from None
         if error is not None:
             raise error
         return result

@@ -1,12 +1,16 @@
 """Limits on trying a request again that failed."""
 
 import logging
+import os
 import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
+from urllib.parse import urlsplit
+from urllib.request import proxy_bypass
 
+from mlsae.base.errors import without_secrets
 from mlsae.store.errors import RemoteError
 from mlsae.store.places.failures import RequestError
 
@@ -73,6 +77,22 @@ class Patience:
             # Half of it at random, so that readers that failed together do not return together.
             time.sleep(wait * random.uniform(0.5, 1.0))
             wait = min(2 * wait, self.longest_wait)
+
+
+def proxy_for(address: str) -> str:
+    """Remark that requests to a URL go through a proxy; empty where they do not."""
+    url = urlsplit(address)
+    host = url.hostname or ""
+    for name in (f"{url.scheme}_proxy", "all_proxy"):
+        for variable in (name, name.upper()):
+            proxy = os.environ.get(variable)
+            if proxy and not proxy_bypass(host):
+                proxy = proxy if "://" in proxy else proxy.rpartition("@")[2]
+                return (
+                    f" (through the proxy {without_secrets(proxy)} of {variable}; NO_PROXY={host} "
+                    f"goes round it)"
+                )
+    return ""
 
 
 def _message(what: str, failure: RequestError, tries: int, elapsed: float) -> str:

@@ -33,7 +33,7 @@ from mlsae.store.places.failures import RequestError, understand
 from mlsae.store.places.objects import too_large
 from mlsae.store.places.plain import Answer, PlainWeb
 from mlsae.store.places.relay import FORKS, Relay
-from mlsae.store.places.retry import Patience
+from mlsae.store.places.retry import Patience, proxy_for
 
 if TYPE_CHECKING:
     from obstore.store import BackoffConfig, ClientConfig
@@ -55,14 +55,21 @@ class RemoteObjects:
         client: the library's handle.
         credentials: remedy where credentials are missing or refused.
         patience: limits on trying a failed request again.
+        address: URL of the server.
     """
 
     is_local = False
 
     def __init__(
-        self, place: str, client: HTTPStore | S3Store, credentials: str, patience: Patience
+        self,
+        place: str,
+        client: HTTPStore | S3Store,
+        credentials: str,
+        patience: Patience,
+        address: str,
     ) -> None:
         self.place = place
+        self._address = address
         self._client = client
         self._credentials = credentials
         self._patience = patience
@@ -184,9 +191,15 @@ class RemoteObjects:
         try:
             yield
         except BaseError as error:
-            raise understand(error, self._credentials) from None
+            raise self._understood(error) from None
         except ValueError as error:
             raise RequestError(f"{error}", remedy="check the address") from None
+
+    def _understood(self, error: BaseError) -> RequestError:
+        failure = understand(error, self._credentials)
+        if failure.is_unreached:
+            failure.cause += proxy_for(self._address)
+        return failure
 
     def _receive(
         self,
@@ -277,7 +290,11 @@ class WebObjects(RemoteObjects):
         self._plain = PlainWeb(url, headers, patience.stall_seconds)
         self._is_plain = self._tells_whole = False
         super().__init__(
-            url, client, "the server wants a login: https://USER:PASSWORD@… gives one", patience
+            url,
+            client,
+            "the server wants a login: https://USER:PASSWORD@… gives one",
+            patience,
+            url,
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -322,12 +339,13 @@ class BucketObjects(RemoteObjects):
 
     def __init__(self, place: str, bucket: str, prefix: str, patience: Patience) -> None:
         self._bucket, self._prefix = bucket, prefix
+        access = bucket_access(place)
         self._open = partial(
             S3Store,
             bucket,
             prefix=prefix or None,
             client_options=client_options(patience),
-            **bucket_access(place),
+            **access,
         )
         try:
             client = self._open(retry_config={"max_retries": 0})
@@ -336,7 +354,8 @@ class BucketObjects(RemoteObjects):
             raise RemoteError(
                 f"{place} cannot be opened: {failure.cause}; {failure.remedy}"
             ) from None
-        super().__init__(place, client, S3_CREDENTIALS, patience)
+        endpoint = access.get("endpoint", f"https://{bucket}.s3.amazonaws.com")
+        super().__init__(place, client, S3_CREDENTIALS, patience, endpoint)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process asks for itself, with credentials of its own environment."""

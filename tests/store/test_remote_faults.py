@@ -4,6 +4,7 @@ import re
 import threading
 from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -378,3 +379,18 @@ def test_a_refusal_of_one_object_is_an_absence_once_another_was_read(locate, pla
     # Rows that a record names are there, and somebody may not read them.
     with pytest.raises(RemoteError, match="403 Forbidden"):
         objects.read_into(LARGE, 0, np.empty(10, np.uint8))
+
+
+@pytest.mark.parametrize("proxy", ["http://me:secret@127.0.0.1:9", "me:secret@127.0.0.1:9"])
+def test_a_proxy_that_cannot_be_reached_is_named(monkeypatch, open_quickly, quick, proxy):
+    """Without its password; the address itself may be well."""
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    objects = open_quickly("http://acts.example/a", patience=replace(quick, tries=1))
+    with pytest.raises(RemoteError) as raised:
+        objects.read("plan.json", 10)
+    shown = proxy.replace("me:secret@", "")
+    assert (
+        f"plan.json cannot be read: Connection refused (through the proxy {shown} of HTTP_PROXY; "
+        "NO_PROXY=acts.example goes round it); nothing was lost"
+    ) in str(raised.value)

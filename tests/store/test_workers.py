@@ -7,7 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from mlsae.store import open_corpus, open_store
+from mlsae.store import RemoteError, open_corpus, open_store
+from mlsae.store.places.objects import LocalObjects
+from mlsae.store.places.relay import Relay
 
 CHILD = """
 import multiprocessing, sys
@@ -69,3 +71,14 @@ def test_a_pickled_corpus_is_opened_anew(sample_maker):
     again = pickle.loads(pickle.dumps(corpus))
     assert again.store_id == corpus.store_id
     np.testing.assert_array_equal(again.read("resid_post", 3), corpus.read("resid_post", 3))
+
+
+def test_a_relay_that_has_ended_is_one_line(sample):
+    relay = Relay(LocalObjects(sample.path))
+    assert relay.call("exists", "plan.json")
+    with pytest.raises(FileNotFoundError):
+        relay.call("size", "no such object")
+    relay._process.kill()
+    relay._process.wait()
+    with pytest.raises(RemoteError, match="the process that reads in place of this forked one has"):
+        relay.call("exists", "plan.json")
