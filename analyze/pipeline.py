@@ -28,14 +28,11 @@ from mlsae.analyze.pairing import Pairing, fingerprint, pair, provenance_of
 from mlsae.analyze.results.analysis import Analysis, load
 from mlsae.analyze.results.directory import (
     EVENTS_NAME,
-    FIGURES_FOLDER,
     KIND,
-    PAGE,
     SUMMARY,
     check_replaceable,
 )
-from mlsae.analyze.results.figures import registry as figures
-from mlsae.analyze.results.page.render import write_page
+from mlsae.analyze.results.page.pictures import make_pictures, planned_figures
 from mlsae.analyze.results.records import totals_of
 from mlsae.analyze.results.tables import TABLES_VERSION
 from mlsae.analyze.results.text.summary import overall, render
@@ -122,16 +119,16 @@ def run(config: AnalyzeConfig) -> Analysis:
             "examples": told,
             "prompts": [prompt.text for prompt in prompts],
         }
-        content["figures"] = (
-            _draw(directory, {**tables, "summary": content}) if config.figures else []
-        )
+        sources = {**tables, "summary": content}
+        content["figures"] = planned_figures(sources) if config.figures else []
         write_durably(directory / SUMMARY, seal(content))
-        analysis = load(directory)
-        write_page(analysis, directory / PAGE)
-    analysis = analysis.moved_to(config.out)
-    say(render(analysis))
+    analysis = load(config.out)
+    cache = None
     if config.to_delphi is not None:
         cache = to_delphi(analysis, config.to_delphi, store=pairing.store, model=places.first)
+    make_pictures(config.out)
+    say(render(analysis))
+    if cache is not None:
         say("\n".join(cache.lines))
     return analysis
 
@@ -229,13 +226,6 @@ def _pca_on_these_rows(
         and entry["layer"] in sums
         and entry["num_rows"] == sums[entry["layer"]].eligible.num_rows
     }
-
-
-def _draw(directory: Path, sources: figures.Sources) -> list[str]:
-    (directory / FIGURES_FOLDER).mkdir()
-    with _bar("figures", len(figures.names(sources)), "figure") as progress:
-        drawn = figures.draw_all(directory / FIGURES_FOLDER, sources, progress)
-    return [f"{FIGURES_FOLDER}/{name}" for name in drawn]
 
 
 def _settings(config: AnalyzeConfig) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from mlsae.base.files import (
 from mlsae.sae.architectures import registered
 from mlsae.sae.config import SAEConfig
 from mlsae.sae.errors import DamagedSAEError, NotAnSAEError
+from mlsae.sae.location import nothing_at
 
 WEIGHTS, CONFIG, TRAINING = "sae.safetensors", "config.json", "training.json"
 FILES = (WEIGHTS, CONFIG, TRAINING)
@@ -108,6 +109,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise NotAnSAEError(f"there is no SAE at {directory}: no such directory")
     if not path.is_file():
+        if below := [f"{file.parent.name}/{WEIGHTS}" for file in directory.glob(f"*/{WEIGHTS}")]:
+            raise NotAnSAEError(nothing_at(str(directory), below, (WEIGHTS,), f"{directory}/"))
         raise NotAnSAEError(
             f"{directory} is no SAE directory: it has no {CONFIG}; "
             f"expected the --out of a finished `mlsae train`"

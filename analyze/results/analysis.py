@@ -1,7 +1,7 @@
 """Reading an analysis back."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,15 +114,6 @@ class Analysis:
                 f"{len(self.latents) - 1}"
             )
         return self.examples.to_table(filter=pd.field("latent") == latent)
-
-    def moved_to(self, directory: Path) -> "Analysis":
-        """The analysis, after its directory was renamed; tables in memory are not read again."""
-        return replace(
-            self,
-            path=directory,
-            examples=None if self.examples is None else _open_examples(directory / EXAMPLES_FILE),
-            events=open_events(directory, self.summary["events"]),
-        )
 
 
 def load(directory: str | Path) -> Analysis:

@@ -1,8 +1,12 @@
 """The commands that a summary names make the same store, SAE and tables again."""
 
+import dataclasses
+import html
 import json
+import re
 import shlex
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +20,9 @@ from click.testing import CliRunner
 from mlsae.analyze import AnalyzeConfig, load
 from mlsae.analyze.origin import command_lines
 from mlsae.analyze.pairing import pair
+from mlsae.analyze.results.page.render import render
 from mlsae.analyze.results.tables import TABLES
 from mlsae.base.files import read_sealed, seal
-from mlsae.base.settings import words_of
 from mlsae.cli import main
 from mlsae.demo import text_path
 from mlsae.store import open_store
@@ -120,20 +124,36 @@ def test_a_harvest_that_does_not_say_all_of_itself(
     assert found["harvest"] == f"{store} does not say all of how it was harvested"
 
 
-def test_the_words_of_an_analysis_are_understood(tmp_path: Path) -> None:
-    """The command line reads back the settings that its words were made from."""
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rows": "all", "max_tokens": 480, "context_tokens": (3, 2), "figures": False},
+        {"prompts": ("a text", '- another\'s \n"$HOME"', "x"), "examples": 0, "samples": 0},
+        {"cache": ("one", "s3://two"), "prompt_file": Path("texts"), "device": "cpu"},
+        {"model": Path("-model"), "to_delphi": Path("delphi"), "cache_size": 10, "batch_size": 9},
+    ],
+)
+def test_the_page_names_options_that_the_command_line_reads_back(
+    changes: dict[str, Any], drawn: Any, world: Any
+) -> None:
+    """As a shell takes the text that a reader copies from it."""
     config = AnalyzeConfig(
-        cache=("one", "two"),
-        sae=tmp_path / "an sae",
-        out=tmp_path,
-        rows="all",
-        max_tokens=480,
-        context_tokens=(3, 2),
-        prompts=("a text", "another"),
-        prompt_file=tmp_path / "texts",
-        figures=False,
-        device="cpu",
+        **{"cache": ("acts",), "sae": Path("an sae"), "out": Path("o"), **changes}
     )
+    analysis = drawn.analysis
+    pairing = pair(world.store, Path(analysis.summary["sae"]), torch.device("cpu"))
+    line = command_lines(pairing, config)["analyze"]
+    summary = {**analysis.summary, "commands": {"analyze": line}}
+    page = render(dataclasses.replace(analysis, summary=summary))
+    (text,) = re.findall(r"<pre[^>]*>(mlsae analyze.*?)</pre>", page, re.DOTALL)
+    echoed = subprocess.run(
+        ["/bin/sh", "-c", html.unescape(text).replace("mlsae", "printf '%s\\0'", 1)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    words = echoed.stdout.split("\0")[1:-1]
     command = main.commands["analyze"]
-    given = command.make_context("analyze", words_of(config), parent=click.Context(main)).params
-    assert AnalyzeConfig(**given) == config
+    given = command.make_context("analyze", words, parent=click.Context(main)).params
+    assert AnalyzeConfig(**given) == dataclasses.replace(config, out=Path("analysis"))

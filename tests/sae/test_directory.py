@@ -1,6 +1,7 @@
 """The SAE directory: a round trip, and one line for each way it can be wrong."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,19 @@ def test_a_directory_without_config_is_no_sae(directory: Path, tmp_path: Path) -
         load(directory)
     with pytest.raises(NotAnSAEError, match=r"there is no SAE at .*absent: no such directory"):
         load(tmp_path / "absent")
+
+
+def test_a_sweep_lists_its_saes(directory: Path, tmp_path: Path) -> None:
+    """Some of many; each is a directory to be given."""
+    sweep = tmp_path / "sweep"
+    for n in range(6):
+        shutil.copytree(directory, sweep / f"k{n}")
+    with pytest.raises(NotAnSAEError) as caught:
+        load(sweep)
+    assert str(caught.value) == (
+        f"there is no SAE at {sweep} itself but in folders of it: give one of {sweep}/k0, "
+        f"{sweep}/k1, {sweep}/k2, {sweep}/k3 and 2 more"
+    )
 
 
 def test_the_sae_of_another_tool_is_refused(directory: Path) -> None:

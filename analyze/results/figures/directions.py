@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pyarrow as pa
 from matplotlib.colors import LogNorm
@@ -16,7 +15,6 @@ from mlsae.analyze.results.figures.style import (
     COLUMN,
     ORANGE,
     PAGE,
-    STYLE,
     canvas,
     count_axis,
     histogram,
@@ -29,7 +27,6 @@ from mlsae.analyze.results.figures.style import (
 _HEIGHT = 2.3
 
 
-@mpl.rc_context(STYLE)
 def decoder_cosine(histograms: pa.Table, latents: pa.Table, summary: Mapping[str, Any]) -> Figure:
     """Cosines between latents' decoder directions: all pairs, and each latent's largest."""
     figure, (first, second) = canvas(PAGE, _HEIGHT, 2)
@@ -51,7 +48,6 @@ def decoder_cosine(histograms: pa.Table, latents: pa.Table, summary: Mapping[str
     return figure
 
 
-@mpl.rc_context(STYLE)
 def embedding_cosine(latents: pa.Table) -> Figure:
     """Each decoder direction's largest cosine with a row of W_E, and with a row of W_U."""
     figure, axes = canvas(COLUMN, _HEIGHT)
@@ -70,7 +66,6 @@ def embedding_cosine(latents: pa.Table) -> Figure:
     return figure
 
 
-@mpl.rc_context(STYLE)
 def layer_cosine(layer_cosine: pa.Table) -> Figure:
     """Heat map of pairs of living latents: distance between mean layers, cosine of directions.
 

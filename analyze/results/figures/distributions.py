@@ -4,7 +4,6 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -18,7 +17,6 @@ from mlsae.analyze.results.distribution import layer_distribution as distributio
 from mlsae.analyze.results.figures.style import (
     COLOURS,
     PAGE,
-    STYLE,
     THOUSANDS,
     Float,
     canvas,
@@ -38,7 +36,6 @@ _SHOWN_TEXT = 60
 """Characters of a prompt that fit in a title; wide ones, such as Chinese, count twice."""
 
 
-@mpl.rc_context(STYLE)
 def layer_distribution(latents: pa.Table, latent_layers: pa.Table) -> Figure:
     """Heat map of P(layer | latent) by totals, living latents from left to right by mean layer.
 
@@ -48,13 +45,11 @@ def layer_distribution(latents: pa.Table, latent_layers: pa.Table) -> Figure:
     return _of_all(latents, latent_layers, "", "by total of values")
 
 
-@mpl.rc_context(STYLE)
 def layer_distribution_by_count(latents: pa.Table, latent_layers: pa.Table) -> Figure:
     """Heat map of P(layer | latent) by counts of events, as `layer_distribution` for totals."""
     return _of_all(latents, latent_layers, "_by_count", "by count of activations")
 
 
-@mpl.rc_context(STYLE)
 def prompt(
     prompts: pa.Table, layers: pa.Table, summary: Mapping[str, Any], *, number: int
 ) -> Figure:

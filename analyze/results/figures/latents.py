@@ -1,6 +1,5 @@
 """Histograms over latents: layers, density, token ids."""
 
-import matplotlib as mpl
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,7 +15,6 @@ from mlsae.analyze.results.figures.style import (
     ORANGE,
     PAGE,
     SERIES,
-    STYLE,
     Float,
     canvas,
     count_axis,
@@ -37,7 +35,6 @@ _FEW = 10
 _DEAD = "every latent is dead"
 
 
-@mpl.rc_context(STYLE)
 def mean_layer(histograms: pa.Table) -> Figure:
     """Histograms of latents' mean layers, and their distance to a whole number."""
     figure, (first, second) = canvas(PAGE, _HEIGHT, 2)
@@ -62,7 +59,6 @@ def bars(axes: Axes, histograms: pa.Table, name: str) -> None:
     stairs(axes, mine["count"].to_numpy(), edges)
 
 
-@mpl.rc_context(STYLE)
 def layer_std(latents: pa.Table) -> Figure:
     """A latent's standard deviation over layers: over all tokens, and at a single one."""
     figure, (first, second) = canvas(PAGE, 2.5, 2)
@@ -97,7 +93,6 @@ def layer_std(latents: pa.Table) -> Figure:
     return figure
 
 
-@mpl.rc_context(STYLE)
 def layer_entropy(latents: pa.Table, latent_layers: pa.Table) -> Figure:
     """Entropy of P(layer | latent)."""
     figure, axes = canvas(COLUMN, _HEIGHT)
@@ -110,7 +105,6 @@ def layer_entropy(latents: pa.Table, latent_layers: pa.Table) -> Figure:
     return figure
 
 
-@mpl.rc_context(STYLE)
 def bimodality(latents: pa.Table) -> Figure:
     """Bimodality (skewness² + 1) / kurtosis of P(layer | latent), for latents at several layers."""
     figure, axes = canvas(COLUMN, _HEIGHT)
@@ -119,7 +113,6 @@ def bimodality(latents: pa.Table) -> Figure:
     return figure
 
 
-@mpl.rc_context(STYLE)
 def num_layers(latent_layers: pa.Table) -> Figure:
     """Layers at which a latent is active for at least 1, 10, 100, … rows."""
     figure, axes = canvas(COLUMN, _HEIGHT)
@@ -141,7 +134,6 @@ def num_layers(latent_layers: pa.Table) -> Figure:
     return figure
 
 
-@mpl.rc_context(STYLE)
 def density(latents: pa.Table) -> Figure:
     """Histogram of living latents' log10 density."""
     alive = latents.filter(pc.invert(latents["dead"]))["density"].to_numpy()
@@ -160,7 +152,6 @@ def density(latents: pa.Table) -> Figure:
     return figure
 
 
-@mpl.rc_context(STYLE)
 def token_entropy(latents: pa.Table) -> Figure:
     """Entropy over token ids in each latent's events."""
     found = known(latents, "token_entropy")

@@ -1,6 +1,5 @@
 """Figures from the table `layers`, with a point a layer."""
 
-import matplotlib as mpl
 import numpy as np
 import pyarrow as pa
 from matplotlib.axes import Axes
@@ -10,7 +9,6 @@ from mlsae.analyze.results.figures.style import (
     GREY,
     PAGE,
     SERIES,
-    STYLE,
     canvas,
     layer_ticks,
     legend,
@@ -21,7 +19,6 @@ _HEIGHT = 2.3
 _LARGE_RANGE = 20.0
 
 
-@mpl.rc_context(STYLE)
 def reconstruction(layers: pa.Table) -> Figure:
     """Fraction of variance unexplained, and cosine and bias of reconstructions."""
     figure, (first, second) = canvas(PAGE, _HEIGHT, 2)
@@ -39,7 +36,6 @@ def reconstruction(layers: pa.Table) -> Figure:
     return figure
 
 
-@mpl.rc_context(STYLE)
 def sparsity(layers: pa.Table) -> Figure:
     """Active latents a row, and shares of latents that are active at no row or at many."""
     figure, (first, second) = canvas(PAGE, _HEIGHT, 2)
@@ -69,7 +65,6 @@ def sparsity(layers: pa.Table) -> Figure:
     return figure
 
 
-@mpl.rc_context(STYLE)
 def cross_entropy(layers: pa.Table) -> Figure:
     """Cost to the transformer when one layer's reconstructions replace its activations."""
     figure, (first, second) = canvas(PAGE, _HEIGHT, 2)
@@ -96,7 +91,6 @@ def cross_entropy(layers: pa.Table) -> Figure:
     return figure
 
 
-@mpl.rc_context(STYLE)
 def norm_cosine(layers: pa.Table) -> Figure:
     """Activations' mean L2 norm, and a layer's cosine with the next."""
     figure, (first, second) = canvas(PAGE, _HEIGHT, 2)

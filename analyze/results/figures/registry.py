@@ -32,9 +32,11 @@ from mlsae.analyze.results.figures.layers import (
     reconstruction,
     sparsity,
 )
-from mlsae.analyze.results.figures.style import save
+from mlsae.analyze.results.figures.style import FORMATS, STYLE, save
 from mlsae.analyze.results.figures.variance import layer_variance
 from mlsae.base.errors import InputError
+from mlsae.base.output.drawing import by_product, own_style
+from mlsae.base.units import counted
 
 Sources = Mapping[str, Any]
 """Tables by name, and the summary as `summary`: the data that figures are drawn from."""
@@ -102,19 +104,32 @@ def draw(name: str, sources: Sources) -> Figure:
     else:
         function = partial(prompt, number=int(name.removeprefix("prompt_")))
     needed = inspect.signature(function).parameters
-    return function(**{source: sources[source] for source in needed if source in sources})
+    with own_style(STYLE):
+        return function(**{source: sources[source] for source in needed if source in sources})
 
 
-def draw_all(directory: Path, sources: Sources, progress: Callable[[int], object]) -> list[str]:
-    """Draw every figure into `directory`, as PNG and as SVG, and return the file names.
+def files(sources: Sources) -> list[str]:
+    """Names of the files that `draw_all` writes."""
+    return [f"{name}.{form}" for name in names(sources) for form in FORMATS]
+
+
+def draw_all(directory: Path, sources: Sources, progress: Callable[[int], object]) -> None:
+    """Draw every figure into `directory`, as PNG and as SVG.
+
+    Figures that cannot be drawn are named in one warning, and the others are drawn.
 
     Args:
-        directory: an empty directory.
+        directory: existing directory.
         sources: the data of the analysis.
         progress: called with 1 for each figure.
     """
-    files = []
+    failed: dict[str, Exception] = {}
     for name in names(sources):
-        files += save(draw(name, sources), directory, name)
+        try:
+            save(draw(name, sources), directory, name)
+        except Exception as error:  # The others may be fine.
+            failed[name] = error
         progress(1)
-    return files
+    if failed:
+        with by_product(f"{counted(len(failed), 'figure')} ({', '.join(failed)})"):
+            raise next(iter(failed.values()))

@@ -1,16 +1,21 @@
 """One style for every figure in an analysis: a paper's column widths, colours for all eyes."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+from mlsae.base.files import write_durably
+from mlsae.base.output.drawing import own_style
 
 Float = npt.NDArray[np.float64]
 
@@ -49,31 +54,54 @@ STYLE: dict[Any, Any] = {
     "pdf.fonttype": 42,
 }
 THOUSANDS = StrMethodFormatter("{x:,.0f}")
+FORMATS = ("png", "svg")
+"""Files of each figure."""
 COLOURS = "viridis"
 """Colour map for every heat map, whose lightness grows with the value."""
 
 MAX_BINS = 50
 
 
+class ShownFigure(Figure):
+    """A figure that a notebook shows at the end of a cell, with `%matplotlib inline` or without."""
+
+    def _repr_png_(self) -> bytes:
+        return _drawn(self, "png")
+
+
 def canvas(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
     """An empty figure, `width` by `height` inches, and its axes: one, or an array of them."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = ShownFigure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(1, columns)
 
 
 def save(figure: Figure, directory: Path, name: str) -> list[str]:
     """Write a figure as PNG and SVG, equal bytes for equal figures, and return the file names."""
-    files = [f"{name}.png", f"{name}.svg"]
-    with mpl.rc_context(STYLE), warnings.catch_warnings():
-        # Prompts may be in a script that this font lacks; in the SVG their text stays text.
-        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
-        # One layout serves both files; without an engine each is drawn once, not twice.
+    files = [f"{name}.{form}" for form in FORMATS]
+    # One layout serves both files; without an engine each is drawn once, not twice.
+    with own_style(STYLE), _any_script():
         if (layout := figure.get_layout_engine()) is not None:
             layout.execute(figure)
             figure.set_layout_engine(None)
-        figure.savefig(directory / files[0])
-        figure.savefig(directory / files[1], metadata={"Date": None})
+    for form, file in zip(FORMATS, files, strict=True):
+        write_durably(directory / file, _drawn(figure, form))
     return files
+
+
+def _drawn(figure: Figure, form: str) -> bytes:
+    """The bytes of a file in one of `FORMATS`, without a date."""
+    into = BytesIO()
+    with own_style(STYLE), _any_script():
+        figure.savefig(into, format=form, metadata={"Date": None} if form == "svg" else None)
+    return into.getvalue()
+
+
+@contextmanager
+def _any_script() -> Iterator[None]:
+    """Draw letters that the font lacks as boxes, as in prompts; in an SVG their text stays text."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
+        yield
 
 
 def values(table: pa.Table, column: str) -> Float:

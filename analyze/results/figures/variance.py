@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mlsae.analyze.results.figures.style import BLUE, GREEN, GREY, ORANGE, PAGE, STYLE, canvas
+from mlsae.analyze.results.figures.style import BLUE, GREEN, GREY, ORANGE, PAGE, canvas
 
 _SCHEMES = {"mass": "mass", "pair_uniform": "pair-uniform", "as_coded": "as coded"}
 _TERMS = {
@@ -18,7 +17,6 @@ _TERMS = {
 }
 
 
-@mpl.rc_context(STYLE)
 def layer_variance(summary: Mapping[str, Any]) -> Figure:
     """The terms of the variance of the layer, and the share at a single token within latents."""
     found = summary["layer_variance"]

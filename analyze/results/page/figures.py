@@ -37,7 +37,7 @@ _DOTS_PER_METRE = 160 / 0.0254
 def embed_figures(
     analysis: Analysis, most_bytes: int
 ) -> tuple[list[dict[str, Any]], list[str], int]:
-    """The PNG files among an analysis' figures, those of prompts last.
+    """The PNG files that are there among an analysis' figures, those of prompts last.
 
     Args:
         analysis: the analysis, with the files in its directory.
@@ -47,7 +47,7 @@ def embed_figures(
         For each figure `uri`, `name`, `caption`, `is_prompt`, and `width` and `height` in CSS
         pixels; the names of figures left out; the size of the others in bytes.
     """
-    names = [name for name in analysis.summary["figures"] if name.endswith(".png")]
+    names, _ = drawn(analysis)
     names.sort(key=lambda name: PurePosixPath(name).name.startswith(_PROMPT))
     found: list[dict[str, Any]] = []
     left_out, num_bytes = [], 0
@@ -71,6 +71,16 @@ def embed_figures(
             }
         )
     return found, left_out, num_bytes
+
+
+def drawn(analysis: Analysis) -> tuple[list[str], list[str]]:
+    """PNG files that a summary names: those that are there, and those that are not."""
+    there: list[str] = []
+    absent: list[str] = []
+    for name in analysis.summary["figures"]:
+        if name.endswith(".png"):
+            (there if (analysis.path / name).is_file() else absent).append(name)
+    return there, absent
 
 
 def _caption(stem: str, summary: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from mlsae.analyze.results.analysis import Analysis
 from mlsae.analyze.results.page.examples import examples_data
-from mlsae.analyze.results.page.figures import embed_figures
+from mlsae.analyze.results.page.figures import drawn, embed_figures
 from mlsae.analyze.results.page.json import as_json
 from mlsae.analyze.results.page.latents import COLUMNS, choose, latents_data
 from mlsae.analyze.results.page.provenance import commands_rows, provenance, settings_rows
@@ -65,6 +65,8 @@ def render(analysis: Analysis) -> str:
     data = latents_data(analysis.latents, analysis.latent_layers, chosen)
     examples = analysis.examples
     notes = [f"Figures left out to keep this page small: {', '.join(left_out)}"] if left_out else []
+    if absent := drawn(analysis)[1]:
+        notes.append(f"Figures that could not be drawn: {', '.join(absent)}")
     if examples is None:
         notes.append("Examples of latents: this analysis has no table of them.")
     else:

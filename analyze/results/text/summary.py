@@ -7,6 +7,7 @@ import pyarrow.compute as pc
 
 from mlsae.analyze.results.analysis import Analysis
 from mlsae.analyze.results.directory import FIGURES_FOLDER, events_folder
+from mlsae.analyze.results.page.figures import drawn
 from mlsae.analyze.results.records import describe
 from mlsae.base.units import counted, format_count, format_ranges
 
@@ -42,14 +43,15 @@ def render(analysis: Analysis) -> str:
     if examples is not None and (reason := examples["no_text_because"]) is not None:
         lines.append(f"examples have token ids and no text: {reason}")
     lines += [f"note: {note}" for note in summary["notes"]]
+    lines.append("")
+    if analysis.page.is_file():
+        lines.append(f"page      {analysis.page}")
     lines += [
-        "",
-        f"page      {analysis.page}",
         f"tables    {analysis.path}/*.parquet",
         f"events    {events_folder(analysis.path)} ({describe(summary['events'])})",
     ]
-    if summary["figures"]:
-        lines.append(f"figures   {analysis.path / FIGURES_FOLDER} ({len(analysis.figures)})")
+    if there := drawn(analysis)[0]:
+        lines.append(f"figures   {analysis.path / FIGURES_FOLDER} ({len(there)})")
     if examples is not None:
         lines.append(f"examples  mlsae examples {analysis.path} LATENT")
     return "\n".join(lines)

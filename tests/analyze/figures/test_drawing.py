@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pyarrow as pa
 import pytest
+from IPython.core.formatters import DisplayFormatter
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
@@ -52,7 +54,6 @@ class Large:
 
     parts: dict[str, Any]
     directory: Path
-    names: list[str]
     told: list[int]
     seconds: float
 
@@ -63,14 +64,15 @@ def large(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Large:
     parts, directory = make(131_072, tuple(range(16))), tmp_path_factory.mktemp("large")
     told: list[int] = []
     start = time.process_time()
-    names = figures.draw_all(directory, parts, told.append)
-    return Large(parts, directory, names, told, time.process_time() - start)
+    figures.draw_all(directory, parts, told.append)
+    return Large(parts, directory, told, time.process_time() - start)
 
 
 def test_every_figure_is_written_as_picture_and_as_text(large: Large) -> None:
     expected = [*figures.FIGURES, "prompt_0"]
-    assert large.names == [f"{name}.{suffix}" for name in expected for suffix in ("png", "svg")]
-    assert sorted(large.names) == sorted(path.name for path in large.directory.iterdir())
+    files = [f"{name}.{suffix}" for name in expected for suffix in ("png", "svg")]
+    assert figures.files(large.parts) == files
+    assert sorted(files) == sorted(path.name for path in large.directory.iterdir())
     assert large.told == [1] * len(expected)
     for name in expected:
         pixels = imread(large.directory / f"{name}.png")
@@ -104,7 +106,7 @@ def _check_svg(path: Path) -> None:
 
 def test_131072_latents_take_seconds_and_little_room(large: Large) -> None:
     assert large.seconds < 20
-    assert max((large.directory / name).stat().st_size for name in large.names) < 200_000
+    assert max(path.stat().st_size for path in large.directory.iterdir()) < 200_000
     axes = figures.draw("layer_distribution", large.parts).axes[0]
     image = np.asarray(axes.images[0].get_array())
     assert image.shape == (16, 1200)
@@ -123,6 +125,48 @@ def test_a_figure_that_cannot_be_drawn_has_no_name(make: Make) -> None:
     for name in (*left_out, "prompt_0", "poem"):
         with pytest.raises(InputError, match=f"there is no figure '{name}': the figures are recon"):
             figures.draw(name, parts)
+
+
+def test_settings_of_the_user_change_nothing(make: Make, tmp_path: Path) -> None:
+    """A matplotlibrc may ask for LaTeX, which is not installed, or for a font that is not there."""
+    parts = make(16, (0, 1))
+    save(figures.draw("sparsity", parts), tmp_path, "before")
+    theirs = {"text.usetex": True, "font.family": "no such font", "savefig.transparent": True}
+    with matplotlib.rc_context({**theirs, "savefig.bbox": "tight", "axes.facecolor": "red"}):
+        save(figures.draw("sparsity", parts), tmp_path, "after")
+    for suffix in ("png", "svg"):
+        before, after = (tmp_path / f"{name}.{suffix}" for name in ("before", "after"))
+        assert before.read_bytes() == after.read_bytes()
+
+
+def test_a_notebook_shows_a_figure_at_the_end_of_a_cell(make: Make, tmp_path: Path) -> None:
+    """Without %matplotlib inline, by the picture that the figure itself gives."""
+    figure = figures.draw("sparsity", make(16, (0, 1)))
+    shown, _ = DisplayFormatter().format(figure)
+    assert sorted(shown) == ["image/png", "text/plain"]
+    save(figure, tmp_path, "sparsity")
+    assert shown["image/png"] == (tmp_path / "sparsity.png").read_bytes()
+
+
+def test_a_figure_that_fails_is_named_and_the_others_are_drawn(
+    make: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail() -> Figure:
+        raise ValueError("no such\nfont")
+
+    some = dict.fromkeys(("density", "bimodality"), (fail, lambda _: True))
+    monkeypatch.setattr(figures, "FIGURES", {**some, "sparsity": figures.FIGURES["sparsity"]})
+    parts = make(16, (0, 1))
+    parts["summary"]["prompts"] = []
+    figures.draw_all(tmp_path, parts, lambda _: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sparsity.png", "sparsity.svg"]
+    assert capsys.readouterr().err == (
+        "warning: 2 figures (density, bimodality) could not be made (ValueError: no such font); "
+        "all else is whole\n"
+    )
 
 
 def test_few_latents_are_named(make: Make) -> None:
