@@ -67,7 +67,8 @@ def test_of_skewed_values_the_interval_reaches_further_on_their_long_side() -> N
     found = estimate(ratio(weights @ numerator, weights @ np.ones(20)), least=0.1)
     error, mean = numerator.std(ddof=1) / np.sqrt(20), numerator.mean()
     skewness = ((numerator - mean) ** 3).mean() / numerator.std() ** 3
-    a = skewness * np.sqrt(20 * 19) / 18 / np.sqrt(20)
+    # The sample's skewness without its bias for normal values, twice, over √20.
+    a = 2 * skewness * np.sqrt(20 * 19) / 18 / np.sqrt(20)
     assert found.high is not None
     t = (mean - found.high) / error
     # Hall (1992): the cubic that takes the skewness out of t.
@@ -109,7 +110,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say(num_groups: int, k
         assert found.low is not None
         assert found.high is not None
         covered += found.low <= 2 <= found.high
-    assert 0.90 <= covered / 300 <= 0.98
+    assert 0.90 <= covered / 300 <= 0.99
 
 
 def test_there_is_no_interval_of_one_group_or_of_what_is_not_always_defined() -> None:
