@@ -23,6 +23,34 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 PATIENCE_SECONDS = 120
+_DESCRIPTOR = "FORKING_DESCRIPTOR"
+_CLIENT = f"""\
+import json, os, sys, tempfile, time
+
+name, words = os.path.basename(sys.argv[0]), sys.argv[1:]
+if name == "python" and words != ["-"]:
+    os.execv(sys.executable, [sys.executable, *words])
+run = sys.stdin.read() if name == "python" else (
+    "import runpy; runpy.run_module('mlsae', run_name='__main__', alter_sys=True)"
+)
+directory = tempfile.mkdtemp(dir=os.path.dirname(sys.argv[0]))
+for stream in ("output", "errors"):
+    open(os.path.join(directory, stream), "w").close()
+asked = {{
+    "code": f"import os; os.chdir({{os.getcwd()!r}})\\n{{run}}",
+    "words": [name, *words],
+    "environment": dict(os.environ),
+    "directory": directory,
+}}
+os.write(int(os.environ["{_DESCRIPTOR}"]), (json.dumps(asked) + "\\n").encode())
+while not os.path.exists(status := os.path.join(directory, "status")):
+    time.sleep(0.005)
+for stream, to in (("output", sys.stdout), ("errors", sys.stderr)):
+    to.buffer.write(open(os.path.join(directory, stream), "rb").read())
+    to.flush()
+sys.exit(int(open(status).read()) % 256)
+"""
+"""A command that asks for a forked process, waits for it and repeats what it printed."""
 
 
 class Process:
@@ -92,6 +120,22 @@ class Forking:
         self._server.stdin.flush()
         self._processes.append(Process(directory))
         return self._processes[-1]
+
+    def shell(self, directory: Path) -> dict[str, Any]:
+        """Options of `subprocess.run` for a shell whose `mlsae` and `python -` are forked.
+
+        Args:
+            directory: an empty directory for the two commands and their output.
+        """
+        assert self._server.stdin is not None
+        descriptor = self._server.stdin.fileno()
+        for name in ("mlsae", "python"):
+            client = directory / name
+            client.write_text(f"#!{sys.executable} -IS\n{_CLIENT}")
+            client.chmod(0o755)
+        path = f"{directory}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path, _DESCRIPTOR: str(descriptor)}
+        return {"env": environment, "pass_fds": (descriptor,)}
 
     def end(self) -> None:
         """Kill what still runs."""

@@ -5,13 +5,24 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+IMPORTED = (
+    "datasets",
+    "torch._dynamo",
+    "transformers.models.auto.modeling_auto",
+    "mlsae.analyze.pipeline",
+    "mlsae.harvest.pipeline",
+    "mlsae.train.pipeline",
+)
+"""Modules that most commands of a page import."""
 SERVED = {ROOT / "docs/sharing.md"}
 """Pages that need servers; tests/house/test_sharing.py runs them."""
 BEGINNING = """\
@@ -43,11 +54,21 @@ def blocks(page: Path) -> list[Block]:
     return [block for block in found if block.kind in {"sh", "bash", "console", "python"}]
 
 
+@pytest.fixture(scope="module")
+def shell(forking: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Options of a shell whose commands need not import torch and transformers each anew."""
+    # As the command line says before torch is imported.
+    environment = {"GOMP_SPINCOUNT": "5000", "MPLBACKEND": "agg"}
+    with forking.importing(*IMPORTED, environment=environment) as processes:
+        yield processes.shell(tmp_path_factory.mktemp("commands"))
+
+
 @pytest.fixture(scope="session")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory in which the common beginning was run."""
+    """A directory in which the common beginning was run, as README has it, in plain processes."""
     path = tmp_path_factory.mktemp("begun")
-    run([BEGINNING], path)
+    binaries = Path(sys.executable).parent
+    run([BEGINNING], path, env={**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}"})
     return path
 
 
@@ -58,7 +79,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_every_command_of_a_page_runs_as_written(
-    page: Path, tmp_path: Path, request: pytest.FixtureRequest
+    page: Path, tmp_path: Path, shell: dict[str, Any], request: pytest.FixtureRequest
 ):
     """All blocks of a page in one shell, in an empty directory, stopping at the first failure."""
     script = []
@@ -72,16 +93,14 @@ def test_every_command_of_a_page_runs_as_written(
     if script and script[0].startswith(BEGINNING):
         shutil.copytree(request.getfixturevalue("begun"), tmp_path, dirs_exist_ok=True)
         script[0] = script[0].removeprefix(BEGINNING)
-    run(script, tmp_path)
+    run(script, tmp_path, **shell)
 
 
-def run(script: list[str], directory: Path) -> None:
-    binaries = Path(sys.executable).parent
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+def run(script: list[str], directory: Path, **options: Any) -> None:
     done = subprocess.run(
         ["bash", "-c", "\n".join(["set -euo pipefail", *script])],
         cwd=directory,
-        env={**environment, "PATH": f"{binaries}:{os.environ['PATH']}"},
+        **options,
         capture_output=True,
         text=True,
         check=False,
