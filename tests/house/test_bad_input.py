@@ -146,7 +146,6 @@ def test_train_and_analyze_refuse_stores_that_are_not_whole(walked: Path, tmp_pa
         (["--site", "mlp_out"], "does not hold site mlp_out"),
         (["--device", "cuda"], "CUDA"),
         (["--batch-size", "3"], "--batch-size must be at least the number of layers: got 3"),
-        (["--batch-size", "100B"], "not enough memory for training (window "),
         (["--num-latents", "1T"], "not enough memory for training (window "),
         (["--validation-fraction", "1"], "validation"),
         (["--skip-positions", "17"], "skip_positions must be 0 to 16"),

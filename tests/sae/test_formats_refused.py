@@ -307,7 +307,7 @@ def test_the_refusal_is_a_class_of_its_own(make_sae: Make, tmp_path: Path) -> No
 def test_entries_that_say_nothing_of_the_function_are_taken(
     make_foreign: Make, tmp_path: Path
 ) -> None:
-    """Those of training, and ways to load the model that leave its activations alone."""
+    """Keys of training, and ways to load the model that leave its activations alone."""
     harmless = {
         "model_from_pretrained_kwargs": {"center_writing_weights": False, "dtype": "bfloat16"},
         "hook_head_index": None,
