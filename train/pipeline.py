@@ -26,6 +26,7 @@ from mlsae.sae.directory import TRAINING
 from mlsae.store import open_corpus
 from mlsae.train.config import TrainConfig
 from mlsae.train.data.decode import RowDecoder
+from mlsae.train.data.overlap import Overlap, measure
 from mlsae.train.data.sampler import check_world_size
 from mlsae.train.initial import small_layers
 from mlsae.train.options import write_run_file
@@ -201,6 +202,8 @@ class _Run:
         require_training_memory(
             mine, accelerator, ranks.process_index, ranks.num_processes, shape.num_workers
         )
+        overlap = measure(plans[0].store, plans[0].validation)
+        overlap.check()
         start = common_step([_checkpoints(plan) for plan in left])
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -223,6 +226,8 @@ class _Run:
                 trackers.callback(member.close)
                 member.begin(start)
             self._say(describe_run(plans, accelerator.device.type))
+            if accelerator.is_main_process:
+                overlap.tell()
             if start:
                 self._say(f"resuming after step {start} of {mine[0].num_steps}")
             work = Loop(
@@ -236,7 +241,7 @@ class _Run:
                 metrics = _measure(work.members, team, shown=accelerator.is_main_process)
                 while work.members:
                     if work.members[0].check(found := metrics.pop(0)):
-                        self._finish(work.members[0], found, shape, done.seconds)
+                        self._finish(work.members[0], found, shape, done.seconds, overlap)
                     del work.members[0]
             except StopNow:
                 # Other ranks may have none left, so none waits here for another.
@@ -245,7 +250,12 @@ class _Run:
                 raise
 
     def _finish(
-        self, member: Member, metrics: Mapping[str, Any] | None, shape: TeamShape, seconds: float
+        self,
+        member: Member,
+        metrics: Mapping[str, Any] | None,
+        shape: TeamShape,
+        seconds: float,
+        overlap: Overlap,
     ) -> None:
         """Write an SAE's directory and print its summary."""
         if not member.writes:
@@ -259,6 +269,7 @@ class _Run:
             member.trainer.dead.num_rows,
             metrics,
             lines[-1],
+            overlap,
             world_size=self._accelerator.num_processes,
             threads=shape.num_threads,
             seconds=seconds,

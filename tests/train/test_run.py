@@ -159,14 +159,15 @@ def test_the_summary_is_printed_by_layer(
     assert lines[0].endswith(" on 3 layers (0–1, 3) of resid_post, 20 channels, on cpu")
     assert " steps of " in lines[1]
     assert lines[2] == f"log: {tmp_path / 'run' / 'log.jsonl'}"
-    assert " ".join(lines[3].split()) == "layer FVU PCA FVU of u L0 FVU with position 0"
-    assert [line.split()[0] for line in lines[4:7]] == ["0", "1", "3"]
+    assert lines[3].startswith("documents of ")
+    assert " ".join(lines[4].split()) == "layer FVU PCA FVU of u L0 FVU with position 0"
+    assert [line.split()[0] for line in lines[5:8]] == ["0", "1", "3"]
     entries = read_sealed(tmp_path / "run" / "training.json")["metrics"]["position_0_out"]["layers"]
-    assert [line.split()[2] for line in lines[4:7]] == [f"{e['fvu_pca']:.4f}" for e in entries]
-    assert lines[7].startswith("PCA: FVU of the 4 leading directions of each layer")
-    assert lines[8].startswith("dead: ")
-    assert lines[8].endswith(" validation rows")
-    assert lines[9] == f"SAE: {tmp_path / 'run'}"
+    assert [line.split()[2] for line in lines[5:8]] == [f"{e['fvu_pca']:.4f}" for e in entries]
+    assert lines[8].startswith("PCA: FVU of the 4 leading directions of each layer")
+    assert lines[9].startswith("dead: ")
+    assert lines[9].endswith(" validation rows")
+    assert lines[10] == f"SAE: {tmp_path / 'run'}"
     assert "steps may be too few: give more --epochs, a smaller --batch-size" in told.err
 
 

@@ -158,6 +158,9 @@ def test_a_corpus_is_trained_on_in_any_order_of_its_stores(
         "seed": 0,
         "num_sequences": 58,
         "num_held_out": 6,
+        "num_equal_sequences": 0,
+        "share_of_documents": 0.0,
+        "num_shared_documents": 0,
     }
 
 

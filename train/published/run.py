@@ -17,6 +17,7 @@ from mlsae.base.output.console import Progress, say
 from mlsae.base.output.drawing import by_product
 from mlsae.sae import SAE
 from mlsae.store import AnyStore, open_corpus
+from mlsae.train.data.overlap import Overlap, measure
 from mlsae.train.options import write_run_file
 from mlsae.train.plan import RunPlan, make_plans
 from mlsae.train.published.step import DEAD_AFTER, LR, PaperTrainer
@@ -72,6 +73,9 @@ def _run(
 ) -> Mapping[str, Any] | None:
     config = plan.config
     check_output(config.out, plan.settings(), resume=False)
+    overlap = measure(plan.store, plan.validation)
+    overlap.check()
+    overlap.tell()
     claim(config.out, plan.settings())
     write_run_file(sweep, [plan])
     sae = SAE(plan.sae, torch.Generator().manual_seed(config.seed)).to(accelerator.device)
@@ -104,7 +108,7 @@ def _run(
                     "rows_per_second": rows / (time.monotonic() - began),
                 }
             )
-    return _finish(plan, trainer, rows, time.monotonic() - began)
+    return _finish(plan, trainer, rows, time.monotonic() - began, overlap)
 
 
 def _plan(sweep: Sweep) -> tuple[RunPlan, npt.NDArray[np.int64], int]:
@@ -148,7 +152,7 @@ def _micro_batches(plan: RunPlan, sequences: npt.NDArray[np.int64]) -> Iterator[
 
 
 def _finish(
-    plan: RunPlan, trainer: PaperTrainer, rows: int, seconds: float
+    plan: RunPlan, trainer: PaperTrainer, rows: int, seconds: float, overlap: Overlap
 ) -> Mapping[str, Any] | None:
     config, out, metrics = plan.config, plan.config.out, None
     if len(plan.validation):
@@ -172,6 +176,7 @@ def _finish(
         rows,
         metrics,
         lines[-1],
+        overlap,
         world_size=1,
         threads=torch.get_num_threads(),
         seconds=seconds,

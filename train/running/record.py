@@ -9,6 +9,7 @@ import torch
 from mlsae import __version__
 from mlsae.base.units import counted, format_ranges
 from mlsae.sae import SAE
+from mlsae.train.data.overlap import Overlap
 from mlsae.train.plan import RunPlan
 from mlsae.train.running.evaluate import POSITION_0_IN, POSITION_0_OUT
 from mlsae.train.running.output import LOG
@@ -24,6 +25,7 @@ def training_record(
     rows: int,
     metrics: Mapping[str, Any] | None,
     last_line: Mapping[str, Any],
+    overlap: Overlap,
     *,
     world_size: int,
     threads: int,
@@ -54,6 +56,7 @@ def training_record(
             "seed": config.order_seed,
             "num_sequences": store.num_sequences,
             "num_held_out": len(plan.validation),
+            **overlap.record(),
         },
         "position": {
             "step": step,
