@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from typing import IO, Any
 
 from mlsae.store.errors import RemoteError
@@ -50,6 +51,16 @@ class Relay:
             [sys.executable, "-c", _START], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         self._send(objects)
+
+    def __del__(self) -> None:
+        process = getattr(self, "_process", None)
+        if process is None or not self.is_own:
+            return
+        process.kill()
+        for stream in (process.stdin, process.stdout):
+            with suppress(OSError):
+                stream.close()
+        process.wait()
 
     @property
     def is_own(self) -> bool:
