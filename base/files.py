@@ -89,6 +89,13 @@ def open_partial(path: Path) -> tuple[Path, int]:
         os.close(fd)
 
 
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """Write bytes to a descriptor, at its place, without a buffer that a full disk would leave."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(fd, left) :]
+
+
 def remove_stale_partials(directory: Path) -> None:
     """Remove the temporary files that dead processes of this machine left below `directory`.
 
@@ -157,13 +164,12 @@ def _written(path: Path, data: bytes) -> Iterator[Path]:
     with full_disk_explained(path):
         partial, fd = open_partial(path)
     try:
-        with os.fdopen(fd, "wb") as file:
-            with full_disk_explained(path):
-                file.write(data)
-                file.flush()
-                os.fsync(fd)
-            yield partial
+        with full_disk_explained(path):
+            write_all(fd, data)
+            os.fsync(fd)
+        yield partial
     finally:
+        os.close(fd)
         partial.unlink(missing_ok=True)
 
 

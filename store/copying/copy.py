@@ -205,19 +205,21 @@ def _derive(
 
 
 def _check_places(config: CopyConfig) -> None:
-    """Refuse places that are one, or of which one is in the other."""
+    """Refuse places that are one, or of which one is in the other, and places in a store."""
     if is_remote(config.source) or is_remote(config.target):
         if config.source.rstrip("/") == config.target.rstrip("/"):
             raise InputError(f"{config.source} would be copied to itself; give another place")
-        return
-    source, target = _directory(config.source).resolve(), _directory(config.target).resolve()
-    require_outside_stores(config.target, "the target")
-    if source == target:
-        raise InputError(f"{config.source} would be copied to itself; give another directory")
-    if source in target.parents or target in source.parents:
-        raise InputError(
-            f"one of {config.source} and {config.target} lies in the other; give another directory"
-        )
+    else:
+        source, target = (_directory(at).resolve() for at in (config.source, config.target))
+        if source == target:
+            raise InputError(f"{config.source} would be copied to itself; give another directory")
+        if source in target.parents or target in source.parents:
+            raise InputError(
+                f"one of {config.source} and {config.target} lies in the other; give another "
+                f"directory"
+            )
+    if not is_remote(config.target):
+        require_outside_stores(_directory(config.target), "the target")
 
 
 def _directory(location: str | os.PathLike[str]) -> Path:

@@ -16,6 +16,7 @@ from mlsae.base.files import (
     open_partial,
     remove_stale_partials,
     sha256_file,
+    write_all,
     write_durably,
 )
 from mlsae.base.machine.resources import require_disk
@@ -122,16 +123,17 @@ class DirectoryTarget:
             return
         partial, fd = open_partial(path)
         try:
-            with full_disk_explained(path), os.fdopen(fd, "wb") as file:
+            with full_disk_explained(path):
                 for piece in _checked(source, item, stop):
-                    file.write(piece)
+                    write_all(fd, piece)
                     progress(len(piece))
-                file.flush()
-                os.fsync(file.fileno())
+                os.fsync(fd)
             partial.rename(path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+        finally:
+            os.close(fd)
         fsync_directory(path.parent)
 
 
