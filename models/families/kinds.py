@@ -45,11 +45,11 @@ def kind_of(config: Any, name: str) -> str:
         return ENCODER
     if family in _auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return DECODER
-    if family in _auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+    if family in _auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES:
         return DECODER
     raise InputError(
         f"model {name} ({family}) is no text model that transformers knows: expected a causal "
-        "language model (GPT, Llama, …), one that also sees images (LLaVA, …), or an encoder "
+        "language model (GPT, Llama, …), one that also sees or hears (LLaVA, …), or an encoder "
         "trained on masked tokens (BERT, …)"
     )
 
@@ -71,7 +71,7 @@ def auto_class(config: Any, kind: str) -> Any:
         return transformers.AutoModel
     if config.model_type in _auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return transformers.AutoModelForCausalLM
-    return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForMultimodalLM
 
 
 def construction(config: Any, kind: str) -> dict[str, Any]:

@@ -27,7 +27,8 @@ def looks_ahead(transformer: Transformer) -> bool:
     sequence tells.
 
     Raises:
-        InputError: the model cannot be run, or without its cache it computes other values.
+        InputError: the model cannot be run, computes other values without its cache, or should
+            look ahead by its config and does not.
     """
     length = min(_LENGTH, transformer.max_context_length or _LENGTH)
     half = length // 2
@@ -46,7 +47,15 @@ def looks_ahead(transformer: Transformer) -> bool:
         _median_change(first[0, :half], _last_output(transformer, tokens)[0, :half])
         for tokens in (later_BT, beside_BT)
     )
-    return moved > max(10 * noise, 4 * torch.finfo(transformer.dtype).eps)
+    ahead = moved > max(10 * noise, 4 * torch.finfo(transformer.dtype).eps)
+    config = transformer.model.config
+    if not ahead and getattr(config.get_text_config(), "is_causal", True) is False:
+        raise InputError(
+            f"the config of model {transformer.name} says is_causal: false, but transformers "
+            f"{transformers.__version__} computes models of type {config.model_type} causally; "
+            "install a newer version of transformers, or take is_causal out of config.json"
+        )
+    return ahead
 
 
 def _check_cache(transformer: Transformer, tokens_BT: Tensor, expected_BTd: Tensor) -> None:

@@ -47,10 +47,9 @@ def find_blocks(
                 f"its lists (and their lengths): {found}"
             )
         return path, list(lists[path])
-    inside = set((within or backbone).modules())
-    fitting = [
-        name for name, module in lists.items() if len(module) == num_layers and module in inside
-    ]
+    fitting = [name for name, module in lists.items() if len(module) == num_layers]
+    inside = set(() if within is None else within.modules())
+    fitting = [name for name in fitting if lists[name] in inside] or fitting
     if not fitting:
         raise InputError(
             f"cannot find the blocks of {type(backbone).__name__}: expected a list of "

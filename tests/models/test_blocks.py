@@ -44,6 +44,14 @@ def test_a_named_list_is_taken_whatever_its_length() -> None:
     assert find_blocks(backbone, 5, "norms") == ("norms", list(backbone.norms))
 
 
+def test_the_part_that_reads_text_has_the_blocks_wherever_it_has_any() -> None:
+    """Another part may have as many layers and more parameters; a head may be called decoder."""
+    backbone = nn.ModuleDict({"text": _Backbone(3, 2), "vision": _Backbone(3, 9)})
+    assert find_blocks(backbone, 3)[0] == "vision.decoder.stack"
+    for within, path in ((backbone["text"], "text"), (nn.Linear(2, 2), "vision")):
+        assert find_blocks(backbone, 3, within=within)[0] == f"{path}.decoder.stack"
+
+
 @pytest.mark.parametrize("path", ["decoder", "decoder.layers", "", "norms.0"])
 def test_a_name_that_is_no_list_is_refused_naming_the_lists(path: str) -> None:
     with pytest.raises(

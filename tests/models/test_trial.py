@@ -52,6 +52,49 @@ def test_a_decoder_that_looks_both_ways_is_an_encoder(config: Any, tmp_path: Pat
     assert load_for(record, tmp_path).describe() == record
 
 
+def test_blocks_that_share_keys_and_values_compute_as_with_the_cache(tmp_path: Path) -> None:
+    config = transformers.Gemma4TextConfig(
+        **SMALL | {"num_hidden_layers": 4}, num_key_value_heads=2, head_dim=8, global_head_dim=8,
+        sliding_window=6, num_kv_shared_layers=2, hidden_size_per_layer_input=8, pad_token_id=0,
+        layer_types=["sliding_attention", "full_attention"] * 2, vocab_size_per_layer_input=64,
+    )  # fmt: skip
+    tokens = torch.arange(3, 35).view(2, 16)
+    x = capture(made(tmp_path, config), Inputs(tokens=tokens), range(3))
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        hidden = plain(input_ids=tokens, output_hidden_states=True).hidden_states
+    for layer in range(3):
+        torch.testing.assert_close(x["resid_post", layer], hidden[layer + 1])
+
+
+def test_a_family_that_cannot_look_ahead_though_its_config_says_so(tmp_path: Path) -> None:
+    config = transformers.MambaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4, is_causal=False
+    )
+    with pytest.raises(InputError) as info:
+        made(tmp_path, config)
+    assert str(info.value) == (
+        f"the config of model {tmp_path} says is_causal: false, but transformers "
+        f"{transformers.__version__} computes models of type mamba causally; install a newer "
+        "version of transformers, or take is_causal out of config.json"
+    )
+
+
+def test_a_config_of_sizes_that_do_not_fit_is_one_line(tmp_path: Path) -> None:
+    config = transformers.DeepseekV3Config(
+        **{**SMALL, "num_key_value_heads": 2}, q_lora_rank=16, kv_lora_rank=16,
+        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=2,
+    )  # fmt: skip
+    with pytest.raises(InputError) as info:
+        made(tmp_path, config)
+    assert str(info.value) == (
+        f"model {tmp_path} cannot be run on sequences of 12 tokens by transformers "
+        f"{transformers.__version__} (RuntimeError: The size of tensor a (4) must match the size "
+        "of tensor b (8) at non-singleton dimension 1); try --attn-implementation eager, or "
+        "another version of transformers"
+    )
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "config",
