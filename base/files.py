@@ -239,6 +239,15 @@ def in_its_place(head: bytes) -> str | None:
     return None
 
 
+def stand_in(path: Path) -> str | None:
+    """Predicate and remedy for a file that stands for another, as `in_its_place`; else None."""
+    try:
+        with path.open("rb") as file:
+            return in_its_place(file.read(200))
+    except OSError:
+        return None
+
+
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as file:

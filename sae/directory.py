@@ -15,10 +15,10 @@ import torch
 from mlsae.base.directories import require_outside_stores
 from mlsae.base.files import (
     DamagedFileError,
-    in_its_place,
     read_sealed,
     seal,
     sha256_file,
+    stand_in,
     write_durably,
 )
 from mlsae.sae.architectures import registered
@@ -94,9 +94,8 @@ def read(directory: Path) -> tuple[SAEConfig, dict[str, torch.Tensor], dict[str,
         raise DamagedSAEError(str(error)) from error
     digest = sha256_file(directory / WEIGHTS)
     if digest != expected_digest:
-        with (directory / WEIGHTS).open("rb") as file:
-            if found := in_its_place(file.read(200)):
-                raise DamagedSAEError(f"{directory / WEIGHTS} {found}")
+        if found := stand_in(directory / WEIGHTS):
+            raise DamagedSAEError(f"{directory / WEIGHTS} {found}")
         raise DamagedSAEError(
             f"{directory / WEIGHTS} is damaged: expected SHA-256 "
             f"{expected_digest[:12]}, got {digest[:12]}; copy the directory again"

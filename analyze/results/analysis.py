@@ -13,6 +13,7 @@ from mlsae.analyze.results.directory import EXAMPLES_FILE, PAGE, read_summary
 from mlsae.analyze.results.events import open_events
 from mlsae.analyze.results.tables import check_version, read_table, with_later_columns
 from mlsae.base.errors import InputError
+from mlsae.base.files import stand_in
 from mlsae.base.units import counted
 
 if TYPE_CHECKING:
@@ -136,6 +137,9 @@ def load(directory: str | Path) -> Analysis:
             None if summary["examples"] is None else _open_examples(directory / EXAMPLES_FILE)
         )
     except (OSError, pa.ArrowException) as error:
+        for path in sorted(directory.glob("*.parquet")):
+            if found := stand_in(path):
+                raise InputError(f"{path} {found}, or make it again with mlsae analyze") from None
         reason = str(error).splitlines()[0]
         raise InputError(
             f"the analysis {directory} is damaged ({reason}): make it again with mlsae analyze"

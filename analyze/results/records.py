@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from mlsae.base.errors import InputError
-from mlsae.base.files import in_its_place, sha256_file
+from mlsae.base.files import sha256_file, stand_in
 from mlsae.base.units import counted, format_bytes
 
 
@@ -171,9 +171,8 @@ def check_part(folder: Path, record: PartRecord, *, every_byte: bool) -> None:
     if size is None:
         raise InputError(f"{path} is missing; {remedy}")
     if size != record.num_bytes:
-        with path.open("rb") as file:
-            if found := in_its_place(file.read(200)):
-                raise InputError(f"{path} {found}, or {remedy}")
+        if found := stand_in(path):
+            raise InputError(f"{path} {found}, or {remedy}")
         raise InputError(
             f"{path} is damaged: it has {size} bytes, expected {record.num_bytes}; {remedy}"
         )

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from huggingface_hub import constants as hub
 from huggingface_hub import errors as hub_errors
 
 from mlsae.base.errors import InputError, MlsaeError
+from mlsae.base.files import stand_in
 from mlsae.models.source.place import Place
 
 _UNUSABLE = (OSError, ValueError, KeyError, ImportError, hub_errors.HfHubHTTPError)
@@ -77,6 +79,9 @@ def _explanation(place: Place, what: str, error: BaseException) -> str | None:
     name = place.name
     # A damaged file comes as a bare exception of the library below.
     if _origin(error) in ("safetensors", "safetensors_rust"):
+        for path in sorted(Path(name).glob("*.safetensors")) if place.is_directory else ():
+            if found := stand_in(path):
+                return f"{path} {found}"
         return (
             f"the weights of model {name} are damaged ({first_line(error)}); fetch the model again"
         )

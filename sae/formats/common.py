@@ -15,6 +15,7 @@ import safetensors
 import torch
 
 from mlsae.base.errors import InputError
+from mlsae.base.files import stand_in
 from mlsae.base.words import SITES
 from mlsae.sae.architectures.base import Architecture, Conversion, registered
 from mlsae.sae.config import SAEConfig
@@ -88,7 +89,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes(), parse_constant=str, parse_float=_finite)
     except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{path} is no JSON: {error}") from None
+        found = stand_in(path) or f"is no JSON: {error}"
+        raise ConversionError(f"{path} {found}") from None
     if not isinstance(content, dict):
         raise ConversionError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
@@ -156,6 +158,8 @@ def names_in(path: Path) -> list[str]:
         with safetensors.safe_open(path, framework="pt") as file:
             return list(file.keys())
     except safetensors.SafetensorError as error:
+        if found := stand_in(path):
+            raise ConversionError(f"{path} {found}") from None
         raise ConversionError(f"{path} is damaged ({error}); fetch it again") from None
 
 

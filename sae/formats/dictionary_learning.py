@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from mlsae.base.files import stand_in
 from mlsae.base.words import SITES
 from mlsae.sae.formats.common import (
     OURS,
@@ -117,6 +118,8 @@ def _load(path: Path) -> Tensors:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # Bytes that are no pickle raise whatever they happen to lead to.
         reason = str(error).strip().splitlines() or [type(error).__name__]
+        if found := stand_in(path):
+            raise ConversionError(f"{path} {found}") from None
         raise ConversionError(
             f"{path} is damaged or holds more than tensors, which is never run: {reason[0]}"
         ) from None

@@ -9,7 +9,10 @@ import pytest
 import zarr
 from click.testing import CliRunner
 
+from mlsae.base.errors import InputError
 from mlsae.cli import main
+from mlsae.sae import SAE, SAEConfig, TopK, load
+from mlsae.sae.formats.convert import export_sae, import_sae
 from mlsae.store import DamagedStoreError, StoreError, create, open_store
 from mlsae.store.copying.copy import CopyConfig, copy
 from mlsae.store.tools.verify import verify
@@ -141,3 +144,26 @@ def test_a_url_makes_no_directory_of_its_name(command, message, tmp_path, monkey
     assert done.exit_code == 2
     assert message in re.sub(r"\s+", " ", done.output)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["sae.safetensors", "training.json", "config.json"])
+def test_a_pointer_in_place_of_an_sae_names_its_cure(name, tmp_path):
+    """As a clone of a repository without `git lfs` has it; for exports of other tools too."""
+    config = SAEConfig(d_in=4, num_latents=8, architecture=TopK(k=2))
+    SAE(config).save(tmp_path / "sae", {"site": "resid_post", "layers": [0]})
+    load(tmp_path / "sae")
+    (tmp_path / "sae" / name).write_bytes(POINTER)
+    with pytest.raises(InputError, match=rf"{name} is a Git LFS pointer in place of the file: run"):
+        load(tmp_path / "sae")
+
+
+def test_a_pointer_in_place_of_a_foreign_sae_names_its_cure(tmp_path):
+    config = SAEConfig(d_in=4, num_latents=8, architecture=TopK(k=2), normalize="none")
+    SAE(config).save(tmp_path / "sae", {"site": "resid_post", "layers": [0]})
+    (folder,) = export_sae(tmp_path / "sae", "sparsify", tmp_path / "out")
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        path.write_bytes(POINTER)
+        with pytest.raises(InputError, match=rf"{path.name} is a Git LFS pointer in place of the"):
+            import_sae(folder, tmp_path / "again")
+        path.write_bytes(content)
