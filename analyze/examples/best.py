@@ -128,7 +128,10 @@ def stable_order(keys_C: Tensor) -> Tensor:
     # numpy sorts plain integers in a CPU's widest registers, tens of times as fast as torch sorts
     # with indices: a key and its place go into one integer.
     bits = max(1, (len(keys_C) - 1).bit_length())
-    packed = (keys_C.numpy().astype(np.int64) << bits) | np.arange(len(keys_C))
+    keys = keys_C.numpy().astype(np.int64)
+    if int(np.abs(keys).max(initial=0)).bit_length() + bits > 63:
+        return torch.from_numpy(np.argsort(keys, kind="stable"))
+    packed = (keys << bits) | np.arange(len(keys))
     packed.sort()
     return torch.from_numpy(packed & ((1 << bits) - 1))
 

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from mlsae.analyze.examples.best import stable_order
 from mlsae.analyze.selection import Int
+from mlsae.base.errors import InputError
 from mlsae.store import PADDING, AnyStore
 
+MOST_TOKEN = 2**31 - 1
 OUTSIDE = -1
 """Stands for a token id where a window ends before it."""
 
@@ -35,7 +37,11 @@ class Text:
 def read_text(
     store: AnyStore, sequences: Int, eligible_T: np.ndarray, device: torch.device
 ) -> Text:
-    """The tokens of sequences, sorted indices."""
+    """The tokens of sequences, sorted indices.
+
+    Raises:
+        InputError: a token is over 2³¹ − 1.
+    """
     length = store.context_length
     ids, documents, flags = [], [], []
     ends = np.flatnonzero(np.diff(sequences) != 1) + 1
@@ -44,13 +50,19 @@ def read_text(
         ids.append(store.tokens(*span))
         documents.append(store.documents(*span))
         flags.append(store.token_flags(*span))
+    ids_T = np.concatenate(ids)
+    if (largest := int(ids_T.max(initial=0))) > MOST_TOKEN:
+        raise InputError(
+            f"token {largest:,} of {store.place} is over {MOST_TOKEN:,}, the largest that the "
+            f"table of examples holds: give --examples 0"
+        )
     document_T, is_padding = np.concatenate(documents), (np.concatenate(flags) & PADDING) != 0
     begins = np.arange(len(document_T)) % length == 0
     begins[1:] |= document_T[1:] != document_T[:-1]
     begins |= is_padding
     begins[1:] |= is_padding[:-1]
     return Text(
-        ids=torch.from_numpy(np.concatenate(ids).astype(np.int32)).to(device),
+        ids=torch.from_numpy(ids_T.astype(np.int32)).to(device),
         runs=torch.from_numpy(np.cumsum(begins)).to(device),
         eligible=torch.from_numpy(eligible_T).to(device),
     )

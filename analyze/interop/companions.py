@@ -126,5 +126,6 @@ def _ratio(
 
 
 def _lists(values: npt.NDArray[np.float64]) -> pa.Array:
-    offsets = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
+    # Arrow refuses offsets that its lists cannot hold.
+    offsets = pa.array(np.arange(len(values) + 1) * values.shape[1], pa.int32())
     return pa.ListArray.from_arrays(offsets, values.ravel())

@@ -20,10 +20,12 @@ import mlsae.analyze.examples.collect as collecting
 from mlsae.analyze.events.plan import plan_events
 from mlsae.analyze.examples.collect import Examples, ExamplesPlan, random_scores
 from mlsae.analyze.examples.table import write_examples
+from mlsae.analyze.examples.windows import read_text
 from mlsae.analyze.measure.rows.joint import Joint
 from mlsae.analyze.measure.rows.walk import walk
 from mlsae.analyze.pairing import Pairing, pair
 from mlsae.analyze.results.tables import schema
+from mlsae.base.errors import InputError
 from mlsae.sae import SAE, ReLU, SAEConfig, TopK
 from mlsae.store import MASKED, PADDING, SPECIAL, create, open_store
 
@@ -370,3 +372,27 @@ def test_every_event_is_drawn_as_often_as_any_other() -> None:
         assert int(scores.min()) >= 1
         drawn = torch.bincount(scores.argmax(dim=0), minlength=50).double()
         assert float(((drawn - 400) ** 2 / 400).sum()) < 85.4
+
+
+def test_token_ids_that_a_table_cannot_hold_are_refused(tmp_path: Path) -> None:
+    """Stores hold ids to 2³² − 1, tables of examples to 2³¹ − 1."""
+    tokens = np.arange(16, dtype=np.uint32)
+    for largest, is_fine in ((2**31 - 1, True), (2**31, False)):
+        tokens[5] = largest
+        path = tmp_path / str(largest)
+        with create(
+            path,
+            tokens=tokens,
+            context_length=8,
+            layers=(0,),
+            d_model=2,
+            source={"made_by": "test"},
+        ) as writer:
+            writer.append({("resid_post", 0): np.ones((16, 2), np.float32)})
+        arguments = (open_store(path), np.array([0]), np.ones(8, bool), torch.device("cpu"))
+        if is_fine:
+            assert read_text(*arguments).ids[5] == largest
+            continue
+        message = r"token 2,147,483,648 of .* is over 2,147,483,647, the largest that the table of"
+        with pytest.raises(InputError, match=message):
+            read_text(*arguments)

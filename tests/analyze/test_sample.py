@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from mlsae.analyze.examples.best import Field
+from mlsae.analyze.examples.best import Field, stable_order
 from mlsae.analyze.examples.sample import CANDIDATES, RANGES, Sample
 
 Array = npt.NDArray[np.float32]
@@ -92,3 +92,14 @@ def test_few_events_of_many_are_kept() -> None:
         scores = generator.integers(1, 2**31, count).astype(np.int32)
         held.append(collected(latents, values, scores, 4, 1000)[1])
     assert held[1] < 1.5 * held[0] < 1.5 * 2 * CANDIDATES * 4 * NUM_LATENTS
+
+
+@pytest.mark.parametrize("largest", [3, 2**40, 2**58, 2**62])
+def test_integers_are_ordered_stably_whatever_their_size(largest: int) -> None:
+    """Also those that leave no room for a place beside them, of either sign."""
+    generator = np.random.default_rng(0)
+    keys = torch.from_numpy(generator.integers(-largest, largest, 500))
+    keys[100:200] = keys[:100]
+    expected = sorted(range(500), key=lambda i: (int(keys[i]), i))
+    assert stable_order(keys).tolist() == expected
+    assert stable_order(keys[:0]).tolist() == []
