@@ -34,10 +34,13 @@ __all__ = [
 def run(config: AnalyzeConfig) -> Analysis:
     """Analyze an SAE on a store's rows, write the directory `config.out`, print a summary.
 
+    Where a run of this was stopped, go on from the steps that it finished.
+
     Raises:
         InputError: store, SAE or transformer is missing, damaged or does not fit the others, or
             `out` cannot be used.
         ResourceError: too little disk, or no such device.
+        InterruptedWorkError: SIGINT or SIGTERM came; finished steps stay.
     """
     # Here, so that whoever only loads an analysis does not wait for torch and transformers.
     from mlsae.analyze.pipeline import run as analyze

@@ -1,5 +1,6 @@
 """Origin of the store, the SAE and the analysis, for the summary."""
 
+import hashlib
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,9 @@ from typing import Any
 
 import mlsae
 from mlsae.analyze.config import AnalyzeConfig
-from mlsae.analyze.pairing import Pairing
-from mlsae.base.settings import words_of
+from mlsae.analyze.pairing import Pairing, provenance_of
+from mlsae.base.files import canonical_json
+from mlsae.base.settings import deciding, words_of
 from mlsae.sae import SAEConfig
 from mlsae.store import RemoteError, Store
 
@@ -57,6 +59,37 @@ def origin(pairing: Pairing, config: AnalyzeConfig) -> dict[str, Any]:
         },
         "commands": command_lines(pairing, config),
     }
+
+
+def identify(
+    pairing: Pairing,
+    config: AnalyzeConfig,
+    prompts: Sequence[str],
+    missing: Sequence[str | None],
+) -> str:
+    """Hex SHA-256 of all that decides the tables of an analysis.
+
+    Args:
+        pairing: the store and the SAE.
+        config: settings of the analysis; ids stand for the places of inputs.
+        prompts: texts of the prompts.
+        missing: reasons why there is no transformer, and no text of tokens; None where there is.
+    """
+    places = ("cache", "sae", "prompts", "prompt_file")
+    names = [name for name in deciding(AnalyzeConfig) if name not in places]
+    content = {
+        **{name: str(getattr(config, name)) for name in names},
+        **provenance_of(pairing),
+        "layers": list(pairing.layers),
+        "site": pairing.site,
+        "skip_positions": pairing.skip_positions,
+        "validation": dict(pairing.validation),
+        "device": pairing.device.type,
+        "prompts": list(prompts),
+        "missing": list(missing),
+        "versions": {name: version(name) for name in _LIBRARIES} | {"mlsae": mlsae.__version__},
+    }
+    return hashlib.sha256(canonical_json(content)).hexdigest()
 
 
 def _flat(config: SAEConfig) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """The whole analysis: checks first, then the store, the transformer, the tables, the figures."""
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +20,95 @@ from mlsae.analyze.interop.delphi import check_target, to_delphi
 from mlsae.analyze.measure.decoder import Decoder, describe_decoder
 from mlsae.analyze.measure.directions import check_memory
 from mlsae.analyze.measure.histograms import histograms_table, layer_cosine_table
-from mlsae.analyze.measure.model.cross_entropy import CrossEntropy, measure
-from mlsae.analyze.measure.model.prompts import prepare, prompts_table, read_texts
-from mlsae.analyze.measure.rows.joint import Joint
+from mlsae.analyze.measure.model.cross_entropy import SEQUENCES, CrossEntropy, measure
+from mlsae.analyze.measure.model.prompts import Prompt, prepare, prompts_table, read_texts
+from mlsae.analyze.measure.rows.joint import Joint, JointResult
+from mlsae.analyze.measure.rows.kept import packed, unpacked
 from mlsae.analyze.measure.rows.walk import LayerSums, walk
 from mlsae.analyze.measure.tables import latents_tables, layer_means, layers_tables
-from mlsae.analyze.origin import origin
+from mlsae.analyze.origin import identify, origin
 from mlsae.analyze.pairing import Pairing, fingerprint, pair, provenance_of
 from mlsae.analyze.results.analysis import Analysis, load
 from mlsae.analyze.results.directory import (
     EVENTS_NAME,
     KIND,
+    PAGE,
     SUMMARY,
     check_replaceable,
+    read_summary,
 )
 from mlsae.analyze.results.page.pictures import make_pictures, planned_figures
 from mlsae.analyze.results.records import totals_of
 from mlsae.analyze.results.tables import TABLES_VERSION
 from mlsae.analyze.results.text.summary import overall, render
 from mlsae.analyze.selection import Int, choose_sequences, first_tokens
-from mlsae.analyze.transformer import find_pieces, find_places, find_transformer
+from mlsae.analyze.steps import Steps, stops
+from mlsae.analyze.transformer import Pieces, Places, find_pieces, find_places, find_transformer
 from mlsae.base.devices import resolve_device
 from mlsae.base.directories import staged
 from mlsae.base.errors import InputError
 from mlsae.base.files import seal, write_durably
+from mlsae.base.interruption import Interruption, interruptible
 from mlsae.base.machine.resources import require_disk
 from mlsae.base.output.console import Progress, say
+from mlsae.models import Transformer
 
+STOPPING = "finishing the batch in hand, then stopping; press Ctrl-C again to stop at once"
 _ROWS_AT_ONCE = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """An analysis, once everything that it needs is found and fits."""
+
+    config: AnalyzeConfig
+    pairing: Pairing
+    sequences: Int
+    num_rows: int
+    places: Places
+    transformer: Transformer | None
+    reason: str | None
+    """Reason why there is no transformer."""
+    prompts: list[Prompt]
+    text: tuple[Pieces | None, str | None]
+
+    @property
+    def analysis_id(self) -> str:
+        """Hex digest of inputs, settings and versions, which decide the tables."""
+        prompts = [prompt.text for prompt in self.prompts]
+        return identify(self.pairing, self.config, prompts, (self.reason, self.text[1]))
 
 
 def run(config: AnalyzeConfig) -> Analysis:
     """See `mlsae.analyze.run`."""
+    nothing = "stopped before anything was kept; run the same command to begin again"
+    with interruptible() as interruption, stops(interruption, nothing):
+        return _run(config, interruption)
+
+
+def _run(config: AnalyzeConfig, interruption: Interruption) -> Analysis:
     check_replaceable(config.out)
+    job = _prepared(config)
+    if _has_tables(config.out, job.analysis_id):
+        say(f"the tables are whole in {config.out}: making what is missing beside them")
+    else:
+        with staged(config.out, SUMMARY, work=job.analysis_id) as directory:
+            _measure(job, directory, interruption)
+    whole = f"stopped: the tables are whole in {config.out}; run the same command for the rest"
+    with stops(interruption, whole):
+        analysis = load(config.out)
+        cache = None
+        if config.to_delphi is not None:
+            store, model = job.pairing.store, job.places.first
+            cache = to_delphi(analysis, config.to_delphi, store=store, model=model)
+        make_pictures(config.out)
+    say(render(analysis))
+    if cache is not None:
+        say("\n".join(cache.lines))
+    return analysis
+
+
+def _prepared(config: AnalyzeConfig) -> _Job:
     texts = read_texts(config.prompts, config.prompt_file)
     device = resolve_device(config.device)
     pairing = pair(
@@ -69,68 +127,119 @@ def run(config: AnalyzeConfig) -> Analysis:
     num_rows = _count_rows(pairing, sequences)
     places = find_places(pairing.store, config.model)
     transformer, reason = find_transformer(pairing.store, pairing.site, places, device)
-    prompts = prepare(texts, transformer, reason, pairing.store, pairing.skip_positions)
-    text = find_pieces(pairing.store, places)
-    with staged(config.out, SUMMARY) as directory:
-        provenance = provenance_of(pairing)
-        events = _plan_events(pairing, sequences, config, directory, provenance)
-        examples_plan = plan_examples(pairing, num_rows, config, directory)
-        examples = None if examples_plan is None else Examples(pairing, examples_plan)
-        joint = Joint(pairing, _end_of_joint(pairing, sequences, config))
-        with _bar("rows", num_rows * len(pairing.layers), "row") as progress:
-            sums = walk(
-                pairing,
-                sequences,
-                batch_rows=config.batch_size,
-                events=events,
-                directory=directory / EVENTS_NAME,
-                joint=joint,
-                examples=examples,
-                progress=progress,
-            )
-        entropy = None
-        if transformer is not None:
-            length = pairing.store.context_length
-            scored = first_tokens(sequences, max(config.ce_max_tokens, length), length)
-            with _bar("cross-entropy", len(scored) * length, "token") as progress:
-                entropy = measure(
-                    transformer, pairing, scored, batch_rows=config.batch_size, progress=progress
-                )
-            if entropy is None:
-                reason = "the sequences evaluated hold no two tokens of one document"
+    return _Job(
+        config=config,
+        pairing=pairing,
+        sequences=sequences,
+        num_rows=num_rows,
+        places=places,
+        transformer=transformer,
+        reason=reason,
+        prompts=prepare(texts, transformer, reason, pairing.store, pairing.skip_positions),
+        text=find_pieces(pairing.store, places),
+    )
+
+
+def _has_tables(out: Path, analysis_id: str) -> bool:
+    """True where the tables of this very analysis are whole, and the page is missing."""
+    if (out / PAGE).exists() or not (out / SUMMARY).exists():
+        return False
+    return read_summary(out).get("analysis_id") == analysis_id
+
+
+def _measure(job: _Job, directory: Path, interruption: Interruption) -> None:
+    """Fill `directory` with tables and summary; finished steps are kept there until all are."""
+    pairing, provenance = job.pairing, provenance_of(job.pairing)
+    steps = Steps(directory, interruption)
+    sums, joint, told = _walk(job, directory, steps)
+    kept = (
+        f"stopped: the sums over rows are kept in {job.config.out}; run the same command to go on"
+    )
+    with stops(interruption, kept):
+        entropy = _cross_entropy(job, steps, interruption)
         num_latents = pairing.sae.config.num_latents
         with _bar("decoder directions", num_latents * (num_latents - 1) // 2, "pair") as progress:
-            decoder = describe_decoder(pairing, layer_means(sums), transformer, progress)
+            decoder = describe_decoder(pairing, layer_means(sums), job.transformer, progress)
         tables = _tables(pairing, sums, joint, decoder, entropy, provenance)
-        with _bar("prompts", len(prompts), "prompt") as progress:
-            tables["prompts"] = prompts_table(prompts, transformer, pairing, provenance, progress)
+        with _bar("prompts", len(job.prompts), "prompt") as progress:
+            tables["prompts"] = prompts_table(
+                job.prompts, job.transformer, pairing, provenance, progress
+            )
         for name, table in tables.items():
             pq.write_table(table, directory / f"{name}.parquet", compression="zstd")
-        told = write_table(directory, examples, text, provenance)
+        reason = job.reason
+        if job.transformer is not None and entropy is None:
+            reason = "the sequences evaluated hold no two tokens of one document"
         content = {
-            **_settings(config),
-            **origin(pairing, config),
-            **_coverage(pairing, sequences, sums, entropy),
+            **_settings(job.config),
+            **origin(pairing, job.config),
+            "analysis_id": job.analysis_id,
+            **_coverage(pairing, job.sequences, sums, entropy),
             "cross_entropy": None if entropy is None else {"num_tokens": entropy.num_tokens},
             "no_cross_entropy_because": reason,
-            "layer_variance": joint.decomposition.summary(),
+            "layer_variance": joint.layer_variance,
             "decoder": decoder.summary(),
             "overall": overall(tables["layers"], tables["latents"]),
             "examples": told,
-            "prompts": [prompt.text for prompt in prompts],
+            "prompts": [prompt.text for prompt in job.prompts],
         }
         sources = {**tables, "summary": content}
-        content["figures"] = planned_figures(sources) if config.figures else []
+        content["figures"] = planned_figures(sources) if job.config.figures else []
         write_durably(directory / SUMMARY, seal(content))
-    analysis = load(config.out)
-    cache = None
-    if config.to_delphi is not None:
-        cache = to_delphi(analysis, config.to_delphi, store=pairing.store, model=places.first)
-    make_pictures(config.out)
-    say(render(analysis))
-    if cache is not None:
-        say("\n".join(cache.lines))
-    return analysis
+
+
+def _walk(
+    job: _Job, directory: Path, steps: Steps
+) -> tuple[dict[int, LayerSums], JointResult, dict[str, Any] | None]:
+    """Sums over rows and, in `directory`, events and examples; what the summary says of these."""
+    if (kept := steps.read("rows")) is not None:
+        facts, arrays = kept
+        say("going on: the sums over rows are there")
+        return *unpacked(facts, arrays), facts["examples"]
+    for entry in directory.iterdir():
+        # Left by a process that was killed.
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    config, pairing, provenance = job.config, job.pairing, provenance_of(job.pairing)
+    events = _plan_events(pairing, job.sequences, config, directory, provenance)
+    plan = plan_examples(pairing, job.num_rows, config, directory)
+    examples = None if plan is None else Examples(pairing, plan)
+    with _bar("rows", job.num_rows * len(pairing.layers), "row") as progress:
+        sums, joint = walk(
+            pairing,
+            job.sequences,
+            batch_rows=config.batch_size,
+            events=events,
+            directory=directory / EVENTS_NAME,
+            joint=Joint(pairing, _end_of_joint(pairing, job.sequences, config)),
+            examples=examples,
+            progress=progress,
+        )
+    told = write_table(directory, examples, job.text, provenance)
+    facts, arrays = packed(sums, joint)
+    steps.keep("rows", {**facts, "examples": told}, arrays)
+    return sums, joint, told
+
+
+def _cross_entropy(job: _Job, steps: Steps, interruption: Interruption) -> CrossEntropy | None:
+    if job.transformer is None:
+        return None
+    length, step = job.pairing.store.context_length, "cross-entropy"
+    scored = first_tokens(job.sequences, max(job.config.ce_max_tokens, length), length)
+    _, begun = steps.read(step) or ({}, None)
+    done = 0 if begun is None else int(begun[SEQUENCES]) * length
+    with (
+        _bar(step, len(scored) * length, "token", done) as progress,
+        interruption.deferred(STOPPING),
+    ):
+        return measure(
+            job.transformer,
+            job.pairing,
+            scored,
+            batch_rows=job.config.batch_size,
+            progress=progress,
+            begun=begun,
+            keep=lambda state: steps.keep_now_and_then(step, state),
+        )
 
 
 def _count_rows(pairing: Pairing, sequences: Int) -> int:
@@ -189,7 +298,7 @@ def _end_of_joint(pairing: Pairing, sequences: Int, config: AnalyzeConfig) -> in
 def _tables(
     pairing: Pairing,
     sums: Mapping[int, LayerSums],
-    joint: Joint,
+    joint: JointResult,
     decoder: Decoder,
     entropy: CrossEntropy | None,
     provenance: Mapping[str, str],
@@ -279,6 +388,6 @@ def _coverage(
 
 
 @contextmanager
-def _bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
-    with Progress(label, total, unit) as progress:
+def _bar(label: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[[int], object]]:
+    with Progress(label, total, unit, done=done) as progress:
         yield progress.update

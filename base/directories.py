@@ -24,6 +24,8 @@ log = logging.getLogger("mlsae")
 
 LOCK = "lock.partial"
 """File in an output directory that is locked while a run writes there."""
+KEPT = "kept.partial"
+"""Folder in a staged one for what a stopped run had done, which equal work goes on from."""
 _PARTIAL = ".partial"
 _STAGED = re.compile(r"(?:new|old)-[0-9a-f]{8}\.partial")
 _SYSTEMS_OWN = frozenset(
@@ -175,7 +177,7 @@ def _unlock(path: Path, fd: int) -> None:
 
 
 @contextmanager
-def staged(out: Path, last: str = "") -> Iterator[Path]:
+def staged(out: Path, last: str = "", *, work: str | None = None) -> Iterator[Path]:
     """A new folder whose content becomes that of `out` when the block ends without an exception.
 
     After an exception `out` is as it was. A killed process leaves temporary names in `out`, which
@@ -184,6 +186,8 @@ def staged(out: Path, last: str = "") -> Iterator[Path]:
     Args:
         out: directory to be filled, whose content may be replaced; see `content_of`.
         last: name of the entry that makes the content valid: first to go, last to come.
+        work: hex digest of all that decides the content. With it, a folder with a folder `KEPT`
+            outlives an exception, and the next run of equal work is given it as it was left.
 
     Raises:
         InputError: another run holds the directory.
@@ -191,17 +195,19 @@ def staged(out: Path, last: str = "") -> Iterator[Path]:
     """
     out = Path(os.path.realpath(out))
     with held(out):
-        for entry in list(out.iterdir()):
-            if _STAGED.fullmatch(entry.name):
-                shutil.rmtree(entry, ignore_errors=True)
-        token = uuid.uuid4().hex[:8]
+        token = (work or uuid.uuid4().hex)[:8]
         new, old = out / f"new-{token}.partial", out / f"old-{token}.partial"
-        new.mkdir()
+        for entry in list(out.iterdir()):
+            if _STAGED.fullmatch(entry.name) and not (entry == new and (new / KEPT).is_dir()):
+                shutil.rmtree(entry, ignore_errors=True)
+        new.mkdir(exist_ok=True)
         try:
             yield new
+            shutil.rmtree(new / KEPT, ignore_errors=True)
             _fsync_all(new)
         except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
+            if work is None or not (new / KEPT).is_dir():
+                shutil.rmtree(new, ignore_errors=True)
             raise
         _replace(out, new, old, last)
         fsync_directory(out)

@@ -119,7 +119,7 @@ def mean_of(numbers: list[Number]) -> Number:
 
 def real(pairing: Pairing, sequences: Int, model: str, place: Path) -> dict[str, Number]:
     """Metrics of held-out sequences: at the middle layer, and the mean over layers."""
-    sums = walk(
+    sums, _ = walk(
         pairing,
         sequences,
         batch_rows=4096,

@@ -4,6 +4,7 @@ Shapes: m latents in a slab, L layers, S strongest at a layer, s samples from ea
 rows, W window places.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ def write_examples(
                 held, num_held = [], 0
         if num_held:
             writer.write_table(pa.concat_tables(held), row_group_size=num_held)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
     return total
 
 

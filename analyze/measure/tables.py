@@ -13,7 +13,7 @@ import pyarrow as pa
 from mlsae.analyze.measure.decoder import Decoder
 from mlsae.analyze.measure.metrics import describe
 from mlsae.analyze.measure.model.cross_entropy import CrossEntropy
-from mlsae.analyze.measure.rows.joint import Joint
+from mlsae.analyze.measure.rows.joint import JointResult
 from mlsae.analyze.measure.rows.walk import LayerSums
 from mlsae.analyze.results.columns import LATENTS
 from mlsae.analyze.results.distribution import Float, LayerDistribution, layer_distribution
@@ -63,7 +63,10 @@ def layer_means(sums: Mapping[int, LayerSums]) -> Float:
 
 
 def latents_tables(
-    sums: Mapping[int, LayerSums], joint: Joint, decoder: Decoder, provenance: Mapping[str, str]
+    sums: Mapping[int, LayerSums],
+    joint: JointResult,
+    decoder: Decoder,
+    provenance: Mapping[str, str],
 ) -> tuple[pa.Table, pa.Table]:
     """`latents`, one row a latent, and `latent_layers`, one row a latent and layer, by latent."""
     layers = tuple(sums)
@@ -75,7 +78,6 @@ def latents_tables(
     num_rows = sum(of.eligible.num_rows for of in sums.values())
     num_latents = len(count_M)
     latent_M = np.arange(num_latents, dtype=np.int32)
-    token_entropy, num_token_ids = joint.token_totals.entropies(num_latents)
     columns = {
         "latent": latent_M,
         "count": count_M,
@@ -84,9 +86,9 @@ def latents_tables(
         **_moments(by_total, ""),
         **_moments(by_count, "_by_count"),
         "num_layers": (counts_LM > 0).sum(axis=0).astype(np.int32),
-        "layer_var_token": _nullable(joint.decomposition.token_variances().cpu().numpy()),
-        "token_entropy": _nullable(token_entropy),
-        "num_token_ids": num_token_ids,
+        "layer_var_token": _nullable(joint.token_variances),
+        "token_entropy": _nullable(joint.token_entropies),
+        "num_token_ids": joint.num_token_ids,
         "density": count_M / num_rows,
         "dead": count_M == 0,
         **decoder.columns(),

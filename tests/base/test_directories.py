@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlsae.base.directories import (
+    KEPT,
     LOCK,
     content_of,
     has_staged,
@@ -128,6 +129,34 @@ def test_what_a_killed_run_left_is_cleared_away(tmp_path: Path):
         (new / "a").touch()
     assert names(tmp_path) == ["a"]
     assert not has_staged(tmp_path)
+
+
+def test_equal_work_is_given_what_a_stopped_run_kept(tmp_path: Path):
+    """Where that run said so; other work clears it away, and it is never published."""
+    work, out = "0123abcd" * 8, tmp_path / "out"
+
+    def stop(*kept: str):
+        with staged(out, work=work) as new:
+            for name in kept:
+                (new / name).mkdir()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop("a")
+    assert not out.exists()
+    with pytest.raises(KeyboardInterrupt):
+        stop("a", KEPT)
+    assert names(out) == ["new-0123abcd.partial"]
+    assert content_of(out) == []
+    with staged(out, work=work) as new:
+        assert names(new) == ["a", KEPT]
+    assert names(out) == ["a"]
+    with pytest.raises(KeyboardInterrupt):
+        stop(KEPT)
+    with staged(out, work="other" * 8) as new:
+        assert names(new) == []
+        (new / "b").touch()
+    assert names(out) == ["b"]
 
 
 MOUNTS = """

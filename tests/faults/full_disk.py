@@ -146,12 +146,12 @@ def analyses(disk: Disk, store: Path, sae: Path, counts: Counter[str]) -> None:
     command = [*MLSAE, *arguments, "--out", str(out)]
 
     def partial() -> Path | None:
-        return next(disk.path.glob(".analysis.*.partial"), None)
+        return next(out.glob("new-*.partial"), None)
 
     moments: dict[str, tuple[Reached, int, str]] = {
         # Room for the largest table is estimated before it is begun.
         "events": (lambda: partial() is not None, 0, "not enough disk"),
-        "tables": (lambda: any(disk.path.glob(".analysis.*/events/*")), 8_000, "disk is full"),
+        "tables": (lambda: any(out.glob("new-*.partial/events/*")), 8_000, "disk is full"),
     }
     for moment, (reached, room, expected) in moments.items():
         done = run_until_full(command, reached, disk, room)

@@ -5,10 +5,12 @@ G groups of sequences. Metrics are means over counted tokens; sums are float64 o
 divided once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -20,6 +22,12 @@ from mlsae.analyze.selection import Int
 from mlsae.models import Transformer
 from mlsae.models.splice import run, spliced, spliced_layers
 from mlsae.sae import SAE
+
+State = dict[str, npt.NDArray[Any]]
+"""Sums over the first sequences, from which the rest can be added."""
+
+SEQUENCES = "num_sequences"
+"""Number of those sequences, in a `State`."""
 
 LOGITS_BYTES = 2**27
 """Float32 logits in one forward: bounds memory, whatever the vocabulary."""
@@ -201,6 +209,8 @@ def measure(
     *,
     batch_rows: int,
     progress: Callable[[int], object],
+    begun: Mapping[str, npt.NDArray[Any]] | None = None,
+    keep: Callable[[Callable[[], State]], object] = lambda _: None,
 ) -> CrossEntropy | None:
     """Score `sequences` with each layer spliced alone, then all; None without a counted target.
 
@@ -214,6 +224,8 @@ def measure(
         sequences: sorted indices.
         batch_rows: the most tokens in a forward; fewer where the vocabulary is large.
         progress: told the number of tokens in each finished batch.
+        begun: state that `keep` was given in an earlier run with the same arguments.
+        keep: offered the state after each batch, as a function that makes it.
     """
     store, layers = pairing.store, pairing.layers
     token_bytes = 4 * transformer.vocab_size
@@ -221,9 +233,10 @@ def measure(
     tally = _Tally(len(layers), sequences, transformer.device)
     means = _means(pairing, transformer.device)
     keeps_all = store.rows_per_sequence == store.context_length
-    batches = read_sequences(
-        store, sequences, pairing.skip_positions, max(1, fit), transformer.device
-    )
+    if begun is not None:
+        tally.restore(begun)
+    left = sequences[tally.num_sequences :]
+    batches = read_sequences(store, left, pairing.skip_positions, max(1, fit), transformer.device)
     for batch in batches:
         inputs, eligible = batch.inputs, batch.eligible
         tally.start(batch, run(transformer, inputs))
@@ -243,6 +256,7 @@ def measure(
             tally.rebuilt(i, spliced(transformer, inputs, layer, rebuild, pairing.site))
         _measure_together(transformer, pairing, batch, means, tally)
         progress(inputs.tokens.numel())
+        keep(tally.state)
     return tally.result(keeps_all)
 
 
@@ -286,10 +300,28 @@ class _Tally:
         self._sums = zeros("stored", "zero", "zero_eligible", "mean", num=num_layers + 1)
         self._rebuilt = zeros("added", "divergence", "agreed", num=num_layers + 1)
         self._rebuilt_spliced = zeros(*self._rebuilt, num=num_layers + 1)
+        self.num_sequences = 0
+        """Sequences of the batches that were taken up."""
+
+    def state(self) -> State:
+        """All sums by name, and the number of sequences."""
+        found = {name: of.cpu().numpy() for name, of in self._by_name().items()}
+        return {**found, SEQUENCES: np.array(self.num_sequences)}
+
+    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Go on from a state."""
+        self.num_sequences = int(state[SEQUENCES])
+        for name, of in self._by_name().items():
+            of.copy_(torch.from_numpy(state[name]))
+
+    def _by_name(self) -> dict[str, Tensor]:
+        spliced_alone = {f"{name}_spliced": of for name, of in self._rebuilt_spliced.items()}
+        return {**self._once, **self._sums, **self._rebuilt, **spliced_alone}
 
     def start(self, batch: Sequences, logits_BTV: Tensor) -> None:
         """Take up a batch with the untouched transformer's logits."""
         self._counted = batch.counted
+        self.num_sequences += len(batch.numbers)
         places = np.searchsorted(self._sequences, batch.numbers)
         groups = torch.from_numpy(group_of(places, len(self._sequences))).to(batch.counted.device)
         self._groups = groups[:, None].expand_as(batch.counted)[batch.counted]

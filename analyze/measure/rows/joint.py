@@ -4,6 +4,8 @@ Shapes: N rows in a batch, E eligible ones, K active slots a row.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +23,23 @@ PUBLISHED_BATCH = 2048
 
 LatentsByLayer = Mapping[int, tuple[Tensor, Tensor]]
 """Layer → (rows, K) values and (rows, K) latent indices; K may differ between layers."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class JointResult:
+    """Numbers that `Joint` gives once all rows are added."""
+
+    layer_variance: Mapping[str, Any] | None
+    """Variances of the layer by name; None without an active pair."""
+
+    token_variances: npt.NDArray[np.float64]
+    """E Var(L | j, T) of each latent, (M,); NaN for one without a pair."""
+
+    token_entropies: npt.NDArray[np.float64]
+    """Entropy of each latent's totals over token ids, (M,) nats; NaN for a dead one."""
+
+    num_token_ids: npt.NDArray[np.int64]
+    """Token ids that each latent is active for, (M,)."""
 
 
 class Joint:
@@ -70,10 +89,17 @@ class Joint:
                 self._add_block()
             first = last
 
-    def finish(self) -> None:
+    def finish(self) -> JointResult:
         """Add the last block; there are no more rows."""
         if self._held:
             self._add_block()
+        entropies, num_ids = self.token_totals.entropies(self._num_latents)
+        return JointResult(
+            layer_variance=self.decomposition.summary(),
+            token_variances=self.decomposition.token_variances().cpu().numpy(),
+            token_entropies=entropies,
+            num_token_ids=num_ids,
+        )
 
     def _add_block(self) -> None:
         tokens = np.concatenate([tokens for tokens, _ in self._held])

@@ -18,7 +18,7 @@ from mlsae.analyze.events.plan import EventsPlan
 from mlsae.analyze.events.writer import EventsWriter
 from mlsae.analyze.examples.collect import Examples
 from mlsae.analyze.measure.bootstrap import count_groups, group_of
-from mlsae.analyze.measure.rows.joint import Joint
+from mlsae.analyze.measure.rows.joint import Joint, JointResult
 from mlsae.analyze.measure.rows.sums import (
     CosineSum,
     GroupedRows,
@@ -68,7 +68,7 @@ def walk(
     joint: Joint,
     examples: Examples | None,
     progress: Callable[[int], object],
-) -> dict[int, LayerSums]:
+) -> tuple[dict[int, LayerSums], JointResult]:
     """Add up every unflagged row of `sequences` at every layer, in memory that does not grow.
 
     Memory: for each layer, a chunk, a batch's latents, the sums, and a part's events.
@@ -84,7 +84,7 @@ def walk(
         progress: told the number of rows, over all layers, in each finished batch.
 
     Returns:
-        Sums by layer id.
+        Sums by layer id, and those over all layers.
     """
     with ExitStack() as stack:
         layers = [
@@ -102,10 +102,9 @@ def walk(
             if examples is not None and eligible.any():
                 examples.add(rows[eligible], tokens[eligible], latents)
             progress(len(rows) * len(layers))
-    joint.finish()
     if examples is not None:
         examples.finish()
-    return {of.layer: of.sums() for of in layers}
+    return {of.layer: of.sums() for of in layers}, joint.finish()
 
 
 def _batches(
