@@ -207,8 +207,8 @@ def main() -> None:
             "batch_size": arguments.batch_size,
             **by_name[name](),
         }
-        known["machine"] = machine()
-        known["store"] = {
+        known[name]["machine"] = machine()
+        known["store"] = known[name]["store"] = {
             "store_id": store.store_id,
             "encoding": store.encoding,
             "num_tokens": store.num_tokens,

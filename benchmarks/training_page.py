@@ -37,7 +37,7 @@ def training_page(content: dict[str, Any]) -> str:
         "mean of the layers' FVUs. It is one small model on one kind of text, and runs are "
         "short: what is seen here need not hold for a large one."
     )
-    parts = [section(content[name]) for name, section in SECTIONS.items() if name in content]
+    parts = [SECTIONS[name](content[name]) for name in _committed(content)]
     return f"""# Training choices on stories260k
 
 <!-- Made by `make results-training` from training.json; edit benchmarks/training_page.py. -->
@@ -59,17 +59,24 @@ make results-training
 """
 
 
+def _committed(content: Mapping[str, Any]) -> list[str]:
+    """Studies made from committed code; others are none."""
+    return [
+        name
+        for name in SECTIONS
+        if name in content and "uncommitted" not in content[name]["commit"]
+    ]
+
+
 def _cost(content: dict[str, Any]) -> str:
-    studies = [name for name in SECTIONS if name in content]
-    seconds = ", ".join(f"{name} {content[name]['seconds']:,.0f} s" for name in studies)
-    commits = sorted({content[name]["commit"] for name in studies})
-    last = content[studies[-1]]
-    how = made({**content, "date": last["date"], "commit": ", ".join(commits)})
-    cost = paragraph(
-        "Training took, on a machine that other programs used too, since the last start where a "
-        f"run was stopped and resumed: {seconds}."
-    )
-    return f"{cost}\n\n{how}"
+    said = []
+    for name in _committed(content):
+        study = content[name]
+        said.append(
+            f"- `{name}`, {study['seconds']:,.0f} s since the last start, beside other programs. "
+            f"{made(study)}"
+        )
+    return "\n".join(paragraph(" ".join(text.split())) for text in said)
 
 
 def _commands(study: dict[str, Any]) -> str:
@@ -88,19 +95,21 @@ def _listed(values: Sequence[Any]) -> str:
 
 def _sweep(study: dict[str, Any]) -> str:
     best = best_of_sweep(study)
-    layers = range(len(study["saes"][0]["layers"]))
+    rates = sorted({sae["lr"] for sae in study["saes"]})
+    fvu = {(sae["num_latents"], sae["k"], sae["lr"]): sae for sae in study["saes"]}
     rows = [
         [
             f"{size:,}",
             str(k),
-            f"{of.rate:g}{'' if of.is_inside else ' (end of the grid)'}",
-            f"{of.saes[0]['fvu']:.4f}",
-            *(f"{fvu:.4f}" for fvu in of.saes[0]["fvu_by_layer"]),
+            *(f"{fvu[size, k, rate]['fvu']:.4f}" for rate in rates),
+            "inside" if of.is_inside else "at an end",
+            f"{of.saes[0]['fvu_pca']:.4f}",
             f"{of.saes[0]['dead_fraction']:.1%}",
         ]
         for (size, k), of in best.items()
     ]
-    head = ["latents", "k", "rate", "FVU, mean", *(f"layer {layer}" for layer in layers), "dead"]
+    head = ["latents", "k", *(f"FVU at {rate:g}" for rate in rates), "best rate",
+            "PCA of rank k", "dead at the best"]  # fmt: skip
     return f"""## FVU against L0
 
 {_commands(study)}
@@ -109,43 +118,48 @@ def _sweep(study: dict[str, Any]) -> str:
 
 {_sweep_sentence(best, study)}
 
+FVU, mean over layers, and that of the k leading principal directions of each layer.
+
 {table(head, rows)}"""
 
 
 def _sweep_sentence(best: Mapping[tuple[int, int], Tuned], study: dict[str, Any]) -> str:
     rates = sorted({sae["lr"] for sae in study["saes"]})
-    saes = [of.saes[0] for of in best.values()]
-    rising = all(sae["fvu_by_layer"] == sorted(sae["fvu_by_layer"]) for sae in saes)
-    layers = " In every one of them FVU rises from each layer to the next." if rising else ""
-    said = []
+    inside = sum(of.is_inside for of in best.values())
+    orders = []
     for k in sorted({k for _, k in best}):
-        sizes = {size: of for (size, other), of in best.items() if other == k}
-        ends = [size for size, of in sizes.items() if not of.is_inside]
-        order = sorted(sizes, key=lambda size: sizes[size].saes[0]["fvu"])
-        said.append(
-            f"at k {k} no order, because the best rate with {_listed(ends)} latents is an end of "
-            "the grid"
-            if ends
-            else f"at k {k} {_listed(order)}"
-        )
-    at_one = []
-    for rate in rates:
-        of_most = {
-            sae["num_latents"]: sae["fvu"]
-            for sae in study["saes"]
-            if sae["lr"] == rate and sae["k"] == max(k for _, k in best) and sae.get("fvu")
-        }
-        at_one.append(f"{_listed(sorted(of_most, key=of_most.__getitem__))} at {rate:g}")
+        for rate in rates:
+            of_rate = {
+                sae["num_latents"]: sae["fvu"]
+                for sae in study["saes"]
+                if (sae["lr"], sae["k"]) == (rate, k) and sae["fvu"] is not None
+            }
+            orders.append((k, rate, sorted(of_rate, key=of_rate.__getitem__)))
+    said = []
+    for k in sorted({k for k, *_ in orders}):
+        mine = [(rate, order) for each, rate, order in orders if each == k]
+        if all(order == mine[0][1] for _, order in mine):
+            said.append(f"at k {k} {_listed(mine[0][1])} at every rate")
+        else:
+            said.append(
+                f"at k {k} " + ", ".join(f"{_listed(order)} at {rate:g}" for rate, order in mine)
+            )
+    exact = sorted({k for (_, k), of in best.items() if of.saes[0]["fvu_pca"] < 1e-6})
     text = (
-        f"Each SAE at the learning rate of its lowest FVU (tried: "
-        f"{_listed([f'{rate:g}' for rate in rates])}). Numbers of latents from the lowest FVU to "
-        f"the highest: {'; '.join(said)}.{layers} At k {max(k for _, k in best)} and one rate for "
-        f"all the order is {'; '.join(at_one)}. "
+        f"The figure has each SAE at the best of the rates {_listed([f'{r:g}' for r in rates])}. "
+        f"In {inside} of {len(best)} cases that is inside the grid; in the others a rate beyond "
+        "its end may be better, so no number of latents is said to be the best at any k. Numbers "
+        f"of latents from the lowest FVU to the highest: {'; '.join(said)}. "
     )
+    if exact:
+        text += (
+            f"With k {_listed(exact)}, the width of the rows, PCA has nothing left to explain, and "
+            "no SAE shows anything there. "
+        )
     text += (
         f"All took {study['num_steps']:,} steps on the same {study['num_rows']:,} rows, with one "
-        "seed: it is what they reach on equal rows, and says nothing of where longer training, or "
-        "more latents, would end."
+        "seed: it is what they reach on equal rows, and says nothing of where longer training "
+        "would end."
     )
     return paragraph(text)
 
