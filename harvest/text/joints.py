@@ -1,5 +1,7 @@
 """Tokens that join, open, close and pad documents on their way to sequences."""
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,8 +94,9 @@ class Joints:
 
 def _put_before(tokenizer: Any, opens: int | None) -> tuple[int, ...]:
     """Tokens that a tokenizer puts before a text: BOS, or others such as `[gMASK]<sop>`."""
-    whole = list(tokenizer("a")["input_ids"])
-    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    text = _known_text(tokenizer)
+    whole = list(tokenizer(text)["input_ids"])
+    plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     # Some tokenizers put a BOS there whether asked to or not.
     while plain and plain[0] == opens:
         plain = plain[1:]
@@ -101,6 +104,25 @@ def _put_before(tokenizer: Any, opens: int | None) -> tuple[int, ...]:
         if whole[start : start + len(plain)] == plain:
             return tuple(whole[:start])
     return tuple(whole[:1]) if whole[:1] == [opens] else ()
+
+
+def _known_text(tokenizer: Any) -> str:
+    """Text that a tokenizer takes: a letter, else the first of its words, for some fail on others.
+
+    Raises:
+        InputError: the tokenizer fails on all of its words.
+    """
+    special = set(tokenizer.all_special_tokens)
+    words: Iterator[str] = (word for word in tokenizer.get_vocab() if word not in special)
+    for text in itertools.chain(("a",), words):
+        try:
+            tokenizer(text)
+        except Exception:  # some know no letter
+            continue
+        return text
+    raise InputError(
+        f"the tokenizer {tokenizer.name_or_path} fails on every word of its own vocabulary; mend it"
+    )
 
 
 def _first(*ids: int | None) -> int | None:

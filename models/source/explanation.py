@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import transformers
 from huggingface_hub import constants as hub
 from huggingface_hub import errors as hub_errors
 
@@ -28,13 +29,14 @@ def explained(place: Place, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except MlsaeError:
+    except (MlsaeError, MemoryError, Warning):
         raise
-    except Exception as error:
-        explanation = _explanation(place, what, error)
-        if explanation is None:
+    except BaseException as error:
+        # A panic in Rust is no `Exception`.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise InputError(explanation) from error
+        line = _impostor(place) if place.is_directory else None
+        raise InputError(line or _explanation(place, what, error)) from error
 
 
 @contextmanager
@@ -67,8 +69,29 @@ def first_line(error: BaseException) -> str:
     return lines[0]
 
 
-def _explanation(place: Place, what: str, error: BaseException) -> str | None:
-    """One line for the user; None for an error that is a defect of a program."""
+def _impostor(place: Place) -> str | None:
+    """Line on a file that is something else than its name says; None without such a file."""
+    folder = Path(place.name)
+    for file in sorted(folder.iterdir()):
+        if file.suffix not in (".json", ".safetensors", ".bin", ".model", ".txt"):
+            continue
+        with file.open("rb") as opened:
+            begins = opened.read(64).lstrip().lower()
+        if begins.startswith(b"version https://git-lfs"):
+            return (
+                f"{file} is a pointer of Git LFS, not the file itself; fetch it with git lfs pull "
+                f"in {folder}"
+            )
+        if begins.startswith((b"<!doctype html", b"<html")):
+            return (
+                f"{file} is a web page, such as a server sends where one has to log in; fetch the "
+                "file again, with hf download"
+            )
+    return None
+
+
+def _explanation(place: Place, what: str, error: BaseException) -> str:
+    """One line for the user."""
     reasons = [error]
     while (cause := reasons[-1].__cause__ or reasons[-1].__context__) is not None:
         reasons.append(cause)
@@ -85,11 +108,16 @@ def _explanation(place: Place, what: str, error: BaseException) -> str | None:
         return (
             f"the weights of model {name} are damaged ({first_line(error)}); fetch the model again"
         )
-    if what == "tokenizer" and type(error) is Exception:
+    if what == "tokenizer" and (
+        type(error) is Exception or type(error).__name__ == "PanicException"
+    ):
         return f"the tokenizer of {name} is damaged ({first_line(error)}); fetch it again"
     broken = next((reason for reason in reasons if _is_broken_connection(reason)), None)
     if broken is None and not isinstance(error, _UNUSABLE):
-        return None
+        return (
+            f"{what} {name} cannot be loaded by transformers {transformers.__version__}: "
+            f"{type(error).__name__}: {first_line(error)}"
+        )
     if "trust_remote_code" in str(error):
         return f"{what} {name} needs code from its own repository, which this package never runs"
     if place.is_directory:

@@ -98,9 +98,15 @@ def lacks_head(model: Any, info: Mapping[str, Any], name: str) -> bool:
         key for key in lacking if backbone is model or key.startswith(f"{model.base_model_prefix}.")
     ]
     if inside:
+        cure = "fetch the model again"
+        if strangers := sorted(info["unexpected_keys"]):
+            cure = (
+                f"they hold {counted(len(strangers), 'weight')} by other names, the first "
+                f"{strangers[0]}: give weights and config.json that belong together"
+            )
         raise InputError(
             f"model {name} is incomplete: its files lack {len(inside)} of its weights or hold them "
-            f"in another shape, the first {inside[0]}; fetch the model again"
+            f"in another shape, the first {inside[0]}; {cure}"
         )
     return bool(lacking)
 

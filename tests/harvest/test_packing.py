@@ -446,6 +446,26 @@ def test_text_longer_than_the_context_warns_of_nothing(
     assert not caplog.records
 
 
+def test_a_tokenizer_without_an_unknown_token_takes_its_own_words(tmp_path: Path) -> None:
+    """Joints are found by a word that it knows, and another word in a text is one line."""
+    words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "w1": 2, "w2": 3}))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", name_or_path="toy"
+    )
+    assert Joints.of(tokenizer) == Joints(eos=1, bos=None, opening=(0,))
+    source = Source(name="text", share=1.0, documents=iter(["w1 w2", "w1 hello w2"]))
+    with pytest.raises(InputError) as info:
+        pack([source], tokenizer, context_length=4, spool=tmp_path)
+    assert str(info.value) == (
+        "the tokenizer toy fails on a document that begins 'w1 hello w2': WordLevel error: "
+        "Missing [UNK] token from the vocabulary; leave the document out, or mend the tokenizer"
+    )
+
+
 def test_tokenizer_hash_names_the_vocabulary_and_the_special_tokens(
     tokenizer_maker: Callable[..., Any],
 ) -> None:

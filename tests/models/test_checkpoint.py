@@ -161,6 +161,22 @@ def test_a_decoder_without_its_head_is_its_backbone(
         run(transformer, Inputs(tokens=TOKENS))
 
 
+def test_weights_by_other_names_are_not_fetched_again(tmp_path: Path) -> None:
+    """An adapter's wrappers around linear maps, say."""
+    saved(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    rewrite(
+        tmp_path,
+        {name.replace("q_proj", "q_proj.base_layer"): weight for name, weight in weights.items()},
+    )
+    assert refused(tmp_path) == (
+        f"model {tmp_path} is incomplete: its files lack 2 of its weights or hold them in another "
+        "shape, the first model.layers.0.self_attn.q_proj.weight; they hold 2 weights by other "
+        "names, the first model.layers.0.self_attn.q_proj.base_layer.weight: give weights and "
+        "config.json that belong together"
+    )
+
+
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "_fsdp_wrapped_module._orig_mod."])
 def test_names_of_a_wrapped_model_are_understood(prefix: str, tmp_path: Path) -> None:
     model = saved(tmp_path)

@@ -118,6 +118,26 @@ def test_damaged_weights(copied: Path) -> None:
     assert f"the weights of model {copied} are damaged" in one_line(info)
 
 
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "is a pointer of Git LFS, not the file itself; fetch it with git lfs pull in ",
+        ),
+        (b"\n<!DOCTYPE html><html>", "is a web page, such as a server sends where one has to log"),
+    ],
+)
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_files_that_are_something_else_are_not_called_damaged(
+    name: str, content: bytes, line: str, copied: Path
+) -> None:
+    (copied / name).write_bytes(content)
+    with pytest.raises(InputError) as info:
+        _ = load(copied).tokenizer
+    assert one_line(info).startswith(f"{copied / name} {line}")
+
+
 def test_no_weights(copied: Path) -> None:
     (copied / "model.safetensors").unlink()
     with pytest.raises(InputError) as info:
