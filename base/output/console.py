@@ -1,5 +1,6 @@
 """Lines and progress on the console: a bar on a terminal, in a log a line now and then."""
 
+import codecs
 import contextlib
 import math
 import os
@@ -14,6 +15,9 @@ from tqdm import tqdm
 
 from mlsae.base.units import format_bytes, format_duration, format_short
 
+PLAIN = "mlsae.plain"
+"""Name of the error handler for letters that the encoding of a console lacks."""
+_LIKE = {"–": "-", "−": "-", "…": "...", "×": "x", "≤": "<=", "≥": ">=", "→": "->", "·": "."}
 FIRST_SECONDS, FEWEST_SECONDS, MOST_SECONDS = 5.0, 60.0, 300.0
 """A log has its first line after so long, then one a minute; after ten minutes fewer and fewer, but
 at least one every five minutes."""
@@ -35,7 +39,7 @@ def say(text: str, *, err: bool = False) -> None:
             click.echo(text, err=err)
         except UnicodeEncodeError:
             encoding = stream.encoding
-            click.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=err)
+            click.echo(text.encode(encoding, PLAIN).decode(encoding), err=err)
     except OSError:
         with contextlib.suppress(OSError):
             null = os.open(os.devnull, os.O_WRONLY)
@@ -47,7 +51,20 @@ def escape_what_is_lacking() -> None:
     """Let both streams of this process escape letters that their encodings lack."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors=PLAIN)
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """Text in place of letters that an encoding lacks: signs of ASCII like them, or escapes."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    return "".join(
+        _LIKE.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lacking
+    ), error.end
+
+
+codecs.register_error(PLAIN, _plain)
 
 
 class Progress:
