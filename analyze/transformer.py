@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from mlsae.base.errors import InputError
+from mlsae.base.output.console import Progress
 from mlsae.models import Transformer, load_for
 from mlsae.models.families.kinds import ENCODER
 from mlsae.models.sites import check_sites
@@ -108,7 +109,8 @@ def find_transformer(
     reason = places.reason
     for place in places.each:
         try:
-            return _load(store, site, place, places, device), None
+            with Progress("load the model", None, ""):
+                return _load(store, site, place, places, device), None
         except InputError as error:
             if places.is_given:
                 raise

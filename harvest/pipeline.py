@@ -145,14 +145,16 @@ def _fill(request: Request, model: Transformer, ranks: Ranks, interruption: Inte
     """Pack the text and harvest it, until the store is complete."""
     config = request.config
     packed = _pack_and_check_room(request, model, ranks)
-    model = _loaded(config, model)
+    with Progress("load the model", None, "", shown=ranks.is_first):
+        model = _loaded(config, model)
     for note in model.notes:
         ranks.say(note)
     batches = None
     if packed is None:
         writer = _join(config, model, ranks)
     else:
-        writer, batches = _begin(request, model, packed, ranks)
+        with Progress("prepare the store", None, ""):
+            writer, batches = _begin(request, model, packed, ranks)
         del packed
     with writer:
         harvest_shards(model, writer, batches, ranks, interruption)
@@ -166,7 +168,8 @@ def _say_dry_run(request: Request, model: Transformer, packed: PackedText, ranks
     """Try a batch where the model is, and describe the store and the time that it takes."""
     config, trial, seconds = request.config, None, None
     try:
-        trial = try_batch(request, _loaded(config, model), packed)
+        with Progress("try a batch", None, ""):
+            trial = try_batch(request, _loaded(config, model), packed)
         num_batches = -(-len(packed.tokens) // request.context_length // trial.num_sequences)
         seconds = trial.seconds() * num_batches / ranks.world_size
         request = replace(request, batch_sequences=trial.batches.batch_sequences)

@@ -75,7 +75,8 @@ class Progress:
     Args:
         stage: name of the stage, such as `harvest`.
         total: items of the whole stage; None where unknown. A stage of none shows nothing.
-        unit: word for one item, such as `token`, or `B` for bytes.
+        unit: word for one item, such as `token`, or `B` for bytes; empty for a stage that is one
+            piece of work, of which only the time is known.
         done: items that an earlier run did.
         shown: False shows nothing.
     """
@@ -104,7 +105,8 @@ class Progress:
                 initial=self.done,
                 unit="B" if self.unit == "B" else f" {self.unit}s",
                 unit_scale=True,
-                bar_format=None if self.total is None else _BAR,
+                bar_format=self._bar_format(),
+                leave=bool(self.unit),
                 dynamic_ncols=True,
             )
         else:
@@ -133,8 +135,15 @@ class Progress:
             room = columns - len(self.stage) - len(self.unit) - _NUMBERS_COLUMNS - _BAR_COLUMNS
             self._bar.set_postfix_str(", ".join(_fitting(notes, room)), refresh=False)
 
+    def _bar_format(self) -> str | None:
+        if not self.unit:
+            return "{desc} …"
+        return None if self.total is None else _BAR
+
     def line(self, seconds: float) -> str:
         """A line for a log, `seconds` after the stage began."""
+        if not self.unit:
+            return f"{self.stage}: {format_duration(seconds)} so far"
         count = format_bytes if self.unit == "B" else format_short
         word = "" if self.unit == "B" else f" {self.unit}s"
         of = "" if self.total is None else f" of {count(self.total)}"

@@ -14,7 +14,7 @@ _PATTERN_SIGNS = frozenset("[]*?")
 
 
 def hub_rows(
-    name: str, split: str, subset: str | None, shuffle_seed: int | None
+    name: str, split: str, subset: str | None, column: str, shuffle_seed: int | None
 ) -> Iterator[TextRow]:
     """The rows of one split of a data set, streamed.
 
@@ -22,6 +22,7 @@ def hub_rows(
         name: hub id, or path of a directory.
         split: name of the split.
         subset: name of the subset; None for the only or default one.
+        column: the column that will be read; others, such as pictures, are not decoded.
         shuffle_seed: seed of the order of the files and of the draws from a buffer of 10,000 rows;
             None for the order there is.
 
@@ -36,6 +37,8 @@ def hub_rows(
     try:
         with _without_pattern_signs(name) as place:
             rows = datasets.load_dataset(place, subset, split=split, streaming=True)
+            if column in (rows.column_names or ()):
+                rows = rows.select_columns([column])
             if shuffle_seed is not None:
                 rows = rows.shuffle(shuffle_seed, buffer_size=SHUFFLE_BUFFER)
             yield from rows

@@ -98,12 +98,11 @@ def _put_before(tokenizer: Any, opens: int | None) -> tuple[int, ...]:
     whole = list(tokenizer(text)["input_ids"])
     plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     # Some tokenizers put a BOS there whether asked to or not.
-    while plain and plain[0] == opens:
-        plain = plain[1:]
-    for start in range(len(whole) if plain else 0):
-        if whole[start : start + len(plain)] == plain:
+    text = plain[1:] if plain[:1] == [opens] else plain
+    for start in range(len(whole) if text else 0):
+        if whole[start : start + len(text)] == text:
             return tuple(whole[:start])
-    return tuple(whole[:1]) if whole[:1] == [opens] else ()
+    return tuple(whole[:1]) if whole[:1] == [opens] and len(whole) > len(plain) else ()
 
 
 def _known_text(tokenizer: Any) -> str:

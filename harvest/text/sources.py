@@ -139,7 +139,9 @@ def _rows(name: str, config: TextSettings) -> tuple[Iterable[TextRow], str | Non
         elif choice := choose_files(path, config.split):
             note = choice.line
         if choice is None:
-            return hub_rows(str(path), split, config.subset, config.shuffle_seed), note
+            return hub_rows(
+                str(path), split, config.subset, config.column, config.shuffle_seed
+            ), note
         files = choice.paths
     elif path.is_file():
         if kind_of(path) is None:
@@ -158,7 +160,7 @@ def _rows(name: str, config: TextSettings) -> tuple[Iterable[TextRow], str | Non
     elif path.is_absolute() or name.startswith((".", "~")) or kind_of(path) is not None:
         raise InputError(f"there is no data set {name}; give another path or a hub id")
     else:
-        return hub_rows(name, split, config.subset, config.shuffle_seed), None
+        return hub_rows(name, split, config.subset, config.column, config.shuffle_seed), None
     if config.subset is not None:
         raise no_splits(f"--subset {config.subset}", name)
     if config.tokens_column is not None and kind_of(files[0]) == ".txt":

@@ -35,6 +35,7 @@ def test_lines_of_a_log_come_a_minute_apart_and_never_more_than_five() -> None:
         (10_000_000, "token", 1_230_000, "s: 1.23M of 10M tokens, 12%, 20.5k/s, 7 min left, a, b"),
         (None, "token", 600, "s: 600 tokens, 10/s, a, b"),
         (1_000_000, "B", 3_000, "s: 3 kB of 1 MB, 0%, 50 B/s, 5 h 32 min left, a, b"),
+        (None, "", 0, "s: 60 s so far"),
         (10, "figure", 0, "s: 0 of 10 figures, 0%, none in 60 s, a, b"),
     ],
 )

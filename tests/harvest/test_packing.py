@@ -237,6 +237,17 @@ def test_contexts_open_with_all_that_the_tokenizer_puts_before_a_text() -> None:
         packed_of(["w0"], tokenizer, context_length=2)
 
 
+def test_unknown_word_that_is_the_bos_opens_nothing() -> None:
+    """Tokenizers of few letters have one token for all of that."""
+    words = {"<s>": 0, "w0": 1}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<s>"))
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<s>", bos_token="<s>"
+    )
+    assert Joints.of(fast).opening == ()
+    assert Joints.of(fast, bos="always").opening == (0,)
+
+
 @pytest.mark.parametrize("options", [{}, {"bos": "never"}, {"packing": "rows"}])
 def test_rows_that_are_sequences_stay_whole(
     options: dict[str, str], tokenizer_maker: Callable[..., Any]

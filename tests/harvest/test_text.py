@@ -164,6 +164,16 @@ def test_subsets_of_a_data_set(hub_directory: Path) -> None:
     assert f"data set {hub_directory}, subset 'other', split 'train', cannot be read" in text
 
 
+def test_other_columns_of_a_data_set_are_not_read(tmp_path: Path) -> None:
+    """Such as a date that Python does not have."""
+    write(
+        tmp_path / "README.md", "---\nconfigs:\n- config_name: a\n  data_files: '*.parquet'\n---\n"
+    )
+    until = pa.array([2_932_897] * 4, pa.date32())
+    pq.write_table(pa.table({"text": TEXTS, "until": until}), tmp_path / "a.parquet")
+    assert read(tmp_path) == TEXTS
+
+
 def test_shuffling_is_seeded_and_loses_nothing(tmp_path: Path) -> None:
     """A card and plain files alike; the buffer of 10,000 is filled and drawn from."""
     files, hub = tmp_path / "files", tmp_path / "hub"
