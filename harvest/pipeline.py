@@ -155,6 +155,8 @@ def _fill(request: Request, model: Transformer, ranks: Ranks, interruption: Inte
     else:
         with Progress("prepare the store", None, ""):
             writer, batches = _begin(request, model, packed, ranks)
+        if request.batch_is_free:
+            ranks.say(f"sequences a forward pass: {batches.batch_sequences}")
         del packed
     with writer:
         harvest_shards(model, writer, batches, ranks, interruption)
@@ -215,8 +217,6 @@ def _begin(
     config = request.config
     trial = try_batch(request, model, packed)
     batches, preset, sites = trial.batches, trial.preset, trial.sites
-    if request.batch_is_free:
-        ranks.say(f"sequences a forward pass: {batches.batch_sequences}")
     calibration = None
     if preset.encoding == "int8":
         calibration = _written_calibration(config.out) or calibrate(

@@ -35,11 +35,13 @@ def say(text: str, *, err: bool = False) -> None:
     """
     stream = sys.stderr if err else sys.stdout
     try:
-        try:
-            click.echo(text, err=err)
-        except UnicodeEncodeError:
-            encoding = stream.encoding
-            click.echo(text.encode(encoding, PLAIN).decode(encoding), err=err)
+        # A bar on the terminal is drawn again below the text.
+        with tqdm.external_write_mode(stream):
+            try:
+                click.echo(text, err=err)
+            except UnicodeEncodeError:
+                encoding = stream.encoding
+                click.echo(text.encode(encoding, PLAIN).decode(encoding), err=err)
     except OSError:
         with contextlib.suppress(OSError):
             null = os.open(os.devnull, os.O_WRONLY)
