@@ -95,12 +95,12 @@ class Joints:
 def _put_before(tokenizer: Any, opens: int | None) -> tuple[int, ...]:
     """Tokens that a tokenizer puts before a text: BOS, or others such as `[gMASK]<sop>`."""
     text = _known_text(tokenizer)
-    whole = list(tokenizer(text)["input_ids"])
-    plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    whole: list[int] = list(tokenizer(text)["input_ids"])
+    plain: list[int] = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     # Some tokenizers put a BOS there whether asked to or not.
-    text = plain[1:] if plain[:1] == [opens] else plain
-    for start in range(len(whole) if text else 0):
-        if whole[start : start + len(text)] == text:
+    body = plain[1:] if plain[:1] == [opens] else plain
+    for start in range(len(whole) if body else 0):
+        if whole[start : start + len(body)] == body:
             return tuple(whole[:start])
     return tuple(whole[:1]) if whole[:1] == [opens] and len(whole) > len(plain) else ()
 
