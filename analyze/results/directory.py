@@ -8,6 +8,7 @@ from mlsae.base.directories import (
     content_of,
     has_staged,
     is_systems_own,
+    require_free,
     require_outside_stores,
 )
 from mlsae.base.errors import InputError
@@ -75,11 +76,13 @@ def check_replaceable(out: Path) -> None:
     """Require that `out` is absent, an empty directory, or an analysis and nothing else.
 
     Raises:
-        InputError: another file lies there, which no analysis wrote, or `out` lies in a store.
+        InputError: another file lies there, which no analysis wrote, `out` lies in a store, or
+            another run writes there.
     """
     require_outside_stores(out, "--out")
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; give a directory")
+    require_free(out)
     names = set(content_of(out))
     if not names or (has_staged(out) and names <= _OURS):
         return

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mlsae.analyze.results.directory import KIND, SUMMARY, check_replaceable, read_summary
-from mlsae.base.directories import content_of, staged
+from mlsae.base.directories import content_of, held, staged
 from mlsae.base.errors import InputError
 from mlsae.base.files import seal
 
@@ -126,3 +126,8 @@ def test_an_analysis_in_a_store_is_refused(tmp_path: Path) -> None:
     (tmp_path / "acts" / "plan.json").touch()
     with pytest.raises(InputError, match=r"--out .*/acts/an lies in the activation store"):
         check_replaceable(tmp_path / "acts" / "an")
+
+
+def test_a_directory_that_another_run_writes_is_refused_at_once(tmp_path: Path) -> None:
+    with held(tmp_path / "out"), pytest.raises(InputError, match="is being written by process"):
+        check_replaceable(tmp_path / "out")
