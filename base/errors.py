@@ -15,7 +15,7 @@ _LOGIN = re.compile(r"(?<=://)(?!USER:PASSWORD@)[^\s/?#'\"]*@")
 _LOGIN_WITH_SLASH = re.compile(
     r"(?<=://)(?!USER:PASSWORD@)[^\s/?#:@\[]+:(?!\d*(?:[/?#\s'\"),;]|$))[^\s@]*@"
 )
-_QUERY = re.compile(r"(\bhttps?://[^\s?#'\"]*)\?[^\s'\"),;]+", re.IGNORECASE)
+_QUERY = re.compile(r"(\bhttps?://[^\s?#'\"]*)\?[^\s'\"),;]*[^\s'\"),;:.]", re.IGNORECASE)
 
 
 def without_secrets(text: str) -> str:

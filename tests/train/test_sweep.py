@@ -197,7 +197,8 @@ def test_the_summary_is_a_table_and_a_file(config: Any, capsys: pytest.CaptureFi
     results = run_sweep(Sweep(config=config("sweep"), axes={"lr": (3e-3, 1e-4), "k": (2, 4)}))
     begin, *lines = capsys.readouterr().out.splitlines()
     assert begin.startswith("training 4 SAEs on 3 layers (0–1, 3) of resid_post")
-    lines = lines[2:]
+    # In between stand the rest of the beginning, and a warning of documents on both sides.
+    lines = lines[[line.split()[:1] for line in lines].index(["SAE"]) :]
     assert lines[0].split() == ["SAE", "latents", "k", "lr", "FVU", "PCA", "L0", "dead"]
     names = ["lr0.003-k2", "lr0.003-k4", "lr0.0001-k2", "lr0.0001-k4"]
     assert [line.split()[0] for line in lines[1:5]] == names
