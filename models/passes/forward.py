@@ -1,5 +1,6 @@
 """A forward pass of plain sequences, with the model's control embeddings if it has them."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,7 +47,8 @@ def forward(
         InputError: the pass changed weights.
     """
     arguments: dict[str, Any] = {"input_ids": inputs.tokens.to(transformer.device, torch.long)}
-    if transformer.kind == DECODER:
+    # Decoders that look both ways are encoders, but some fill a cache unless told not to.
+    if transformer.kind == DECODER or "use_cache" in inspect.signature(module.forward).parameters:
         arguments["use_cache"] = use_cache
     is_padded = inputs.padding is not None
     if inputs.padding is not None:
@@ -79,12 +81,15 @@ def pass_explained(transformer: Transformer, length: int, *, trial: bool = True)
         if "allocate memory" in str(error):
             raise
         text = (str(error).strip().splitlines() or [""])[0]
-        cure = "a smaller --context-length"
+        cure = "try a smaller --context-length"
         if trial:
-            cure = "--attn-implementation eager, or another version of transformers"
+            cure = (
+                "unless another --attn-implementation or version of transformers runs it, such a "
+                "model is not supported"
+            )
         raise InputError(
             f"model {transformer.name} cannot be run on sequences of {length} tokens by "
-            f"transformers {transformers.__version__} ({type(error).__name__}: {text}); try {cure}"
+            f"transformers {transformers.__version__} ({type(error).__name__}: {text}); {cure}"
         ) from error
 
 

@@ -43,11 +43,12 @@ def looks_ahead(transformer: Transformer) -> bool:
     if first.ndim != 3 or first.shape[0] != 2 or first.shape[1] < length:
         return False  # no stream in the order of tokens; refused where it is captured
     _check_cache(transformer, tokens_BT, first)
-    moved, noise = (
-        _median_change(first[0, :half], _last_output(transformer, tokens)[0, :half])
-        for tokens in (later_BT, beside_BT)
-    )
-    ahead = moved > max(10 * noise, 4 * torch.finfo(transformer.dtype).eps)
+
+    def change(tokens: Tensor) -> float:
+        return _median_change(first[0, :half], _last_output(transformer, tokens)[0, :half])
+
+    moved = change(later_BT)
+    ahead = moved > 4 * torch.finfo(transformer.dtype).eps and moved > 10 * change(beside_BT)
     config = transformer.model.config
     if not ahead and getattr(config.get_text_config(), "is_causal", True) is False:
         raise InputError(

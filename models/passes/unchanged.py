@@ -135,6 +135,8 @@ def _version(weight: Tensor) -> int:
 
 def _sum_of_bits(weight: Tensor) -> int:
     data = weight.detach().contiguous().reshape(-1).view(torch.uint8)
+    if data.storage_offset() % 8:
+        data = data.clone()
     whole = len(data) // 8 * 8
     return int(data[:whole].view(torch.int64).sum()) + int(data[whole:].sum())
 

@@ -12,6 +12,7 @@ from mlsae.base.errors import InputError
 from mlsae.models import Inputs, Transformer, load
 from mlsae.models.capture import capture
 from mlsae.models.sites import check_sites
+from mlsae.models.splice import run
 from mlsae.models.weights.fingerprint import weights_sha256
 
 SMALL: dict[str, Any] = {
@@ -181,6 +182,12 @@ def test_documents_are_run_at_lengths_of_their_own_where_length_matters(
         for layer, expected in enumerate(plain(directory, tokens[row : row + 1, part])):
             assert error(x["resid_post", layer][row, part], expected[0]) < 1e-5
     assert all(bool(values.isfinite().all()) for values in x.values())
+    logits = run(transformer, inputs)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+    for row, part in parts:
+        with torch.no_grad():
+            expected = model(input_ids=tokens[row : row + 1, part]).logits[0]
+        assert error(logits[row, part], expected) < 1e-5
 
 
 def test_a_model_that_would_divide_its_weights_does_not(made: Callable[[Any], Path]) -> None:
@@ -219,6 +226,15 @@ def test_a_model_that_changes_its_weights_is_refused(
         "model.layers.1.mlp.up_proj.weight), so it is no longer the checkpoint; such a model is "
         "not supported"
     )
+
+
+def test_weights_that_begin_within_a_word_are_watched_too(made: Callable[[Any], Path]) -> None:
+    """Parts of a larger storage, which begin two bytes behind a word."""
+    transformer = load(made(transformers.LlamaConfig(**SMALL)), dtype="bfloat16")
+    norm = transformer.backbone.get_submodule("layers.0.input_layernorm")
+    norm.weight = torch.nn.Parameter(torch.ones(34, dtype=torch.bfloat16)[1:33], False)
+    x = capture(transformer, Inputs(tokens=tokens_of(1, 8)), [0])
+    assert bool(x["resid_post", 0].isfinite().all())
 
 
 def test_a_pass_that_fails_is_one_line(made: Callable[[Any], Path]) -> None:

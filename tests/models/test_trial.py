@@ -90,8 +90,8 @@ def test_a_config_of_sizes_that_do_not_fit_is_one_line(tmp_path: Path) -> None:
     assert str(info.value) == (
         f"model {tmp_path} cannot be run on sequences of 12 tokens by transformers "
         f"{transformers.__version__} (RuntimeError: The size of tensor a (4) must match the size "
-        "of tensor b (8) at non-singleton dimension 1); try --attn-implementation eager, or "
-        "another version of transformers"
+        "of tensor b (8) at non-singleton dimension 1); unless another --attn-implementation or "
+        "version of transformers runs it, such a model is not supported"
     )
 
 
@@ -112,14 +112,16 @@ def test_decoders_stay_decoders(config: Any, dtype: str, tmp_path: Path) -> None
 def test_a_model_that_computes_otherwise_without_its_cache_is_refused(tmp_path: Path) -> None:
     transformer = made(tmp_path, transformers.LlamaConfig(**SMALL))
 
-    def without(_module: Any, args: Any, given: dict[str, Any]) -> Any:
-        hidden = given["hidden_states"] if "hidden_states" in given else args[0]
-        scaled = hidden if given.get("past_key_values") is not None else 1.5 * hidden
-        if "hidden_states" in given:
-            return args, {**given, "hidden_states": scaled}
-        return (scaled, *args[1:]), given
+    scales: list[float] = []
 
-    transformer.blocks[1].register_forward_pre_hook(without, with_kwargs=True)
+    def note(_module: Any, _args: Any, given: dict[str, Any]) -> None:
+        scales.append(1.0 if given["use_cache"] else 1.5)
+
+    def scale(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * scales[-1]
+
+    transformer.backbone.register_forward_pre_hook(note, with_kwargs=True)
+    transformer.backbone.get_submodule("layers.1.mlp").register_forward_hook(scale)
     with pytest.raises(InputError) as info:
         looks_ahead(transformer)
     assert str(info.value) == (
