@@ -96,14 +96,14 @@ def quotient(numerator_P: Float, denominator_P: Float) -> Number:
     return number
 
 
-def of_rows(sums: RowSums, name: str, num_latents: int) -> Number:
-    """A metric of reconstructions or latents, as `mlsae analyze` computes it."""
+def fvu(sums: RowSums) -> Number:
+    """FVU of some sequences, whose mean is their own, as `mlsae analyze` computes it."""
 
     def number(chosen_n: Int, weights_Rn: Float) -> Float:
         some = RowSums(
             reference=sums.reference, offset=sums.offset[chosen_n], scalars=sums.scalars[chosen_n]
         )
-        return ratio(*some.weighted(weights_Rn).ratios(num_latents)[name])
+        return ratio(*some.weighted(weights_Rn).fvu())
 
     return number
 
@@ -131,11 +131,12 @@ def real(pairing: Pairing, sequences: Int, model: str, place: Path) -> dict[str,
     )
     entropy = measure(load(model), pairing, sequences, batch_rows=4096, progress=lambda _: None)
     assert entropy is not None
-    num_latents = pairing.sae.config.num_latents
     counted, untouched, layers = entropy.counted, entropy.untouched, range(len(sums))
+    rows = [of.eligible for of in sums.values()]
     by_layer: dict[str, list[Number]] = {
-        name: [of_rows(of.eligible, name, num_latents) for of in sums.values()]
-        for name in ("fvu", "cosine", "l1")
+        "fvu": [fvu(of) for of in rows],
+        "cosine": [quotient(of.of("cosine"), of.of("rows")) for of in rows],
+        "l1": [quotient(of.of("value"), of.of("rows")) for of in rows],
     }
     by_layer |= {
         "delta_ce": [quotient(entropy.added[i], counted) for i in layers],
@@ -201,7 +202,7 @@ def main() -> None:
     parser.add_argument("--dataset", required=True, help="TinyStories, .jsonl")
     parser.add_argument("--out", required=True, type=Path, help="store and SAE")
     parser.add_argument("--json", required=True, type=Path, help="result")
-    parser.add_argument("--samples", type=int, default=1000, help="samples of each size")
+    parser.add_argument("--samples", type=int, default=2000, help="samples of each size")
     options = parser.parse_args()
     at_commit = commit()
     torch.set_num_threads(1)

@@ -9,7 +9,7 @@ sums weighted:
 - of `FEWEST` to `FEW`, by leaving each out: Student's t about the jackknife's standard error, and
   Hall's interval, which allows for skewness (1992, J. R. Stat. Soc. B 54, pp. 221–228), the outer
   of their ends. Percentiles would be too narrow: benchmarks/intervals.py measures both. A sample
-  so small shows about half of the skewness there is, so twice its skewness is taken.
+  so small shows a part of the skewness there is, so three times its skewness is taken.
 
 Shapes: S sequences, G groups, R weightings.
 """
@@ -33,7 +33,7 @@ MAX_GROUPS = 1024
 """Most groups whose sums are held apart: bounds memory and time, whatever the number of
 sequences. Up to as many sequences, each is a group; beyond, sequences that follow one another."""
 LEVEL = 0.95
-_SKEWNESS = 2.0
+_SKEWNESS = 3.0
 """Factor of a sample's skewness, by benchmarks/intervals.py: with 1, a cross-entropy that one
 sequence in a hundred skews is covered less than nine times in ten."""
 _SEED = 0

@@ -67,8 +67,8 @@ def test_of_skewed_values_the_interval_reaches_further_on_their_long_side() -> N
     found = estimate(ratio(weights @ numerator, weights @ np.ones(20)), least=0.1)
     error, mean = numerator.std(ddof=1) / np.sqrt(20), numerator.mean()
     skewness = ((numerator - mean) ** 3).mean() / numerator.std() ** 3
-    # The sample's skewness without its bias for normal values, twice, over √20.
-    a = 2 * skewness * np.sqrt(20 * 19) / 18 / np.sqrt(20)
+    # The sample's skewness without its bias for normal values, three times, over √20.
+    a = 3 * skewness * np.sqrt(20 * 19) / 18 / np.sqrt(20)
     assert found.high is not None
     t = (mean - found.high) / error
     # Hall (1992): the cubic that takes the skewness out of t.
