@@ -160,13 +160,14 @@ def words_of(config: Any) -> list[str]:
     return words
 
 
-def device_setting(*, decides: bool = False) -> Any:
+def device_setting(*, decides: bool = False, gives_way_to: tuple[str, ...] = ()) -> Any:
     """The field `device` of a settings class; it decides where last bits count."""
     return setting(
         default="auto",
         decides=decides,
         group="Run",
         doc="Device: cpu, cuda, cuda:N, or auto for CUDA where there is any.",
+        gives_way_to=gives_way_to,
     )
 
 

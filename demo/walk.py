@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-import click
-
 from mlsae.analyze import Analysis, AnalyzeConfig
 from mlsae.analyze import run as analyze
+from mlsae.base.output.console import say
 from mlsae.demo import model_path, text_path
 from mlsae.harvest import HarvestConfig
 from mlsae.harvest import run as harvest
@@ -56,9 +55,9 @@ def walk(to_harvest: HarvestConfig, to_train: TrainConfig, to_analyze: AnalyzeCo
         InputError: a directory holds something else, or what other settings made.
         ResourceError: too little memory or disk.
     """
-    click.echo(f"1. harvest: activations of {to_harvest.model}")
+    say(f"1. harvest: activations of {to_harvest.model}")
     harvest(to_harvest)
-    click.echo("\n2. train: one sparse autoencoder on all layers")
+    say("\n2. train: one sparse autoencoder on all layers")
     train(to_train)
-    click.echo("\n3. analyze: tables, figures and a page")
+    say("\n3. analyze: tables, figures and a page")
     return analyze(to_analyze)

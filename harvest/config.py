@@ -192,10 +192,11 @@ class HarvestConfig(TextSettings, _ModelSettings):
         doc="Sequences a forward pass, or auto to choose by memory; part of the store's plan, "
         "because a pass's shape decides last bits.",
     )
-    device: str = device_setting()
+    device: str = device_setting(gives_way_to=("device_map",))
     device_map: str | None = setting(
         default=None,
         unset="one device",
+        gives_way_to=("device",),
         decides=False,
         group="Run",
         doc="auto: spread a large model over GPUs, main memory and disk.",

@@ -303,7 +303,8 @@ def _await_others(writer: Writer, ranks: Ranks) -> None:
             f"waiting for {counted(len(others), 'shard')} of other ranks; if one of them has died, "
             "stop this and run the same command again"
         )
-        wait_until(lambda: not writer.pending())
+        with Progress("wait for other ranks", None, "", shown=ranks.is_first):
+            wait_until(lambda: not writer.pending())
     complete(writer.path, writer.plan)
 
 

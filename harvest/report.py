@@ -60,8 +60,12 @@ def dry_run_lines(
     if seconds is not None:
         yield f"time: about {format_duration(seconds)} for the transformer here, by one batch of it"
     yield f"free at {config.out}: {format_bytes(free_disk(config.out))}"
+    first_ids = packed.tokens[:DECODED_TOKENS].tolist()
+    try:
+        beginning = model.tokenizer.decode(first_ids)
+    except Exception:  # Token ids from elsewhere may be none of the tokenizer's.
+        beginning = first_ids
     # As a literal: newlines and control characters of the text must not break the report.
-    beginning = model.tokenizer.decode(packed.tokens[:DECODED_TOKENS].tolist())
     first = counted(min(DECODED_TOKENS, len(packed.tokens)), "token")
     yield f"first {first}: {beginning!r}"
     yield "dry run: nothing was written"

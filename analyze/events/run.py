@@ -197,7 +197,8 @@ def _await_others(directory: EventsDirectory, paths: list[str], ranks: Ranks) ->
             f"waiting for {counted(len(others), 'part')} of other ranks; if one of them has died, "
             f"stop this and run the same command again"
         )
-        wait_until(lambda: not directory.pending(paths))
+        with Progress("wait for other ranks", None, "", shown=ranks.is_first):
+            wait_until(lambda: not directory.pending(paths))
     directory.complete(paths)
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from mlsae.base.errors import InputError
 from mlsae.base.machine.resources import require_memory
 from mlsae.base.units import counted
 from mlsae.harvest.text.sequences import Tokens
 from mlsae.harvest.text.sources import Document
+from mlsae.models.source.tokenizer import token_ids
 
 FEWEST_CHARACTERS, MOST_CHARACTERS = 1 << 16, 1 << 21
 """Size of the first batch, so that little text is read for little, and of those that follow."""
@@ -70,54 +70,8 @@ def _encode(batch: list[Document], tokenizer: Any) -> list[Tokens]:
             f"tokenising a document of {counted(len(texts[0]), 'character')}",
             "split it into several, such as the lines of a .jsonl file",
         )
-    encoded = iter(_token_ids(texts, tokenizer) if texts else ())
+    encoded = iter(token_ids(tokenizer, texts, "document") if texts else ())
     return [
         np.asarray(next(encoded), np.uint32) if isinstance(document, str) else document
         for document in batch
     ]
-
-
-def _token_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    try:
-        return _ids_of(texts, tokenizer)
-    except BaseException as error:
-        _require_failure(error)
-        for text in texts:
-            _check_unicode(text)
-            try:
-                _ids_of([text], tokenizer)
-            except BaseException as alone:
-                _require_failure(alone)
-                raise InputError(_failed(tokenizer, alone, text)) from error
-        raise InputError(_failed(tokenizer, error, texts[0])) from error
-
-
-def _ids_of(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    # `verbose` off: texts longer than the model's context are the rule here.
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False, return_attention_mask=False)
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
-
-
-def _require_failure(error: BaseException) -> None:
-    """Pass on what is no failure of a tokenizer; a panic of one in Rust is no `Exception`."""
-    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-        raise error
-
-
-def _failed(tokenizer: Any, error: BaseException, text: str) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return (
-        f"the tokenizer {tokenizer.name_or_path} fails on a document that begins {text[:40]!r}: "
-        f"{reason}; leave the document out, or mend the tokenizer"
-    )
-
-
-def _check_unicode(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"a document is not valid Unicode: {text[error.start]!r} after "
-            f"{text[max(error.start - 40, 0) : error.start]!r}; repair it or leave it out"
-        ) from error

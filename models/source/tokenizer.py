@@ -91,11 +91,79 @@ def special_ids(tokenizer: Any) -> list[int]:
     return sorted(marked | set(tokenizer.all_special_ids))
 
 
+def token_ids(tokenizer: Any, texts: Sequence[str], what: str) -> list[list[int]]:
+    """Token ids of texts, without any special token.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        texts: at least one.
+        what: word for one of the texts in messages, such as `document`.
+
+    Raises:
+        InputError: a text is not valid Unicode, or the tokenizer fails on one, whatever it raises.
+    """
+    try:
+        return _ids_of(texts, tokenizer)
+    except BaseException as error:
+        _require_failure(error)
+        for text in texts:
+            _check_unicode(text, what)
+            try:
+                _ids_of([text], tokenizer)
+            except BaseException as alone:
+                _require_failure(alone)
+                raise InputError(_failed(tokenizer, alone, text, what)) from error
+        raise InputError(_failed(tokenizer, error, texts[0], what)) from error
+
+
+def _ids_of(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    # `verbose` off: texts longer than the model's context are the rule here.
+    encoded = tokenizer(
+        list(texts), add_special_tokens=False, verbose=False, return_attention_mask=False
+    )
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+def _require_failure(error: BaseException) -> None:
+    """Pass on any end but a tokenizer's failure; a panic of one in Rust is no `Exception`."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+
+
+def _failed(tokenizer: Any, error: BaseException, text: str, what: str) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (
+        f"the tokenizer {tokenizer.name_or_path} fails on a {what} that begins {text[:40]!r}: "
+        f"{reason}; leave the {what} out, or mend the tokenizer"
+    )
+
+
+def _check_unicode(text: str, what: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"a {what} is not valid Unicode: {text[error.start]!r} after "
+            f"{text[max(error.start - 40, 0) : error.start]!r}; repair it or leave it out"
+        ) from error
+
+
 def texts_of_tokens(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Text of each token as it stands after another, with the space before a word.
 
-    A token that is part of a character gives U+FFFD.
+    A token that is part of a character, or that the tokenizer cannot decode, gives U+FFFD.
     """
+    try:
+        return _second_texts(tokenizer, ids)
+    except BaseException as error:
+        _require_failure(error)
+        if len(ids) <= 1:
+            return ["\N{REPLACEMENT CHARACTER}"] * len(ids)
+    return [text for token in ids for text in texts_of_tokens(tokenizer, [token])]
+
+
+def _second_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     # Decoders drop the space that opens a text, or the mark of a word's continuation: a token that
     # stands second keeps them.
     once, twice = (

@@ -21,7 +21,7 @@ from mlsae.base.errors import InputError
 from mlsae.cli import main
 from mlsae.models import load
 from mlsae.models.passes.control import control_rows
-from mlsae.models.source.tokenizer import texts_of_tokens
+from mlsae.models.source.tokenizer import texts_of_tokens, token_ids
 from mlsae.sae import load as load_sae
 from mlsae.store import open_store
 
@@ -282,6 +282,23 @@ def test_pieces_keep_the_space_that_a_tokenizer_of_words_drops() -> None:
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>")
     assert tokenizer.decode([1]) == "Lily"
     assert texts_of_tokens(tokenizer, [4, 1, 2, 3, 1]) == ["<s>", " Lily", "play", "ed", " Lily"]
+
+
+def test_token_that_a_tokenizer_cannot_decode_costs_no_other() -> None:
+    class Decoder:
+        def batch_decode(self, rows: list[list[int]], **_: Any) -> list[str]:
+            return ["".join(["a", "b"][token] for token in row) for row in rows]
+
+    assert texts_of_tokens(Decoder(), [0, 9, 1]) == ["a", "\ufffd", "b"]
+
+
+def test_prompt_that_is_no_text_is_refused() -> None:
+    """A terminal of another encoding hands it over so."""
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE())
+    )
+    with pytest.raises(InputError, match=r"a prompt is not valid Unicode: '\\udcff' after 'ab'"):
+        token_ids(tokenizer, ["ab\udcff"], "prompt")
 
 
 def test_prompts_of_a_file_come_after_those_given_and_keep_their_spaces(tmp_path: Path) -> None:

@@ -156,6 +156,20 @@ def test_every_long_command_reads_a_file_of_options(command: str, tmp_path: Path
     assert (found["out"], found["batch_size"]) == (Path("mine"), 3)
 
 
+@pytest.mark.parametrize(
+    ("content", "flag", "kept"),
+    [
+        ("device: cuda", "--device-map auto", {"device": "auto", "device_map": "auto"}),
+        ("device-map: auto", "--device cpu", {"device": "cpu", "device_map": None}),
+    ],
+)
+def test_options_of_a_file_give_way(content: str, flag: str, kept, tmp_path: Path):
+    (tmp_path / "mine.yaml").write_text(f"{{model: m, dataset: d, out: o, {content}}}")
+    given = ["--config", str(tmp_path / "mine.yaml"), *flag.split()]
+    with main.commands["harvest"].make_context("harvest", given) as context:
+        assert {name: context.params[name] for name in kept} == kept
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "ascii"])
 def test_consoles_that_lack_letters_have_them_escaped(encoding: str, sample):
     """Help, lists and errors; no traceback."""

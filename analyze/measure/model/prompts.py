@@ -19,7 +19,12 @@ from mlsae.base.errors import InputError
 from mlsae.base.units import counted
 from mlsae.models import Inputs, Transformer
 from mlsae.models.capture import capture
-from mlsae.models.source.tokenizer import special_ids, texts_of_tokens, tokenizer_sha256
+from mlsae.models.source.tokenizer import (
+    special_ids,
+    texts_of_tokens,
+    token_ids,
+    tokenizer_sha256,
+)
 from mlsae.store import AnyStore
 
 Array = npt.NDArray[Any]
@@ -105,7 +110,7 @@ def prepare(
     opening = bos if isinstance(bos, list) else [] if bos is None else [bos]
     prompts = []
     for name, text in texts.items():
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        (ids,) = token_ids(tokenizer, [text], "prompt")
         opens_itself = ids[: len(opening)] == opening
         tokens = np.asarray(ids if opens_itself else [*opening, *ids], dtype=np.int64)
         if len(tokens) > store.context_length:
