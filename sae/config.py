@@ -6,6 +6,7 @@ from typing import Any
 
 from mlsae.base.errors import InputError
 from mlsae.sae.architectures import Architecture, TopK, get
+from mlsae.sae.normalize import EPS
 
 NORMALIZE = ("standardize", "none", "scale", "center")
 LAYER_SCALES = ("none", "log", "sqrt", "linear")
@@ -14,6 +15,7 @@ _DEFAULTS = {
     "encoder_bias": False,
     "layer_scale": "none",
     "layers": None,
+    "eps": EPS,
 }
 """Values for keys that a file lacks."""
 
@@ -43,6 +45,10 @@ class SAEConfig:
     layers: tuple[int, ...] | None = None
     """Block index for each row of the state that depends on the layer; None without any."""
 
+    eps: float = EPS
+    """Added to a row's standard deviation where the row is standardised: 1e-5 as published, less
+    for rows that are not far larger."""
+
     def __post_init__(self) -> None:
         if not isinstance(self.architecture, Architecture):
             raise InputError(
@@ -62,6 +68,10 @@ class SAEConfig:
             raise InputError(
                 f"d_in must be at least 2 to standardise a row over its channels, got {self.d_in}"
             )
+        if not (isinstance(self.eps, float) and 0 < self.eps <= EPS):
+            raise InputError(f"eps must be above 0 and at most {EPS:g}, got {self.eps!r}")
+        if self.eps != EPS and self.normalize != "standardize":
+            raise InputError(f"eps is for normalize standardize, got {self.normalize}")
         if not isinstance(self.encoder_bias, bool):
             raise InputError(f"encoder_bias must be true or false, got {self.encoder_bias!r}")
         self.architecture.check(self)
@@ -93,6 +103,7 @@ class SAEConfig:
             "architecture": self.architecture.name,
             "layer_scale": self.layer_scale,
             "layers": None if self.layers is None else list(self.layers),
+            "eps": self.eps,
         }
         return {
             key: value

@@ -130,7 +130,7 @@ class SAE(torch.nn.Module):
         x_BD = x_BD.to(self.W_enc.dtype)
         if self.config.normalize == "standardize":
             with as_given(x_BD):
-                return standardize(x_BD)
+                return standardize(x_BD, self.config.eps)
         if at is None:
             self._check_layer_given(at)
             at = 0

@@ -18,22 +18,23 @@ from typing import NamedTuple
 import torch
 
 EPS = 1e-5
-"""Added to the standard deviation where a row is divided by it, and nowhere else."""
+"""Added to the standard deviation where a row is divided by it, and nowhere else; `SAEConfig.eps`
+may be less."""
 
 
 class Standardized(NamedTuple):
     """A batch of rows in units of their own spread, with the statistics that lead back."""
 
     u: torch.Tensor
-    """(B, D) (x − mean) / (scale + EPS) of standardised rows, (x − mean) / scale of others."""
+    """(B, D) (x − mean) / (scale + eps) of standardised rows, (x − mean) / scale of others."""
     mean: torch.Tensor
     """(B, 1) mean over the row's channels, or 0; (B, D) of its layer where rows are centred so."""
     scale: torch.Tensor
     """(B, 1) unbiased standard deviation over the row's channels; 1 over its layer's factor."""
 
 
-def standardize(x_BD: torch.Tensor) -> Standardized:
-    """u = (x − m(x)) / (s(x) + 1e-5) with s the unbiased standard deviation of the row.
+def standardize(x_BD: torch.Tensor, eps: float = EPS) -> Standardized:
+    """u = (x − m(x)) / (s(x) + eps) with s the unbiased standard deviation of the row.
 
     Source: Gao et al. (2024), arXiv 2406.04093, whose released TopK models normalise so; Lawson et
     al. (2024), arXiv 2409.04185. The way back, x̂ = û · s + m, has no epsilon.
@@ -42,7 +43,7 @@ def standardize(x_BD: torch.Tensor) -> Standardized:
     centred_BD = x_BD - mean_B1
     length_B1 = torch.linalg.vector_norm(centred_BD, dim=1, keepdim=True)
     scale_B1 = length_B1 / (x_BD.shape[1] - 1) ** 0.5
-    return Standardized(centred_BD / (scale_B1 + EPS), mean_B1, scale_B1)
+    return Standardized(centred_BD / (scale_B1 + eps), mean_B1, scale_B1)
 
 
 def by_layer(

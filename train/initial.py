@@ -23,6 +23,8 @@ from mlsae.train.step.resample import PUBLISHED_TIMES, Resampling
 
 Float64 = npt.NDArray[np.float64]
 
+_SMALL, _LEAST_LENGTH = 0.01, 0.99
+"""Rows of such a spread that standardising them leaves less than this share of their length."""
 _FUNCTIONS = {"log": np.log, "sqrt": np.sqrt, "linear": np.positive}
 
 
@@ -103,29 +105,53 @@ def initial_sae(sae: SAEConfig, moments: Moments, layers: tuple[int, ...], seed:
             made.layer_factor.copy_(torch.from_numpy(factors_L))
             means_LD = means_LD * factors_L[:, None]
         if sae.normalize == "standardize":
-            means_LD = moments.u_mean[at]
+            means_LD = moments.u_mean[at] * lengths_of_u(sae, moments, layers)[:, None]
         # Every layer has equally many eligible rows, so this is the mean over all.
         made.b.copy_(torch.from_numpy(means_LD.mean(axis=0)))
     return made
 
 
-def small_layers(sae: SAEConfig, moments: Moments, layers: tuple[int, ...]) -> tuple[int, ...]:
-    """Layers that lose over a twentieth of their length when standardised.
+def with_epsilon(sae: SAEConfig, moments: Moments, layers: tuple[int, ...]) -> SAEConfig:
+    """The SAE with an epsilon far below its rows, where 1e-5 is not.
 
     u = (x − m) / (s + ε) is shorter than 1 a channel by s / (s + ε), and x̂ = û · s + m has no ε:
-    where s is not far above ε = 1e-5, part of every row is lost, whatever the SAE.
+    where s is not far above ε, part of every row is lost, whatever the SAE. A smaller ε, by a power
+    of two, makes the SAE that of larger rows.
+
+    Args:
+        sae: configuration of the SAE.
+        moments: moments of the rows that the SAE is trained on.
+        layers: layers of the SAE.
     """
     if sae.normalize != "standardize":
-        return ()
-    found = []
+        return sae
+    spreads = []
     for layer in layers:
         at = moments.layers.index(layer)
-        squares = moments.u_m2[at].sum() / moments.count + np.square(moments.u_mean[at]).sum()
         # Rows whose channels are all equal are short, too, but lose nothing.
-        is_small = moments.norm_mean[at] < 1000 * EPS * sae.d_in**0.5
-        if is_small and squares < 0.9 * (sae.d_in - 1):
-            found.append(layer)
-    return tuple(found)
+        is_small = moments.norm_mean[at] < _SMALL * sae.d_in**0.5
+        share = float(np.sqrt(squares_of_u(moments, at) / (sae.d_in - 1)))
+        if is_small and 0 < share < _LEAST_LENGTH:
+            spreads.append(EPS * share / (1 - share))
+    return replace(sae, eps=EPS * 2.0 ** np.floor(np.log2(min(spreads)))) if spreads else sae
+
+
+def squares_of_u(moments: Moments, at: int) -> float:
+    """Mean ‖u‖² of a layer's standardised rows, with the store's epsilon of 1e-5."""
+    return float(moments.u_m2[at].sum() / moments.count + np.square(moments.u_mean[at]).sum())
+
+
+def lengths_of_u(sae: SAEConfig, moments: Moments, layers: tuple[int, ...]) -> Float64:
+    """(L,) length of the SAE's standardised rows over that in the store's moments.
+
+    1 for the epsilon of both; with a smaller one rows have length √(d − 1), as near as makes no
+    difference.
+    """
+    if sae.eps == EPS:
+        return np.ones(len(layers))
+    squares = [squares_of_u(moments, moments.layers.index(layer)) for layer in layers]
+    lengths: Float64 = np.sqrt((sae.d_in - 1) / np.array(squares))
+    return lengths
 
 
 def resample_every(config: TrainConfig, num_steps: int) -> int:
@@ -189,9 +215,11 @@ def make_objective(
         num_steps: steps in the run.
     """
     every = resample_every(config, num_steps)
+    in_u = config.loss_space != "raw" and config.normalize == "standardize"
+    lengths = lengths_of_u(sae.config, moments, layers) if in_u else 1.0
     return Objective(
         sae,
-        layer_variances(moments, layers, config.loss_space, config.normalize),
+        layer_variances(moments, layers, config.loss_space, config.normalize) * np.square(lengths),
         config.loss_space,
         mixed=config.precision == "bfloat16",
         seed=config.seed,

@@ -21,14 +21,13 @@ from mlsae.base.interruption import (
 )
 from mlsae.base.output.console import Progress, say
 from mlsae.base.output.drawing import by_product
-from mlsae.base.units import counted, format_ranges
+from mlsae.base.units import counted
 from mlsae.sae.directory import TRAINING
 from mlsae.store import open_corpus
 from mlsae.train.config import TrainConfig
 from mlsae.train.data.decode import RowDecoder
 from mlsae.train.data.overlap import Overlap, measure
 from mlsae.train.data.sampler import check_world_size
-from mlsae.train.initial import small_layers
 from mlsae.train.options import write_run_file
 from mlsae.train.plan import RunPlan, make_plans
 from mlsae.train.published.run import run_paper
@@ -153,7 +152,6 @@ class _Run:
     def _results(self, plans: Sequence[RunPlan]) -> list[TrainResult]:
         config, accelerator = self._config, self._accelerator
         self._check_outputs(plans)
-        self._warn_of_small_rows(plans)
         left = [p for p in plans if not is_finished(p) and divergence(p) is None]
         if left:
             self._train(plans, left)
@@ -161,18 +159,6 @@ class _Run:
             self._say(f"{config.out} is finished already")
         accelerator.wait_for_everyone()
         return self._sum_up(plans)
-
-    def _warn_of_small_rows(self, plans: Sequence[RunPlan]) -> None:
-        store, skipped = plans[0].store, self._config.skip_positions
-        moments = store.moments(plans[0].site, skipped)
-        small = {layer for plan in plans for layer in small_layers(plan.sae, moments, plan.layers)}
-        if small and self._accelerator.is_main_process:
-            say(
-                f"warning: rows of layers {format_ranges(sorted(small))} are so small that "
-                f"standardising them loses part of them (docs/objectives.md): give --normalize "
-                f"scale",
-                err=True,
-            )
 
     def _check_outputs(self, plans: Sequence[RunPlan]) -> None:
         config = self._config

@@ -21,6 +21,7 @@ from mlsae.train.initial import (
     of_sae,
     resample_every,
     sae_config,
+    with_epsilon,
 )
 from mlsae.train.step.auxiliary import default_k_aux
 from mlsae.train.step.dead import default_dead_after
@@ -180,6 +181,8 @@ def make_plans(sweep: Sweep, store: AnyStore) -> list[RunPlan]:
     plans = []
     for member, sae in zip(members, saes, strict=True):
         own = layers if member.layer is None else (member.layer,)
+        if member.config.preset is None:
+            sae = with_epsilon(sae, moments, own)
         plan = RunPlan(
             config=of_sae(member.config, layers, own),
             name=member.name,

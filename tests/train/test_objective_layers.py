@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from mlsae.base.errors import InputError
-from mlsae.sae import load
+from mlsae.sae import SAE, load
+from mlsae.sae.formats.common import ConversionError
+from mlsae.sae.formats.convert import export_sae
 from mlsae.store import create, open_store
 from mlsae.train import TrainConfig, run
 from mlsae.train.initial import (
@@ -19,9 +21,8 @@ from mlsae.train.initial import (
     layer_factors,
     of_sae,
     sae_config,
-    small_layers,
+    with_epsilon,
 )
-from mlsae.train.plan import make_plan
 
 LAYERS = (0, 1, 3)
 CHANGES: dict[str, dict[str, Any]] = {
@@ -206,35 +207,68 @@ def test_values_of_layers_are_as_many_as_layers(sample: Any, tmp_path: Path) -> 
     assert of_sae(wanted, LAYERS, (3,)).layer_weights == (4.0,)
 
 
-def test_rows_as_small_as_the_epsilon_are_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Layers whose rows lose length when standardised; rows of equal channels lose nothing."""
-    x = np.random.default_rng(0).normal(0, 1, (160, 8)).astype(np.float32)
-    still = x.copy()
-    still[::2] = 2.0
-    rows = {0: x, 1: 1e-3 * x, 2: 1e-5 * x, 3: still, 4: 1e-4 * x}
-    path = tmp_path / "acts"
+def small_store(path: Path, rows: dict[int, np.ndarray[Any, Any]]) -> Path:
+    """A store of these rows by layer, in float32."""
+    num_rows, width = rows[0].shape
     with create(
         path,
-        tokens=np.arange(160),
+        tokens=np.arange(num_rows),
         context_length=8,
         layers=rows,
-        d_model=8,
+        d_model=width,
         encoding="float32",
         source={"made_by": "test"},
     ) as writer:
         writer.append({("resid_post", layer): values for layer, values in rows.items()})
-    asked = TrainConfig(
-        cache=path, out=tmp_path / "run", num_latents=16, k=2, lr=1e-3, device="cpu"
-    )
-    run(asked)
-    warning = "warning: rows of layers 2, 4 are so small that standardising them loses part of them"
-    assert warning in capsys.readouterr().err
-    plan = make_plan(dataclasses.replace(asked, normalize="scale"), open_store(path))
-    moments = plan.store.moments("resid_post", 1)
-    assert small_layers(plan.sae, moments, plan.layers) == ()
-    given = initial_sae(plan.sae, moments, plan.layers, seed=0)
-    # The cure: a layer's unit makes no difference.
-    large, small = (given.standardize(torch.from_numpy(rows[i]), i)[0] for i in (0, 2))
-    torch.testing.assert_close(small, large, rtol=1e-4, atol=1e-4)
+    return path
+
+
+@pytest.mark.parametrize("loss_space", ["standardized", "raw"])
+def test_units_of_the_rows_make_no_difference(loss_space: str, tmp_path: Path) -> None:
+    """Rows scaled by 1e-5 have the FVU of rows that are not: the epsilon is smaller."""
+    generator = np.random.default_rng(0)
+    x = (generator.normal(0, 1, (800, 3)) @ generator.normal(0, 1, (3, 8))).astype(np.float32)
+    found = {}
+    for unit in (1.0, 1e-5, 1e-12):
+        cache = small_store(tmp_path / f"{unit:g}", {0: unit * x, 1: 3 * unit * x[::-1]})
+        settings: dict[str, Any] = {"num_latents": 32, "k": 3, "lr": 3e-3, "batch_size": 64}
+        result = run(
+            TrainConfig(
+                cache=cache,
+                out=tmp_path / f"run{unit:g}",
+                loss_space=loss_space,
+                validation_fraction=0.2,
+                device="cpu",
+                **settings,
+            )
+        )
+        assert result.metrics is not None
+        eps = load(result.directory).config.eps
+        assert eps == 1e-5 if unit == 1.0 else eps < 1e-4 * unit
+        assert ("eps" in (result.directory / "config.json").read_text()) == (unit != 1.0)
+        found[unit] = [entry["fvu"] for entry in result.metrics["position_0_out"]["layers"]]
+    for unit in (1e-5, 1e-12):
+        np.testing.assert_allclose(found[unit], found[1.0], rtol=0.02)
+
+
+def test_the_epsilon_is_smaller_for_small_rows_alone(tmp_path: Path) -> None:
+    """Rows of equal channels have no spread to be lost."""
+    x = np.random.default_rng(0).normal(0, 1, (160, 8)).astype(np.float32)
+    still = x.copy()
+    still[::2] = 2.0
+    store = open_store(small_store(tmp_path / "acts", {0: x, 1: still, 2: 1e-4 * x}))
+    moments = store.moments("resid_post", 1)
+    asked = TrainConfig(cache=tmp_path, out=tmp_path, num_latents=16, k=2)
+    for layers, eps in (((0,), 1e-5), ((1,), 1e-5), ((0, 1), 1e-5), ((0, 2), 1e-5 * 2**-14)):
+        assert with_epsilon(sae_config(asked, 8, layers), moments, layers).eps == eps
+    plain = sae_config(dataclasses.replace(asked, normalize="none"), 8, (2,))
+    assert with_epsilon(plain, moments, (2,)) == plain
+    (tmp_path / "out").mkdir()
+    sae = SAE(dataclasses.replace(sae_config(asked, 8, (0,)), eps=1e-9))
+    sae.save(tmp_path / "sae", {"site": "resid_post", "layers": [0]})
+    for form in ("saelens", "mlsae"):
+        with pytest.raises(ConversionError, match="adds 1e-09 to standard deviations, for rows th"):
+            export_sae(tmp_path / "sae", form, tmp_path / "out")
+    for values in ({"eps": 0.0}, {"eps": 1.0}, {"eps": 1e-9, "normalize": "none"}):
+        with pytest.raises(InputError, match="eps "):
+            dataclasses.replace(sae.config, **values)

@@ -20,7 +20,6 @@ import torch
 from mlsae.base.errors import InputError
 from mlsae.sae import SAE
 from mlsae.sae.architectures.base import ActiveLatents, ExtraLoss
-from mlsae.sae.normalize import EPS
 from mlsae.store import Moments
 from mlsae.train.step import auxiliary, resample
 from mlsae.train.step.auxiliary import Residual, Sum
@@ -111,7 +110,7 @@ class Objective:
         self.resampling = resampling
         # Rows that are standardised have two spaces; others one error, in units of its variance.
         self._raw = loss_space == "raw" or sae.config.normalize != "standardize"
-        self._eps = EPS if sae.config.normalize == "standardize" else 0.0
+        self._eps = sae.config.eps if sae.config.normalize == "standardize" else 0.0
         self._mixed = mixed
         self._seed = seed
         self.k_aux = auxiliary.default_k_aux(sae.config.d_in)
