@@ -20,7 +20,6 @@ from mlsae.base.words import SITES
 from mlsae.sae.architectures.base import Architecture, Conversion, registered
 from mlsae.sae.config import SAEConfig
 from mlsae.sae.model import SAE
-from mlsae.sae.normalize import EPS
 
 OURS = "mlsae"
 """Key under which an exported configuration says which site and layers the SAE was trained on."""
@@ -294,10 +293,10 @@ def no_place(sae: SAE, form: str, *, normalize: Collection[str]) -> str | None:
             f"the SAE normalises rows by their layer ({config.normalize}), and that format has no "
             f"place for it"
         )
-    if config.eps != EPS:
+    if config.eps != SAEConfig.eps:
         return (
             f"the SAE adds {config.eps:.2g} to standard deviations, for rows that are very small, "
-            f"and that format {EPS:g}"
+            f"and that format {SAEConfig.eps:g}"
         )
     if config.normalize not in normalize:
         return (
