@@ -1,6 +1,5 @@
 """A transformer from a hub id or a local directory, in any of its initialisations."""
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -258,7 +257,7 @@ def _pretrained(
     with placement.full_memory_explained(place.name, "of the GPUs", "fewer processes"):
         model, info = loaded()
         if is_wrapped(info["unexpected_keys"]):
-            model, info = loaded(key_mapping=dict.fromkeys(map(re.escape, WRAPPERS), ""))
+            model, info = loaded(key_mapping=dict.fromkeys(WRAPPERS, ""))
     check_codes(model, place.folder(), place.name)
     return model, info
 

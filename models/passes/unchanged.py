@@ -17,6 +17,9 @@ from torch import Tensor
 from mlsae.base.errors import InputError
 from mlsae.models.transformer import Transformer
 
+_SMALL = 16 * 2**20
+"""Bytes of the largest buffer that is copied."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Entry:
@@ -26,7 +29,7 @@ class _Entry:
     name: str
     value: Any
     content: Tensor | None = None
-    """Copy of a buffer, which may be written into."""
+    """Copy of a small buffer, which may be written into; large ones hold quantised weights."""
 
     def is_changed(self) -> bool:
         return self.holder.get(self.name, self) is not self.value or self._is_overwritten()
@@ -111,7 +114,9 @@ def _entries(model: Any) -> Iterator[_Entry]:
             yield _Entry(module._modules, name, part)
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type != "meta":
-                yield _Entry(module._buffers, name, buffer, buffer.detach().clone())
+                is_small = buffer.nbytes <= _SMALL
+                copy = buffer.detach().clone() if is_small else None
+                yield _Entry(module._buffers, name, buffer, copy)
         if hasattr(module, "config"):
             configs[id(module.config)] = module.config
     for config in configs.values():

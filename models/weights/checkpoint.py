@@ -1,6 +1,7 @@
 """A model in memory against its checkpoint: no weight missing, none left out, none misread."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,15 @@ from mlsae.base.units import counted
 # Quantizers are not typed.
 _quantizer: Any = auto.AutoHfQuantizer
 
-WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-"""Parts of names that torch's wrappers add to those of the model they wrap."""
+WRAPPERS = (
+    r"_orig_mod\.",
+    r"_fsdp_wrapped_module\.",
+    r"_checkpoint_wrapped_module\.",
+    r"^module\.",
+)
+"""Parts that torch's wrappers add to the names of weights, as regular expressions."""
+
+_COMPUTED = {"inv_freq", "position_ids", "masked_bias", "causal_mask"}
 
 _NUMBERS = {"F64", "F32", "F16", "BF16"}
 """Types in safetensors files that are numbers as they are, not codes of a quantisation."""
@@ -76,7 +84,7 @@ def _header(file: Path) -> dict[str, Any]:
 
 def is_wrapped(unexpected: Iterable[str]) -> bool:
     """True where files name weights as torch's wrappers do."""
-    return any(wrapper in key for key in unexpected for wrapper in WRAPPERS)
+    return any(re.search("|".join(WRAPPERS), key) for key in unexpected)
 
 
 def lacks_head(model: Any, info: Mapping[str, Any], name: str) -> bool:
@@ -129,15 +137,17 @@ def left_out(
     Raises:
         InputError: a module that the model uses has such a weight, which would change its values.
     """
-    modules = {path for path, _ in backbone.named_modules()}
+    modules = dict(backbone.named_modules())
+    computed = {name for name, _ in backbone.named_buffers()}
     # Children of these may be heads, poolers or blocks beyond the config's number.
     above = {"", *_parents(blocks_path), blocks_path}
     owned: list[str] = []
     others: list[str] = []
     for key in sorted(unexpected):
         inner = key.removeprefix(f"{prefix}.")
-        owner = next((path for path in _parents(inner) if path in modules), "")
-        (others if owner in above else owned).append(key)
+        if inner not in computed and not _is_computed(modules, inner):
+            owner = next((path for path in _parents(inner) if path in modules), "")
+            (others if owner in above else owned).append(key)
     if owned:
         raise InputError(
             f"model {name} is not what its files hold: the model that config.json describes has no "
@@ -150,6 +160,14 @@ def left_out(
         f"left out: {counted(len(others), 'weight')} in the files of {name} outside its blocks, "
         f"embeddings and norms, the first {others[0]}"
     )
+
+
+def _is_computed(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """True for a mask or a table of positions, saved by older versions and computed by this one."""
+    owner, _, leaf = name.rpartition(".")
+    # The causal mask was called the bias of attention, which has none of its own.
+    is_mask = leaf == "bias" and owner in modules and not modules[owner]._parameters
+    return is_mask or leaf in _COMPUTED
 
 
 def _parents(path: str) -> list[str]:

@@ -99,6 +99,34 @@ def test_weights_of_no_block_embedding_or_norm_are_left_out_with_a_note(tmp_path
 
 
 @pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        ("gptj", ["transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"]),
+        ("gpt_bigcode", ["transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"]),
+        ("llama", ["model.layers.0.self_attn.rotary_emb.inv_freq"]),
+        ("xglm", ["model.embed_positions.weights"]),
+        ("bert", ["bert.embeddings.position_ids", "bert.pooler.dense.weight", "cls.bias"]),
+    ],
+)
+def test_masks_and_positions_of_older_versions_are_no_weights(
+    family: str, keys: list[str], tmp_path: Path
+) -> None:
+    sizes = {
+        "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 48, "max_position_embeddings": 64, "rotary_dim": 8, "ffn_dim": 48,
+        "d_model": 32, "num_layers": 2, "attention_heads": 4,
+    }  # fmt: skip
+    made = transformers.AutoConfig.for_model(family, **sizes)
+    auto = transformers.AutoModel if family == "bert" else transformers.AutoModelForCausalLM
+    auto.from_config(made).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    plain = load(tmp_path)
+    rewrite(tmp_path, {**weights, **{key: torch.ones(4, 4) for key in keys}})
+    transformer = load(tmp_path)
+    assert (transformer.notes, transformer.fingerprint()) == ((), plain.fingerprint())
+
+
+@pytest.mark.parametrize(
     ("quantization", "method"),
     [({"quant_method": "modelopt", "quant_algo": "FP8"}, "'modelopt'"), ({"bits": 8}, "None")],
 )
@@ -177,7 +205,7 @@ def test_weights_by_other_names_are_not_fetched_again(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "_fsdp_wrapped_module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "_fsdp_wrapped_module._orig_mod.", "module."])
 def test_names_of_a_wrapped_model_are_understood(prefix: str, tmp_path: Path) -> None:
     model = saved(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
