@@ -51,6 +51,7 @@ from mlsae.base.files import seal, write_durably
 from mlsae.base.interruption import Interruption, interruptible
 from mlsae.base.machine.resources import require_disk
 from mlsae.base.output.console import Progress, say
+from mlsae.base.units import counted
 from mlsae.models import Transformer
 
 STOPPING = "finishing the batch in hand, then stopping; press Ctrl-C again to stop at once"
@@ -153,7 +154,8 @@ def _measure(job: _Job, directory: Path, interruption: Interruption) -> None:
     steps = Steps(directory, interruption)
     sums, joint, told = _walk(job, directory, steps)
     kept = (
-        f"stopped: the sums over rows are kept in {job.config.out}; run the same command to go on"
+        f"stopped: sums over rows and tokens scored are kept in {job.config.out}; run the same "
+        f"command to go on"
     )
     with stops(interruption, kept):
         entropy = _cross_entropy(job, steps, interruption)
@@ -227,6 +229,8 @@ def _cross_entropy(job: _Job, steps: Steps, interruption: Interruption) -> Cross
     scored = first_tokens(job.sequences, max(job.config.ce_max_tokens, length), length)
     _, begun = steps.read(step) or ({}, None)
     done = 0 if begun is None else int(begun[SEQUENCES]) * length
+    if done:
+        say(f"going on: {counted(done, 'token')} are scored")
     with (
         _bar(step, len(scored) * length, "token", done) as progress,
         interruption.deferred(STOPPING),

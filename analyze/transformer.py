@@ -176,6 +176,10 @@ def _last_record(store: Store) -> Mapping[str, Any] | None:
     return records[-1] if records else None
 
 
+class NoTextError(InputError):
+    """Tokens whose text a tokenizer does not give."""
+
+
 class _Cached:
     """Decodes each token id once."""
 
@@ -187,6 +191,12 @@ class _Cached:
         wanted: list[int] = ids.tolist()
         new = np.array([token for token in wanted if token not in self._known], dtype=np.int64)
         if len(new):
-            texts = texts_of_tokens(self._tokenizer, new.tolist())
+            try:
+                texts = texts_of_tokens(self._tokenizer, new.tolist())
+            except Exception as error:  # Tokenizers fail in ways of their own.
+                cause = " ".join(f"{type(error).__name__}: {error}".split())
+                raise NoTextError(f"the tokenizer cannot decode all tokens ({cause})") from error
+            # Halves of characters may be no UTF-8.
+            texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
             self._known.update(zip(new.tolist(), texts, strict=True))
         return [self._known[token] for token in wanted]

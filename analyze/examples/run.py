@@ -13,7 +13,7 @@ from mlsae.analyze.examples.table import write_examples
 from mlsae.analyze.pairing import Pairing
 from mlsae.analyze.results.directory import EXAMPLES_FILE
 from mlsae.analyze.results.tables import schema
-from mlsae.analyze.transformer import Pieces
+from mlsae.analyze.transformer import NoTextError, Pieces
 from mlsae.base.errors import ResourceError
 from mlsae.base.machine.resources import require_disk, require_memory
 from mlsae.base.output.console import Progress
@@ -83,10 +83,13 @@ def write_table(
     if examples is None:
         return None
     pieces, reason = text
-    with Progress("examples", examples.num_latents, "latent") as bar:
-        num_examples = write_examples(
-            directory / EXAMPLES_FILE, schema("examples", provenance), examples, pieces, bar.update
-        )
+    path, columns = directory / EXAMPLES_FILE, schema("examples", provenance)
+    try:
+        with Progress("examples", examples.num_latents, "latent") as bar:
+            num_examples = write_examples(path, columns, examples, pieces, bar.update)
+    except NoTextError as error:
+        reason = str(error)
+        num_examples = write_examples(path, columns, examples, None, lambda _: None)
     plan = examples.plan
     return {
         "top": plan.top,

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 import mlsae.analyze.examples.table as example_table
-from mlsae.analyze import Analysis, AnalyzeConfig, load, run
+from mlsae.analyze import Analysis, AnalyzeConfig, load, run, transformer
 from mlsae.base.errors import InputError, ResourceError
 from mlsae.cli import main
 from mlsae.models import load_tokenizer
@@ -222,6 +222,32 @@ def test_a_damaged_tokenizer_leaves_the_text_out(
     )
     reason = found.summary["examples"]["no_text_because"]
     assert reason.startswith(f"the tokenizer of {moved} is damaged (Token `self` out of vocabulary")
+
+
+def test_a_tokenizer_that_fails_leaves_the_text_out(
+    store: Path, sae_maker: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some do for ids that they lack; the rows have been read by then."""
+
+    def fail(*_: Any) -> list[str]:
+        raise IndexError("piece id is\nout of range")
+
+    monkeypatch.setattr(transformer, "texts_of_tokens", fail)
+    found = run(
+        AnalyzeConfig(
+            cache=store,
+            sae=sae_maker(store),
+            out=tmp_path / "out",
+            examples=1,
+            figures=False,
+            device="cpu",
+        )
+    )
+    assert found.summary["examples"]["no_text_because"] == (
+        "the tokenizer cannot decode all tokens (IndexError: piece id is out of range)"
+    )
+    assert found.examples is not None
+    assert found.examples.count_rows() == found.summary["examples"]["num_examples"] > 0
 
 
 def test_examples_are_printed_with_the_peak_marked(analysis: Analysis) -> None:

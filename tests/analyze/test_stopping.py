@@ -75,7 +75,10 @@ def test_a_stop_at_every_step_keeps_those_before(
 
     capfd.readouterr()
     line = _stopped(monkeypatch, pipeline, "measure", config, signal.SIGTERM)
-    on = f"stopped: the sums over rows are kept in {config.out}; run the same command to go on"
+    on = (
+        f"stopped: sums over rows and tokens scored are kept in {config.out}; run the same command "
+        f"to go on"
+    )
     assert str(line) == on
     assert pipeline.STOPPING in capfd.readouterr().err
     (folder,) = config.out.iterdir()
@@ -92,7 +95,9 @@ def test_a_stop_at_every_step_keeps_those_before(
     line = _stopped(monkeypatch, pipeline, "describe_decoder", config, signal.SIGINT)
     assert str(line) == on
     assert sum(scored) == (7 - 2) * 24
-    assert "going on: the sums over rows are there" in capfd.readouterr().out
+    assert "going on: the sums over rows are there\ngoing on: 48 tokens are scored\n" in (
+        capfd.readouterr().out
+    )
 
     line = _stopped(monkeypatch, pictures, "write_page", config, signal.SIGINT)
     assert str(line) == (
