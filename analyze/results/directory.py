@@ -109,5 +109,7 @@ def _foreign_inside(out: Path, summary: Mapping[str, Any]) -> list[str]:
         str(path.relative_to(out))
         for folder in (events, out / FIGURES_FOLDER)
         for path in folder.rglob("*")
-        if not path.is_dir() and path not in ours and not is_systems_own(path.name)
+        if not (path.is_dir() or path in ours or is_systems_own(path.name))
+        # A run that was killed while it drew leaves some.
+        and path.suffix != ".partial"
     )

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from mlsae.analyze import load
+from mlsae.analyze.results.directory import check_replaceable
 from mlsae.analyze.results.figures import registry
 from mlsae.analyze.results.page import pictures
 from mlsae.analyze.results.page.pictures import make_pictures, planned_figures
 from mlsae.analyze.results.text.summary import render
+from mlsae.base.files import partial_path
 
 
 @pytest.fixture
@@ -29,6 +31,10 @@ def _content(path: Path) -> dict[str, bytes]:
 
 def test_pictures_are_added_and_what_is_missing_is_named(bare: Path) -> None:
     before = _content(bare)
+    # As a process that was killed while it drew.
+    (bare / "figures").mkdir()
+    partial_path(bare / "figures" / "sparsity.png").touch()
+    check_replaceable(bare)
     make_pictures(bare)
     after = _content(bare)
     added = {"figures/sparsity.png", "figures/sparsity.svg", "index.html"}

@@ -8,6 +8,7 @@ from mlsae.analyze.results.analysis import load
 from mlsae.analyze.results.directory import FIGURES_FOLDER, PAGE
 from mlsae.analyze.results.page.render import write_page
 from mlsae.base.directories import held
+from mlsae.base.files import remove_stale_partials
 from mlsae.base.output.console import Progress
 from mlsae.base.output.drawing import by_product
 
@@ -36,6 +37,7 @@ def make_pictures(out: Path) -> None:
         out: directory of the analysis.
     """
     with by_product(str(out / PAGE)), held(out):
+        remove_stale_partials(out)
         analysis = load(out)
         if analysis.summary["figures"]:
             with by_product(str(out / FIGURES_FOLDER)):
