@@ -44,9 +44,9 @@ def say(text: str, *, err: bool = False) -> None:
                 click.echo(text.encode(encoding, PLAIN).decode(encoding), err=err)
     except OSError:
         with contextlib.suppress(OSError):
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, stream.fileno())
-            os.close(null)
+            descriptor = stream.fileno()
+            with open(os.devnull, "wb") as null:  # noqa: PTH123 - no path of the user's.
+                os.dup2(null.fileno(), descriptor)
 
 
 def escape_what_is_lacking() -> None:

@@ -18,7 +18,7 @@ _SPLITS = {
 }
 DEFAULT_SPLIT = "train"
 _PART = re.compile(r"(?P<head>.*)-(?P<number>\d{5,6})-of-(?P<total>\d{5,6})(?P<tail>\..*)")
-_CARD = re.compile(r"---\n(.*\n)*?(configs|dataset_info):")
+_CARD = re.compile(r"^(configs|dataset_info):", re.M)
 _SHOWN = 4
 
 
@@ -61,7 +61,8 @@ def has_card(directory: Path) -> bool:
         text = (directory / "README.md").read_text(encoding="utf-8-sig", errors="replace")
     except (FileNotFoundError, IsADirectoryError):
         return False
-    return _CARD.match(text) is not None
+    header = text.removeprefix("---\n").partition("\n---")[0] if text.startswith("---\n") else ""
+    return _CARD.search(header) is not None
 
 
 def choose_files(directory: Path, split: str | None) -> Choice | None:

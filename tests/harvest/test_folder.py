@@ -65,7 +65,8 @@ def test_links_to_nothing_and_around_themselves_are_refused(tmp_path: Path) -> N
 def test_readme_changes_no_document(tmp_path: Path) -> None:
     chapters = {f"chapter{i}.txt": "one\n\ntwo" for i in range(3)}
     assert read(make(tmp_path, chapters))[0] == ["one\n\ntwo"] * 3
-    documents, note = read(make(tmp_path, {"README.md": "# My book\n", "LICENSE": "free"}))
+    readme = "---\nlicense: mit\n---\n# My book\nconfigs:\n"
+    documents, note = read(make(tmp_path, {"README.md": readme, "LICENSE": "free"}))
     assert documents == ["one\n\ntwo"] * 3
     assert note == (
         "packed from DIR: chapter0.txt, chapter1.txt, chapter2.txt; "
