@@ -18,7 +18,7 @@ from mlsae.base.units import format_bytes, format_duration, format_short
 PLAIN = "mlsae.plain"
 """Name of the error handler for letters that the encoding of a console lacks."""
 _LIKE = {"–": "-", "−": "-", "…": "...", "×": "x", "≤": "<=", "≥": ">=", "→": "->", "·": "."}
-FIRST_SECONDS, FEWEST_SECONDS, MOST_SECONDS = 5.0, 60.0, 300.0
+FIRST_SECONDS, FEWEST_SECONDS, MOST_SECONDS = 10.0, 60.0, 300.0
 """A log has its first line after so long, then one a minute; after ten minutes fewer and fewer, but
 at least one every five minutes."""
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {rate_fmt}, {remaining} left{postfix}"
@@ -171,7 +171,8 @@ class Progress:
 
 def line_times() -> Iterator[float]:
     """Seconds from the beginning of a stage at which a log has lines."""
-    at = FIRST_SECONDS
+    # A notebook keeps all that is printed, so short stages leave nothing there.
+    at = FEWEST_SECONDS if "ipykernel" in sys.modules else FIRST_SECONDS
     while math.isfinite(at):
         yield at
         at += min(max(FEWEST_SECONDS, at // 600 * FEWEST_SECONDS), MOST_SECONDS)
