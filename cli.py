@@ -21,6 +21,9 @@ from mlsae.commands.options import CommandList
 from mlsae.commands.store import store
 from mlsae.commands.train import train
 
+_CAUSE_LETTERS = 100
+"""Letters of another library's message that fit an error of one line."""
+
 
 class _OneLineErrors(CommandList):
     """Commands, as a group that turns errors meant for the user into one line and exit status 1."""
@@ -52,6 +55,21 @@ class _OneLineErrors(CommandList):
         except OSError as error:
             where = f": {error.filename}" if error.filename else ""
             raise click.ClickException(f"{error.strerror or error}{where}") from None
+        except (MemoryError, RuntimeError) as error:
+            if not _is_full_memory(error):
+                raise
+            cause = " ".join(str(error).split())[:_CAUSE_LETTERS]
+            raise click.ClickException(
+                f"out of memory ({cause or 'of this machine'}): give a smaller --batch-size, or "
+                f"free some memory"
+            ) from None
+
+
+def _is_full_memory(error: Exception) -> bool:
+    # torch's error for a device is looked at by name, since torch is not loaded for every command;
+    # for memory of the machine torch raises a plain RuntimeError.
+    is_of_torch = type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+    return isinstance(error, MemoryError) or is_of_torch
 
 
 @click.group(

@@ -8,8 +8,10 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
+import mlsae.analyze
 from mlsae.cli import main
 from mlsae.store import open_store
 
@@ -209,6 +211,37 @@ def test_errors_are_one_line_without_a_traceback(sample, tmp_path: Path):
         assert done.stderr.count("\n") == 1
         assert done.stdout == ""
         assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\n" + "Tried " * 99),
+            "CUDA out of memory. Tri",
+        ),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9"), "[enforce "),
+        (MemoryError(), "of this machine): give a smaller --batch-size, or free some memory"),
+        (MemoryError("Unable to allocate 8. GiB for an array"), "Unable to allocate 8. GiB for an"),
+    ],
+)
+def test_full_memory_is_one_line_wherever_it_is_met(
+    error: Exception, cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(_: object):
+        raise error
+
+    monkeypatch.setattr(mlsae.analyze, "run", full)
+    arguments = ["--cache", tmp_path, "--sae", tmp_path, "--out", tmp_path / "out"]
+    done = CliRunner().invoke(main, ["analyze", *map(str, arguments)])
+    assert done.exit_code == 1
+    assert done.stderr.startswith(f"Error: out of memory ({cause}")
+    assert len(done.stderr.splitlines()) == 1
+    assert len(done.stderr) < 200
+    monkeypatch.setattr(mlsae.analyze, "run", lambda _: {}["defect"])
+    assert isinstance(
+        CliRunner().invoke(main, ["analyze", *map(str, arguments)]).exception, KeyError
+    )
 
 
 def test_store_info_and_verify_speak_to_people_and_programs(sample, tmp_path: Path):
