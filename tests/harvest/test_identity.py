@@ -108,8 +108,12 @@ def test_a_deciding_setting_is_in_the_plan(
     if name in NAMES_ONLY:
         assert len(NAMES_ONLY[name].split()) > 3
         return
-    others = {"model": {"model": str(model_maker(scale=2.0))}, "dataset": {"dataset": str(dataset)}}
-    change = {**CHANGES, **others}[name]
+    others = {
+        "model": lambda: {"model": str(model_maker(scale=2.0))},
+        "tokenizer": lambda: {"tokenizer": str(model_maker())},
+        "dataset": lambda: {"dataset": str(dataset)},
+    }
+    change = others[name]() if name in others else CHANGES[name]
     before = BEFORE.get(name, {})
     assert identity(**{**before, **change}) != identity(**before)
 
