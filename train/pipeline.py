@@ -312,7 +312,7 @@ def _refuse_useless(directories: Sequence[Path]) -> None:
     if directories:
         raise UselessSAEsError(
             f"{', '.join(map(str, directories))}: finished and kept, but no better than the mean "
-            f"of each layer (FVU 1 or more): train again into another --out with a lower --lr "
+            f"at any layer (FVU 1 or more): train again into another --out with a lower --lr "
             f"or more --epochs"
         )
 

@@ -14,7 +14,7 @@ from mlsae.store.format.positions import kept_positions
 from mlsae.train.running import evaluate as module
 from mlsae.train.running.baseline import pca_fvu
 from mlsae.train.running.evaluate import evaluate, not_finite
-from mlsae.train.running.record import format_summary
+from mlsae.train.running.record import format_summary, is_useless
 from mlsae.train.step.objective import layer_variances
 
 SEQUENCES = np.array([0, 3, 4, 20, 36])
@@ -129,6 +129,25 @@ def test_layers_that_are_not_reconstructed_as_numbers_are_named() -> None:
     with torch.no_grad():
         sae.b[1] = torch.nan
     assert not_finite(sae, None, (0, 2, 3)) == (0, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("fvu", "expected"),
+    [
+        ([1.0, 361.8], True),
+        ([1.2, 0.48, 361.8], False),
+        ([None, 1.1], True),
+        ([None, None], False),
+        ([], False),
+    ],
+)
+def test_an_sae_is_useless_that_is_so_at_every_layer(
+    fvu: list[float | None], expected: bool
+) -> None:
+    """One layer that fares ill spoils a mean, and not the others."""
+    metrics = {"position_0_out": {"layers": [{"fvu": value} for value in fvu]}}
+    assert is_useless(metrics) == expected
+    assert not is_useless(None)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])

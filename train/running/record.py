@@ -148,11 +148,12 @@ def advice(finished: Sequence[tuple[RunPlan, Mapping[str, Any] | None]]) -> list
 
 
 def is_useless(metrics: Mapping[str, Any] | None) -> bool:
-    """True where the mean of each layer reconstructs the held-out rows as well as the SAE."""
+    """True where at every layer its mean reconstructs the held-out rows as well as the SAE."""
     if metrics is None:
         return False
-    mean = _mean([entry["fvu"] for entry in metrics[POSITION_0_OUT]["layers"]])
-    return mean is not None and not mean < 1
+    layers = [entry["fvu"] for entry in metrics[POSITION_0_OUT]["layers"]]
+    known = [fvu for fvu in layers if fvu is not None]
+    return bool(known) and all(fvu >= 1 for fvu in known)
 
 
 def in_units_of_log(plan: RunPlan, metrics: Mapping[str, Any] | None) -> list[float | None] | None:
