@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from mlsae.base.errors import InputError
 from mlsae.models.inputs import Inputs
 from mlsae.models.passes.documents import DocumentPass, passes
 from mlsae.models.passes.forward import forward, pass_explained
@@ -26,7 +27,7 @@ def separate_passes(transformer: Transformer, inputs: Inputs) -> list[DocumentPa
     Ids at padding for which the model has no embedding become 0: no token sees them.
 
     Raises:
-        InputError: the model cannot be run on sequences of this length.
+        InputError: the model cannot be run on sequences of this length, or fills shorter ones up.
     """
     if inputs.documents is None and inputs.padding is None:
         return passes(inputs)
@@ -44,19 +45,27 @@ def _padding_is_unseen(transformer: Transformer, length: int) -> bool:
     """Run sequences alone and padded to a length, and compare the outputs of the last block."""
     generator = torch.Generator().manual_seed(0)
     tokens_L = torch.randint(0, transformer.vocab_size, (length,), generator=generator)
+    unseen = True
     # Mostly padding, so that attention to it would show; and half, which is long in a long pass.
-    for short in sorted({-(-length // 8), -(-length // 2)} - {length}):
+    # Odd, so that a length to whose multiples a model fills sequences up would show.
+    for short in sorted({-(-length // 8) | 1, -(-length // 2) | 1}):
+        if short >= length:
+            continue
         padding_L = torch.arange(length) >= short
         padded = _last_output(transformer, tokens_L, padding_L)[:short]
         alone = _last_output(transformer, tokens_L[:short], None)
-        # A model that fills sequences up to a length of its own returns them filled.
-        errors = (padded - alone[:short]).norm(dim=-1) / alone[:short].norm(dim=-1)
+        if len(alone) > short:
+            raise InputError(
+                f"model {transformer.name} fills sequences of {short} tokens up to {len(alone)}, "
+                "so that documents cannot be run at their own lengths; harvest it from "
+                "concatenated text, without --isolate-documents"
+            )
+        errors = (padded - alone).norm(dim=-1) / alone.norm(dim=-1)
         # The shape of a batch moves last digits, and in a mixture of experts it may send one token
         # to another expert; attention to padding moves the first digits of every token. Outputs
         # that are not finite prove nothing here and are refused elsewhere.
-        if bool(errors.median() > torch.finfo(transformer.dtype).eps ** 0.5):
-            return False
-    return not adapts_itself(transformer)
+        unseen &= not bool(errors.median() > torch.finfo(transformer.dtype).eps ** 0.5)
+    return unseen and not adapts_itself(transformer)
 
 
 def _last_output(transformer: Transformer, tokens_L: Tensor, padding_L: Tensor | None) -> Tensor:

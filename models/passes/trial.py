@@ -37,16 +37,22 @@ def looks_ahead(transformer: Transformer) -> bool:
     tokens_BT, others_BT = (
         torch.randint(0, transformer.vocab_size, size, generator=generator) for _ in range(2)
     )
-    later_BT, beside_BT = tokens_BT.clone(), tokens_BT.clone()
-    later_BT[0, half:], beside_BT[1] = others_BT[0, half:], others_BT[1]
-    first = _last_output(transformer, tokens_BT)
+    inputs = Inputs(tokens=tokens_BT)
+    first = _last_output(transformer, inputs)
     if first.ndim != 3 or first.shape[0] != 2 or first.shape[1] < length:
         return False  # no stream in the order of tokens; refused where it is captured
-    _check_cache(transformer, tokens_BT, first)
+    _check_cache(transformer, inputs, first)
 
-    def change(tokens: Tensor) -> float:
-        return _median_change(first[0, :half], _last_output(transformer, tokens)[0, :half])
+    def change(where_BT: Tensor) -> float:
+        changed = Inputs(
+            tokens=tokens_BT.where(~where_BT, others_BT),
+            # Noise in place of embeddings is another for another index.
+            indices=inputs.token_indices() + 2 * length * where_BT,
+        )
+        return _median_change(first[0, :half], _last_output(transformer, changed)[0, :half])
 
+    later_BT, beside_BT = torch.zeros(2, *size, dtype=torch.bool)
+    later_BT[0, half:], beside_BT[1] = True, True
     moved = change(later_BT)
     ahead = moved > 4 * torch.finfo(transformer.dtype).eps and moved > 10 * change(beside_BT)
     config = transformer.model.config
@@ -59,10 +65,10 @@ def looks_ahead(transformer: Transformer) -> bool:
     return ahead
 
 
-def _check_cache(transformer: Transformer, tokens_BT: Tensor, expected_BTd: Tensor) -> None:
+def _check_cache(transformer: Transformer, inputs: Inputs, expected_BTd: Tensor) -> None:
     """Refuse a model that computes other values without its cache than with it."""
     try:
-        cached = _last_output(transformer, tokens_BT, use_cache=True)
+        cached = _last_output(transformer, inputs, use_cache=True)
     except InputError:
         return  # no cache to be used
     if _median_change(expected_BTd, cached) > torch.finfo(transformer.dtype).eps ** 0.5:
@@ -78,17 +84,16 @@ def _median_change(before: Tensor, after: Tensor) -> float:
     return float(((after - before).norm(dim=-1) / before.norm(dim=-1)).median())
 
 
-def _last_output(transformer: Transformer, tokens_BT: Tensor, *, use_cache: bool = False) -> Tensor:
+def _last_output(transformer: Transformer, inputs: Inputs, *, use_cache: bool = False) -> Tensor:
     """Output of the last block, in float64."""
     outputs: list[Tensor] = []
     handle = transformer.blocks[-1].register_forward_hook(
         lambda _module, _args, output: outputs.append(hidden_of(output).double())
     )
     try:
-        with pass_explained(transformer, tokens_BT.shape[1]), warnings.catch_warnings():
+        with pass_explained(transformer, inputs.tokens.shape[1]), warnings.catch_warnings():
             # A first pass may compile kernels, of which a user need hear nothing.
             warnings.simplefilter("ignore")
-            inputs = Inputs(tokens=tokens_BT)
             forward(transformer, transformer.backbone, inputs, use_cache=use_cache)
     finally:
         handle.remove()

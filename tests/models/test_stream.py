@@ -160,6 +160,27 @@ def test_a_model_that_fills_sequences_up_is_run_at_its_own_lengths(
     )
 
 
+@pytest.mark.parametrize(
+    ("config", "filled"),
+    [
+        (big_bird, 36),
+        (lambda: transformers.LongformerConfig(**SMALL, attention_window=[4] * 3), 12),
+    ],
+)
+def test_documents_of_such_a_model_are_refused_before_any_is_run(
+    config: Callable[[], Any], filled: int, made: Callable[..., Path]
+) -> None:
+    transformer = load(made(config(), transformers.AutoModel))
+    inputs = Inputs(tokens=tokens_of(1, 64), documents=torch.zeros(1, 64))
+    with pytest.raises(InputError) as info:
+        capture(transformer, inputs, [0])
+    assert str(info.value) == (
+        f"model {transformer.name} fills sequences of {33 if filled == 36 else 9} tokens up to "
+        f"{filled}, so that documents cannot be run at their own lengths; harvest it from "
+        "concatenated text, without --isolate-documents"
+    )
+
+
 @pytest.mark.parametrize("config", [longrope, dynamic])
 @pytest.mark.parametrize("given", ["documents", "padding"])
 def test_documents_are_run_at_lengths_of_their_own_where_length_matters(

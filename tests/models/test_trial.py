@@ -48,8 +48,10 @@ def test_a_decoder_that_looks_both_ways_is_an_encoder(config: Any, tmp_path: Pat
     with torch.no_grad():
         hidden = expected(input_ids=tokens, output_hidden_states=True).hidden_states
     assert torch.equal(capture(transformer, Inputs(tokens=tokens), [0])["resid_post", 0], hidden[1])
-    record = transformer.describe()
-    assert load_for(record, tmp_path).describe() == record
+    for init in ("trained", "control"):
+        record = load(tmp_path, init=init).describe()
+        assert record["kind"] == "encoder"
+        assert load_for(record, tmp_path).describe() == record
 
 
 def test_blocks_that_share_keys_and_values_compute_as_with_the_cache(tmp_path: Path) -> None:
@@ -106,7 +108,9 @@ def test_a_config_of_sizes_that_do_not_fit_is_one_line(tmp_path: Path) -> None:
     ids=["Llama", "Mixtral", "Mamba"],
 )
 def test_decoders_stay_decoders(config: Any, dtype: str, tmp_path: Path) -> None:
-    assert load(made(tmp_path, config).name, dtype=dtype).kind == "decoder"
+    path = made(tmp_path, config).name
+    for init in ("trained", "control"):
+        assert load(path, dtype=dtype, init=init).kind == "decoder"
 
 
 def test_a_model_that_computes_otherwise_without_its_cache_is_refused(tmp_path: Path) -> None:
