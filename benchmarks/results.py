@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.benchmarks_page import benchmarks_page
 from benchmarks.harvest_page import harvest_page
+from benchmarks.intervals_page import intervals_page
 from benchmarks.markdown import EVIDENCE, made, paragraph, table
 
 
@@ -206,6 +207,7 @@ def _figures(readings: dict[str, float]) -> str:
 PAGES: dict[str, Callable[[Any], str]] = {
     "stories260k": stories260k,
     "harvest": harvest_page,
+    "intervals": intervals_page,
     "benchmarks": benchmarks_page,
 }
 
