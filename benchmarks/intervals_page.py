@@ -16,8 +16,9 @@ def intervals_page(content: dict[str, Any]) -> str:
     about = paragraph(
         f"From {sizes[0]} to {sizes[-1]} sequences, 95% intervals of `mlsae analyze` are the outer "
         "ends of Student's interval about the jackknife and of Hall's, which follows the skewness, "
-        "taken three times ([metrics](../metrics.md#intervals)). Coverage is the share of samples whose interval "
-        "holds the value of the population that they are drawn from, with replacement: "
+        "taken three times ([metrics](../metrics.md#intervals)). Coverage is the share of samples "
+        "whose interval holds the value of the population that they are drawn from, with "
+        "replacement: "
         f"{content['samples']:,} samples of each size, so that a coverage of 0.95 is known to "
         f"within {1.96 * (0.95 * 0.05 / content['samples']) ** 0.5:.3f}. In brackets: percentiles "
         "of 1,000 bootstrap resamples of the same samples."
