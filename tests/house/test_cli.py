@@ -322,6 +322,14 @@ def test_threads_spin_briefly_unless_the_user_says_otherwise(
     assert done.stdout.splitlines()[-1] == str(expected)
 
 
+def test_the_backend_that_a_notebook_names_is_not_taken(sample, monkeypatch: pytest.MonkeyPatch):
+    """Every process is given one, and without its module matplotlib cannot be imported."""
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    done = CliRunner().invoke(main, ["store", "info", str(sample.path)])
+    assert done.exit_code == 0
+    assert os.environ["MPLBACKEND"] == "agg"
+
+
 def test_help_is_quick_because_it_loads_nothing_heavy(tmp_path: Path):
     """The libraries of the stages are imported inside the commands."""
     script = (
