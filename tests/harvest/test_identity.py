@@ -45,6 +45,7 @@ BEFORE: dict[str, dict[str, Any]] = {
     "keep_seed": {"keep_positions": 4},
 }
 NAMES_ONLY = {
+    "tokenizer": "names a directory, whose tokenizer is hashed: tests/models",
     "revision": "names a commit of a hub model, whose weights are hashed: tests/models",
     "blocks": "names the blocks where they are not found, and sites of others have another hash",
 }
