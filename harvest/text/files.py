@@ -25,10 +25,10 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 def kind_of(path: Path) -> str | None:
     """.txt, .jsonl or .parquet, by the name, compressed or not; None for any other file."""
-    if not path.name.endswith(FILE_KINDS):
+    name = path.name.lower()
+    if not name.endswith(FILE_KINDS):
         return None
-    plain = path.with_suffix("") if path.suffix in {".gz", ".zst"} else path
-    return plain.suffix
+    return Path(name.removesuffix(".gz").removesuffix(".zst")).suffix
 
 
 def file_rows(files: Sequence[Path], column: str, shuffle_seed: int | None) -> Iterator[TextRow]:
@@ -83,10 +83,10 @@ def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
         InputError: the file cannot be opened, or a compressed one is damaged or ends too early.
     """
     with _raw(path) as raw:
-        if path.suffix not in {".gz", ".zst"}:
+        compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
+        if compression is None:
             yield raw
             return
-        compression = {".gz": "gzip", ".zst": "zstd"}[path.suffix]
         try:
             with io.BufferedReader(decompressed(raw, compression)) as file:
                 yield file

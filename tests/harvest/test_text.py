@@ -105,6 +105,7 @@ def test_compressed_files_hold_the_same_documents(tmp_path: Path) -> None:
         gz.write_bytes(gzip.compress(data[:3]) + gzip.compress(data[3:]))
         zst.write_bytes(pa.compress(data, codec="zstd", asbytes=True))
         assert read(gz) == read(zst) == expected
+        assert read(gz.rename(tmp_path / gz.name.upper())) == expected
 
 
 @pytest.mark.parametrize("kind", ["txt.gz", "txt.zst", "jsonl.gz", "jsonl.zst"])
