@@ -443,6 +443,7 @@ def test_the_summary_stays_sealed(analysis: Analysis) -> None:
         "architecture": "topk",
         "d_in": 16,
         "encoder_bias": False,
+        "eps": 1e-05,
         "k": 4,
         "layer_scale": "none",
         "normalize": "standardize",

@@ -148,7 +148,7 @@ def test_a_layer_whose_next_one_the_sae_does_not_read_has_no_adjacent_cosine(
         pairing = pair(
             world.store, sae_maker(world.store, layers=list(layers)), torch.device("cpu")
         )
-        sums = walk(
+        sums, _ = walk(
             pairing,
             np.arange(3),
             batch_rows=50,
