@@ -99,7 +99,6 @@ def held(directory: Path, *, shared: bool = False) -> Iterator[None]:
     lock = None
     try:
         try:
-            directory.mkdir(parents=True, exist_ok=True)
             lock = _lock(directory, shared)
         except PermissionError as error:
             raise _unwritable(directory) from error
@@ -135,7 +134,12 @@ def _unwritable(directory: Path) -> ResourceError:
 def _lock(directory: Path, shared: bool) -> int:
     path = directory / LOCK
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            # Whoever made the directory has removed it again.
+            continue
         try:
             fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -168,11 +172,16 @@ def _lock(directory: Path, shared: bool) -> int:
 
 
 def _unlock(path: Path, fd: int) -> None:
-    # The last one removes the file. Where others still share the lock, or there are no locks, the
-    # file stays or goes without harm.
-    with suppress(OSError):
+    is_last = True
+    try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink()
+    except BlockingIOError:
+        is_last = False
+    except OSError:
+        pass  # There are no locks here.
+    if is_last:
+        with suppress(OSError):
+            path.unlink()
     os.close(fd)
 
 

@@ -14,7 +14,8 @@ from mlsae.store.format.layout import ENOUGH_SHARDS
 TOKENS_AT_ONCE = {"cpu": 2**13, "cuda": 2**16}
 """Beyond these a larger pass gains no more speed."""
 _FEWEST = 4
-"""Divisor of them for the least tokens of a pass, which is slower by a few percent."""
+"""Divisor of them for the least tokens of a pass of a small text. On a CPU a token took 0.9 of the
+time then, in a block of width 576."""
 MEMORY_SHARE = 0.5
 """Share of free memory; the rest is left to the allocator's fragments and other programs."""
 

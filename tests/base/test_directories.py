@@ -1,5 +1,6 @@
 """Output directories: held by one run, filled whole wherever they lie, and nobody else's."""
 
+import errno
 import os
 import re
 import subprocess
@@ -249,3 +250,22 @@ def test_what_is_to_be_removed_must_be_free(tmp_path: Path):
     assert names(tmp_path) == []
     with held(tmp_path, shared=True), pytest.raises(InputError, match="is being written by"):
         require_free(tmp_path)
+
+
+def test_a_file_system_without_locks_is_said_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """As Lustre without the option flock: one line, and the run goes on."""
+
+    def refuse(*_: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with held(tmp_path / "out"):
+        (tmp_path / "out" / "a").touch()
+    assert names(tmp_path / "out") == ["a"]
+    (line,) = [record.message for record in caplog.records]
+    assert line == (
+        f"{tmp_path / 'out'} lies on a file system without locks (Function not implemented): see "
+        "to it that no other run writes there"
+    )
