@@ -343,6 +343,6 @@ def origin_of_module(name: str) -> Origin:
     return Origin(site=_MODULES[found[2] or ""], layers=(int(found[1]),))
 
 
-def plural(layers: tuple[int, ...]) -> str:
+def joined(layers: tuple[int, ...]) -> str:
     """Layers for a message."""
     return ", ".join(str(layer) for layer in layers)

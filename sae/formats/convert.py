@@ -19,7 +19,7 @@ from mlsae.sae.formats.common import (
     Foreign,
     Format,
     Origin,
-    plural,
+    joined,
     read_json,
 )
 from mlsae.sae.location import Found, find, nothing_at
@@ -172,7 +172,7 @@ def _format_of(found: Found) -> Format:
 
 def _agreed(name: str, source: str | Path, theirs: Any, given: Any) -> Any:
     if theirs is not None and given is not None and theirs != given:
-        shown = [plural(v) if isinstance(v, tuple) else v for v in (theirs, given)]
+        shown = [joined(v) if isinstance(v, tuple) else v for v in (theirs, given)]
         raise ConversionError(
             f"{source} records {name} {shown[0]}, but --{name} is {shown[1]}; leave --{name} out"
         )
