@@ -17,6 +17,7 @@ from mlsae.store.copying.copy import CopyConfig, copy
 ROOT = Path(__file__).resolve().parents[2]
 EVIDENCE = ROOT / "docs" / "evidence"
 STUDIES = ("sweep", "layers", "tokens", "mlp")
+"""Studies that the script knows; the page has those that its JSON has."""
 
 
 @pytest.fixture
@@ -55,56 +56,36 @@ def test_page_is_made_from_its_json(
 def test_every_sae_is_on_the_page(
     make_page: Callable[[dict[str, Any]], str], content: dict[str, Any], page: str
 ):
-    """Another FVU of any SAE of the first three studies at any layer is another page."""
-    for study in ("sweep", "layers", "tokens"):
-        for sae in content[study]["saes"]:
-            for layer, known in enumerate(sae["fvu_by_layer"]):
-                sae["fvu_by_layer"][layer] = known + 0.5
-                assert make_page(content) != page, (study, sae["name"], layer)
-                sae["fvu_by_layer"][layer] = known
+    """Another FVU of any SAE of the sweep is another page."""
+    for sae in content["sweep"]["saes"]:
+        known = sae["fvu"]
+        sae["fvu"] = known + 0.5
+        assert make_page(content) != page, sae["name"]
+        sae["fvu"] = known
 
 
 def test_table_of_the_sweep_has_all_of_it(content: dict[str, Any], page: str):
-    """k 4 to 64 at three sizes, each with its mean over layers."""
+    """Every size and k, its mean over layers at each rate, and the best rate where it is inside."""
     rows = rows_of(page, "FVU against L0")
-    saes = {(sae["num_latents"], sae["k"]): sae for sae in content["sweep"]["saes"]}
-    assert sorted(saes) == [(n, k) for n in (256, 1024, 4096) for k in (4, 8, 16, 32, 64)]
-    assert len(rows) == len(saes)
-    for latents, k, fvu, *by_layer, _ in rows:
-        sae = saes[int(latents.replace(",", "")), int(k)]
-        assert [float(cell) for cell in by_layer] == pytest.approx(sae["fvu_by_layer"], abs=5.1e-5)
-        assert float(fvu) == pytest.approx(mean(sae["fvu_by_layer"]), abs=5.1e-5)
-
-
-def test_sentences_on_layers_are_true_of_every_seed(content: dict[str, Any], page: str):
-    """Recomputed: where the multi-layer SAE of equal total latents beats every other seed."""
-    saes = content["layers"]["saes"]
-    lower = []
-    for layer in range(5):
-        ours = fvus(saes, [0, 1, 2, 3, 4], 1280, layer)
-        theirs = fvus(saes, [layer], 256, 0)
-        assert len(ours) == len(theirs) == 3
-        if max(ours) < min(theirs):
-            lower.append(str(layer))
-    beginning = "At equal total latents.*?lower, whichever the seeds, at layers ([^;.]+)"
-    said = re.search(beginning, page, re.S)
-    assert said is not None
-    assert re.findall(r"\d", said[1]) == lower
-
-
-def fvus(saes: list[dict[str, Any]], layers: list[int], num_latents: int, at: int) -> list[float]:
-    """FVU of each seed, at the given one of the SAE's layers."""
-    return [
-        sae["fvu_by_layer"][at]
-        for sae in saes
-        if sae["layers"] == layers and sae["num_latents"] == num_latents
+    found = {
+        (sae["num_latents"], sae["k"], sae["lr"]): mean(sae["fvu_by_layer"])
+        for sae in content["sweep"]["saes"]
+    }
+    sizes, ks, rates = ((256, 1024, 4096), (4, 16, 64), (1e-3, 3e-3, 1e-2))
+    assert sorted(found) == [(n, k, lr) for n in sizes for k in ks for lr in rates]
+    assert [(int(row[0].replace(",", "")), int(row[1])) for row in rows] == [
+        (n, k) for n in sizes for k in ks
     ]
+    for latents, k, *cells, best, _, _ in rows:
+        of = [found[int(latents.replace(",", "")), int(k), lr] for lr in rates]
+        assert [float(cell) for cell in cells] == pytest.approx(of, abs=5.1e-5)
+        assert (best == "inside") is (min(of) == of[1])
 
 
 def test_figures_are_there_and_a_number_follows_each(page: str):
     """A figure a study, followed by a sentence that holds a number."""
     figures = re.findall(r"^!\[[^\]]+\]\(([^)]+)\)\n\n(.+?)\n\n", page, re.M | re.S)
-    assert len(figures) == page.count("![") == len(STUDIES)
+    assert len(figures) == page.count("![") > 0
     for name, sentence in figures:
         assert (EVIDENCE / name).stat().st_size > 10_000
         assert re.search(r"\d", sentence)
@@ -112,14 +93,13 @@ def test_figures_are_there_and_a_number_follows_each(page: str):
 
 def test_json_says_how_it_was_made(content: dict[str, Any], page: str):
     """Commit, date, cost, and the commands as they were run, which the page shows."""
-    for name in STUDIES:
-        study = content[name]
+    for study in (content[name] for name in STUDIES if name in content):
         assert re.fullmatch(r"[0-9a-f]{40}( with uncommitted changes)?", study["commit"])
         assert re.fullmatch(r"\d{4}-\d\d-\d\d", study["date"])
         assert study["seconds"] > 0
         for command in study["commands"]:
             assert command in " ".join(page.replace("\\\n", " ").split())
-    assert content["machine"]["cores"] >= 1
+        assert study["machine"]["cores"] >= 1
 
 
 def test_study_of_scalings_is_whole_and_its_fvu_that_of_its_mse(content: dict[str, Any]):
@@ -129,28 +109,6 @@ def test_study_of_scalings_is_whole_and_its_fvu_that_of_its_mse(content: dict[st
     for layer in range(5):
         variances = [sae["mse"][layer] / sae["fvu"][layer] for sae in saes]
         assert variances == pytest.approx([variances[0]] * 48, rel=1e-6)
-
-
-def test_guide_to_how_many_tokens_has_the_measured_ratios(content: dict[str, Any]):
-    """The guide's table, recomputed: held-out FVU over that with all text, by size and part."""
-    guide = (ROOT / "docs" / "how-large.md").read_text()
-    rows = rows_of(guide, "Tokens that training wants")
-    saes = content["tokens"]["saes"]
-    assert [row[0] for row in rows] == ["28,160", "56,320", "112,640", "225,280", "450,560"]
-    for tokens, epochs, *ratios in rows:
-        for size, ratio in zip((256, 1024), ratios, strict=True):
-            of = {
-                n: mean(
-                    mean(sae["fvu_by_layer"])
-                    for sae in saes
-                    if (sae["num_latents"], sae["epochs"]) == (size, n)
-                )
-                for n in (1, int(epochs))
-            }
-            assert float(ratio) == pytest.approx(of[int(epochs)] / of[1], abs=5.1e-3)
-        assert {s["unique_tokens"] for s in saes if s["epochs"] == int(epochs)} == {
-            int(tokens.replace(",", ""))
-        }
 
 
 def test_guide_to_how_many_tokens_has_the_bytes_of_models():
