@@ -14,7 +14,7 @@ from mlsae.train.plan import RunPlan
 from mlsae.train.running.evaluate import POSITION_0_IN, POSITION_0_OUT
 from mlsae.train.running.output import LOG
 
-FEW_STEPS = 1000
+FEW_STEPS = 200
 """Fewer steps leave an SAE far from where more would take it."""
 
 
