@@ -11,6 +11,7 @@ ends. Tests are no package: they load this file by its path.
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ _DESCRIPTOR = "FORKING_DESCRIPTOR"
 _CLIENT = f"""\
 import json, os, sys, tempfile, time
 
-name, words = os.path.basename(sys.argv[0]), sys.argv[1:]
+name, *words = sys.argv[1:]
 if name == "python" and words != ["-"]:
     os.execv(sys.executable, [sys.executable, *words])
 run = sys.stdin.read() if name == "python" else (
@@ -129,10 +130,13 @@ class Forking:
         """
         assert self._server.stdin is not None
         descriptor = self._server.stdin.fileno()
+        client = directory / "client.py"
+        client.write_text(_CLIENT)
         for name in ("mlsae", "python"):
-            client = directory / name
-            client.write_text(f"#!{sys.executable} -IS\n{_CLIENT}")
-            client.chmod(0o755)
+            # The line that names an interpreter ends at a space, which paths may have.
+            words = shlex.join([sys.executable, "-IS", str(client), name])
+            (directory / name).write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+            (directory / name).chmod(0o755)
         path = f"{directory}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         environment = {**os.environ, "PATH": path, _DESCRIPTOR: str(descriptor)}
         return {"env": environment, "pass_fds": (descriptor,)}

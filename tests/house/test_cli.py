@@ -1,6 +1,7 @@
 """The command line is a promise: its options, its exit codes, its one-line errors."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -184,7 +185,8 @@ def test_consoles_that_lack_letters_have_them_escaped(encoding: str, sample):
 
 def test_reader_of_a_list_may_leave(sample, tmp_path: Path):
     """As head does: no message."""
-    command = f"{sys.executable} -m mlsae store info {sample.path} | true; echo ${{PIPESTATUS[0]}}"
+    words = shlex.join([sys.executable, "-m", "mlsae", "store", "info", str(sample.path)])
+    command = f"{words} | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path)
     assert done.stderr == ""
 
