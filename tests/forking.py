@@ -9,6 +9,7 @@ Each has arguments, environment and output of its own, takes signals, and ends a
 ends. Tests are no package: they load this file by its path.
 """
 
+import gc
 import json
 import os
 import shlex
@@ -175,6 +176,9 @@ def _serve(modules: list[str]) -> dict[str, Any] | None:
     """Import, and fork as standard input asks; a forked process gets what it was asked for."""
     for module in modules:
         import_module(module)
+    # The collector would touch, and so copy, every page of what was imported in every process.
+    gc.collect()
+    gc.freeze()
     # Ctrl-C is for the tests: they end what they started.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for line in sys.stdin:

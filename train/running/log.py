@@ -141,9 +141,10 @@ def _figure(
         fvu = [line["fvu_by_layer"][i] for line in lines]
         above.plot(rows, fvu, color=colours[i], linewidth=1, label=f"layer {layer}")
         if validation is not None and validation[i] is not None:
-            name = "validation" if i == 0 else None
-            above.plot(rows[-1:], validation[i], "o", color=colours[i], markersize=4, label=name)
+            above.plot(rows[-1:], validation[i], "o", color=colours[i], markersize=4)
     above.plot(rows, [line["fvu"] for line in lines], "k--", linewidth=1, label="all layers")
+    if validation is not None:
+        above.plot([], [], "ko", markersize=4, label="held-out rows")
     above.set(ylabel="FVU of the batches", yscale="log")
     for ticks in (above.yaxis.set_major_formatter, above.yaxis.set_minor_formatter):
         ticks(StrMethodFormatter("{x:g}"))
