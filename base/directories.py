@@ -27,7 +27,7 @@ LOCK = "lock.partial"
 KEPT = "kept.partial"
 """Folder in a staged one for what a stopped run had done, which equal work goes on from."""
 _PARTIAL = ".partial"
-_STAGED = re.compile(r"(?:new|old)-[0-9a-f]{8}\.partial")
+_STAGED = re.compile(r"(?:new|whole|old)-[0-9a-f]{8}\.partial")
 _SYSTEMS_OWN = frozenset(
     {
         ".DS_Store", ".Spotlight-V100", ".Trashes", ".cache", ".directory", ".fseventsd",
@@ -190,7 +190,7 @@ def staged(out: Path, last: str = "", *, work: str | None = None) -> Iterator[Pa
     """A new folder whose content becomes that of `out` when the block ends without an exception.
 
     After an exception `out` is as it was. A killed process leaves temporary names in `out`, which
-    the next run there removes.
+    the next run there removes; a replacement that was begun, it first finishes or takes back.
 
     Args:
         out: directory to be filled, whose content may be replaced; see `content_of`.
@@ -206,6 +206,7 @@ def staged(out: Path, last: str = "", *, work: str | None = None) -> Iterator[Pa
     with held(out):
         token = (work or uuid.uuid4().hex)[:8]
         new, old = out / f"new-{token}.partial", out / f"old-{token}.partial"
+        _settle(out, last)
         for entry in list(out.iterdir()):
             if _STAGED.fullmatch(entry.name) and not (entry == new and (new / KEPT).is_dir()):
                 shutil.rmtree(entry, ignore_errors=True)
@@ -218,19 +219,25 @@ def staged(out: Path, last: str = "", *, work: str | None = None) -> Iterator[Pa
             if work is None or not (new / KEPT).is_dir():
                 shutil.rmtree(new, ignore_errors=True)
             raise
-        _replace(out, new, old, last)
+        whole = _replace(out, new, old, last)
         fsync_directory(out)
-        for left in (new, old):
+        # In this order: see `_settle`.
+        for left in (old, whole):
             shutil.rmtree(left, ignore_errors=True)
         if old.exists():
             log.warning("what %s held before could not be removed whole: delete %s", out, old)
 
 
-def _replace(out: Path, new: Path, old: Path, last: str) -> None:
-    """Move the content of `out` to `old`, and that of `new` to `out`."""
+def _replace(out: Path, new: Path, old: Path, last: str) -> Path:
+    """Move the content of `out` to `old`, and that of `new` to `out`.
+
+    Returns:
+        The name that `new` has got in between, when the former content was out of the way.
+    """
     moved: list[Path] = []
     busy = []
     old.mkdir()
+    whole = new.with_name(new.name.replace("new-", "whole-", 1))
     try:
         for name in _ordered(content_of(out), last, is_first=True):
             try:
@@ -245,14 +252,33 @@ def _replace(out: Path, new: Path, old: Path, last: str) -> None:
             entry.rename(out / entry.name)
         old.rmdir()
         raise _irreplaceable(out, new, error) from error
+    new.rename(whole)
+    fsync_directory(out)
     try:
         for folder in busy:
             # Another file system is mounted there: its content goes, the folder stays.
             _clear(folder)
-        for name in _ordered((entry.name for entry in new.iterdir()), last, is_first=False):
-            _place(new / name, out / name)
+        _fill(out, whole, last)
     except OSError as error:
-        raise _irreplaceable(out, new, error) from error
+        raise _irreplaceable(out, whole, error) from error
+    return whole
+
+
+def _fill(out: Path, whole: Path, last: str) -> None:
+    for name in _ordered((entry.name for entry in whole.iterdir()), last, is_first=False):
+        _place(whole / name, out / name)
+
+
+def _settle(out: Path, last: str) -> None:
+    """Finish, or take back, a replacement in which a process was killed."""
+    for old in list(out.glob("old-*.partial")):
+        if not _STAGED.fullmatch(old.name):
+            continue
+        if (whole := old.with_name(old.name.replace("old-", "whole-", 1))).exists():
+            _fill(out, whole, last)
+        elif old.with_name(old.name.replace("old-", "new-", 1)).exists():
+            for name in _ordered((entry.name for entry in old.iterdir()), last, is_first=False):
+                (old / name).rename(out / name)
 
 
 def _ordered(names: Iterable[str], last: str, *, is_first: bool) -> list[str]:
@@ -290,7 +316,8 @@ def _place(source: Path, target: Path) -> None:
 
 
 def _irreplaceable(out: Path, new: Path, error: OSError) -> ResourceError:
-    kept = new.with_name(new.name.removesuffix(_PARTIAL).replace("new", "finished"))
+    token = new.name.removesuffix(_PARTIAL).partition("-")[2]
+    kept = new.with_name(f"finished-{token}")
     new.rename(kept)
     return ResourceError(
         f"{error.filename or out} cannot be replaced ({error.strerror}); the new content of {out} "

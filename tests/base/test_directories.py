@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import signal
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -130,6 +131,58 @@ def test_what_a_killed_run_left_is_cleared_away(tmp_path: Path):
         (new / "a").touch()
     assert names(tmp_path) == ["a"]
     assert not has_staged(tmp_path)
+
+
+REPLACE = """
+import os, signal, sys
+from pathlib import Path
+from mlsae.base.directories import staged
+
+out, left = Path(sys.argv[1]), int(sys.argv[2])
+
+def count(event, _):
+    global left
+    if event in ("os.rename", "os.rmdir", "os.remove"):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+with staged(out, "last") as new:
+    for name in ("both", "last", "new", "inner/new"):
+        (new / name).parent.mkdir(exist_ok=True)
+        (new / name).write_text("new")
+    sys.addaudithook(count)
+"""
+"""Replaces the content of a directory, and is killed before one of its moves and removals."""
+
+
+def contents(path: Path) -> dict[str, str]:
+    return {str(f.relative_to(path)): f.read_text() for f in path.rglob("*") if f.is_file()}
+
+
+def test_killed_at_any_move_a_directory_has_the_old_content_or_the_new(tmp_path: Path):
+    """Once the next run has begun there, even one that makes nothing."""
+    found = []
+    for kill in range(100):
+        out = tmp_path / str(kill)
+        with staged(out, "last") as new:
+            for name in ("both", "last", "old", "inner/old"):
+                (new / name).parent.mkdir(exist_ok=True)
+                (new / name).write_text("old")
+        old = contents(out)
+        done = subprocess.run([sys.executable, "-c", REPLACE, out, str(kill)], check=False)
+        with pytest.raises(KeyboardInterrupt), staged(out, "last"):
+            raise KeyboardInterrupt
+        assert names(out) == sorted({name.split("/")[0] for name in contents(out)})
+        found.append(contents(out))
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL
+    assert len(found) > 10
+    assert found[-1] == {name.replace("old", "new"): "new" for name in old}
+    assert found == sorted(found, key=lambda content: content == found[-1])
+    assert [content for content in found if content not in (old, found[-1])] == []
+    assert found[0] == old
 
 
 def test_equal_work_is_given_what_a_stopped_run_kept(tmp_path: Path):
