@@ -10,6 +10,7 @@ and their time would multiply with ours.
 import errno
 import logging
 import threading
+from abc import ABC, abstractmethod
 from base64 import b64encode
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
@@ -47,7 +48,7 @@ _PARTS = 8
 """A large object is put in as many parts of as many bytes at a time."""
 
 
-class RemoteObjects:
+class RemoteObjects(ABC):
     """The objects of a store that is elsewhere. Threads may share it, and forked processes.
 
     Args:
@@ -138,8 +139,15 @@ class RemoteObjects:
         return self._counted_size(name) if size is None else size
 
     def _counted_size(self, name: str) -> int:
-        """Bytes of an object whose answers do not say so."""
-        raise NotImplementedError(name)
+        """Bytes of an object whose answers do not say so.
+
+        Raises:
+            RemoteError: they cannot be counted here.
+        """
+        raise RemoteError(
+            f"{self.place}/{name} cannot be read: the server does not say how many bytes it has; "
+            f"copy the store to a disk by other means"
+        )
 
     def exists(self, name: str) -> bool:
         """See `Objects`."""
@@ -151,9 +159,9 @@ class RemoteObjects:
             return False
         return True
 
+    @abstractmethod
     def walk(self) -> Iterator[tuple[str, int]]:
         """See `Objects`."""
-        raise NotImplementedError
 
     def listed(self) -> list[tuple[str, int]]:
         """(name, bytes) of every object; see `Objects.walk`."""
