@@ -1,7 +1,7 @@
 """A tokenizer of fifty words, small random models that use it, and text to harvest."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from mlsae.harvest import HarvestConfig
+from mlsae.harvest.text.packing import PackedText, pack
+from mlsae.harvest.text.sources import Document, Source
 
 WORDS = [f"w{i}" for i in range(50)]
 
@@ -40,6 +42,17 @@ def make_texts(num_documents: int, seed: int = 0) -> list[str]:
         " ".join(WORDS[i] for i in generator.integers(0, 50, generator.integers(1, 40)))
         for _ in range(num_documents)
     ]
+
+
+@pytest.fixture(scope="session")
+def packed_of() -> Callable[..., PackedText]:
+    """Pack one data set of some texts on this disk: `packed_of(texts, tokenizer, …)`."""
+
+    def make(texts: Iterable[Document], tokenizer: Any, **options: Any) -> PackedText:
+        source = Source(name="texts", share=1.0, documents=iter(texts))
+        return pack([source], tokenizer, spool=Path(__file__).parent, **options)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Tokens that open a context: once, all that the tokenizer puts before a text, and flagged."""
 
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,22 +9,13 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
 from mlsae.base.errors import InputError
 from mlsae.harvest.text.joints import Joints
-from mlsae.harvest.text.packing import PackedText, pack
-from mlsae.harvest.text.sources import Document, Source
+from mlsae.harvest.text.packing import PackedText
 from mlsae.store import SPECIAL
 
-HERE = Path(__file__).parent
 
-
-def packed_of(
-    texts: Iterable[Document], tokenizer: Any, *, context_length: int, **options: Any
-) -> PackedText:
-    """One data set of these texts, packed on this disk."""
-    source = Source(name="texts", share=1.0, documents=iter(texts))
-    return pack([source], tokenizer, context_length=context_length, spool=HERE, **options)
-
-
-def test_text_that_opens_itself_is_not_opened_twice(tokenizer_maker: Callable[..., Any]) -> None:
+def test_text_that_opens_itself_is_not_opened_twice(
+    tokenizer_maker: Callable[..., Any], packed_of: Callable[..., PackedText]
+) -> None:
     """As a rendered chat template does; a document in the middle keeps its own BOS."""
     tokenizer = tokenizer_maker(bos=True, adds_bos=True)
     texts = ["<s> w0 w1", "<s> w2 w3 w4 w5"]
@@ -54,7 +44,9 @@ def make_chat_tokenizer(template: str, special: list[str], added: list[str], **n
     )
 
 
-def test_every_token_that_was_added_as_special_is_flagged() -> None:
+def test_every_token_that_was_added_as_special_is_flagged(
+    packed_of: Callable[..., PackedText],
+) -> None:
     """Marks of a chat template are none of BOS, EOS and their like."""
     tokenizer = make_chat_tokenizer("$A", ["</s>"], ["<|head|>", "<|eot|>"], eos_token="</s>")
     packed = packed_of(["<|head|> w0 w1 <|eot|>"], tokenizer, context_length=5)
@@ -62,7 +54,9 @@ def test_every_token_that_was_added_as_special_is_flagged() -> None:
     assert packed.token_flags.tolist() == [SPECIAL, 0, 0, SPECIAL, SPECIAL]
 
 
-def test_contexts_open_with_all_that_the_tokenizer_puts_before_a_text() -> None:
+def test_contexts_open_with_all_that_the_tokenizer_puts_before_a_text(
+    packed_of: Callable[..., PackedText],
+) -> None:
     """GLM has two such tokens, and no BOS."""
     tokenizer = make_chat_tokenizer(
         "[gMASK] <sop> $A", ["[gMASK]", "<sop>", "<eos>"], [], eos_token="<eos>"

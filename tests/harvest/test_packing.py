@@ -1,6 +1,6 @@
 """Packing joins documents, cuts whole sequences and loses nothing but the final incomplete one."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,10 @@ from mlsae.base.errors import InputError, ResourceError
 from mlsae.harvest.text.joints import BOS, Joints
 from mlsae.harvest.text.packing import PackedText, pack
 from mlsae.harvest.text.report import text_lines
-from mlsae.harvest.text.sources import Document, Source, TextSettings, open_sources
+from mlsae.harvest.text.sources import Source, TextSettings, open_sources
 from mlsae.models import load_tokenizer
 from mlsae.models.source.tokenizer import tokenizer_sha256
 from mlsae.store import MASKED, PADDING, SPECIAL
-
-HERE = Path(__file__).parent
-
-
-def packed_of(
-    texts: Iterable[Document], tokenizer: Any, *, context_length: int, **options: Any
-) -> PackedText:
-    """One data set of these texts, packed on this disk."""
-    source = Source(name="texts", share=1.0, documents=iter(texts))
-    return pack([source], tokenizer, context_length=context_length, spool=HERE, **options)
-
 
 KINDS = {
     "eos": {"eos": True},
@@ -105,7 +94,10 @@ def expected_rows(
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_equals_packing_token_by_token(
-    kind: str, data: st.DataObject, tokenizer_maker: Callable[..., Any]
+    kind: str,
+    data: st.DataObject,
+    tokenizer_maker: Callable[..., Any],
+    packed_of: Callable[..., PackedText],
 ) -> None:
     """Tokens, documents, flags and what is left out, for every kind of tokenizer and packing."""
     tokenizer = tokenizer_maker(**KINDS[kind])
@@ -147,7 +139,7 @@ def test_equals_packing_token_by_token(
 
 @pytest.mark.parametrize("isolate", [False, True])
 def test_settings_that_decide_tokens_are_described(
-    isolate: bool, tokenizer_maker: Callable[..., Any]
+    isolate: bool, tokenizer_maker: Callable[..., Any], packed_of: Callable[..., PackedText]
 ) -> None:
     """Two packings with different tokens differ in what the store's plan says of them."""
     tokenizer = tokenizer_maker(bos=True)
@@ -161,14 +153,18 @@ def test_settings_that_decide_tokens_are_described(
     assert len(seen) == 4
 
 
-def test_bos_that_the_tokenizer_lacks_is_refused(tokenizer_maker: Callable[..., Any]) -> None:
+def test_bos_that_the_tokenizer_lacks_is_refused(
+    tokenizer_maker: Callable[..., Any], packed_of: Callable[..., PackedText]
+) -> None:
     with pytest.raises(
         InputError, match=r"--bos always needs a BOS token, and the tokenizer .* has none"
     ):
         packed_of(["w1"], tokenizer_maker(), context_length=4, bos="always")
 
 
-def test_encoders_have_their_own_opening_and_closing_tokens() -> None:
+def test_encoders_have_their_own_opening_and_closing_tokens(
+    packed_of: Callable[..., PackedText],
+) -> None:
     """BERT's tokenizer has neither BOS nor EOS; what it puts around a text stands for them."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]
     vocabulary = {word: index for index, word in enumerate(words)}
@@ -181,7 +177,9 @@ def test_encoders_have_their_own_opening_and_closing_tokens() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"bos": "never"}, {"packing": "rows"}])
 def test_rows_that_are_sequences_stay_whole(
-    options: dict[str, str], tokenizer_maker: Callable[..., Any]
+    options: dict[str, str],
+    tokenizer_maker: Callable[..., Any],
+    packed_of: Callable[..., PackedText],
 ) -> None:
     rows = np.random.default_rng(0).integers(0, 50, (100, 8)).astype(np.uint32)
     packed = packed_of(rows, tokenizer_maker(bos=True, adds_bos=True), context_length=8, **options)
@@ -198,7 +196,7 @@ def test_rows_that_are_sequences_stay_whole(
 
 
 def test_rows_of_another_length_are_joined_and_that_is_said(
-    tokenizer_maker: Callable[..., Any],
+    tokenizer_maker: Callable[..., Any], packed_of: Callable[..., PackedText]
 ) -> None:
     rows = np.full((9, 8), 5, np.uint32)
     lines = text_lines(packed_of(rows, tokenizer_maker(), context_length=6))
@@ -210,7 +208,9 @@ def test_rows_of_another_length_are_joined_and_that_is_said(
         packed_of(rows, tokenizer_maker(), context_length=6, packing="rows")
 
 
-def test_failing_tokenizer_is_named_with_its_document(tokenizer_maker: Callable[..., Any]) -> None:
+def test_failing_tokenizer_is_named_with_its_document(
+    tokenizer_maker: Callable[..., Any], packed_of: Callable[..., PackedText]
+) -> None:
     """Whatever it raises; a panic in Rust is no `Exception`."""
     tokenizer = tokenizer_maker()
     PanicException = type("PanicException", (BaseException,), {})
@@ -234,7 +234,9 @@ def test_failing_tokenizer_is_named_with_its_document(tokenizer_maker: Callable[
     )
 
 
-def test_long_documents_and_full_blocks_have_no_seam(tokenizer_maker: Callable[..., Any]) -> None:
+def test_long_documents_and_full_blocks_have_no_seam(
+    tokenizer_maker: Callable[..., Any], packed_of: Callable[..., PackedText]
+) -> None:
     """More tokens than are held in memory, in documents longer than a batch and far shorter."""
     tokenizer = tokenizer_maker(bos=True, adds_bos=True)
     generator = np.random.default_rng(0)
@@ -253,7 +255,9 @@ def test_long_documents_and_full_blocks_have_no_seam(tokenizer_maker: Callable[.
     assert (packed.tokens.reshape(-1, 97)[:, 0] == 1).all()
 
 
-def test_padding_of_full_blocks_has_no_seam(tokenizer_maker: Callable[..., Any]) -> None:
+def test_padding_of_full_blocks_has_no_seam(
+    tokenizer_maker: Callable[..., Any], packed_of: Callable[..., PackedText]
+) -> None:
     """More padded sequences than are held in memory; every document is of one token."""
     generator = np.random.default_rng(0)
     lengths = generator.integers(1, 90, 7000)
@@ -269,7 +273,7 @@ def test_padding_of_full_blocks_has_no_seam(tokenizer_maker: Callable[..., Any])
 
 
 def test_texts_are_tokenised_in_order_whatever_their_length(
-    tokenizer_maker: Callable[..., Any],
+    tokenizer_maker: Callable[..., Any], packed_of: Callable[..., PackedText]
 ) -> None:
     """Batches grow, and a long text has one alone: none is lost, doubled or moved."""
     tokenizer = tokenizer_maker()
@@ -304,13 +308,17 @@ def test_nothing_lies_on_the_disk_under_a_name(
         packed.tokens[0] = 1
 
 
-def test_text_that_is_not_unicode_is_refused(tokenizer_maker: Callable[..., Any]) -> None:
+def test_text_that_is_not_unicode_is_refused(
+    tokenizer_maker: Callable[..., Any], packed_of: Callable[..., PackedText]
+) -> None:
     with pytest.raises(InputError, match=r"not valid Unicode: '\\ud800' after 'w1 w2 '; repair it"):
         packed_of(["w1", "w1 w2 \ud800"], tokenizer_maker(), context_length=4)
 
 
 def test_document_too_long_for_the_memory_is_refused(
-    tokenizer_maker: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    tokenizer_maker: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    packed_of: Callable[..., PackedText],
 ) -> None:
     monkeypatch.setattr("mlsae.base.machine.resources.available_memory", lambda: 100_000_000)
     with pytest.raises(ResourceError, match="tokenising a document of 3,000,000 characters: needs"):
@@ -318,7 +326,7 @@ def test_document_too_long_for_the_memory_is_refused(
 
 
 def test_documents_are_read_in_batches_without_a_seam(
-    tokenizer_maker: Callable[..., Any],
+    tokenizer_maker: Callable[..., Any], packed_of: Callable[..., PackedText]
 ) -> None:
     """More documents than are tokenised at once give the same as any number."""
     tokenizer = tokenizer_maker(eos=False, bos=True)
@@ -331,7 +339,7 @@ def test_documents_are_read_in_batches_without_a_seam(
 
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_max_tokens_counts_whole_sequences_and_stops_reading(
-    adds_bos: bool, tokenizer_maker: Callable[..., Any]
+    adds_bos: bool, tokenizer_maker: Callable[..., Any], packed_of: Callable[..., PackedText]
 ) -> None:
     tokenizer = tokenizer_maker(bos=True, adds_bos=adds_bos)
     num_read = 0
@@ -350,29 +358,37 @@ def test_max_tokens_counts_whole_sequences_and_stops_reading(
     assert num_read < 50
 
 
-def test_max_tokens_below_one_sequence_is_refused(tokenizer_maker: Callable[..., Any]) -> None:
+def test_max_tokens_below_one_sequence_is_refused(
+    tokenizer_maker: Callable[..., Any], packed_of: Callable[..., PackedText]
+) -> None:
     with pytest.raises(InputError, match="--max-tokens 15 is less than one sequence of 16 tokens"):
         packed_of(["w1"], tokenizer_maker(), context_length=16, max_tokens=15)
 
 
 @pytest.mark.parametrize("texts", [[], ["", "  "]])
-def test_empty_data_set_is_refused(texts: list[str], tokenizer_maker: Callable[..., Any]) -> None:
+def test_empty_data_set_is_refused(
+    texts: list[str], tokenizer_maker: Callable[..., Any], packed_of: Callable[..., PackedText]
+) -> None:
     with pytest.raises(InputError, match="the data set is empty: it holds no text"):
         packed_of(texts, tokenizer_maker(), context_length=16)
 
 
-def test_less_than_one_sequence_is_refused(tokenizer_maker: Callable[..., Any]) -> None:
+def test_less_than_one_sequence_is_refused(
+    tokenizer_maker: Callable[..., Any], packed_of: Callable[..., PackedText]
+) -> None:
     with pytest.raises(InputError, match="holds 4 tokens, less than one sequence of 16"):
         packed_of(["w1 w2 w3"], tokenizer_maker(), context_length=16)
 
 
-def test_special_token_in_the_text_is_flagged(tokenizer_maker: Callable[..., Any]) -> None:
+def test_special_token_in_the_text_is_flagged(
+    tokenizer_maker: Callable[..., Any], packed_of: Callable[..., PackedText]
+) -> None:
     packed = packed_of(["w1 <|endoftext|> w2"], tokenizer_maker(), context_length=4)
     assert packed.token_flags.tolist() == [0, SPECIAL, 0, SPECIAL]
 
 
 def test_document_that_is_closed_already_is_not_closed_twice(
-    tokenizer_maker: Callable[..., Any],
+    tokenizer_maker: Callable[..., Any], packed_of: Callable[..., PackedText]
 ) -> None:
     """As token ids from elsewhere often are."""
     ids = [np.array(values, np.uint32) for values in ([5, 6, 0], [7, 8], [9, 0])]
@@ -382,7 +398,9 @@ def test_document_that_is_closed_already_is_not_closed_twice(
 
 
 def test_text_longer_than_the_context_warns_of_nothing(
-    tokenizer_maker: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    tokenizer_maker: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
+    packed_of: Callable[..., PackedText],
 ) -> None:
     packed_of(["w1 " * 100], tokenizer_maker(), context_length=4)
     assert not caplog.records
@@ -428,7 +446,7 @@ def test_joints_of_real_tokenizers(name: str, joints: Joints, shared: Path) -> N
     assert Joints.of(load_tokenizer(shared / "models" / name)) == joints
 
 
-def test_real_text_survives_packing(shared: Path) -> None:
+def test_real_text_survives_packing(shared: Path, packed_of: Callable[..., PackedText]) -> None:
     """TinyStories through a real tokenizer: BOS opens every sequence, every story is all there."""
     tokenizer = load_tokenizer(shared / "models" / "stories260k")
     source = str(shared / "text" / "tinystories_1000.jsonl")
