@@ -12,6 +12,7 @@ from mlsae.sae.architectures.relu import ReLU
 from mlsae.sae.architectures.topk import TopK
 from mlsae.sae.config import SAEConfig
 from mlsae.sae.errors import DamagedSAEError, NotAnSAEError, SAEError
+from mlsae.sae.linear import LinearForm
 from mlsae.sae.model import SAE, Latents, load
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Architecture",
     "DamagedSAEError",
     "Latents",
+    "LinearForm",
     "NotAnSAEError",
     "ReLU",
     "SAEConfig",

@@ -23,6 +23,7 @@ from mlsae.sae.directory import FILES, read, write
 from mlsae.sae.kernels.functions import as_given, bag, selected
 from mlsae.sae.kernels.listed import listed
 from mlsae.sae.kernels.sparse import FullSupport, Support
+from mlsae.sae.linear import LinearForm
 from mlsae.sae.location import find
 from mlsae.sae.normalize import Standardized, by_layer, restore, standardize
 
@@ -228,6 +229,14 @@ class SAE(torch.nn.Module):
     def forward(self, x: torch.Tensor, layer: torch.Tensor | int | None = None) -> torch.Tensor:
         """x̂ for x, both (..., d_in); `layer` as for `encode`."""
         return self.decode(self.encode(x, layer))
+
+    def linear(self) -> LinearForm:
+        """The SAE as one product, x̂ = f · D, for tools that multiply latents by decoder rows.
+
+        Parameters are shared. A latent's effect on x̂ is f_j W_dec,j there, which includes the
+        scale of the row; here `values` do not.
+        """
+        return LinearForm(self)
 
     def extra_repr(self) -> str:
         """Size, architecture and normalisation, for `repr`."""
