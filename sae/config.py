@@ -82,15 +82,17 @@ class SAEConfig:
             )
         if self.depends_on_layer != bool(self.layers):
             raise InputError(
-                f"layers name the rows of state that depends on the layer: with normalize "
-                f"{self.normalize} and layer_scale {self.layer_scale} there is "
+                f"layers name the rows of state that depends on the layer: with architecture "
+                f"{self.architecture.name}, normalize {self.normalize} and layer_scale "
+                f"{self.layer_scale} there is "
                 f"{'such state' if self.depends_on_layer else 'none'}, got layers {self.layers}"
             )
 
     @property
     def depends_on_layer(self) -> bool:
         """True where encoding a row takes its layer."""
-        return self.normalize in ("scale", "center") or self.layer_scale != "none"
+        by_layer = self.normalize in ("scale", "center") or self.layer_scale != "none"
+        return by_layer or self.architecture.depends_on_layer
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON, with the architecture's name and settings among them."""

@@ -9,7 +9,7 @@ leading shape.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import torch
 
 from mlsae.base.errors import InputError
 from mlsae.base.units import counted
-from mlsae.sae.architectures.base import Architecture, Weights
+from mlsae.sae.architectures.base import Activation, Architecture, TrainingRows, Weights
 from mlsae.sae.config import SAEConfig
 from mlsae.sae.directory import FILES, read, write
 from mlsae.sae.kernels.functions import as_given, bag, selected
@@ -80,8 +80,10 @@ class SAE(torch.nn.Module):
         """training.json, after `load`; `training` is torch's own flag."""
         if weights is None:
             weights = config.architecture.initial(config, generator)
+        self._parts = {part.name: part for part in config.architecture.parameters(config)}
         for name, tensor in weights.items():
-            self.register_parameter(name, torch.nn.Parameter(tensor))
+            is_trained = self._parts[name].trained
+            self.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=is_trained))
         if not config.encoder_bias:
             self.register_parameter("b_enc", None)
         num_layers = len(config.layers or ())
@@ -90,6 +92,16 @@ class SAE(torch.nn.Module):
         self.register_buffer("layer_factor", torch.ones(num_layers) if has_factor else None)
         shift = torch.zeros(num_layers, config.d_in) if has_shift else None
         self.register_buffer("layer_shift", shift)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "SAE":
+        """Move or cast the module, as torch does; some parameters are float32 at least."""
+        kept = {name: p.detach() for name, p in self._parameters.items() if p is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in kept.items():
+            parameter = self.get_parameter(name)
+            if self._parts[name].float32 and parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = before.to(parameter.device, torch.float32)
+        return self
 
     @property
     def architecture(self) -> Architecture:
@@ -137,18 +149,33 @@ class SAE(torch.nn.Module):
             at = 0
         return by_layer(x_BD, at, self.layer_shift, self.layer_factor)
 
-    def activate(self, u_BD: torch.Tensor, *, mixed: bool = False) -> tuple[torch.Tensor, Support]:
+    def activate(
+        self, u_BD: torch.Tensor, at: torch.Tensor | int | None = None
+    ) -> tuple[torch.Tensor, Support]:
         """The latents of normalised rows, with gradients for the encoder and its biases.
 
         Args:
             u_BD: (B, D) normalised rows, in the SAE's dtype.
-            mixed: select with a bfloat16 product and re-scored candidates instead of exactly.
+            at: layers of the rows, as for `standardize`; needed if the architecture depends on
+                the layer.
 
         Returns:
             (B, K) values, 0 where a latent is not active, and their places.
         """
+        if self.architecture.depends_on_layer:
+            self._check_layer_given(at)
         with as_given(u_BD):
-            return self.architecture.activate(u_BD, self.weights, mixed=mixed)
+            return self.architecture.activate(u_BD, self.weights, at)
+
+    def activate_in_training(self, rows: TrainingRows, *, mixed: bool = False) -> Activation:
+        """The latents of normalised rows as training selects them, with gradients.
+
+        Args:
+            rows: piece of a batch, in the SAE's dtype.
+            mixed: select with a bfloat16 product and re-scored candidates instead of exactly.
+        """
+        with as_given(rows.u):
+            return self.architecture.activate_in_training(rows, self.weights, mixed=mixed)
 
     def reconstruct(self, values_BK: torch.Tensor, support: Support) -> torch.Tensor:
         """û = W_dec z + b, (B, D) normalised, with gradients for values, decoder and b."""
@@ -172,14 +199,14 @@ class SAE(torch.nn.Module):
                 f"rows of {x.shape[-1]} channels do not fit this SAE: expected {self.config.d_in}"
             )
         lead = x.shape[:-1]
-        u_BD, mean_BD, scale_B1 = self.standardize(
-            x.reshape(-1, self.config.d_in), self._at(layer, lead)
-        )
-        values_BK, support = self.activate(u_BD)
+        at = self._at(layer, lead)
+        u_BD, mean_BD, scale_B1 = self.standardize(x.reshape(-1, self.config.d_in), at)
+        values_BK, support = self.activate(u_BD, at)
         indices_BK = support.indices_BK
         if isinstance(support, FullSupport):
             _, indices_BK = selected(
-                lambda values_BN: listed([values_BN], values_BN.shape[1]), values_BK
+                lambda values_BN: listed([(values_BN, values_BN != 0)], values_BN.shape[1]),
+                values_BK,
             )
             values_BK = values_BK.gather(1, indices_BK)
         k = indices_BK.shape[1]
@@ -210,7 +237,7 @@ class SAE(torch.nn.Module):
     def _check_layer_given(self, layer: object) -> None:
         if layer is None and self.config.layers is not None:
             raise InputError(
-                f"this SAE normalises the rows of each layer by themselves: give the layer of the "
+                f"this SAE encodes the rows of each layer by themselves: give the layer of the "
                 f"rows, encode(x, layer), one of {', '.join(map(str, self.config.layers))}"
             )
 

@@ -41,15 +41,16 @@ def sae_config(config: TrainConfig, d_in: int, layers: tuple[int, ...]) -> SAECo
     """
     config.check_together()
     kind = get(config.architecture)
+    architecture = kind.wanted(config)
     by_layer = config.normalize in ("scale", "center") or config.layer_scale != "none"
     return SAEConfig(
         d_in=d_in,
         num_latents=config.latents(d_in),
-        architecture=kind.wanted(config),
+        architecture=architecture,
         normalize=config.normalize,
         encoder_bias=kind.encoder_bias,
         layer_scale=config.layer_scale,
-        layers=layers if by_layer else None,
+        layers=layers if by_layer or architecture.depends_on_layer else None,
     )
 
 

@@ -40,6 +40,10 @@ class Shape(Protocol):
     def encoder_bias(self) -> bool:
         """True where there is a `b_enc`."""
 
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """Block index for each entry of a parameter by layer; None where nothing is by layer."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
@@ -53,22 +57,38 @@ class Parameter:
     """True where the first axis is over latents."""
     unit_rows: bool = False
     """True where each row has unit length after every step."""
+    least: float | None = None
+    """Smallest value after every step; None for any."""
+    trained: bool = True
+    """False where no gradient changes it: it is found otherwise, or after training."""
+    float32: bool = False
+    """True where an SAE in 16 bits keeps it in float32, as thresholds, which move little by
+    little."""
 
 
-class ActiveLatents(NamedTuple):
-    """Latents in a piece of a batch, as a term of the loss sees them."""
+class TrainingRows(NamedTuple):
+    """A piece of a batch in training."""
 
-    values: torch.Tensor
-    """(B, K), with gradients."""
-    support: Support
-    """The values' places."""
+    u: torch.Tensor
+    """(B, D) normalised rows."""
     layer: torch.Tensor
     """(B,) each row's index among the SAE's layers."""
     step: int
     """Step in the run, from 0."""
 
 
-ExtraLoss = Callable[[ActiveLatents, Weights], torch.Tensor]
+class Activation(NamedTuple):
+    """Latents at a piece of a batch in training."""
+
+    values: torch.Tensor
+    """(B, K), 0 where a latent is not active, with gradients."""
+    support: Support
+    """Places of the values, each latent at most once a row."""
+    pre: torch.Tensor | None = None
+    """(B, K) pre-activations there, with gradients, for a term of the loss that takes them."""
+
+
+ExtraLoss = Callable[[Activation, TrainingRows, Weights], torch.Tensor]
 """(B,) each row's term in the loss beside its reconstruction error, with gradients."""
 
 
@@ -185,22 +205,44 @@ class Architecture(ABC):
         """
         return None
 
+    @property
+    def depends_on_layer(self) -> bool:
+        """True where a row's latents depend on its layer; `Shape.layers` names the layers then."""
+        return False
+
     @abstractmethod
     def activate(
-        self, u_BD: torch.Tensor, weights: Weights, *, mixed: bool
+        self, u_BD: torch.Tensor, weights: Weights, at: torch.Tensor | int | None
     ) -> tuple[torch.Tensor, Support]:
         """Latents at normalised rows, with gradients for the encoder's parameters.
 
         Args:
             u_BD: (B, D) normalised rows.
             weights: the SAE's parameters.
-            mixed: select with a bfloat16 product and re-scored candidates; only where `precisions`
-                has bfloat16.
+            at: layers of the rows as indices into `Shape.layers`, (B,) or one for all; None only
+                where nothing depends on the layer.
 
         Returns:
             (B, K) values, 0 where a latent is not active, and their places, each latent at most
             once a row.
         """
+
+    def activate_in_training(
+        self,
+        rows: TrainingRows,
+        weights: Weights,
+        *,
+        mixed: bool,  # noqa: ARG002
+    ) -> Activation:
+        """Latents as training selects them; as everywhere else, unless an architecture differs.
+
+        Args:
+            rows: piece of a batch.
+            weights: the SAE's parameters.
+            mixed: select with a bfloat16 product and re-scored candidates; only where `precisions`
+                has bfloat16.
+        """
+        return Activation(*self.activate(rows.u, weights, rows.layer))
 
     def extra_loss(
         self,

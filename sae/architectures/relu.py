@@ -16,14 +16,16 @@ import torch
 from mlsae.base.errors import InputError
 from mlsae.base.settings import setting, settings
 from mlsae.base.units import check_not_negative, parse_count, parse_numbers
-from mlsae.sae.architectures.base import ActiveLatents, Architecture, Conversion, Weights
-from mlsae.sae.kernels.functions import bag, preactivations, selected
-from mlsae.sae.kernels.listed import listed
-from mlsae.sae.kernels.select import BLOCK_BYTES
-from mlsae.sae.kernels.sparse import FullSupport, Support
-
-_DENSE = 8
-"""Dense products pay where some row uses more than one in this many latents."""
+from mlsae.sae.architectures.base import (
+    Activation,
+    Architecture,
+    Conversion,
+    TrainingRows,
+    Weights,
+)
+from mlsae.sae.kernels.above import above, block_rows
+from mlsae.sae.kernels.functions import bag
+from mlsae.sae.kernels.sparse import Support
 
 
 @settings
@@ -79,12 +81,12 @@ class L1:
     rise: int = 0
     """First steps, over which λ rises from 0."""
 
-    def __call__(self, active: ActiveLatents, weights: Weights) -> torch.Tensor:
+    def __call__(self, active: Activation, rows: TrainingRows, weights: Weights) -> torch.Tensor:
         """(B,) penalties, with gradients for values and decoder."""
         lengths_N1 = torch.linalg.vector_norm(weights["W_dec"], dim=1, keepdim=True)
         cost_B = bag(active.values, lengths_N1, active.support)[:, 0]
-        cost_B = cost_B * (self.weight * (min(1.0, active.step / self.rise) if self.rise else 1.0))
-        return cost_B if self.by_layer is None else cost_B * self.by_layer[active.layer]
+        cost_B = cost_B * (self.weight * (min(1.0, rows.step / self.rise) if self.rise else 1.0))
+        return cost_B if self.by_layer is None else cost_B * self.by_layer[rows.layer]
 
 
 @dataclass(frozen=True)
@@ -137,28 +139,16 @@ class ReLU(Architecture):
 
     def most_rows(self, num_latents: int, element_size: int) -> int:
         """Rows that make one block of rows × latents."""
-        return _block_rows(num_latents, element_size)
+        return block_rows(num_latents, element_size)
 
     def activate(
         self,
         u_BD: torch.Tensor,
         weights: Weights,
-        *,
-        mixed: bool,  # noqa: ARG002
+        at: torch.Tensor | int | None,  # noqa: ARG002
     ) -> tuple[torch.Tensor, Support]:
-        """All latents above 0; K is the most that any row has, at least 1.
-
-        Rows with fewer are filled up with latents that are 0. A single block of rows in which
-        latents are many has every latent at each row instead.
-        """
-        W_enc, b, b_enc = weights["W_enc"], weights["b"], weights.get("b_enc")
-        pre_BK, indices_BK = selected(_choose, u_BD.detach() - b.detach(), W_enc, b_enc)
-        support: Support
-        if indices_BK.shape[1] == len(W_enc):
-            support = FullSupport(len(u_BD), len(W_enc), u_BD.device)
-        else:
-            support = Support(indices_BK, len(W_enc))
-        return preactivations(u_BD, W_enc, b, pre_BK, support, b_enc).relu(), support
+        """All latents above 0."""
+        return above(u_BD, weights["W_enc"], weights["b"], weights.get("b_enc"))
 
     def extra_loss(self, settings: ReLUSettings, num_steps: int, like: torch.Tensor) -> L1 | None:
         """The L1 penalty, its λ rising over the first steps; None without a λ."""
@@ -170,54 +160,3 @@ class ReLU(Architecture):
             by_layer=None if by_layer is None else like.new_tensor(by_layer),
             rise=round(settings.l1_warmup * num_steps),
         )
-
-
-def _choose(
-    c_BD: torch.Tensor, W_enc_ND: torch.Tensor, b_enc_N: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pre-activations and their places, as `positive`; with K = N, each latent at its place."""
-    num_latents = len(W_enc_ND)
-    if len(c_BD) > _block_rows(num_latents, c_BD.element_size()):
-        pre_BK, indices_BK = positive(c_BD, W_enc_ND, b_enc_N)
-        if indices_BK.shape[1] < num_latents:
-            return pre_BK, indices_BK
-        pre_BN = torch.zeros_like(pre_BK).scatter_(1, indices_BK, pre_BK)
-    else:
-        pre_BN = _product(c_BD, W_enc_ND, b_enc_N)
-        most = int((pre_BN > 0).sum(dim=1).amax()) if len(c_BD) else 0
-        if most * _DENSE <= num_latents:
-            return listed([pre_BN], num_latents)
-    return pre_BN, torch.arange(num_latents, device=c_BD.device).expand(pre_BN.shape)
-
-
-def positive(
-    c_BD: torch.Tensor, W_enc_ND: torch.Tensor, b_enc_N: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's pre-activations above 0, exactly, block by block.
-
-    Args:
-        c_BD: (B, D) rows u − b.
-        W_enc_ND: (N, D) encoder directions, same dtype.
-        b_enc_N: (N,) encoder bias; None for none.
-
-    Returns:
-        (B, K) values and (B, K) int64 indices, as `listed` gives them.
-    """
-    block = _block_rows(len(W_enc_ND), c_BD.element_size())
-    blocks = (
-        _product(c_BD[start : start + block], W_enc_ND, b_enc_N)
-        for start in range(0, len(c_BD), block)
-    )
-    return listed(blocks, len(W_enc_ND))
-
-
-def _product(
-    c_BD: torch.Tensor, W_enc_ND: torch.Tensor, b_enc_N: torch.Tensor | None
-) -> torch.Tensor:
-    if b_enc_N is None:
-        return c_BD @ W_enc_ND.T
-    return torch.addmm(b_enc_N, c_BD, W_enc_ND.T)
-
-
-def _block_rows(num_latents: int, element_size: int) -> int:
-    return max(1, BLOCK_BYTES // (element_size * num_latents))

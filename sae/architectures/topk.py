@@ -14,8 +14,15 @@ import torch
 from mlsae.base.errors import InputError
 from mlsae.base.settings import setting, settings
 from mlsae.base.units import counted, parse_count
-from mlsae.sae.architectures.base import Architecture, Conversion, Shape, Weights
-from mlsae.sae.kernels.functions import preactivations, selected
+from mlsae.sae.architectures.base import (
+    Activation,
+    Architecture,
+    Conversion,
+    Shape,
+    TrainingRows,
+    Weights,
+)
+from mlsae.sae.kernels.functions import Choice, preactivations, selected
 from mlsae.sae.kernels.select import select, select_mixed
 from mlsae.sae.kernels.sparse import Support
 
@@ -94,10 +101,23 @@ class TopK(Architecture):
         return self.k
 
     def activate(
-        self, u_BD: torch.Tensor, weights: Weights, *, mixed: bool
+        self,
+        u_BD: torch.Tensor,
+        weights: Weights,
+        at: torch.Tensor | int | None,  # noqa: ARG002
     ) -> tuple[torch.Tensor, Support]:
         """The k latents of each row, in no order; with fewer above 0 the others are 0."""
-        choose = select_mixed if mixed else select
+        return self._activate(u_BD, weights, select)
+
+    def activate_in_training(
+        self, rows: TrainingRows, weights: Weights, *, mixed: bool
+    ) -> Activation:
+        """The k latents of each row, perhaps by a bfloat16 product."""
+        return Activation(*self._activate(rows.u, weights, select_mixed if mixed else select))
+
+    def _activate(
+        self, u_BD: torch.Tensor, weights: Weights, choose: Choice
+    ) -> tuple[torch.Tensor, Support]:
         W_enc, b, b_enc = weights["W_enc"], weights["b"], weights.get("b_enc")
         if b_enc is not None:
             # A channel of ones carries the bias through the same products.

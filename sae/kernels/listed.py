@@ -1,4 +1,4 @@
-"""Entries of rows × latents above 0, as lists of one length.
+"""Some entries of rows × latents, as lists of one length.
 
 Shape suffixes: B rows, N latents, K entries of a row, E entries.
 """
@@ -8,29 +8,32 @@ from collections.abc import Iterable
 import torch
 
 
-def listed(blocks: Iterable[torch.Tensor], num_latents: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The entries above 0 of rows × latents, as lists of one length.
+def listed(
+    blocks: Iterable[tuple[torch.Tensor, torch.Tensor]], num_latents: int, rest: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The wanted entries of rows × latents, as lists of one length.
 
     Args:
-        blocks: (b, N) each, of which only one is alive at a time; at least one.
+        blocks: (b, N) values and (b, N) bool, True for those wanted, of which only one pair is
+            alive at a time; at least one.
         num_latents: N.
+        rest: value in places without a wanted entry.
 
     Returns:
-        (B, K) values and (B, K) int64 indices, each once a row, ascending where values are above 0;
-        K is the largest number of them in a row, at least 1, and the other values are 0.
+        (B, K) values and (B, K) int64 indices, each once a row, the wanted ones first and
+        ascending; K is the largest number of them in a row, at least 1.
     """
     counts, entries, latents = [], [], []
-    for pre_BN in blocks:
-        above = pre_BN > 0
-        counts.append(above.sum(dim=1))
-        entries.append(pre_BN[above])
-        latents.append(above.nonzero()[:, 1])
+    for values_BN, wanted_BN in blocks:
+        counts.append(wanted_BN.sum(dim=1))
+        entries.append(values_BN[wanted_BN])
+        latents.append(wanted_BN.nonzero()[:, 1])
     count_B, value_E, latent_E = (torch.cat(parts) for parts in (counts, entries, latents))
     num_rows = len(count_B)
     most = max(1, int(count_B.amax())) if num_rows else 1
     turn_K = torch.arange(most, device=count_B.device)
     used_BK = turn_K < count_B[:, None]
-    values_BK = value_E.new_zeros(num_rows, most)
+    values_BK = value_E.new_full((num_rows, most), rest)
     values_BK[used_BK] = value_E
     # Unused places hold no latent yet: above all, so that the lists ascend.
     indices_BK = torch.full_like(used_BK, num_latents + most, dtype=torch.int64)

@@ -46,9 +46,11 @@ class AbsTopK(Architecture):
         return self.k
 
     def activate(
-        self, u_BD: torch.Tensor, weights: Weights, *, mixed: bool
+        self,
+        u_BD: torch.Tensor,
+        weights: Weights,
+        at: torch.Tensor | int | None,  # noqa: ARG002
     ) -> tuple[torch.Tensor, Support]:
-        assert not mixed
         W_enc, b = weights["W_enc"], weights["b"]
         with torch.no_grad():
             pre_BN = (u_BD - b) @ W_enc.T

@@ -8,8 +8,7 @@ import torch
 
 from mlsae.base.errors import InputError
 from mlsae.sae import SAE, ReLU, SAEConfig, load
-from mlsae.sae.architectures import relu
-from mlsae.sae.architectures.relu import positive
+from mlsae.sae.kernels import above
 from mlsae.sae.kernels.listed import listed
 
 D, N = 8, 40
@@ -35,12 +34,12 @@ def dense(sae: SAE, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("bias", [-100.0, -1.5, -0.3, 100.0], ids=["none", "few", "some", "all"])
-@pytest.mark.parametrize("block", [relu.BLOCK_BYTES, 8 * N * 4], ids=["one block", "blocks"])
+@pytest.mark.parametrize("block", [above.BLOCK_BYTES, 8 * N * 4], ids=["one block", "blocks"])
 def test_encode_and_decode_equal_the_definition(
     bias: float, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float64; K is the largest number of active latents, each index once a row."""
-    monkeypatch.setattr(relu, "BLOCK_BYTES", block)
+    monkeypatch.setattr(above, "BLOCK_BYTES", block)
     sae = make(bias)
     x = torch.from_numpy(np.random.default_rng(0).normal(2, 9, (11, D)))
     z, x_hat = dense(sae, x)
@@ -58,7 +57,7 @@ def test_lists_are_filled_up_with_latents_that_are_not_in_them() -> None:
     pre[1, [0, 2, 3]] = torch.tensor([5.0, 6.0, 7.0])
     pre[2, 4:] = 8.0
     pre[3] = 9.0
-    values, indices = listed([pre[:1], pre[1:]], 6)
+    values, indices = listed([(part, part > 0) for part in (pre[:1], pre[1:])], 6)
     assert [sorted(row) for row in indices.tolist()] == [list(range(6))] * 4
     assert values.sum(1).tolist() == [0.0, 18.0, 16.0, 54.0]
     assert torch.equal(torch.zeros(4, 6).scatter(1, indices, values), pre.relu())
@@ -71,16 +70,16 @@ def test_no_rows_give_no_rows() -> None:
 
 def test_latents_of_many_rows_are_found_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """No rows × latents tensor is made of more rows than a block."""
-    monkeypatch.setattr(relu, "BLOCK_BYTES", 4 * 40 * 16)
+    monkeypatch.setattr(above, "BLOCK_BYTES", 4 * 40 * 16)
     seen: list[int] = []
-    inner = relu._product
+    inner = above._product
 
     def product(*arguments: torch.Tensor) -> torch.Tensor:
         seen.append(len(arguments[0]))
         return inner(*arguments)
 
-    monkeypatch.setattr(relu, "_product", product)
-    positive(torch.randn(100, D), torch.randn(N, D), None)
+    monkeypatch.setattr(above, "_product", product)
+    above.above(torch.randn(100, D), torch.randn(N, D), torch.zeros(D))
     assert seen == [16] * 6 + [4]
 
 

@@ -11,8 +11,8 @@ import torch
 from accelerate import Accelerator
 
 from mlsae.sae import SAE, ReLU, SAEConfig
-from mlsae.sae.architectures import relu
 from mlsae.sae.architectures.relu import L1
+from mlsae.sae.kernels import above
 from mlsae.sae.kernels.sparse import FullSupport
 from mlsae.train.data.loader import Batch
 from mlsae.train.step.auxiliary import hashed
@@ -88,12 +88,12 @@ class Dense:
 
 
 @pytest.mark.parametrize("bias", [0.0, -0.8], ids=["many latents", "few latents"])
-@pytest.mark.parametrize("block", [relu.BLOCK_BYTES, 8 * N * 7], ids=["one block", "blocks"])
+@pytest.mark.parametrize("block", [above.BLOCK_BYTES, 8 * N * 7], ids=["one block", "blocks"])
 def test_fifty_steps_equal_dense_autograd(
     bias: float, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Losses, gradients and parameters to 1e-9: decoder rows of any length, λ rising, by layer."""
-    monkeypatch.setattr(relu, "BLOCK_BYTES", block)
+    monkeypatch.setattr(above, "BLOCK_BYTES", block)
     sae = make_sae(bias)
     trainer, dense = make_trainer(sae), Dense(sae)
     for number, batch in enumerate(batches()):

@@ -28,7 +28,6 @@ from mlsae.base.files import (
 from mlsae.train.step.trainer import Trainer
 
 _OURS = re.compile(r"step-\d{10}\.(?:json|safetensors|partial)(?:\..*\.partial)?")
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class DamagedCheckpointError(InputError):
@@ -158,8 +157,8 @@ def _state(trainer: Trainer) -> dict[str, torch.Tensor]:
     state = {"last_used": trainer.dead.last_used}
     for name, parameter in trainer.sae.named_parameters():
         state[f"sae.{name}"] = parameter.detach()
-        for moment in _MOMENTS:
-            state[f"adam.{name}.{moment}"] = trainer.optimizer.state[parameter][moment]
+        for moment, value in trainer.optimizer.state.get(parameter, {}).items():
+            state[f"adam.{name}.{moment}"] = value
     return {name: tensor.cpu().contiguous() for name, tensor in state.items()}
 
 
@@ -170,6 +169,6 @@ def _restore(trainer: Trainer, state: dict[str, torch.Tensor], record: dict[str,
     with torch.no_grad():
         for name, parameter in trainer.sae.named_parameters():
             parameter.copy_(state[f"sae.{name}"])
-            trainer.optimizer.state[parameter] = {
-                moment: state[f"adam.{name}.{moment}"].to(parameter.device) for moment in _MOMENTS
-            }
+            for moment in trainer.optimizer.state.get(parameter, {}):
+                found = state[f"adam.{name}.{moment}"]
+                trainer.optimizer.state[parameter][moment] = found.to(parameter.device)

@@ -159,7 +159,7 @@ def _count(
     used: torch.Tensor,
 ) -> None:
     u, mean, scale = sae.standardize(x, at)
-    values, support = sae.activate(u)
+    values, support = sae.activate(u, at)
     u_hat = sae.reconstruct(values, support)
     x_hat = u_hat * scale + mean
     active = values != 0

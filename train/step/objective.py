@@ -19,7 +19,7 @@ import torch
 
 from mlsae.base.errors import InputError
 from mlsae.sae import SAE
-from mlsae.sae.architectures.base import ActiveLatents, ExtraLoss
+from mlsae.sae.architectures.base import ExtraLoss, TrainingRows
 from mlsae.store import Moments
 from mlsae.train.step import auxiliary, resample
 from mlsae.train.step.auxiliary import Residual, Sum
@@ -148,7 +148,9 @@ class Objective:
         """
         sae = self._sae
         u_BD, _, scale_B1 = sae.standardize(x_BD, layer_B)
-        values_BK, support = sae.activate(u_BD, mixed=self._mixed)
+        rows = TrainingRows(u_BD, layer_B, step)
+        active = sae.activate_in_training(rows, mixed=self._mixed)
+        values_BK, support = active.values, active.support
         e_BD = u_BD - sae.reconstruct(values_BK, support)
         # In raw units x − x̂ = u (s + ε) − û s.
         loss_e_BD = torch.addcmul(self._eps * u_BD, e_BD, scale_B1) if self._raw else e_BD
@@ -156,7 +158,7 @@ class Objective:
         loss_B = errors_B if self._terms_L is None else errors_B * self._terms_L[layer_B]
         cost = errors_B.new_zeros(())
         if self._extra is not None:
-            cost_B = self._extra(ActiveLatents(values_BK, support, layer_B, step), sae.weights)
+            cost_B = self._extra(active, rows, sae.weights)
             loss_B = loss_B + cost_B
             cost = cost_B.detach().sum() / batch_rows
         main = loss_B.sum() / batch_rows
@@ -164,8 +166,8 @@ class Objective:
         num_layers = len(self._weights_L)
         fired = torch.zeros_like(sae.W_enc[:, 0])
         with torch.no_grad():
-            active = values_BK != 0
-            fired[support.indices_BK[active]] = 1
+            is_active = values_BK != 0
+            fired[support.indices_BK[is_active]] = 1
             layer_errors = fired.new_zeros(num_layers).index_add_(0, layer_B, errors_B)
             residual = candidates = None
             if aux_step is not None:
@@ -182,7 +184,7 @@ class Objective:
             penalty=cost,
             layer_errors=layer_errors,
             layer_rows=torch.bincount(layer_B, minlength=num_layers),
-            num_active=active.sum(),
+            num_active=is_active.sum(),
             fired=fired,
             residual=residual,
             candidates=candidates,

@@ -1,4 +1,4 @@
-"""Adam for an SAE, with clipped gradients and rows of unit length where they are asked for.
+"""Adam for an SAE, with clipped gradients, and unit rows and bounds where they are asked for.
 
 Adam: Kingma and Ba (2015), arXiv 1412.6980, by torch's own fused kernel.
 """
@@ -32,7 +32,7 @@ class Optimizer:
     def __init__(self, sae: SAE, max_norm: float | None = None) -> None:
         self._max_norm = max_norm
         kinds = sae.architecture.parameters(sae.config)
-        self._parameters = [(kind, sae.get_parameter(kind.name)) for kind in kinds]
+        self._parameters = [(k, sae.get_parameter(k.name)) for k in kinds if k.trained]
         self.state: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {
             parameter: {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -56,6 +56,8 @@ class Optimizer:
             for rows in _blocks(parameter):
                 if not kind.unit_rows:
                     self._adam(parameter, rows, lr)
+                    if kind.least is not None:
+                        parameter[rows].clamp_(min=kind.least)
                     continue
                 assert parameter.grad is not None
                 W, grad = parameter[rows], parameter.grad[rows]

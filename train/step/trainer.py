@@ -195,6 +195,7 @@ class Trainer:
         if self._accelerator.num_processes == 1:
             return counted, fired
         for parameter in self.sae.parameters():
-            assert parameter.grad is not None
-            parameter.grad = self._sum(parameter.grad)
+            if parameter.requires_grad:
+                assert parameter.grad is not None
+                parameter.grad = self._sum(parameter.grad)
         return self._sum(counted), self._sum(fired)
