@@ -6,9 +6,11 @@
         process.output
 
 Each has arguments, environment and output of its own, takes signals, and ends as an interpreter
-ends. Tests are no package: they load this file by its path.
+ends, but that nothing is freed, which takes longer than what most of them do. Tests are no package:
+they load this file by its path.
 """
 
+import atexit
 import gc
 import json
 import os
@@ -18,33 +20,39 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TextIO
 
 PATIENCE_SECONDS = 120
-_DESCRIPTOR = "FORKING_DESCRIPTOR"
-_CLIENT = f"""\
+_CLIENT = """\
 import json, os, sys, tempfile, time
 
-name, *words = sys.argv[1:]
+queue, name, *words = sys.argv[1:]
+modules = {
+    "mlsae": "runpy; runpy.run_module('mlsae', run_name='__main__', alter_sys=True)",
+    "torchrun": "torch.distributed.run as run; run.main()",
+}
+if name == "python" and words[:3] == ["-u", "-m", "mlsae"]:
+    # As launchers start it.
+    name, words = "mlsae", words[3:]
 if name == "python" and words != ["-"]:
     os.execv(sys.executable, [sys.executable, *words])
-run = sys.stdin.read() if name == "python" else (
-    "import runpy; runpy.run_module('mlsae', run_name='__main__', alter_sys=True)"
-)
-directory = tempfile.mkdtemp(dir=os.path.dirname(sys.argv[0]))
+run = sys.stdin.read() if name == "python" else f"import {modules[name]}"
+directory = tempfile.mkdtemp(dir=os.path.dirname(queue))
 for stream in ("output", "errors"):
     open(os.path.join(directory, stream), "w").close()
-asked = {{
-    "code": f"import os; os.chdir({{os.getcwd()!r}})\\n{{run}}",
+asked = {
+    "code": f"import os; os.chdir({os.getcwd()!r})\\n{run}",
     "words": [name, *words],
     "environment": dict(os.environ),
-    "directory": directory,
-}}
-os.write(int(os.environ["{_DESCRIPTOR}"]), (json.dumps(asked) + "\\n").encode())
+}
+with open(os.path.join(directory, "asked"), "w") as file:
+    json.dump(asked, file)
+with open(queue, "w") as file:
+    file.write(directory + "\\n")
 while not os.path.exists(status := os.path.join(directory, "status")):
     time.sleep(0.005)
 for stream, to in (("output", sys.stdout), ("errors", sys.stderr)):
@@ -53,6 +61,8 @@ for stream, to in (("output", sys.stdout), ("errors", sys.stderr)):
 sys.exit(int(open(status).read()) % 256)
 """
 """A command that asks for a forked process, waits for it and repeats what it printed."""
+_statuses: list[int] = []
+"""Status of this process, once its code has run to its end."""
 
 
 class Process:
@@ -96,11 +106,15 @@ class Process:
 
 
 class Forking:
-    """The process that has imported, and those that were forked from it."""
+    """The process that has imported, and those that were forked from it.
 
-    def __init__(self, server: "subprocess.Popen[str]", directory: Path) -> None:
-        self._server = server
-        self._directory = directory
+    Args:
+        directory: a directory for what they are asked and answer.
+        queue: where that process reads directories whose requests it has not met.
+    """
+
+    def __init__(self, directory: Path, queue: Path) -> None:
+        self._directory, self._queue = directory, queue
         self._processes: list[Process] = []
 
     def start(
@@ -115,32 +129,31 @@ class Forking:
             "code": code,
             "words": ["-c", *map(str, words)],
             "environment": {**os.environ, **(environment or {})},
-            "directory": str(directory),
         }
-        assert self._server.stdin is not None
-        self._server.stdin.write(json.dumps(asked) + "\n")
-        self._server.stdin.flush()
+        (directory / "asked").write_text(json.dumps(asked))
+        with self._queue.open("w") as queue:
+            queue.write(f"{directory}\n")
         self._processes.append(Process(directory))
         return self._processes[-1]
 
     def shell(self, directory: Path) -> dict[str, Any]:
-        """Options of `subprocess.run` for a shell whose `mlsae` and `python -` are forked.
+        """Options of `subprocess.run` for a shell whose commands are forked.
+
+        They are `mlsae`, `python -`, and `torchrun`, whose ranks are forked too.
 
         Args:
-            directory: an empty directory for the two commands and their output.
+            directory: an empty directory for the commands.
         """
-        assert self._server.stdin is not None
-        descriptor = self._server.stdin.fileno()
         client = directory / "client.py"
         client.write_text(_CLIENT)
-        for name in ("mlsae", "python"):
+        for name in ("mlsae", "python", "torchrun"):
             # The line that names an interpreter ends at a space, which paths may have.
-            words = shlex.join([sys.executable, "-IS", str(client), name])
+            words = shlex.join([sys.executable, "-IS", str(client), str(self._queue), name])
             (directory / name).write_text(f'#!/bin/sh\nexec {words} "$@"\n')
             (directory / name).chmod(0o755)
         path = f"{directory}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        environment = {**os.environ, "PATH": path, _DESCRIPTOR: str(descriptor)}
-        return {"env": environment, "pass_fds": (descriptor,)}
+        # Of torch.distributed.run: the interpreter that it starts.
+        return {"env": {**os.environ, "PATH": path, "PYTHON_EXEC": str(directory / "python")}}
 
     def end(self) -> None:
         """Kill what still runs."""
@@ -151,20 +164,20 @@ class Forking:
 @contextmanager
 def importing(*modules: str, environment: Mapping[str, str] | None = None) -> Iterator[Forking]:
     """Fork processes that have imported some modules, in an environment that these may read."""
-    with (
-        TemporaryDirectory() as directory,
-        subprocess.Popen(
-            [sys.executable, "-P", __file__, *modules],
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(TemporaryDirectory()))
+        queue = directory / "queue"
+        os.mkfifo(queue)
+        server = subprocess.Popen(
+            [sys.executable, "-P", __file__, str(queue), *modules],
             env={**os.environ, **(environment or {})},
-            stdin=subprocess.PIPE,
-            text=True,
-        ) as server,
-    ):
-        forking = Forking(server, Path(directory))
-        try:
-            yield forking
-        finally:
-            forking.end()
+        )
+        stack.enter_context(server)
+        # Held open for reading too, which waits for nobody; the server ends when it is closed.
+        stack.callback(os.close, os.open(queue, os.O_RDWR))
+        forking = Forking(directory, queue)
+        stack.callback(forking.end)
+        yield forking
 
 
 def _tell(directory: str, name: str, number: int) -> None:
@@ -172,8 +185,8 @@ def _tell(directory: str, name: str, number: int) -> None:
     Path(directory, f"{name}.partial").rename(Path(directory, name))
 
 
-def _serve(modules: list[str]) -> dict[str, Any] | None:
-    """Import, and fork as standard input asks; a forked process gets what it was asked for."""
+def _serve(queue: TextIO, modules: list[str]) -> tuple[str, dict[str, Any]] | None:
+    """Import, and fork as is asked for; a forked process gets its directory and what is asked."""
     for module in modules:
         import_module(module)
     # The collector would touch, and so copy, every page of what was imported in every process.
@@ -181,16 +194,16 @@ def _serve(modules: list[str]) -> dict[str, Any] | None:
     gc.freeze()
     # Ctrl-C is for the tests: they end what they started.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for line in sys.stdin:
-        asked: dict[str, Any] = json.loads(line)
+    for line in queue:
+        directory = line.rstrip("\n")
         if os.fork():
             continue
         if not (pid := os.fork()):
-            return asked
+            return directory, json.loads(Path(directory, "asked").read_text())
         # One process for each waits for it, so that the first one can go on forking.
-        _tell(asked["directory"], "pid", pid)
+        _tell(directory, "pid", pid)
         _, status = os.waitpid(pid, 0)
-        _tell(asked["directory"], "status", os.waitstatus_to_exitcode(status))
+        _tell(directory, "status", os.waitstatus_to_exitcode(status))
         os._exit(0)
     while True:
         try:
@@ -199,21 +212,47 @@ def _serve(modules: list[str]) -> dict[str, Any] | None:
             return None
 
 
-def _become(asked: dict[str, Any]) -> None:
+def _run(asked: dict[str, Any]) -> None:
+    """Run the code. Its status is known here, where it is none of an uncaught exception."""
+    try:
+        exec(compile(asked["code"], "<forked>", "exec"), {"__name__": "__main__"})
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            _statuses.append(end.code or 0)
+        raise
+    _statuses.append(0)
+
+
+def _leave() -> None:
+    """End at once with that status: to free all that was imported takes a third of a second."""
+    if _statuses:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_statuses[0] % 256)
+
+
+def _become(directory: str, asked: dict[str, Any]) -> None:
     """Take on streams, arguments and environment of one's own."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(asked["environment"])
     sys.argv = asked["words"]
-    for stream, path in enumerate(
-        (os.devnull, f"{asked['directory']}/output", f"{asked['directory']}/errors")
-    ):
+    for stream, path in enumerate((os.devnull, f"{directory}/output", f"{directory}/errors")):
         opened = os.open(path, os.O_RDONLY if stream == 0 else os.O_WRONLY | os.O_APPEND)
         os.dup2(opened, stream)
         os.close(opened)
 
 
 if __name__ == "__main__":
-    if (asked := _serve(sys.argv[1:])) is not None:
-        _become(asked)
-        exec(compile(asked["code"], "<forked>", "exec"), {"__name__": "__main__"})
+    # Registered first, so called last: after threads were joined and what others registered.
+    atexit.register(_leave)
+    # Where nobody writes any more, opening would wait for ever.
+    descriptor = os.open(sys.argv[1], os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(descriptor, True)
+    with os.fdopen(descriptor) as queue:
+        found = _serve(queue, sys.argv[2:])
+    if found is None:
+        _statuses.append(0)
+    else:
+        _become(*found)
+        _run(found[1])
