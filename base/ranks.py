@@ -13,6 +13,8 @@ from mlsae.base.errors import InputError
 from mlsae.base.output.console import say
 
 POLL_SECONDS = 0.25
+QUIET_SECONDS = 10.0
+"""Shorter waits for another rank are not worth a line."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,18 @@ class Ranks:
         if self.is_first:
             say(line)
 
+    def await_first(self, done: Callable[[], bool], deed: str) -> None:
+        """Wait for a deed of rank 0, such as `to make the plan`; a long wait is told, once.
+
+        Ranks of one launcher share a console, where rank 1 speaks for all.
+        """
+        speaks = self.rank == 1 or "LOCAL_RANK" not in os.environ
+        line = (
+            f"rank {self.rank} waits for rank 0 {deed}; if no other process runs this command, "
+            "unset RANK and WORLD_SIZE"
+        )
+        wait_until(done, lambda: say(line) if speaks else None)
+
     def own(self, shards: list[int]) -> list[int]:
         """Shards of this process among `shards`: r, r + w, r + 2w, …"""
         return [shard for shard in shards if shard % self.world_size == self.rank]
@@ -76,7 +90,16 @@ def environment_number(name: str, default: int) -> int:
     return int(text)
 
 
-def wait_until(done: Callable[[], bool]) -> None:
-    """Poll the file system until another rank has done its part."""
+def wait_until(done: Callable[[], bool], tell: Callable[[], object] = lambda: None) -> None:
+    """Poll the file system until another rank has done its part.
+
+    Args:
+        done: True once it has.
+        tell: called once, if that takes more than `QUIET_SECONDS`.
+    """
+    began, told = time.monotonic(), False
     while not done():
+        if not told and time.monotonic() - began >= QUIET_SECONDS:
+            tell()
+            told = True
         time.sleep(POLL_SECONDS)

@@ -4,6 +4,7 @@ import math
 import operator
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 
 from mlsae.base.errors import InputError
 
@@ -17,7 +18,10 @@ _BYTES = {
 EMPTY = "expected a value, got an empty one; is a variable unset?"
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/{1,2})(?=[^/]|$)")
 _SCHEMES = frozenset({"file", "hf", "http", "https", "s3"})
-_NUMBER = re.compile(r"\s*([0-9][0-9_]*\.?[0-9]*(?:e[+]?[0-9]+)?)\s*([a-z]*)\s*")
+# Bounded, since numbers are computed in full: 1e999999999 would fill the memory.
+_NUMBER = re.compile(
+    r"\s*([0-9][0-9_]{0,99}\.?[0-9]{0,99}(?:e[+]?0{0,99}[0-9]{1,2})?)\s*([a-z]*)\s*"
+)
 
 
 def parse_location(text: str) -> str:
@@ -56,8 +60,9 @@ def _parse(text: str, units: dict[str, int], what: str, examples: str) -> int:
     match = _NUMBER.fullmatch(text.lower())
     if match is None or match[2] not in units:
         raise InputError(f"expected {what} such as {examples}, got {text!r}")
-    value = float(match[1].replace("_", "")) * units[match[2]]
-    if value != int(value):
+    # Exact, where a float64 would round above 2⁵³.
+    value = Fraction(match[1].replace("_", "")) * units[match[2]]
+    if value.denominator != 1:
         raise InputError(f"expected a whole number of {what.split()[-1]}, got {text!r}")
     return int(value)
 

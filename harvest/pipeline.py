@@ -1,6 +1,7 @@
 """Text and a transformer to an activation store: pack and plan first, then shard by shard."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from mlsae.base.interruption import (
     interruptible,
 )
 from mlsae.base.machine.resources import require_writable
-from mlsae.base.output.console import Progress, say
+from mlsae.base.output.console import Progress
 from mlsae.base.ranks import Ranks, wait_until
 from mlsae.base.units import counted, portion
 from mlsae.harvest.compute.batches import Batches
@@ -35,9 +36,10 @@ from mlsae.harvest.report import dry_run_lines, encoding_lines, last_line, layer
 from mlsae.harvest.shards import harvest_shards
 from mlsae.harvest.text.packing import PackedText, pack
 from mlsae.harvest.text.report import text_lines
-from mlsae.harvest.text.sources import open_sources
+from mlsae.harvest.text.sources import Source, open_sources
 from mlsae.harvest.trial import try_batch
 from mlsae.models import Transformer, load, outline
+from mlsae.models.sites import check_sites
 from mlsae.store import Calibration, PlanMismatchError, Writer, create, open_store, resume
 from mlsae.store.places.objects import LocalObjects
 from mlsae.store.read.commits import pending_shards
@@ -104,7 +106,8 @@ def _run(config: HarvestConfig, interruption: Interruption) -> HarvestResult | N
     )
     request = resolve(config, model, device.type)
     if config.dry_run:
-        if (packed := _pack_and_check_room(request, model, ranks)) is not None:
+        if ranks.is_first:
+            packed = _pack_and_check_room(request, model, open_sources(config), ranks)
             _say_dry_run(request, model, packed, ranks)
         return None
     # Processes share it, in one run or in several of one plan: their bytes are equal.
@@ -144,15 +147,18 @@ def _loaded(config: HarvestConfig, model: Transformer) -> Transformer:
 def _fill(request: Request, model: Transformer, ranks: Ranks, interruption: Interruption) -> Writer:
     """Pack the text and harvest it, until the store is complete."""
     config = request.config
-    packed = _pack_and_check_room(request, model, ranks)
+    # Paths and model are refused before a long text is packed for nothing.
+    sources = open_sources(config) if ranks.is_first else ()
     with Progress("load the model", None, "", shown=ranks.is_first):
         model = _loaded(config, model)
+        check_sites(model, request.sites)
     for note in model.notes:
         ranks.say(note)
     batches = None
-    if packed is None:
+    if not ranks.is_first:
         writer = _join(config, model, ranks)
     else:
+        packed = _pack_and_check_room(request, model, sources, ranks)
         with Progress("prepare the store", None, ""):
             writer, batches = _begin(request, model, packed, ranks)
         if request.batch_is_free:
@@ -184,14 +190,14 @@ def _say_dry_run(request: Request, model: Transformer, packed: PackedText, ranks
     require_room(config, sizes[config.sized_as], len(packed.tokens))
 
 
-def _pack_and_check_room(request: Request, model: Transformer, ranks: Ranks) -> PackedText | None:
-    """Tokens of the text, in rank 0; None in the others, which read them from the store."""
-    if not ranks.is_first:
-        return None
+def _pack_and_check_room(
+    request: Request, model: Transformer, sources: Sequence[Source], ranks: Ranks
+) -> PackedText:
+    """Tokens of the text, for rank 0; other ranks read them from the store."""
     config = request.config
     with Progress("pack", config.max_tokens, "token") as progress:
         packed = pack(
-            open_sources(config),
+            sources,
             model.tokenizer,
             context_length=request.context_length,
             max_tokens=config.max_tokens,
@@ -265,12 +271,7 @@ def _written_calibration(path: Path) -> Calibration | None:
 
 def _join(config: HarvestConfig, model: Transformer, ranks: Ranks) -> Writer:
     """Wait for rank 0's plan and tokens, and take part if they are of this very model."""
-    if not (config.out / SETUP).exists():
-        say(
-            f"rank {ranks.rank} waits for rank 0 to make the plan at {config.out}; if no other "
-            "process runs this command, unset RANK and WORLD_SIZE"
-        )
-        wait_until((config.out / SETUP).exists)
+    ranks.await_first((config.out / SETUP).exists, f"to make the plan at {config.out}")
     writer = resume(
         config.out,
         producer=producer_of(model),

@@ -85,10 +85,9 @@ def layer_tables(store: Store) -> Iterator[str]:
         ):
             yield f"{layer:>5}  {_figure(norm):>10}  {_figure(largest):>11}  {cosine:>14}"
         yield from outlier_lines(store, site)
-    yield (
-        f"over {counted(moments.count, 'row')} of each layer: position 0 and special tokens "
-        "are out; the cosine is pooled over rows, about each layer's mean"
-    )
+    rows = counted(moments.count, "row")
+    yield f"over {rows} of each layer, without position 0 and special tokens"
+    yield "cosine: pooled over rows, about each layer's mean"
 
 
 def encoding_lines(store: Store) -> Iterator[str]:

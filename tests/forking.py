@@ -152,7 +152,7 @@ class Forking:
             (directory / name).write_text(f'#!/bin/sh\nexec {words} "$@"\n')
             (directory / name).chmod(0o755)
         path = f"{directory}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        # Of torch.distributed.run: the interpreter that it starts.
+        # torch.distributed.run starts that interpreter.
         return {"env": {**os.environ, "PATH": path, "PYTHON_EXEC": str(directory / "python")}}
 
     def end(self) -> None:

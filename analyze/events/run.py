@@ -77,7 +77,7 @@ def _fill(
         _require_room(config, plan, directory)
         directory.begin(content)
     else:
-        wait_until(lambda: directory.is_begun)
+        ranks.await_first(lambda: directory.is_begun, f"to begin {config.out}")
         directory.check_plan(content)
     directory.check_foreign(paths)
     pending = set(directory.pending(paths))

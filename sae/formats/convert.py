@@ -10,6 +10,7 @@ from typing import Any
 from mlsae.base.directories import content_of, held, require_outside_stores
 from mlsae.base.errors import InputError
 from mlsae.base.files import canonical_json, fsync_directory, sha256_file, write_durably
+from mlsae.base.output.console import Progress
 from mlsae.base.units import counted
 from mlsae.base.words import SITES
 from mlsae.sae.directory import CONFIG, WEIGHTS, write
@@ -60,7 +61,8 @@ def export_sae(
     if to not in FORMATS:
         raise InputError(f"--to must be one of {', '.join(FORMATS)}, got {to!r}")
     form, out = FORMATS[to], Path(out)
-    sae = load(run)
+    with Progress("read the SAE", None, ""):
+        sae = load(run)
     origin = _origin_of(sae.training_record, model)
     if form.folder is not None and (origin.site is None or not origin.layers):
         raise ConversionError(
@@ -69,7 +71,7 @@ def export_sae(
         )
     if obstacle := form.obstacle(sae, origin):
         raise ConversionError(f"the SAE {run} cannot be exported to {to}: {obstacle}")
-    with _claimed(out):
+    with _claimed(out), Progress("write the SAE", None, ""):
         return _write(sae, form, origin, out)
 
 
@@ -122,18 +124,19 @@ def import_sae(
     """
     if site is not None and site not in SITES:
         raise InputError(f"--site must be one of {', '.join(SITES)}, got {site!r}")
-    found, out = find(source, _FILES), Path(out)
-    form = _format_of(found)
-    content = read_json(found.directory / form.config_file)
-    foreign = form.read(found.directory, content)
+    with Progress("read the SAE", None, ""):
+        found, out = find(source, _FILES), Path(out)
+        form = _format_of(found)
+        content = read_json(found.directory / form.config_file)
+        foreign = form.read(found.directory, content)
     origin = Origin(
         site=_agreed("site", source, foreign.origin.site, site),
         layers=_agreed("layers", source, foreign.origin.layers, layers),
         model=foreign.origin.model,
     )
-    with _claimed(out):
+    with _claimed(out), Progress("write the SAE", None, ""):
         write(out, foreign.config, foreign.tensors, _record(form, found, foreign, origin, content))
-    return load(out)
+        return load(out)
 
 
 def format_imported(sae: SAE, out: Path) -> str:

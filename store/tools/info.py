@@ -75,7 +75,7 @@ class StoreInfo:
                     "layers": list(of_site.layers),
                     "mean_norm": of_site.norm_mean.tolist(),
                     "max_abs": of_site.max_abs.tolist(),
-                    "adjacent_cosine": of_site.adjacent_cosine().tolist(),
+                    "adjacent_cosine_pooled": of_site.adjacent_cosine().tolist(),
                 }
                 for site, of_site in self.moments.items()
             }

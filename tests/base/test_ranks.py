@@ -51,6 +51,34 @@ def test_a_number_of_a_launcher_is_a_number(monkeypatch: pytest.MonkeyPatch) -> 
         environment_number("LOCAL_RANK", 3)
 
 
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "quiet", "told"),
+    [(1, "1", 0.0, 1), (2, "2", 0.0, 0), (2, None, 0.0, 1), (1, "1", 9.0, 0)],
+)
+def test_a_long_wait_for_the_first_is_one_line_a_launcher(
+    rank: int,
+    local_rank: str | None,
+    quiet: float,
+    told: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Rank 1 speaks; one that no launcher started for itself; short waits go unsaid."""
+    monkeypatch.setattr("mlsae.base.ranks.QUIET_SECONDS", quiet)
+    monkeypatch.setattr("mlsae.base.ranks.POLL_SECONDS", 0.0)
+    if local_rank is None:
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+    else:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    answers = iter([False, False, True])
+    Ranks(rank, 3).await_first(lambda: next(answers), "to begin out")
+    line = (
+        f"rank {rank} waits for rank 0 to begin out; if no other process runs this command, "
+        "unset RANK and WORLD_SIZE\n"
+    )
+    assert capsys.readouterr().out == told * line
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_every_shard_has_one_owner(world_size: int) -> None:
     pending = [0, 1, 4, 5, 6, 9]

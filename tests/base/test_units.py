@@ -22,10 +22,14 @@ from mlsae.base.units import (
         ("16384", 16384),
         ("1_000", 1000),
         ("1B", 10**9),
+        ("1.1k", 1100),
+        ("9007199254740993", 2**53 + 1),
+        ("9223372.036854775807T", 2**63 - 1),
+        ("1e22", 10**22),
     ],
 )
 def test_counts(text, value):
-    """Powers of 1,000."""
+    """Powers of 1,000, exact beyond the whole numbers of float64."""
     assert parse_count(text) == value
 
 
@@ -38,7 +42,9 @@ def test_bytes(text, value):
     assert parse_bytes(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "ten", "10X", "-5", "1.5", "0x10", "10 M M"])
+@pytest.mark.parametrize(
+    "text", ["", "ten", "10X", "-5", "1.5", "0x10", "10 M M", "1e400", "9" * 999]
+)
 def test_other_counts_are_refused(text):
     """The text is repeated, with examples of what is expected."""
     with pytest.raises(InputError, match=r"got '"):

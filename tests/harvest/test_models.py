@@ -4,7 +4,6 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mlsae.analyze.transformer import find_pieces, find_places, find_transformer
 from mlsae.base.errors import InputError
-from mlsae.harvest import HarvestConfig, pipeline, run
+from mlsae.harvest import HarvestConfig, run
 from mlsae.models import Inputs, load
 from mlsae.models.capture import capture
 from mlsae.models.splice import run as logits_of
@@ -151,10 +150,11 @@ def test_weights_that_are_left_out_are_said_once(
 def test_a_rank_without_a_first_says_what_it_waits_for(
     config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def give_up(_done: Any) -> None:
+    def give_up(_seconds: float) -> None:
         raise InputError("the test waits no longer")
 
-    monkeypatch.setattr(pipeline, "wait_until", give_up)
+    monkeypatch.setattr("mlsae.base.ranks.QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("time.sleep", give_up)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     settings = config()

@@ -190,9 +190,10 @@ def test_end_of_a_harvest_shows_the_moments_by_layer(
         assert norm == pytest.approx(np.linalg.norm(x[layer], axis=1).mean(), rel=1e-4)
         assert largest == pytest.approx(np.abs(x[layer]).max(), rel=1e-4)
     assert float(table["0"][2]) == pytest.approx(cosine, abs=1e-4)
-    assert (
-        f"over {int(rows.sum()):,} rows of each layer: position 0 and special tokens" in lines[-2]
+    assert lines[-3] == (
+        f"over {int(rows.sum()):,} rows of each layer, without position 0 and special tokens"
     )
+    assert lines[-2] == "cosine: pooled over rows, about each layer's mean"
     assert f"store_id {store.store_id[:12]}" in lines[-1]
 
 

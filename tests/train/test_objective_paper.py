@@ -168,6 +168,7 @@ def test_a_run_is_of_whole_sequences_in_the_order_of_the_text(sample: Any, tmp_p
         ({"normalize": "center"}, "--preset paper has standardize or none for --normalize, got"),
         ({"layer_weights": (1.0, 2.0)}, "--preset paper has nothing for --layer-weights"),
         ({"resume": True}, "--preset paper keeps no checkpoints: leave --resume out"),
+        ({"lr": 1e38}, "--preset paper takes a --lr of at most 3.4e+37, got 1e+38"),
     ],
 )
 def test_what_the_preset_has_not(

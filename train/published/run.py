@@ -20,7 +20,7 @@ from mlsae.store import AnyStore, open_corpus
 from mlsae.train.data.overlap import Overlap, measure
 from mlsae.train.options import write_run_file
 from mlsae.train.plan import RunPlan, make_plans
-from mlsae.train.published.step import DEAD_AFTER, LR, PaperTrainer
+from mlsae.train.published.step import DEAD_AFTER, LR, MOST_LR, PaperTrainer
 from mlsae.train.running.baseline import add_pca, pca_fvu
 from mlsae.train.running.devices import make_accelerator
 from mlsae.train.running.evaluate import evaluate, not_finite
@@ -53,6 +53,9 @@ def run_paper(sweep: Sweep) -> Mapping[str, Any] | None:
         raise InputError("--preset paper trains one SAE a run: give each option one value")
     if sweep.config.resume:
         raise InputError("--preset paper keeps no checkpoints: leave --resume out, and start anew")
+    lr = sweep.config.lr or LR
+    if lr > MOST_LR:
+        raise InputError(f"--preset paper takes a --lr of at most {MOST_LR:.1e}, got {lr:g}")
     accelerator = make_accelerator(sweep.config.device)
     if accelerator.num_processes > 1:
         raise InputError(

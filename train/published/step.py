@@ -33,6 +33,8 @@ from mlsae.train.step.optimizer import ADAM_BETAS, ADAM_EPS, remove_along
 from mlsae.train.step.trainer import DivergedError
 
 LR = 1e-4
+MOST_LR = torch.finfo(torch.float32).max * (1 - ADAM_BETAS[0])
+"""Adam's first step is 1 / (1 − β₁) times the rate, a float32."""
 K_AUX = 256
 DEAD_AFTER = 76
 """Micro-batches; of 2,048 tokens as published, so 155,648 tokens."""
