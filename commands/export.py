@@ -11,7 +11,9 @@ from mlsae.commands.options import DIRECTORY, TEXT
 @click.argument("run", metavar="RUN", type=TEXT)
 @click.argument("out", type=DIRECTORY)
 @click.option(
-    "--to", required=True, help="Format: saelens, sparsify, dictionary-learning or mlsae."
+    "--to",
+    required=True,
+    help="Format: saelens, sparsify, dictionary-learning, llamascopium or mlsae.",
 )
 @click.option(
     "--model",

@@ -102,10 +102,10 @@ class Conversion:
     """Fields, whole numbers, that the configuration there has under the same names."""
     constants: Mapping[str, object] = field(default_factory=dict)
     """Further entries in the configuration, written and never read."""
-    bias: str = "b_dec"
-    """Name for the decoder's bias, where the format has one for each architecture."""
     copies: Callable[[Any], dict[str, torch.Tensor]] = lambda _: {}
     """Tensors that repeat an architecture's settings, beside its weights."""
+    is_read: bool = True
+    """False where SAEs of that name are read as another architecture."""
 
 
 @dataclass(frozen=True)

@@ -102,8 +102,9 @@ class ReLU(Architecture):
     conversions: ClassVar[Mapping[str, Conversion]] = {
         "saelens": Conversion(name="standard"),
         "dictionary-learning": Conversion(
-            name="AutoEncoder", constants={"trainer_class": "StandardTrainer"}, bias="bias"
+            name="AutoEncoder", constants={"trainer_class": "StandardTrainer"}
         ),
+        "llamascopium": Conversion(name="relu"),
     }
 
     @classmethod

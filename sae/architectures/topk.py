@@ -68,6 +68,7 @@ class TopK(Architecture):
             copies=_repeated,
         ),
         "mlsae": Conversion(settings=("k",)),
+        "llamascopium": Conversion(name="topk", settings=("k",)),
     }
 
     k: int

@@ -19,13 +19,12 @@ from mlsae.base.files import stand_in
 from mlsae.base.words import SITES
 from mlsae.sae.architectures.base import Architecture, Conversion, registered
 from mlsae.sae.config import SAEConfig
+from mlsae.sae.formats.weights import Tensors
 from mlsae.sae.model import SAE
 
 OURS = "mlsae"
 """Key under which an exported configuration says which site and layers the SAE was trained on."""
 _EXACT = (torch.float32, torch.float16, torch.bfloat16)
-
-Tensors = dict[str, torch.Tensor]
 
 
 class ConversionError(InputError):
@@ -51,7 +50,7 @@ class Foreign:
     config: SAEConfig
     """Shape and architecture."""
     tensors: Tensors
-    """W_enc (N, D), W_dec (N, D), b (D,) and b_enc (N,) where it has one; float32, on the CPU."""
+    """Parameters by name, a b_enc only where there is one; float32, on the CPU."""
     origin: Origin
     """Training data, as far as the files name it."""
     changes: tuple[str, ...] = ()
@@ -64,20 +63,27 @@ class Format:
 
     name: str
     """Format name, for `--to`."""
-    config_file: str
-    """Name of the JSON file."""
+    config_file: str | None
+    """Name of the JSON file; None for a format without one."""
     weights_file: str
     """Name of the tensor file."""
     read: Callable[[Path, Mapping[str, Any]], Foreign]
-    """Reads a directory, given its configuration; raises ConversionError."""
+    """Reads a directory, given its configuration, empty where it has none; raises
+    ConversionError."""
     obstacle: Callable[[SAE, Origin], str | None]
     """Reason why the format cannot express an SAE exactly, to end an error; None if it can."""
-    weights: Callable[[SAE], bytes]
-    """The tensor file."""
+    weights: Callable[[SAE, int | None], bytes]
+    """The tensor file; the second argument is the layer, where the format holds one."""
     configuration: Callable[[SAE, Origin, int | None], dict[str, Any]]
     """Content for the JSON file; the third argument is the layer, where the format holds one."""
     folder: Callable[[str, int], str] | None
     """Folder for a site and layer; None for a format whose SAE covers all layers."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files that a directory of this format has."""
+        names = (self.config_file, self.weights_file)
+        return tuple(name for name in names if name is not None)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -100,7 +106,7 @@ def _finite(text: str) -> float | str:
     return number if math.isfinite(number := float(text)) else text
 
 
-def require(config: Mapping[str, Any], key: str, path: Path, kind: type) -> Any:
+def require(config: Mapping[str, Any], key: str, path: Path, kind: type | tuple[type, ...]) -> Any:
     """A key's value.
 
     Raises:
@@ -108,7 +114,8 @@ def require(config: Mapping[str, Any], key: str, path: Path, kind: type) -> Any:
     """
     value = config.get(key)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConversionError(f"{path}: expected {key} as {kind.__name__}, got {value!r}")
+        name = kind.__name__ if isinstance(kind, type) else "number"
+        raise ConversionError(f"{path}: expected {key} as {name}, got {value!r}")
     return value
 
 
@@ -222,14 +229,14 @@ def conversion(sae: SAE, form: str) -> Conversion:
 def named(form: str, name: object) -> tuple[type[Architecture], Conversion] | None:
     """The architecture that a format calls so, and how it has it; None if it is not known."""
     for kind, found in conversions(form).items():
-        if found.name == name:
+        if found.name == name and found.is_read:
             return kind, found
     return None
 
 
 def understood(form: str) -> str:
     """Architecture names in a format, for a message."""
-    return " and ".join(found.name for found in conversions(form).values())
+    return " and ".join(found.name for found in conversions(form).values() if found.is_read)
 
 
 def settings_of(sae: SAE, form: str) -> dict[str, Any]:
@@ -257,7 +264,17 @@ def assemble(
     origin: Origin,
     changes: tuple[str, ...] = (),
 ) -> Foreign:
-    """An SAE from W_enc (N, D), W_dec (N, D), b (D,), b_enc (N,); an all-zero b_enc is left out."""
+    """An SAE from W_enc (N, D), W_dec (N, D), b (D,), b_enc (N,) and its architecture's own.
+
+    An all-zero b_enc is left out.
+
+    Args:
+        tensors: parameters by name.
+        architecture: the architecture.
+        normalize: normalisation of rows.
+        origin: training data.
+        changes: changes to the numbers, each in float64 and rounded once.
+    """
     kept = {name: tensor for name, tensor in tensors.items() if name != "b_enc" or tensor.any()}
     num_latents, d_in = kept["W_enc"].shape
     config = SAEConfig(
@@ -267,43 +284,53 @@ def assemble(
         normalize=normalize,
         encoder_bias="b_enc" in kept,
     )
-    return Foreign(config=config, tensors=kept, origin=origin, changes=changes)
+    rounded = tuple(f"{change}, rounded to float32" for change in changes)
+    return Foreign(config=config, tensors=kept, origin=origin, changes=rounded)
 
 
-def encoder_bias(sae: SAE) -> torch.Tensor:
-    """b_enc (N,), zeros where the SAE has none, for formats that always have one."""
-    return sae.W_enc.new_zeros(sae.config.num_latents) if sae.b_enc is None else sae.b_enc
+def no_place(
+    sae: SAE, form: str, *, standardizes: bool = False, is_by_layer: bool = True
+) -> str | None:
+    """Reason why a format cannot hold an SAE; None where it can.
 
-
-def no_place(sae: SAE, form: str, *, normalize: Collection[str]) -> str | None:
-    """Reason why a format with these normalisations cannot hold an SAE; None where it can."""
+    Args:
+        sae: the SAE.
+        form: name of the format.
+        standardizes: True for a format that can standardise rows.
+        is_by_layer: True for a format with a folder a layer, whose weights take the state of the
+            layer (formats/weights.py).
+    """
     config, known = sae.config, conversions(form)
     if type(config.architecture) not in known:
         return (
             f"the SAE has architecture {config.architecture.name}, and that format can hold only "
             f"{' and '.join(kind.name for kind in known)}"
         )
-    if config.layer_scale != "none":
+    if config.depends_on_layer and not is_by_layer:
         return (
-            f"the SAE multiplies rows by a factor of their layer (layer scale "
-            f"{config.layer_scale}), and that format cannot hold such a factor"
-        )
-    if config.depends_on_layer:
-        return (
-            f"the SAE normalises rows by their layer ({config.normalize}), and that format has no "
-            f"place for it"
+            f"the SAE has state for each layer ({_state(config)}), and that format holds one "
+            f"function for all layers"
         )
     if config.eps != SAEConfig.eps:
         return (
             f"the SAE adds {config.eps:.2g} to standard deviations, for rows that are very small, "
             f"and that format {SAEConfig.eps:g}"
         )
-    if config.normalize not in normalize:
+    if config.normalize == "standardize" and not standardizes:
         return (
             "the SAE standardises each row, and that format has no place for a normalisation; "
             "saelens and mlsae have"
         )
     return None
+
+
+def _state(config: SAEConfig) -> str:
+    """State that depends on the layer, for a message."""
+    if config.layer_scale != "none":
+        return f"layer scale {config.layer_scale}"
+    if config.architecture.depends_on_layer:
+        return "thresholds"
+    return f"normalize {config.normalize}"
 
 
 def trained_on(record: object, model: str | None, fallback: Origin) -> Origin:

@@ -14,7 +14,13 @@ from mlsae.base.output.console import Progress
 from mlsae.base.units import counted
 from mlsae.base.words import SITES
 from mlsae.sae.directory import CONFIG, WEIGHTS, write
-from mlsae.sae.formats import dictionary_learning, published, saelens, sparsify
+from mlsae.sae.formats import (
+    dictionary_learning,
+    llamascopium,
+    published,
+    saelens,
+    sparsify,
+)
 from mlsae.sae.formats.common import (
     ConversionError,
     Foreign,
@@ -28,11 +34,17 @@ from mlsae.sae.model import SAE, load
 
 FORMATS: dict[str, Format] = {
     module.FORMAT.name: module.FORMAT
-    for module in (saelens, sparsify, dictionary_learning, published)
+    for module in (
+        saelens,
+        sparsify,
+        dictionary_learning,
+        published,
+        llamascopium,
+    )
 }
 """Name of the format, as `--to` takes it → format."""
 
-_FILES = sorted({name for f in FORMATS.values() for name in (f.config_file, f.weights_file)})
+_FILES = sorted({name for form in FORMATS.values() for name in form.files})
 _SKIP_POSITIONS = 1
 """First positions that analyze leaves out for an SAE that does not name those of training."""
 
@@ -43,11 +55,11 @@ def export_sae(
     """Write an SAE in the format of another tool.
 
     Reconstructions are the same function of the activations. A format that is of single layers
-    gets a folder for each layer, all with the same weights.
+    gets a folder for each layer, all with the same weights unless the SAE has state for each.
 
     Args:
         run: directory or hub id of an SAE of this package.
-        to: `saelens`, `sparsify`, `dictionary-learning` or `mlsae`.
+        to: a name in `FORMATS`.
         out: directory to be made; absent or empty.
         model: name of the transformer, for the formats that record it.
 
@@ -83,15 +95,16 @@ def _write(sae: SAE, form: Format, origin: Origin, out: Path) -> list[Path]:
     first = None
     for folder, layer in folders.items():
         folder.mkdir(parents=True, exist_ok=True)
-        if first is None:
+        if first is None or sae.config.depends_on_layer:
             first = folder / form.weights_file
-            write_durably(first, form.weights(sae))
+            write_durably(first, form.weights(sae, layer))
         else:
             _repeat(first, folder / form.weights_file)
-        write_durably(
-            folder / form.config_file,
-            canonical_json(form.configuration(sae, origin, layer)) + b"\n",
-        )
+        if form.config_file is not None:
+            write_durably(
+                folder / form.config_file,
+                canonical_json(form.configuration(sae, origin, layer)) + b"\n",
+            )
     return list(folders)
 
 
@@ -127,7 +140,7 @@ def import_sae(
     with Progress("read the SAE", None, ""):
         found, out = find(source, _FILES), Path(out)
         form = _format_of(found)
-        content = read_json(found.directory / form.config_file)
+        content = read_json(found.directory / form.config_file) if form.config_file else {}
         foreign = form.read(found.directory, content)
     origin = Origin(
         site=_agreed("site", source, foreign.origin.site, site),
@@ -162,7 +175,7 @@ def _format_of(found: Found) -> Format:
     forms = [
         form
         for form in FORMATS.values()
-        if all((directory / name).is_file() for name in (form.config_file, form.weights_file))
+        if all((directory / name).is_file() for name in form.files)
     ]
     if forms:
         return forms[0]
@@ -196,10 +209,7 @@ def _record(
         "imported": {
             "format": form.name,
             "source": found.source,
-            "sha256": {
-                name: sha256_file(found.directory / name)
-                for name in (form.config_file, form.weights_file)
-            },
+            "sha256": {name: sha256_file(found.directory / name) for name in form.files},
             "configuration": content,
             "model": origin.model,
             "changes": list(foreign.changes),

@@ -1,11 +1,12 @@
 """The format of dictionary_learning: config.json and ae.pt, a folder a layer.
 
 Its AutoEncoderTopK is our topk, its AutoEncoder our relu (whose decoder rows its own loader makes
-unit, and scales latents to match: the same function, rounded again). It has no place for a
-normalisation of rows: the factor that its trainer may scale activations by is put into the biases
-when it saves. Source: `dictionary_learning/dictionary.py`, `trainers/top_k.py`,
-`trainers/standard.py` and `utils.py` of
-https://github.com/saprmarks/dictionary_learning.
+unit, and scales latents to match: the same function, rounded again), its BatchTopKSAE and
+MatryoshkaBatchTopKSAE our batchtopk with one threshold, its JumpReluAutoEncoder, which subtracts no
+bias from rows, any of ours with latents above a threshold; its GatedAutoEncoder is read as such a
+one. It has no place for a normalisation of rows: the factor that its trainer may scale activations
+by is put into the biases when it saves. Source: `dictionary_learning/dictionary.py`, `utils.py` and
+`trainers/` of https://github.com/saprmarks/dictionary_learning.
 
 Shape suffixes: D channels, N latents.
 """
@@ -13,9 +14,9 @@ Shape suffixes: D channels, N latents.
 import io
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,11 +28,9 @@ from mlsae.sae.formats.common import (
     Foreign,
     Format,
     Origin,
-    Tensors,
     assemble,
     check_entries,
     conversion,
-    encoder_bias,
     layers_of,
     named,
     no_place,
@@ -42,19 +41,68 @@ from mlsae.sae.formats.common import (
     trained_on,
     understood,
 )
+from mlsae.sae.formats.weights import (
+    Tensors,
+    at_layer,
+    not_subtracting,
+    subtracting,
+    ungated,
+)
 from mlsae.sae.model import SAE
 
 _NAME = "dictionary-learning"
+_JUMPRELU, _GATED = "JumpReluAutoEncoder", "GatedAutoEncoder"
+_ONE_THRESHOLD = ("BatchTopKSAE", "MatryoshkaBatchTopKSAE")
 _CONFIG, _WEIGHTS = "config.json", "ae.pt"
+
+
+class _Part(NamedTuple):
+    """One of a class's tensors, in our terms."""
+
+    name: str
+    is_transposed: bool = False
+
+
+_GATES = ("gate_bias", "mag_bias", "r_mag")
+_LINEAR = {
+    "encoder.weight": _Part("W_enc"),
+    "encoder.bias": _Part("b_enc"),
+    "decoder.weight": _Part("W_dec", is_transposed=True),
+}
+_MATRICES = {
+    "W_enc": _Part("W_enc", is_transposed=True),
+    "b_enc": _Part("b_enc"),
+    "W_dec": _Part("W_dec"),
+    "b_dec": _Part("b"),
+    "threshold": _Part("threshold"),
+}
+_LAYOUTS = {
+    "AutoEncoder": _LINEAR | {"bias": _Part("b")},
+    "AutoEncoderTopK": _LINEAR | {"b_dec": _Part("b")},
+    "BatchTopKSAE": _LINEAR | {"b_dec": _Part("b"), "threshold": _Part("threshold")},
+    "MatryoshkaBatchTopKSAE": _MATRICES,
+    _JUMPRELU: _MATRICES,
+    _GATED: {
+        "encoder.weight": _Part("W_enc"),
+        "decoder.weight": _Part("W_dec", is_transposed=True),
+        "decoder_bias": _Part("b"),
+        **{gate: _Part(gate) for gate in _GATES},
+    },
+}
+"""Name of a class → names of its tensors."""
 _HARMLESS = (
     *("dict_class", "k", "submodule_name", "layer", "lm_name", OURS),
     *("activation_dim", "dict_size", "device", "wandb_name", "seed", "steps", "lr", "l1_penalty"),
     *("warmup_steps", "sparsity_warmup_steps", "resample_steps", "decay_start", "auxk_alpha"),
-    *("threshold_beta", "threshold_start_step"),
+    *("threshold_beta", "threshold_start_step", "top_k_aux", "bandwidth", "sparsity_penalty"),
+    *("target_l0", "group_fractions", "group_weights", "group_sizes"),
 )
 """Entries of a trainer that are read elsewhere, or were of training alone."""
 _DECIDED = {
-    "trainer_class": ("TopKTrainer", "StandardTrainer", "StandardTrainerAprilUpdate"),
+    "trainer_class": (
+        *("TopKTrainer", "StandardTrainer", "StandardTrainerAprilUpdate", "BatchTopKTrainer"),
+        *("MatryoshkaBatchTopKTrainer", "JumpReluTrainer", "GatedSAETrainer"),
+    ),
 }
 _BUFFER = (
     *("d_submodule", "layer", "n_ctxs", "ctx_len", "refresh_batch_size", "out_batch_size"),
@@ -67,12 +115,12 @@ _SUBMODULE = re.compile(rf"({'|'.join(SITES)})_layer_(\d+)")
 def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
     path = directory / _CONFIG
     trainer = require(config, "trainer", path, dict)
-    found_class = trainer.get("dict_class")
-    found = named(_NAME, found_class)
+    name = trainer.get("dict_class")
+    found = named(_NAME, _JUMPRELU if name == _GATED else name)
     if found is None:
         raise ConversionError(
-            f"{path} cannot be imported exactly: it is a {found_class}, and what is understood is "
-            f"{understood(_NAME)}"
+            f"{path} cannot be imported exactly: it is a {name}, and what is understood is "
+            f"{understood(_NAME)} and {_GATED}"
         )
     kind, theirs = found
     check_entries(config, path, harmless=("trainer", "buffer"))
@@ -88,25 +136,42 @@ def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
             f"that did"
         )
     architecture = read_settings(kind, _NAME, trainer, path)
-    shape = _shape(state, weights)
+    for setting in theirs.settings:
+        ours = getattr(architecture, setting)
+        if setting in state and (other := state[setting].tolist()) != ours:
+            raise ConversionError(f"{path} says {setting} {ours}, {weights} has {other}")
+    tensors, changes = _tensors(state, name, theirs.copies(architecture), weights)
+    return assemble(tensors, architecture, "none", _origin(trainer), changes)
+
+
+def _tensors(
+    state: Tensors, name: str, repeated: Collection[str], path: Path
+) -> tuple[Tensors, tuple[str, ...]]:
+    """Weights in our terms, and what changed."""
+    layout = _LAYOUTS[name]
+    num_latents, d_in = _shape(state, layout, path)
+    ours = {"W_enc": (num_latents, d_in), "W_dec": (num_latents, d_in), "b": (d_in,)}
     shapes = {
-        "encoder.weight": shape,
-        "encoder.bias": shape[:1],
-        "decoder.weight": shape[::-1],
-        theirs.bias: shape[1:],
+        there: ours.get(part.name, (num_latents,))[:: -1 if part.is_transposed else 1]
+        for there, part in layout.items()
     }
-    read = take(state, shapes, weights, ignored=theirs.copies(architecture))
-    for name in theirs.settings:
-        ours = getattr(architecture, name)
-        if name in state and (other := state[name].tolist()) != ours:
-            raise ConversionError(f"{path} says {name} {ours}, {weights} has {other}")
-    tensors = {
-        "W_enc": read["encoder.weight"],
-        "W_dec": read["decoder.weight"].T.contiguous(),
-        "b": read[theirs.bias],
-        "b_enc": read["encoder.bias"],
+    if name in _ONE_THRESHOLD:
+        shapes["threshold"] = ()
+    read = take(state, shapes, path, ignored=repeated)
+    found = {
+        part.name: read[there].T.contiguous() if part.is_transposed else read[there]
+        for there, part in layout.items()
     }
-    return assemble(tensors, architecture, "none", _origin(trainer))
+    if name in _ONE_THRESHOLD:
+        # Below 0 it was never set, and latents are those above 0.
+        found["threshold"] = found["threshold"].clamp(min=0).reshape(1)
+    if name == _JUMPRELU:
+        return subtracting(found)
+    if name == _GATED:
+        gates = [found.pop(gate) for gate in _GATES]
+        gated, changes = ungated(found["W_enc"], *gates)
+        return found | gated, changes
+    return found, ()
 
 
 def _load(path: Path) -> Tensors:
@@ -128,13 +193,16 @@ def _load(path: Path) -> Tensors:
     return state
 
 
-def _shape(state: Mapping[str, Any], path: Path) -> tuple[int, ...]:
+def _shape(state: Mapping[str, Any], layout: Mapping[str, _Part], path: Path) -> tuple[int, int]:
+    """Latents and channels, by the encoder's weights."""
     if any(not isinstance(t, torch.Tensor) for t in state.values()):
         raise ConversionError(f"{path}: expected tensors by name, and it holds something else")
-    encoder = state.get("encoder.weight")
+    name = next(there for there, part in layout.items() if part.name == "W_enc")
+    encoder = state.get(name)
     if encoder is None or encoder.ndim != 2:
-        raise ConversionError(f"{path} has no encoder.weight of shape (dict_size, activation_dim)")
-    return tuple(encoder.shape)
+        raise ConversionError(f"{path} has no {name} of dict_size and activation_dim")
+    num_latents, d_in = encoder.T.shape if layout[name].is_transposed else encoder.shape
+    return num_latents, d_in
 
 
 def _origin(trainer: Mapping[str, Any]) -> Origin:
@@ -148,16 +216,18 @@ def _origin(trainer: Mapping[str, Any]) -> Origin:
 
 
 def _obstacle(sae: SAE, _origin: Origin) -> str | None:
-    return no_place(sae, _NAME, normalize=("none",))
+    return no_place(sae, _NAME)
 
 
-def _weights(sae: SAE) -> bytes:
-    theirs = conversion(sae, _NAME)
+def _weights(sae: SAE, layer: int | None) -> bytes:
+    theirs, ours = conversion(sae, _NAME), at_layer(sae, layer)
+    if theirs.name == _JUMPRELU:
+        ours = not_subtracting(ours)
+    if theirs.name in _ONE_THRESHOLD:
+        ours["threshold"] = ours["threshold"][0]
     tensors = theirs.copies(sae.architecture) | {
-        "encoder.weight": sae.W_enc,
-        "encoder.bias": encoder_bias(sae),
-        "decoder.weight": sae.W_dec.T,
-        theirs.bias: sae.b,
+        there: ours[part.name].T if part.is_transposed else ours[part.name]
+        for there, part in _LAYOUTS[theirs.name].items()
     }
     buffer = io.BytesIO()
     # A copy of each, or the whole storage behind a view would be saved.

@@ -91,8 +91,7 @@ def _origin(config: Mapping[str, Any], names: list[str]) -> Origin:
 
 
 def _obstacle(sae: SAE, origin: Origin) -> str | None:
-    normalize = ("standardize", "none")
-    if obstacle := no_place(sae, _NAME, normalize=normalize):
+    if obstacle := no_place(sae, _NAME, standardizes=True, is_by_layer=False):
         return obstacle
     if sae.b_enc is not None:
         return "the SAE has an encoder bias, and that format has no place for one"
@@ -101,7 +100,7 @@ def _obstacle(sae: SAE, origin: Origin) -> str | None:
     return None
 
 
-def _weights(sae: SAE) -> bytes:
+def _weights(sae: SAE, _layer: int | None) -> bytes:
     tensors = {
         "encoder.weight": sae.W_enc,
         "decoder.weight": sae.W_dec.T,

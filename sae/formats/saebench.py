@@ -70,10 +70,9 @@ class ToolConfig:
     )
     """Arguments with which a model of TransformerLens has the activations of the model itself."""
 
-    @property
-    def metadata(self) -> "ToolConfig":
-        """The facts again, where SAELens from version 6 on looks for some."""
-        return self
+    def __post_init__(self) -> None:
+        # SAELens, from version 6 on, looks for some of the facts there; SAEBench sets it again.
+        self.metadata = self
 
     def to_dict(self) -> dict[str, Any]:
         """Facts as JSON, for the tools' reports."""

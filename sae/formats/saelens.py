@@ -2,7 +2,9 @@
 
 Its `layer_norm` divides by the unbiased standard deviation plus 1e-5 and multiplies by the standard
 deviation alone on the way back: our standardisation exactly. Its `standard` architecture is our
-relu. Source: `sae_lens/saes/sae.py`, `topk_sae.py` and `standard_sae.py` of https://github.com/jbloomAus/SAELens.
+relu; its `jumprelu` is any of ours with latents above a threshold; its `gated` is read as such a
+one. Source: `sae_lens/saes/sae.py`, `topk_sae.py`, `standard_sae.py`, `jumprelu_sae.py` and
+`gated_sae.py` of https://github.com/jbloomAus/SAELens.
 
 Shape suffixes: D channels, N latents.
 """
@@ -11,8 +13,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from mlsae.base.words import SITES
 from mlsae.sae.architectures.base import Architecture
@@ -23,11 +23,9 @@ from mlsae.sae.formats.common import (
     Foreign,
     Format,
     Origin,
-    Tensors,
     assemble,
     check_entries,
     conversion,
-    encoder_bias,
     named,
     no_place,
     origin_of_module,
@@ -39,19 +37,24 @@ from mlsae.sae.formats.common import (
     trained_on,
     understood,
 )
+from mlsae.sae.formats.weights import Tensors, at_layer, subtracting, ungated, with_norms
 from mlsae.sae.model import SAE
 
 _NAME = "saelens"
+_JUMPRELU, _GATED = "jumprelu", "gated"
 _CONFIG, _WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _VERSION = "6.0.0"
 """A configuration without a version, or with an earlier one, is taken for the older layout."""
 _NORM, _SHAPE = "normalize_activations", "reshape_activations"
-_NORMALIZE = {"standardize": "layer_norm", "none": "none"}
+_NORMALIZE = ("none", "layer_norm")
 _HARMLESS = (
     *("architecture", "d_in", "d_sae", "k", "apply_b_dec_to_input", _NORM, _SHAPE, "metadata"),
     *("rescale_acts_by_decoder_norm", "dtype", "device"),
     *("decoder_init_norm", "aux_loss_coefficient", "use_sparse_activations"),
     *("l1_coefficient", "lp_norm", "l1_warm_up_steps"),
+    *("jumprelu_init_threshold", "jumprelu_bandwidth", "jumprelu_sparsity_loss_mode"),
+    *("jumprelu_tanh_scale", "jumprelu_ste_to_input", "pre_act_loss_coefficient"),
+    *("l0_coefficient", "l0_warm_up_steps", "target_l0"),
 )
 """Entries that are read elsewhere, or were of training alone."""
 _METADATA = (
@@ -60,6 +63,7 @@ _METADATA = (
     *("dataset_trust_remote_code", "context_size", "prepend_bos", "seqpos_slice"),
     *("exclude_special_tokens", "sequence_separator_token", "disable_concat_sequences"),
     *("neuronpedia_id", "training_tokens", "artifacts_path"),
+    *("training_architecture", "training_architecture_details"),
 )
 """Entries of the metadata that say nothing of the encoder's input, or are read elsewhere."""
 _MODEL = (
@@ -90,47 +94,59 @@ def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
         )
     kind = _check(config, path)
     _check_input(metadata, path)
-    d_in, d_sae = require(config, "d_in", path, int), require(config, "d_sae", path, int)
-    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    found = take(read_safetensors(directory / _WEIGHTS), shapes, directory / _WEIGHTS)
-    tensors = {
-        "W_enc": found["W_enc"].T.contiguous(),
-        "W_dec": found["W_dec"],
-        "b": found["b_dec"],
-        "b_enc": found["b_enc"],
-    }
-    changes: tuple[str, ...] = ()
+    tensors, changes = _tensors(directory / _WEIGHTS, config, path)
+    if not config.get("apply_b_dec_to_input", True):
+        tensors, more = subtracting(tensors)
+        changes += more
     if config.get("rescale_acts_by_decoder_norm"):
-        tensors, changes = _folded(tensors)
+        tensors, more = with_norms(tensors)
+        changes += more
     normalize = "standardize" if config.get(_NORM) == "layer_norm" else "none"
     architecture = read_settings(kind, _NAME, config, path)
     return assemble(tensors, architecture, normalize, _origin(metadata), changes=changes)
 
 
+def _tensors(
+    weights: Path, config: Mapping[str, Any], path: Path
+) -> tuple[Tensors, tuple[str, ...]]:
+    """Weights in our terms, but for the bias that is subtracted; and what changed."""
+    d_in, d_sae = require(config, "d_in", path, int), require(config, "d_sae", path, int)
+    name = str(config.get("architecture", "standard"))
+    by_latent = {
+        _GATED: ("b_gate", "b_mag", "r_mag"),
+        _JUMPRELU: ("b_enc", "threshold"),
+    }.get(name, ("b_enc",))
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    shapes |= dict.fromkeys(by_latent, (d_sae,))
+    found = take(read_safetensors(weights), shapes, weights)
+    W_enc = found.pop("W_enc").T.contiguous()
+    tensors = {"W_enc": W_enc, "W_dec": found.pop("W_dec"), "b": found.pop("b_dec")}
+    if name != _GATED:
+        return tensors | found, ()
+    gated, changes = ungated(W_enc, found["b_gate"], found["b_mag"], found["r_mag"])
+    return tensors | gated, changes
+
+
 def _check(config: Mapping[str, Any], path: Path) -> type[Architecture]:
     """Architecture of a configuration; one that SAELens computes in another way is refused."""
-    found = named(_NAME, config.get("architecture", "standard"))
+    theirs = config.get("architecture", "standard")
+    found = named(_NAME, _JUMPRELU if theirs == _GATED else theirs)
     # Reason, key, default of SAELens, values that are understood.
     for reason, key, default, allowed in (
         (
-            f"of architecture {{}}; {understood(_NAME)} are understood",
+            f"of architecture {{}}; {understood(_NAME)} and {_GATED} are understood",
             "architecture",
             "standard",
-            () if found is None else (found[1].name,),
+            () if found is None else (theirs,),
         ),
         (
             "normalised by {}, which needs more than its files hold, or another formula; none and "
             "layer_norm are understood",
             _NORM,
             "none",
-            tuple(_NORMALIZE.values()),
+            _NORMALIZE,
         ),
-        (
-            "that does not subtract its bias from the input (apply_b_dec_to_input is {})",
-            "apply_b_dec_to_input",
-            True,
-            (True,),
-        ),
+        ("with apply_b_dec_to_input {}", "apply_b_dec_to_input", True, (True, False)),
         ("of rows in another shape (reshape_activations is {})", _SHAPE, "none", ("none",)),
     ):
         value = config.get(key, default)
@@ -168,24 +184,6 @@ def _check_input(metadata: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def _folded(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]]:
-    """Pre-activations times the decoder's norms, and latents divided by them, put into the weights.
-
-    Rounded to float32 once, as SAELens does when it saves an SAE for inference.
-    """
-    norms_N1 = torch.linalg.vector_norm(tensors["W_dec"].double(), dim=1, keepdim=True)
-    if (norms_N1 == 1).all():
-        return tensors, ()
-    # A latent that writes nothing never reads either: its pre-activation is multiplied by 0.
-    divisors_N1 = torch.where(norms_N1 > 0, norms_N1, 1)
-    folded = tensors | {
-        "W_enc": (tensors["W_enc"] * norms_N1).float(),
-        "b_enc": (tensors["b_enc"] * norms_N1[:, 0]).float(),
-        "W_dec": (tensors["W_dec"] / divisors_N1).float(),
-    }
-    return folded, ("decoder norms folded into the encoder, rounded to float32",)
-
-
 def _origin(metadata: Mapping[str, Any]) -> Origin:
     hook, model = metadata.get("hook_name"), metadata.get("model_name")
     origin = Origin()
@@ -196,16 +194,19 @@ def _origin(metadata: Mapping[str, Any]) -> Origin:
 
 
 def _obstacle(sae: SAE, _origin: Origin) -> str | None:
-    return no_place(sae, _NAME, normalize=tuple(_NORMALIZE))
+    return no_place(sae, _NAME, standardizes=True)
 
 
-def _weights(sae: SAE) -> bytes:
+def _weights(sae: SAE, layer: int | None) -> bytes:
+    ours = at_layer(sae, layer)
     tensors = {
-        "W_enc": sae.W_enc.T,
-        "b_enc": encoder_bias(sae),
-        "W_dec": sae.W_dec,
-        "b_dec": sae.b,
+        "W_enc": ours["W_enc"].T,
+        "b_enc": ours["b_enc"],
+        "W_dec": ours["W_dec"],
+        "b_dec": ours["b"],
     }
+    if "threshold" in ours:
+        tensors["threshold"] = ours["threshold"]
     return serialized(tensors)
 
 
@@ -218,7 +219,7 @@ def _configuration(sae: SAE, origin: Origin, layer: int | None) -> dict[str, Any
         "dtype": str(sae.W_enc.dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": True,
-        _NORM: _NORMALIZE[sae.config.normalize],
+        _NORM: "layer_norm" if sae.config.normalize == "standardize" else "none",
         _SHAPE: "none",
         "metadata": {
             "sae_lens_version": _VERSION,

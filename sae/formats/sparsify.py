@@ -22,7 +22,6 @@ from mlsae.sae.formats.common import (
     assemble,
     check_entries,
     conversion,
-    encoder_bias,
     named,
     no_place,
     origin_of_module,
@@ -33,6 +32,7 @@ from mlsae.sae.formats.common import (
     take,
     trained_on,
 )
+from mlsae.sae.formats.weights import at_layer
 from mlsae.sae.model import SAE
 
 _NAME = "sparsify"
@@ -82,7 +82,7 @@ def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
 
 
 def _obstacle(sae: SAE, origin: Origin) -> str | None:
-    if obstacle := no_place(sae, _NAME, normalize=("none",)):
+    if obstacle := no_place(sae, _NAME):
         return obstacle
     if origin.site not in _MODULES:
         return (
@@ -92,12 +92,13 @@ def _obstacle(sae: SAE, origin: Origin) -> str | None:
     return None
 
 
-def _weights(sae: SAE) -> bytes:
+def _weights(sae: SAE, layer: int | None) -> bytes:
+    ours = at_layer(sae, layer)
     tensors = {
-        "encoder.weight": sae.W_enc,
-        "encoder.bias": encoder_bias(sae),
-        "W_dec": sae.W_dec,
-        "b_dec": sae.b,
+        "encoder.weight": ours["W_enc"],
+        "encoder.bias": ours["b_enc"],
+        "W_dec": ours["W_dec"],
+        "b_dec": ours["b"],
     }
     return serialized(tensors)
 

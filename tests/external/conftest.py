@@ -3,6 +3,7 @@
 They are kept in `.external`, which git ignores, and made anew when what is to be installed changes.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIREMENTS = {
-    "saelens": ["torch==2.13.0", "sae-lens==6.54.12"],
+    # SAELens 6 is for TransformerLens below 4; the others are what SAEBench's measures import.
+    "saelens": [
+        "torch==2.13.0",
+        "sae-lens==6.54.12",
+        "transformer-lens<4",
+        "beartype==0.14.1",
+        "einops",
+        "jaxtyping==0.3.3",
+        "pandas",
+        "scikit-learn",
+        "tabulate",
+    ],
     "sparsify": ["torch==2.13.0", "eai-sparsify==1.3.3"],
     "published": [
         "torch==2.13.0",
@@ -53,8 +65,10 @@ REQUIREMENTS = {
     ],
     "selenium": ["selenium==4.44.0"],
 }
-ALONE = {"delphi": ["eai-delphi==0.1.3"]}
+ALONE = {"delphi": ["eai-delphi==0.1.3"], "saelens": ["sae-bench==0.6.0"]}
 """Tool → packages installed without their dependencies."""
+ENVIRONMENTS = {"saebench": "saelens"}
+"""Tool → another, in whose environment it is installed."""
 LIBRARIES = {"wandb": ["wandb==0.31.0"]}
 """Library → packages installed beside mlsae's own environment, in a folder for PYTHONPATH."""
 UNWANTED = ["torchvision"]
@@ -63,12 +77,19 @@ UNWANTED = ["torchvision"]
 
 @pytest.fixture(scope="session")
 def peer() -> Callable[..., str]:
-    """Run a script of this folder in a tool's environment: `peer("saelens", "forward", path)`."""
+    """Run a script of this folder in a tool's environment: `peer("saelens", "forward", path)`.
+
+    The script may import mlsae, as far as the environment has what that needs.
+    """
     ready: dict[str, Path] = {}
+    package = ROOT / ".external" / "package" / "mlsae"
 
     def run(tool: str, *arguments: object) -> str:
         if tool not in ready:
-            ready[tool] = environment(tool)
+            ready[tool] = environment(ENVIRONMENTS.get(tool, tool))
+            package.parent.mkdir(exist_ok=True)
+            if not package.is_symlink():
+                package.symlink_to(ROOT)
         script = Path(__file__).with_name(f"in_{tool}.py")
         done = subprocess.run(
             [str(ready[tool]), str(script), *map(str, arguments)],
@@ -76,6 +97,7 @@ def peer() -> Callable[..., str]:
             text=True,
             check=False,
             cwd=ROOT / ".external",
+            env=os.environ | {"PYTHONPATH": str(package.parent)},
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

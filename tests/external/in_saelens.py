@@ -1,7 +1,6 @@
-"""Run by SAELens's interpreter: `forward SAE X OUT`, or `make KIND SAE X OUT`, in float64."""
+"""Run by SAELens's interpreter: `forward SAE X OUT`, `make KIND SAE X OUT` or `twice SAE X`."""
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +14,16 @@ def forward(directory, x, out):
     sae = SAE.load_from_disk(directory).to(torch.float64)
     np.save(out, sae(torch.from_numpy(np.load(x))).detach().numpy())
     print(sae.cfg.metadata.hook_name)
+
+
+def twice(directory, x):
+    sae = SAE.load_from_disk(directory).to(torch.float64)
+    f = sae.encode(torch.from_numpy(np.load(x)))
+    sae.decode(f)
+    try:
+        sae.decode(f)
+    except AttributeError:
+        print("AttributeError")
 
 
 def make(kind, directory, x, out):
@@ -33,4 +42,4 @@ def make(kind, directory, x, out):
     forward(directory, x, out)
 
 
-{"forward": forward, "make": make}[sys.argv[1]](*sys.argv[2:-2], Path(sys.argv[-2]), sys.argv[-1])
+{"forward": forward, "make": make, "twice": twice}[sys.argv[1]](*sys.argv[2:])

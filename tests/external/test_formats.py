@@ -102,6 +102,16 @@ def test_the_tool_reads_an_export_of_relu(
         np.testing.assert_allclose(np.load(tmp_path / "y.npy"), ours(load(run), x), **close)
 
 
+def test_saelens_cannot_decode_a_standardised_sae_twice(
+    peer: Callable[..., str], x: Path, tmp_path: Path
+) -> None:
+    """The limit that docs/interop.md names; without a normalisation it can."""
+    for normalize, said in (("standardize", "AttributeError\n"), ("none", "")):
+        run = random_sae(tmp_path / normalize, normalize, bias=False)
+        directory, _ = export_sae(run, "saelens", tmp_path / f"{normalize}-out")
+        assert peer("saelens", "twice", directory, x) == said
+
+
 @pytest.mark.parametrize(
     ("kind", "close"),
     [

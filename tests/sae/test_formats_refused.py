@@ -60,7 +60,7 @@ def refused(result: Result, message: str, out: Path) -> None:
             "names the module whose output was encoded, and resid_mid is none that is the same in "
             "every transformer; resid_post and mlp_out are",
         ),
-        ("gguf", {}, "--to must be one of saelens, sparsify, dictionary-learning, mlsae, got"),
+        ("gguf", {}, "--to must be one of saelens, sparsify, dictionary-learning, mlsae, llama"),
     ],
 )
 def test_what_a_format_cannot_express(
@@ -101,7 +101,7 @@ def test_an_sae_without_layers_has_no_place_in_a_format_of_single_layers(
             {"normalize_activations": "expected_average_only_in"},
             "normalised by 'expected_average_only_in', which needs more than its files hold",
         ),
-        ("saelens", {"apply_b_dec_to_input": False}, "does not subtract its bias from the input"),
+        ("saelens", {"apply_b_dec_to_input": None}, "an SAE with apply_b_dec_to_input None"),
         ("saelens", {"reshape_activations": "hook_z"}, "reshape_activations is 'hook_z'"),
         ("saelens", {"metadata": {}}, "was not written by SAELens 6 or later"),
         ("saelens", {"d_in": D + 1}, f"expected W_enc of shape ({D + 1}, {N}), got ({D}, {N})"),

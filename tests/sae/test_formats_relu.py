@@ -1,4 +1,4 @@
-"""ReLU SAEs, and SAEs with state by layer, in the formats of other tools."""
+"""ReLU SAEs in the formats of other tools."""
 
 import json
 from collections.abc import Callable
@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mlsae.sae import SAE, ReLU, SAEConfig, TopK, load
+from mlsae.sae import SAE, ReLU, SAEConfig, load
 from mlsae.sae.formats.common import ConversionError
-from mlsae.sae.formats.convert import FORMATS, export_sae, import_sae
+from mlsae.sae.formats.convert import export_sae, import_sae
 
 D, N = 12, 48
 
@@ -93,34 +93,3 @@ def test_formats_of_topk_refuse_relu(to: str, tmp_path: Path) -> None:
     message = f"to {to}: the SAE has architecture relu, and that format can hold only topk"
     with pytest.raises(ConversionError, match=message):
         export_sae(run, to, tmp_path / "out")
-
-
-@pytest.mark.parametrize("to", FORMATS)
-@pytest.mark.parametrize(
-    ("normalize", "layer_scale", "message"),
-    [
-        ("scale", "none", r"the SAE normalises rows by their layer \(scale\), and that format has"),
-        ("center", "none", r"the SAE normalises rows by their layer \(center\), and that format"),
-        ("none", "sqrt", r"multiplies rows by a factor of their layer \(layer scale sqrt\), and"),
-    ],
-)
-def test_state_by_layer_has_no_place_elsewhere(
-    to: str, normalize: str, layer_scale: str, message: str, tmp_path: Path
-) -> None:
-    """No format has any; nothing approximate is written."""
-    config = SAEConfig(
-        d_in=D,
-        num_latents=N,
-        architecture=TopK(4),
-        normalize=normalize,
-        layer_scale=layer_scale,
-        layers=(0, 3),
-    )
-    run = make(tmp_path / "run", config)
-    with pytest.raises(ConversionError, match=message):
-        export_sae(run, to, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    again = load(run)
-    assert again.config == config
-    state = "layer_shift" if normalize == "center" else "layer_factor"
-    assert state in again.state_dict()
