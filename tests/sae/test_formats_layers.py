@@ -221,6 +221,6 @@ def test_an_sae_of_llamascopium_is_imported(
 def test_what_of_llamascopium_is_refused(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    """What is not understood is named."""
+    """Each setting with which Llamascopium computes otherwise is named."""
     with pytest.raises(ConversionError, match=message):
         import_sae(theirs(tmp_path / "theirs", **changes), tmp_path / "sae")
