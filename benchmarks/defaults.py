@@ -1,9 +1,10 @@
 """Defaults of `mlsae train` against the best of a grid of batch sizes and learning rates.
 
-For each store and each number of rows: every batch size is a run, whose SAEs are one for each
-learning rate, and one run gets no option but the store, the rows and --out. The figure is the
-mean over layers of the held-out rows' FVU; PCA with as many directions as the SAE has active
-latents stands beside.
+For each store and each number of rows, one run gets no option but the store, the rows and --out.
+Then each batch size is a run, with an SAE for each learning rate, multiples of the first run's.
+The figure is the mean over layers of the held-out rows' FVU; PCA with as many directions as the
+SAE has active latents stands beside. An SAE may buy FVU with latents that die, so the best is the
+best of those that keep nine latents in ten.
 
     python -m benchmarks.defaults --work DIR --json docs/evidence/defaults.json \\
         NAME=STORE=ROWS[,ROWS…] …
@@ -26,9 +27,9 @@ from benchmarks.markdown import made, paragraph, table
 from mlsae.base.units import format_count, parse_count
 from mlsae.store import open_store
 
-BATCHES = (512, 1024, 2048, 4096, 8192, 16384)
-LEAST_STEPS = 50
-"""Fewer are no training: such a batch is left out of the grid."""
+FACTORS = "0.25,0.5,1,2"
+MOST_DEAD = 0.1
+"""Share of dead latents above which an SAE is not the best, whatever its FVU."""
 
 
 def train(store: Path, rows: int, out: Path, *options: str) -> list[dict[str, Any]]:
@@ -42,81 +43,95 @@ def train(store: Path, rows: int, out: Path, *options: str) -> list[dict[str, An
 
 def figures(record: dict[str, Any]) -> dict[str, Any]:
     """Settings and figures of an SAE that the grid is about."""
-    settings, layers = record["settings"], record["metrics"]["position_0_out"]["layers"]
+    settings, metrics = record["settings"], record["metrics"]["position_0_out"]
+    layers = metrics["layers"]
     return {
         "batch": settings["batch_size"],
         "lr": settings["lr"],
         "steps": settings["num_steps"],
         "latents": settings["num_latents"],
         "fvu": fmean(entry["fvu"] for entry in layers),
+        "dead": metrics["dead_fraction"],
         "worst_of_pca": max(entry["fvu"] / entry["fvu_pca"] for entry in layers),
     }
 
 
-def measure(name: str, path: Path, rows: int, rates: Sequence[float], work: Path) -> dict[str, Any]:
-    """The grid of a store and a number of rows, and the run with defaults."""
+def measure(
+    name: str,
+    path: Path,
+    rows: int,
+    batches: Sequence[int],
+    factors: Sequence[float],
+    work: Path,
+    options: Sequence[str],
+) -> dict[str, Any]:
+    """The run with defaults, and the grid about it."""
     store = open_store(path)
     where = work / f"{name}-{rows}"
+    (default,) = map(figures, train(path, rows, where / "default", *options))
+    rates = ",".join(f"{factor * default['lr']:.3g}" for factor in factors)
     grid: list[dict[str, Any]] = []
-    for batch in BATCHES:
-        if rows // batch >= LEAST_STEPS:
-            # One run for each rate: those of an earlier, smaller grid stay.
-            for rate in rates:
-                out = where / f"batch{batch}-lr{rate:g}"
-                options = ("--batch-size", str(batch), "--lr", str(rate))
-                grid += map(figures, train(path, rows, out, *options))
-    (default,) = map(figures, train(path, rows, where / "default"))
-    best = min(grid, key=lambda entry: entry["fvu"])
+    for batch in batches:
+        out = where / f"batch{batch}"
+        given = ("--batch-size", str(batch), "--lr", rates, *options)
+        grid += map(figures, train(path, rows, out, *given))
     return {
         "name": name,
         "rows": rows,
         "d_model": store.d_model,
         "layers": len(store.layers),
         "epoch_rows": store.num_rows * len(store.layers),
+        "options": list(options),
         "grid": grid,
         "default": default,
-        "best": best,
-        "is_edge": best["lr"] in (min(rates), max(rates)),
-        "default / best": default["fvu"] / best["fvu"],
     }
+
+
+def best(study: dict[str, Any], most_dead: float = MOST_DEAD) -> dict[str, Any]:
+    """The run with the lowest FVU among those with few dead latents."""
+    tried = [*study["grid"], study["default"]]
+    return min((e for e in tried if e["dead"] <= most_dead), key=lambda entry: entry["fvu"])
 
 
 def page(content: dict[str, Any]) -> str:
     """Markdown of the evidence page."""
     sections = []
     for study in content["studies"]:
-        default, best = study["default"], study["best"]
+        default, found, any_dead = study["default"], best(study), best(study, 1.0)
         rates = sorted({entry["lr"] for entry in study["grid"]})
         batches = sorted({entry["batch"] for entry in study["grid"]})
-        fvu = {(entry["batch"], entry["lr"]): entry["fvu"] for entry in study["grid"]}
+        cells = {
+            (entry["batch"], entry["lr"]): f"{entry['fvu']:.4f} ({entry['dead']:.0%})"
+            for entry in study["grid"]
+        }
         rows = [
-            [
-                f"{batch:,}",
-                *(f"{fvu[batch, r]:.4f}" if (batch, r) in fvu else "diverged" for r in rates),
-            ]
+            [f"{batch:,}", *(cells.get((batch, rate), "diverged") for rate in rates)]
             for batch in batches
         ]
-        edge = (
-            " The best rate is the grid's last: a better one may lie beyond."
-            if (study["is_edge"])
-            else ""
-        )
-        ratio, epochs = default["fvu"] / best["fvu"], study["rows"] / study["epoch_rows"]
+        more = ""
+        if any_dead["fvu"] < found["fvu"]:
+            more = (
+                f" The lowest FVU, {any_dead['fvu']:.4f}, has {any_dead['dead']:.0%} of its "
+                f"latents dead."
+            )
+        epochs = study["rows"] / study["epoch_rows"]
         text = paragraph(
             f"{study['layers']} layers, d_model {study['d_model']}, {default['latents']:,} "
-            f"latents, {format_count(study['rows'])} rows ({epochs:.2g} epochs). Defaults: batch "
+            f"latents, {format_count(study['rows'])} rows ({epochs:.2g} epochs"
+            f"{', ' + ' '.join(study['options']) if study['options'] else ''}). Defaults: batch "
             f"{default['batch']:,}, {default['steps']:,} steps, learning rate "
-            f"{default['lr']:.2g}, FVU **{default['fvu']:.4f}**: {ratio:.2f} times the best, "
-            f"{best['fvu']:.4f} (batch {best['batch']:,}, learning rate {best['lr']:.2g}), and at "
-            f"most {default['worst_of_pca']:.2f} times PCA's at any layer.{edge}"
+            f"{default['lr']:.2g}: FVU **{default['fvu']:.4f}**, {default['dead']:.1%} dead, "
+            f"**{default['fvu'] / found['fvu']:.2f}** times the best, {found['fvu']:.4f} (batch "
+            f"{found['batch']:,}, learning rate {found['lr']:.2g}, {found['dead']:.1%} dead), and "
+            f"at most {default['worst_of_pca']:.2f} times PCA's at any layer.{more}"
         )
-        head = ["batch", *(f"lr {rate:g}" for rate in rates)]
+        head = ["batch", *(f"lr {rate:.2g}" for rate in rates)]
         title = f"## {study['name']}, {format_count(study['rows'])} rows"
         sections.append("\n\n".join([title, text, table(head, rows)]))
     about = paragraph(
         "`mlsae train` with nothing but a store, against the best of a grid of batch sizes and "
         "learning rates on the same rows, one seed. FVU is the mean over layers of the held-out "
-        "rows'."
+        f"rows', dead latents in brackets; the best is of SAEs with at most {MOST_DEAD:.0%} dead."
     )
     body = "\n\n".join(sections)
     return f"""# Defaults of training
@@ -139,23 +154,33 @@ python -m benchmarks.defaults --work runs/defaults --json docs/evidence/defaults
 """
 
 
+def _ratio(study: dict[str, Any]) -> float:
+    return float(study["default"]["fvu"] / best(study)["fvu"])
+
+
 def main() -> None:
     """Measure, and write the JSON and the page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("studies", nargs="+", metavar="NAME=STORE=ROWS[,ROWS]")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--lr", default="1e-4,2e-4,4e-4,8e-4,1.6e-3")
+    parser.add_argument("--batches", default="512,1024,2048")
+    parser.add_argument("--factors", default=FACTORS, help="of the default's learning rate")
+    parser.add_argument("--precision", default="float32")
     arguments = parser.parse_args()
-    rates = [float(word) for word in arguments.lr.split(",")]
+    batches = [int(word) for word in arguments.batches.split(",")]
+    factors = [float(word) for word in arguments.factors.split(",")]
+    options = [] if arguments.precision == "float32" else ["--precision", arguments.precision]
     studies = []
+    if arguments.json.exists():
+        studies = json.loads(arguments.json.read_text())["studies"]
     for study in arguments.studies:
         name, store, counts = study.split("=")
         for count in counts.split(","):
             rows = parse_count(count)
-            studies.append(measure(name, Path(store), rows, rates, arguments.work))
-            shown = studies[-1]
-            print(name, rows, f"default / best {shown['default / best']:.3f}", flush=True)
+            made_now = measure(name, Path(store), rows, batches, factors, arguments.work, options)
+            studies = [s for s in studies if (s["name"], s["rows"]) != (name, rows)] + [made_now]
+            print(name, rows, f"default / best {_ratio(made_now):.3f}", flush=True)
     content = {
         "studies": studies,
         "machine": machine(),
@@ -164,7 +189,7 @@ def main() -> None:
     }
     arguments.json.write_text(json.dumps(content, indent=1) + "\n")
     arguments.json.with_suffix(".md").write_text(page(content))
-    ratios = {f"{s['name']} {s['rows']}": s["default / best"] for s in studies}
+    ratios = {f"{s['name']} {s['rows']}": _ratio(s) for s in studies}
     print(json.dumps({"benchmark": "defaults", "default / best": ratios}))
 
 

@@ -210,7 +210,11 @@ def make_plans(sweep: Sweep, store: AnyStore) -> list[RunPlan]:
 
 def _schedule(config: TrainConfig, sae: SAEConfig, num_steps: int) -> Schedule:
     return Schedule(
-        config.peak_lr(sae.num_latents), num_steps, config.warmup, config.decay, config.schedule
+        config.peak_lr(sae.num_latents, sae.d_in, num_steps),
+        num_steps,
+        config.warmup,
+        config.decay,
+        config.schedule,
     )
 
 

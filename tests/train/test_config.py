@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,17 +96,37 @@ def test_too_little_memory_is_refused_with_the_numbers(sample: Any, tmp_path: Pa
 
 
 def test_defaults_are_those_of_the_literature(sample: Any) -> None:
-    """R 64, k 32, one epoch, lr 2e-4 / √(latents / 2¹⁴), 1% and 20% of the steps."""
+    """R 64, k 32, one epoch, lr 2e-4 / √(latents / 2¹⁴) in long runs, decay over 20%."""
     config = TrainConfig(cache=sample.path, out=Path("run"))
     plan = make_plan(config, open_store(sample.path))
     assert plan.sae.num_latents == 64 * 20
     assert plan.sae.architecture == TopK(32)
     assert plan.num_rows == plan.mixture.epoch_rows
-    assert plan.schedule.peak == pytest.approx(2e-4 / math.sqrt(1280 / 16384))
+    assert config.peak_lr(1280, 20, 10**8) == pytest.approx(2e-4 / math.sqrt(1280 / 16384))
     settings = plan.settings()
-    wanted = {"batch_size": 512, "warmup": 0.01, "lr_decay": 0.2, "skip_positions": 1}
+    wanted = {"batch_size": 512, "warmup": 0.1, "lr_decay": 0.2, "skip_positions": 1}
     assert {name: settings[name] for name in wanted} == wanted
     assert settings["loss_space"] == "standardized"
+
+
+def test_the_learning_rate_rises_as_runs_get_shorter(sample: Any) -> None:
+    """By the root of the steps, from where it is the published one down to 2,048 steps."""
+    config = TrainConfig(cache=sample.path, out=Path("run"))
+    published = 2e-4
+    for d_in, num_steps, factor in [
+        (512, 2**16, 1),
+        (512, 2**16 + 1, 1),
+        (512, 2**14, 2),
+        (512, 2**12, 4),
+        (64, 2**11, 16),
+        (64, 1, 16),
+        (4096, 2**11, 2),
+        (4096, 2**13, 1),
+    ]:
+        assert config.peak_lr(2**14, d_in, num_steps) == pytest.approx(factor * published)
+    assert replace(config, lr=1e-5).peak_lr(2**14, 64, 1) == 1e-5
+    plan = make_plan(config, open_store(sample.path))
+    assert plan.schedule.peak == config.peak_lr(1280, 20, plan.num_steps)
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def test_the_summary_is_printed_by_layer(
     assert lines[0].endswith(" on 3 layers (0–1, 3) of resid_post, 20 channels, on cpu")
     assert " steps of " in lines[1]
     assert lines[2] == f"log: {tmp_path / 'run' / 'log.jsonl'}"
-    assert lines[3].startswith("documents of ")
+    assert lines[3].endswith(" are in documents that are trained on in part")
     assert " ".join(lines[4].split()) == "layer FVU PCA FVU of u L0 FVU with position 0"
     assert [line.split()[0] for line in lines[5:8]] == ["0", "1", "3"]
     entries = read_sealed(tmp_path / "run" / "training.json")["metrics"]["position_0_out"]["layers"]

@@ -88,10 +88,10 @@ def test_defaults_of_a_run_are_no_choices(sample: Any, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     found = {
         "-R 3": {"num_latents": 60},
-        "--num-latents 64": {"num_latents": 64, "lr": 2e-4 / (64 / 2**14) ** 0.5},
+        "--num-latents 64": {"num_latents": 64, "lr": 2e-4 * 2**4 * (2**14 / 20) ** 0.5},
         "--max-rows 180": {"num_steps": 3},
         "--schedule constant": {"lr_decay": 0.0},
-        "--schedule cosine": {"lr_decay": 0.99},
+        "--schedule cosine": {"lr_decay": 0.9},
         "--seed 5": {"seed": 5, "data_seed": 5},
     }
     for beside, expected in found.items():

@@ -332,13 +332,15 @@ def test_an_sae_that_diverges_leaves_the_others_alone(
     config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are finished; the error names it, its step, layers and rate, and again when resumed."""
-    sweep = Sweep(config=config("sweep", checkpoint_seconds=0), axes={"lr": (1e30, 3e-3)})
+    sweep = Sweep(
+        config=config("sweep", checkpoint_seconds=0, warmup=0.0), axes={"lr": (1e30, 3e-3)}
+    )
     found = r"1 of 2 SAEs diverged, the others are finished: lr1e\+30: the loss is (nan|inf) "
     found += r"at step \d with learning rate 1e\+30, from layers? [013, ]+: training has diverged"
     with pytest.raises(DivergedSAEsError, match=found) as caught:
         run_sweep(sweep)
     out = sweep.config.out
-    assert_equal_saes(run(config("alone")).directory, out / "lr0.003")
+    assert_equal_saes(run(config("alone", warmup=0.0)).directory, out / "lr0.003")
     kept = read_sealed(out / "lr1e+30/diverged.json")["step"]
     assert (out / f"lr1e+30/checkpoints/step-{kept:010d}.json").exists()
     entries = read_sealed(out / "summary.json")["saes"]
@@ -350,7 +352,7 @@ def test_an_sae_that_diverges_leaves_the_others_alone(
 
 def test_one_sae_that_diverges_stops_with_its_step_layer_and_rate(config: Any) -> None:
     """And keeps its last checkpoint."""
-    alone = config("run", lr=1e30, checkpoint_seconds=0)
+    alone = config("run", lr=1e30, checkpoint_seconds=0, warmup=0.0)
     message = (
         r"^the loss is (nan|inf) at step (\d) with learning rate 1e\+30, from layers? [013, ]+:"
     )

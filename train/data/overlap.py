@@ -57,8 +57,8 @@ class Overlap:
         """Lines for people about what is shared; none where nothing is."""
         if self.share_of_documents:
             yield (
-                f"documents of {self.share_of_documents:.0%} of the tokens held out are trained "
-                f"on, too"
+                f"{self.share_of_documents:.0%} of the tokens held out are in documents that are "
+                f"trained on in part"
             )
         if self.num_shared_documents:
             shared = counted(self.num_shared_documents, "document")
