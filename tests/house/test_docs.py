@@ -27,7 +27,7 @@ SERVED = {ROOT / "docs/sharing.md"}
 """Pages that need servers; tests/house/test_sharing.py runs them."""
 BEGINNING = """\
 mlsae harvest --model demo --dataset demo --max-tokens 20k --context-length 128 --out acts
-mlsae train --cache acts --out sae -R 4 -k 8 --batch-size 1024 --validation-fraction 0.1
+mlsae train --cache acts --out sae -R 4 -k 8 --validation-fraction 0.1
 mlsae analyze --cache acts --sae sae --out analysis
 """
 """Beginning of several pages: run once, and each of them goes on in a copy."""
