@@ -165,7 +165,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--batches", default="512,1024,2048")
-    parser.add_argument("--factors", default=FACTORS, help="of the default's learning rate")
+    parser.add_argument(
+        "--factors", default=FACTORS, help="multiples of the default's learning rate"
+    )
     parser.add_argument("--precision", default="float32")
     arguments = parser.parse_args()
     batches = [int(word) for word in arguments.batches.split(",")]
