@@ -41,6 +41,8 @@ class Setting:
     """True where SAEs in one run may differ: the option takes several values, the field has one."""
     again: bool = False
     """True where the option may be given several times, for a tuple."""
+    by_layer: bool = False
+    """True for a value for each layer of the run."""
     is_file: bool = False
     """True for a path to a file, not to a directory."""
     on_command_line: bool = True
@@ -67,6 +69,7 @@ def setting(
     metavar: str | None = None,
     swept: bool = False,
     again: bool = False,
+    by_layer: bool = False,
     is_file: bool = False,
     on_command_line: bool = True,
     gives_way_to: tuple[str, ...] = (),
@@ -86,6 +89,7 @@ def setting(
         metavar=metavar,
         swept=swept,
         again=again,
+        by_layer=by_layer,
         is_file=is_file,
         on_command_line=on_command_line,
         gives_way_to=gives_way_to,

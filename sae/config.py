@@ -6,6 +6,7 @@ from typing import Any
 
 from mlsae.base.errors import InputError
 from mlsae.sae.architectures import Architecture, TopK, get
+from mlsae.sae.architectures.matryoshka import check_widths
 from mlsae.sae.normalize import EPS
 
 NORMALIZE = ("standardize", "none", "scale", "center")
@@ -16,6 +17,7 @@ _DEFAULTS = {
     "layer_scale": "none",
     "layers": None,
     "eps": EPS,
+    "matryoshka_widths": None,
 }
 """Values for keys that a file lacks."""
 
@@ -48,6 +50,9 @@ class SAEConfig:
     eps: float = EPS
     """Added to a row's standard deviation where the row is standardised: 1e-5 as published, less
     for rows that are not far larger."""
+    matryoshka_widths: tuple[int, ...] | None = None
+    """Widths of the prefixes of latents that were trained to reconstruct rows by themselves, the
+    last of them all latents; None without."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.architecture, Architecture):
@@ -75,6 +80,8 @@ class SAEConfig:
         if not isinstance(self.encoder_bias, bool):
             raise InputError(f"encoder_bias must be true or false, got {self.encoder_bias!r}")
         self.architecture.check(self)
+        if self.matryoshka_widths is not None:
+            self._check_prefixes(self.matryoshka_widths)
         if self.layer_scale != "none" and self.normalize != "none":
             raise InputError(
                 f"a layer scale takes rows as they are: layer_scale {self.layer_scale} needs "
@@ -87,6 +94,20 @@ class SAEConfig:
                 f"{self.layer_scale} there is "
                 f"{'such state' if self.depends_on_layer else 'none'}, got layers {self.layers}"
             )
+
+    def _check_prefixes(self, widths: tuple[int, ...]) -> None:
+        if not self.architecture.nests:
+            raise InputError(f"architecture {self.architecture.name} has no prefixes, got {widths}")
+        check_widths("matryoshka_widths", widths, self.num_latents)
+        if widths[-1] != self.num_latents:
+            raise InputError(
+                f"matryoshka_widths must end with num_latents, {self.num_latents}, got {widths}"
+            )
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """Widths of prefixes that reconstruct rows by themselves; all latents are the last."""
+        return self.matryoshka_widths or (self.num_latents,)
 
     @property
     def depends_on_layer(self) -> bool:
@@ -106,6 +127,7 @@ class SAEConfig:
             "layer_scale": self.layer_scale,
             "layers": None if self.layers is None else list(self.layers),
             "eps": self.eps,
+            "matryoshka_widths": self.matryoshka_widths and list(self.matryoshka_widths),
         }
         return {
             key: value
@@ -136,7 +158,9 @@ class SAEConfig:
                     f"{where} {problem}: {', '.join(sorted(keys))}; expected "
                     f"{', '.join(sorted(known))}; this SAE needs another version of mlsae"
                 )
-        layers = content.get("layers")
         rest = {key: value for key, value in content.items() if key not in settings}
         rest["architecture"] = kind(**{name: content[name] for name in settings})
-        return cls(**{**rest, "layers": None if layers is None else tuple(layers)})
+        for name in ("layers", "matryoshka_widths"):
+            if rest.get(name) is not None:
+                rest[name] = tuple(rest[name])
+        return cls(**rest)

@@ -182,6 +182,19 @@ class SAE(torch.nn.Module):
         with as_given(values_BK):
             return bag(values_BK, self.W_dec, support) + self.b
 
+    def reconstructions(self, values: torch.Tensor, support: Support) -> torch.Tensor:
+        """û by each of `config.prefixes`, (B, G, D), with gradients as `reconstruct`.
+
+        Decoder rows are added once, each to the part between two widths, and then the parts.
+        """
+        prefixes = self.config.prefixes
+        if len(prefixes) == 1:
+            return self.reconstruct(values, support)[:, None]
+        values_E, parts = support.nested(values, prefixes)
+        with as_given(values_E):
+            parts_BGD = bag(values_E, self.W_dec, parts).view(-1, len(prefixes), self.config.d_in)
+            return parts_BGD.cumsum(dim=1) + self.b
+
     def encode(self, x: torch.Tensor, layer: torch.Tensor | int | None = None) -> Latents:
         """The latents of rows; selection is exact.
 
@@ -252,6 +265,18 @@ class SAE(torch.nn.Module):
         mean_BD = latents.mean.reshape(-1, latents.mean.shape[-1])
         x_hat_BD = restore(u_hat_BD, mean_BD, latents.scale.reshape(-1, 1))
         return x_hat_BD.view(*lead, self.config.d_in)
+
+    def decode_prefixes(self, latents: Latents) -> torch.Tensor:
+        """x̂ by each of `config.prefixes`, (..., G, d_in); the last is that by all latents."""
+        prefixes = self.config.prefixes
+        if len(prefixes) == 1:
+            return self.decode(latents)[..., None, :]
+        lead, k = latents.values.shape[:-1], latents.values.shape[-1]
+        support = Support(latents.indices.reshape(-1, k), self.config.num_latents)
+        u_hat_BGD = self.reconstructions(latents.values.reshape(-1, k), support)
+        mean_B1D = latents.mean.reshape(-1, 1, latents.mean.shape[-1])
+        x_hat_BGD = restore(u_hat_BGD, mean_B1D, latents.scale.reshape(-1, 1, 1))
+        return x_hat_BGD.view(*lead, len(prefixes), self.config.d_in)
 
     def forward(self, x: torch.Tensor, layer: torch.Tensor | int | None = None) -> torch.Tensor:
         """x̂ for x, both (..., d_in); `layer` as for `encode`."""

@@ -32,6 +32,7 @@ _OF_PAPER: dict[str, tuple[object, ...]] = {
     "normalize": ("standardize", "none"),
     "layer_scale": ("none",),
     "layer_weights": (None,),
+    "matryoshka": (None,),
 }
 """Settings that the preset can be combined with."""
 
@@ -164,6 +165,7 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
     layer_weights: tuple[float, ...] | None = setting(
         default=None,
         unset="1 each",
+        by_layer=True,
         decides=True,
         group="Optimisation",
         parse=parse_numbers,
@@ -376,14 +378,18 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
     def _check_others(self) -> None:
         """Refuse settings that belong to other architectures."""
         own = {field.name for field in fields(get(self.architecture).settings)}
+        owners: dict[str, list[str]] = {}
         for kind in registered():
             for field in fields(kind.settings):
-                is_given = field.default is None and getattr(self, field.name, None) is not None
-                if is_given and field.name not in own:
-                    raise InputError(
-                        f"{self._flag(field.name)} belongs to --architecture {kind.name}, got "
-                        f"{self.architecture}: leave it out, or choose {kind.name}"
-                    )
+                if field.default is None and getattr(self, field.name, None) is not None:
+                    owners.setdefault(field.name, []).append(kind.name)
+        for name, kinds in owners.items():
+            if name not in own:
+                either = " or ".join(kinds)
+                raise InputError(
+                    f"{self._flag(name)} belongs to --architecture {either}, got "
+                    f"{self.architecture}: leave it out, or choose {either}"
+                )
 
     def latents(self, d_in: int) -> int:
         """Latents for rows with `d_in` channels."""

@@ -4,7 +4,7 @@ Shape suffixes: L layers, D channels.
 """
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,10 @@ import numpy.typing as npt
 import torch
 
 from mlsae.base.errors import InputError
-from mlsae.base.settings import flag
+from mlsae.base.settings import described
 from mlsae.sae import SAE, SAEConfig
 from mlsae.sae.architectures import get
+from mlsae.sae.architectures.matryoshka import widths
 from mlsae.sae.normalize import EPS
 from mlsae.store import Moments
 from mlsae.train.config import TrainConfig
@@ -51,6 +52,7 @@ def sae_config(config: TrainConfig, d_in: int, layers: tuple[int, ...]) -> SAECo
         encoder_bias=kind.encoder_bias,
         layer_scale=config.layer_scale,
         layers=layers if by_layer or architecture.depends_on_layer else None,
+        matryoshka_widths=widths(config.matryoshka, config.latents(d_in)),
     )
 
 
@@ -190,17 +192,13 @@ def of_sae(
     Raises:
         InputError: as from `of_layers`.
     """
-    names = ["layer_weights", *_names(get(config.architecture).settings)]
+    names = {"layer_weights"} | described(get(config.architecture).settings).keys()
     own: dict[str, Any] = {
-        name: of_layers(values, run_layers, layers, flag(type(config), name))
-        for name in names
-        if isinstance(values := getattr(config, name), tuple)
+        name: of_layers(getattr(config, name), run_layers, layers, one.flag(name))
+        for name, one in described(type(config)).items()
+        if one.by_layer and name in names
     }
     return replace(config, **own)
-
-
-def _names(settings: type[Any]) -> set[str]:
-    return {field.name for field in fields(settings)}
 
 
 def make_objective(

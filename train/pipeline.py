@@ -24,6 +24,7 @@ from mlsae.base.output.drawing import by_product
 from mlsae.base.units import counted
 from mlsae.sae.directory import TRAINING
 from mlsae.store import open_corpus
+from mlsae.train.calibrate import calibrate, is_calibrated
 from mlsae.train.config import TrainConfig
 from mlsae.train.data.decode import RowDecoder
 from mlsae.train.data.overlap import Overlap, measure
@@ -343,13 +344,17 @@ def _measure(
 
     def evaluated(member: Member) -> dict[str, Any]:
         sae, own = member.trainer.sae, member.plan
-        return evaluate(
-            sae, own.store, own.site, own.layers, own.validation, report=progress.update, **shared
-        )
+        rows = (sae, own.store, own.site, own.layers, own.validation)
+        if is_calibrated(sae.architecture):
+            calibrate(*rows, report=progress.update, **shared)
+        return evaluate(*rows, report=progress.update, **shared)
 
     own_share = len(plan.validation[ranks.process_index :: ranks.num_processes])
     layer_rows = own_share * plan.store.rows_per_sequence
-    num_rows = layer_rows * sum(len(member.plan.layers) for member in members)
+    num_rows = layer_rows * sum(
+        len(member.plan.layers) * (1 + is_calibrated(member.plan.sae.architecture))
+        for member in members
+    )
     with Progress("evaluate", num_rows, "row", shown=shown) as progress:
         metrics = team.map(evaluated, members)
     layers = plan.mixture.layers

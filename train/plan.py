@@ -16,6 +16,7 @@ from mlsae.store.read.split import validation_of
 from mlsae.train.config import TrainConfig
 from mlsae.train.data.mixture import Mixture
 from mlsae.train.data.rows import TrainingRows
+from mlsae.train.data.sampler import NUM_LANES
 from mlsae.train.initial import (
     layer_factors,
     of_sae,
@@ -34,6 +35,7 @@ _RESOLVED = {
     "epochs": "num_steps",
     "max_rows": "num_steps",
     "window": "slice_rows",
+    "matryoshka": "matryoshka_widths",
 }
 """Setting → the word of `RunPlan.settings` that it is resolved to, where that has another name."""
 _AT_DEFAULT = frozenset(
@@ -199,6 +201,7 @@ def make_plans(sweep: Sweep, store: AnyStore) -> list[RunPlan]:
             dead_after=1,
         )
         layer_factors(sae, moments, own)  # Refuses impossible layer scales.
+        _check_groups(plan)
         rows = plan.rows_until(num_steps)
         dead_after = default_dead_after(len(own), rows)
         if every := resample_every(member.config, num_steps):
@@ -206,6 +209,41 @@ def make_plans(sweep: Sweep, store: AnyStore) -> list[RunPlan]:
             dead_after = max(1, plan.rows_until(every) // 2)
         plans.append(replace(plan, num_rows=rows, dead_after=dead_after))
     return plans
+
+
+def _check_groups(plan: RunPlan) -> None:
+    """Refuse a run in which rows cannot share latents, or no threshold can be found afterwards."""
+    architecture, config, mixture = plan.sae.architecture, plan.config, plan.mixture
+    kind = f"--architecture {architecture.name}"
+    if architecture.selects_by_group:
+        lanes = range(NUM_LANES)
+        group_rows = max(mixture.rank_rows(lane, NUM_LANES) for lane in lanes)
+        if mixture.batch_rows < 2 * NUM_LANES:
+            raise InputError(
+                f"{kind} shares latents among the rows of a group, {NUM_LANES} of them in a batch: "
+                f"got {counted(mixture.batch_rows, 'row')} for them all; raise --batch-size"
+            )
+        if config.micro_batch is not None and config.micro_batch < group_rows:
+            raise InputError(
+                f"--micro-batch must hold a group of {kind}, {counted(group_rows, 'row')} of the "
+                f"{mixture.batch_rows} in a batch, got {config.micro_batch}: raise it, or lower "
+                f"--batch-size"
+            )
+    if architecture.calibrated_l0 is not None and not _holds_out_rows(plan):
+        raise InputError(
+            f"{kind} takes its threshold from rows held out, and there are none: raise "
+            f"--validation-fraction"
+        )
+
+
+def _holds_out_rows(plan: RunPlan) -> bool:
+    """True where a sequence held out has a row that counts, position 0 out."""
+    store, first = plan.store, max(1, plan.config.skip_positions)
+    starts = plan.validation * store.rows_per_sequence
+    return any(
+        store.eligible(first, start, start + store.rows_per_sequence).any()
+        for start in starts.tolist()
+    )
 
 
 def _schedule(config: TrainConfig, sae: SAEConfig, num_steps: int) -> Schedule:

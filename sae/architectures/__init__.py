@@ -2,11 +2,13 @@
 
 from mlsae.base.settings import setting, settings
 from mlsae.sae.architectures.base import Architecture, get, register, registered
+from mlsae.sae.architectures.batchtopk import BatchTopK, BatchTopKSettings
 from mlsae.sae.architectures.relu import ReLU, ReLUSettings
 from mlsae.sae.architectures.topk import TopK, TopKSettings
 
 register(TopK)
 register(ReLU)
+register(BatchTopK)
 
 
 @settings
@@ -25,13 +27,14 @@ class _Choice:
 
 
 @settings
-class ArchitectureSettings(ReLUSettings, TopKSettings, _Choice):
+class ArchitectureSettings(ReLUSettings, BatchTopKSettings, _Choice):
     """Training settings of all architectures, which a run's settings contain."""
 
 
 __all__ = [
     "Architecture",
     "ArchitectureSettings",
+    "BatchTopK",
     "ReLU",
     "ReLUSettings",
     "TopK",

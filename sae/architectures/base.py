@@ -75,13 +75,15 @@ class TrainingRows(NamedTuple):
     """(B,) each row's index among the SAE's layers."""
     step: int
     """Step in the run, from 0."""
+    groups: tuple[int, ...] = ()
+    """Rows of each group, one after another, where latents are selected by group; () for one."""
 
 
 class Activation(NamedTuple):
     """Latents at a piece of a batch in training."""
 
     values: torch.Tensor
-    """(B, K), 0 where a latent is not active, with gradients."""
+    """(B, K), 0 where a latent is not active, with gradients; (E,) at `Entries`."""
     support: Support
     """Places of the values, each latent at most once a row."""
     pre: torch.Tensor | None = None
@@ -128,6 +130,10 @@ class Architecture(ABC):
     """Revival of dead latents in training; None for none."""
     precisions: ClassVar[tuple[str, ...]] = ("float32",)
     """Precisions for the encoder product in training."""
+    selects_by_group: ClassVar[bool] = False
+    """True where a row's latents in training depend on other rows, those of its group."""
+    nests: ClassVar[bool] = False
+    """True where prefixes of the latents may be trained to reconstruct by themselves."""
     conversions: ClassVar[Mapping[str, Conversion]] = {}
     """Another tool's format → this architecture's form there; absent formats refuse it."""
 
@@ -195,6 +201,18 @@ class Architecture(ABC):
     @abstractmethod
     def most_active(self) -> int | None:
         """Most latents that a row may use; None for any number."""
+
+    @property
+    def most_in_training(self) -> int | None:
+        """Most latents that a row uses in training, in the mean over a step; None for any."""
+        return self.most_active
+
+    @property
+    def calibrated_l0(self) -> int | None:
+        """Mean number of latents a row for which `threshold` is set after training; None without.
+
+        The threshold is a parameter, (1,) or, where latents depend on the layer, (L,)."""
+        return None
 
     def most_rows(self, num_latents: int, element_size: int) -> int | None:  # noqa: ARG002
         """Rows that one gradient is best taken over; None for any number.

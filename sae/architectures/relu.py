@@ -51,6 +51,7 @@ class ReLUSettings:
     layer_l1: tuple[float, ...] | None = setting(
         default=None,
         unset="1 each",
+        by_layer=True,
         gives_way_to=("architecture",),
         decides=True,
         group="Architecture",

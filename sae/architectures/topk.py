@@ -22,13 +22,14 @@ from mlsae.sae.architectures.base import (
     TrainingRows,
     Weights,
 )
+from mlsae.sae.architectures.matryoshka import MatryoshkaSettings
 from mlsae.sae.kernels.functions import Choice, preactivations, selected
 from mlsae.sae.kernels.select import select, select_mixed
 from mlsae.sae.kernels.sparse import Support
 
 
 @settings
-class TopKSettings:
+class TopKSettings(MatryoshkaSettings):
     """Training settings of the architecture `topk`."""
 
     k: int = setting(
@@ -38,8 +39,39 @@ class TopKSettings:
         swept=True,
         short="-k",
         parse=parse_count,
-        doc="Latents that a row of topk may use.",
+        doc="Latents that a row of topk may use, or one of batchtopk in the mean.",
     )
+
+
+def check_k(k: object, shape: Shape) -> None:
+    """Refuse a k below 1 or above the number of latents.
+
+    Raises:
+        InputError: with k.
+    """
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise InputError(f"k must be a whole number of at least 1, got {k!r}")
+    if k > shape.num_latents:
+        raise InputError(
+            f"k must be at most num_latents: got k {k} and "
+            f"{counted(shape.num_latents, 'latent')}; "
+            f"lower -k or raise --num-latents or --expansion-factor"
+        )
+
+
+def with_bias(
+    u_BD: torch.Tensor, weights: Weights
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows, W_enc and b, with a channel of ones for the encoder bias where there is one.
+
+    The bias goes through the same products so.
+    """
+    W_enc, b, b_enc = weights["W_enc"], weights["b"], weights.get("b_enc")
+    if b_enc is None:
+        return u_BD, W_enc, b
+    ones = u_BD.new_ones(len(u_BD), 1)
+    W_enc = torch.cat([W_enc, b_enc[:, None]], dim=1)
+    return torch.cat([u_BD, ones], dim=1), W_enc, torch.cat([b, b.new_zeros(1)])
 
 
 def _repeated(architecture: "TopK") -> dict[str, torch.Tensor]:
@@ -56,6 +88,7 @@ class TopK(Architecture):
     settings = TopKSettings
     revival = "auxk"
     precisions = ("float32", "bfloat16")
+    nests = True
     conversions: ClassVar[Mapping[str, Conversion]] = {
         "saelens": Conversion(
             name="topk", settings=("k",), constants={"rescale_acts_by_decoder_norm": False}
@@ -87,14 +120,7 @@ class TopK(Architecture):
 
     def check(self, shape: Shape) -> None:
         """Refuse a k below 1 or above the number of latents."""
-        if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1:
-            raise InputError(f"k must be a whole number of at least 1, got {self.k!r}")
-        if self.k > shape.num_latents:
-            raise InputError(
-                f"k must be at most num_latents: got k {self.k} and "
-                f"{counted(shape.num_latents, 'latent')}; "
-                f"lower -k or raise --num-latents or --expansion-factor"
-            )
+        check_k(self.k, shape)
 
     @property
     def most_active(self) -> int:
@@ -119,12 +145,7 @@ class TopK(Architecture):
     def _activate(
         self, u_BD: torch.Tensor, weights: Weights, choose: Choice
     ) -> tuple[torch.Tensor, Support]:
-        W_enc, b, b_enc = weights["W_enc"], weights["b"], weights.get("b_enc")
-        if b_enc is not None:
-            # A channel of ones carries the bias through the same products.
-            W_enc = torch.cat([W_enc, b_enc[:, None]], dim=1)
-            b = torch.cat([b, b.new_zeros(1)])
-            u_BD = torch.cat([u_BD, u_BD.new_ones(len(u_BD), 1)], dim=1)
+        u_BD, W_enc, b = with_bias(u_BD, weights)
         pre_BK, indices_BK = selected(
             lambda c_BD, W: choose(c_BD, W, self.k), u_BD.detach() - b.detach(), W_enc
         )

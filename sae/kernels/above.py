@@ -135,13 +135,14 @@ def _blocks(
     block = block_rows(len(W_enc_ND), c_BD.element_size())
     for start in range(0, max(1, len(c_BD)), block):
         rows = slice(start, start + block)
-        pre_BN = _product(c_BD[rows], W_enc_ND, b_enc_N)
+        pre_BN = product(c_BD[rows], W_enc_ND, b_enc_N)
         yield pre_BN, pre_BN > (threshold[rows] if threshold.ndim == 2 else threshold)
 
 
-def _product(
+def product(
     c_BD: torch.Tensor, W_enc_ND: torch.Tensor, b_enc_N: torch.Tensor | None
 ) -> torch.Tensor:
+    """(B, N) pre-activations of (B, D) rows u − b; (N,) encoder bias, None for none."""
     if b_enc_N is None:
         return c_BD @ W_enc_ND.T
     return torch.addmm(b_enc_N, c_BD, W_enc_ND.T)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mlsae.sae.kernels.sparse import FullSupport, Support
+from mlsae.sae.kernels.sparse import Entries, FullSupport, Support
 
 Tensor = torch.Tensor
 Choice = Callable[..., tuple[Tensor, ...]]
@@ -94,7 +94,7 @@ def _select(choose: Choice, *tensors: Tensor | None) -> tuple[Tensor, ...]:
 
 def _at(support: Support, indices_BK: Tensor) -> Support:
     """The support of these indices: itself, with what it has sorted, unless a transform is on."""
-    if isinstance(support, FullSupport) or support.indices_BK is indices_BK:
+    if isinstance(support, FullSupport | Entries) or support.indices_BK is indices_BK:
         return support
     return Support(indices_BK, support.num_latents)
 

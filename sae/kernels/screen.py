@@ -49,11 +49,34 @@ class Screen:
         Returns:
             (B,) float32; infinite where nothing can be said.
         """
-        norm_B = torch.linalg.vector_norm(c_BD, dim=1)
-        off_B = torch.linalg.vector_norm(c_BD - c16_BD, dim=1)
-        sums = c_BD.shape[1] * 2.0**-22
-        error_B = off_B * self._longest + norm_B * (self._most_off + sums * self._longest)
+        norm_B, error_B = self._errors(c_BD, c16_BD)
         seen_B = seen_B.float()
         most_B = seen_B + seen_B.abs() * _UNIT * (1 + _UNIT) + error_B * (1 + _UNIT)
         is_known = (norm_B >= _LEAST_NORM) & (self._longest >= _LEAST_NORM) & most_B.isfinite()
         return torch.where(is_known, most_B, torch.inf)
+
+    def seen(self, c_BD: torch.Tensor, c16_BD: torch.Tensor, value: float) -> torch.Tensor:
+        """A product in bfloat16, at most which means that c · w is at most about `value`.
+
+        Args:
+            c_BD: (B, D) float32 rows.
+            c16_BD: (B, D) the same, rounded to bfloat16.
+            value: a number above 0.
+
+        Returns:
+            (B,) bfloat16, at least 0; `most` says how much c · w can be there.
+        """
+        _, error_B = self._errors(c_BD, c16_BD)
+        seen_B = (value - error_B * (1 + _UNIT)) / (1 + _UNIT * (1 + _UNIT))
+        # Half of the bits are cut off: nothing is rounded up.
+        bits_B = seen_B.clamp(min=0).view(torch.int32) >> 16
+        return bits_B.to(torch.int16).view(torch.bfloat16)
+
+    def _errors(
+        self, c_BD: torch.Tensor, c16_BD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B,) |c|, and (B,) bound on the error of c's products before they are rounded."""
+        norm_B = torch.linalg.vector_norm(c_BD, dim=1)
+        off_B = torch.linalg.vector_norm(c_BD - c16_BD, dim=1)
+        sums = c_BD.shape[1] * 2.0**-22
+        return norm_B, off_B * self._longest + norm_B * (self._most_off + sums * self._longest)

@@ -16,7 +16,7 @@ BLOCK_BYTES = 16 << 20
 """Pre-activations alive at once: a block of rows × latents."""
 _SCREENED_ROWS = 1024
 """Rows screened at once."""
-_LEAST_ROWS, _LEAST_WEIGHTS = 256, 1 << 19
+LEAST_ROWS, LEAST_WEIGHTS = 256, 1 << 19
 """Rows and weights from which screening pays: rounding the weights takes as long as some rows."""
 
 
@@ -79,8 +79,8 @@ def _screening_pays(c_BD: torch.Tensor, W_enc_ND: torch.Tensor, k: int) -> bool:
     return (
         c_BD.dtype == torch.float32
         and c_BD.device.type == "cpu"
-        and len(c_BD) >= _LEAST_ROWS
-        and W_enc_ND.numel() >= _LEAST_WEIGHTS
+        and len(c_BD) >= LEAST_ROWS
+        and W_enc_ND.numel() >= LEAST_WEIGHTS
         and _num_candidates(k, W_enc_ND) * 4 * GROUP <= len(W_enc_ND)
         and has_fast_bfloat16()
     )

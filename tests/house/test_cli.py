@@ -25,6 +25,7 @@ OPTIONS = {
     "config",
     "train": "cache cache-dir cache-size config out site layers expansion-factor num-latents k "
     "preset architecture l1 l1-warmup resample-every normalize layer-scale layer-weights layer-l1 "
+    "matryoshka threshold "
     "batch-size micro-batch epochs max-rows lr schedule lr-decay warmup clip-grad-norm "
     "validation-fraction skip-positions loss-space window seed data-seed device precision "
     "distribute resume keep track checkpoint-seconds",

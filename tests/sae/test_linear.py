@@ -98,7 +98,8 @@ def test_gradients_are_those_of_the_sae(kind: type[Architecture], state: str) ->
     sae, (x, layer) = make(kind, state), rows()
     x[1, 3] = 1e-3 * torch.linspace(-1, 1, D) ** 2  # The deviation has no derivative at 0.
     x.requires_grad_()
-    form, inputs = sae.linear(), (x, *sae.parameters())
+    trained = [p for p in sae.parameters() if p.requires_grad]
+    form, inputs = sae.linear(), (x, *trained)
     towards = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=x.dtype)
 
     def gradients(x_hat: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -111,7 +111,8 @@ def test_no_rows_give_no_ratio(sample: Any) -> None:
         world_size=1,
         sum_over_ranks=lambda t: t,
     )
-    entry = {"layer": 1, "num_rows": 0, "fvu": None, "fvu_standardized": None, "l0": None}
+    names = ("fvu", "fvu_standardized", "l0", "silent_fraction")
+    entry = {"layer": 1, "num_rows": 0, **dict.fromkeys(names)}
     assert found["position_0_in"]["layers"] == [entry]
     assert found["position_0_in"]["dead_fraction"] is None
     assert format_summary(found) == (

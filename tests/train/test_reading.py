@@ -25,7 +25,7 @@ def plan_of(steps: int) -> Iterator[Planned]:
     shares: list[Share] = []
     jobs: list[Job] = []
     for step in range(steps):
-        shares.append(Share(step, 1, num_jobs(step), NOTHING))
+        shares.append(Share(step, 1, num_jobs(step), NOTHING, NOTHING))
         runs = Runs(*[np.array([step])] * 3, np.zeros((1, 1), np.int64))
         jobs += [Job(shares[-1], step + SPREAD, runs)] * num_jobs(step)
         if step % 7 == 6:

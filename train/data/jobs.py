@@ -30,6 +30,8 @@ class Share:
     """Jobs that begin with this step and are still to be done; may be 0."""
     layer: Int64 = field(repr=False)
     """(n,) index into the layers for each row in the share; n may be 0."""
+    lane: Int64 = field(repr=False)
+    """(n,) lane of each row."""
 
 
 class Job(NamedTuple):
@@ -99,7 +101,13 @@ class _Epoch:
         walk, steps = self._walk, block.steps
         rows = walk.rows_before(np.arange(steps.start, steps.stop + 1)).tolist()
         shares = [
-            Share(self._epoch_start + step, walk.batch_rows(step), 0, walk.layers(start, stop))
+            Share(
+                self._epoch_start + step,
+                walk.batch_rows(step),
+                0,
+                walk.layers(start, stop),
+                walk.lanes(start, stop),
+            )
             for step, start, stop in zip(steps, rows, rows[1:], strict=False)
         ]
         if not len(block.opens):

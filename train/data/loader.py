@@ -29,6 +29,22 @@ class Batch(NamedTuple):
     """(n, width) for each further part of a stored row, such as the exponents of int8."""
     origin: torch.Tensor | None = None
     """(n,) int64 index into the store's `stores` of each row, where decoding asks for it."""
+    lane: torch.Tensor | None = None
+    """(n,) int64 lane of each row, on the CPU; None for one lane alone."""
+
+    def part(self, rows: slice | torch.Tensor) -> "Batch":
+        """Some rows: a slice, or indices in any order."""
+
+        def taken(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor[rows if isinstance(rows, slice) else rows.to(tensor.device)]
+
+        return self._replace(
+            x=taken(self.x),
+            layer=taken(self.layer),
+            more=tuple(taken(part) for part in self.more),
+            origin=None if self.origin is None else taken(self.origin),
+            lane=None if self.lane is None else taken(self.lane),
+        )
 
 
 def num_threads(store: AnyStore) -> int:
@@ -90,7 +106,8 @@ class Loader:
         if share is None:
             raise StopIteration
         (x, *more), layer, origin = self._window.batch(share)
-        return Batch(x, layer, share.num_rows, tuple(more), origin)
+        lane = torch.from_numpy(share.lane)
+        return Batch(x, layer, share.num_rows, tuple(more), origin, lane)
 
     def __enter__(self) -> "Loader":
         return self

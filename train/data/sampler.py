@@ -83,11 +83,17 @@ def check_world_size(world_size: int, num_lanes: int = NUM_LANES) -> None:
         )
 
 
+def lanes_of(layer: Int64, slot: Int64, num_lanes: int = NUM_LANES) -> Int64:
+    """The lane of each (layer, slot); the arguments broadcast."""
+    lanes: Int64 = (slot + layer) % num_lanes
+    return lanes
+
+
 def owned_slots(
     layer: Int64, slot: Int64, rank: int, world_size: int, num_lanes: int = NUM_LANES
 ) -> npt.NDArray[np.bool_]:
     """True for each (layer, slot) in one of this rank's lanes; the arguments broadcast."""
-    owned: npt.NDArray[np.bool_] = (slot + layer) % num_lanes % world_size == rank
+    owned: npt.NDArray[np.bool_] = lanes_of(layer, slot, num_lanes) % world_size == rank
     return owned
 
 

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlsae.train.data.sampler import Int64, Order, SliceParts, check_world_size, owned_slots
+from mlsae.train.data.sampler import (
+    Int64,
+    Order,
+    SliceParts,
+    check_world_size,
+    lanes_of,
+    owned_slots,
+)
 
 _BLOCK_ROWS = 1 << 18
 """Rows in a rank's share of the steps that are walked at once, or nearly."""
@@ -60,6 +67,8 @@ class Walk:
         self.layer: Int64 = layer[owned]
         """(num_places,) each place's index into the layers."""
         self._layers = np.concatenate([self.layer, self.layer])
+        lanes = lanes_of(layer, slot, order.num_lanes)[owned]
+        self._lanes = np.concatenate([lanes, lanes])
         self._items = items[owned]
         self._round_items = len(items)
         self._num_items = order.num_rows * order.num_layers
@@ -87,6 +96,11 @@ class Walk:
         """(stop − start,) layers at the rank's rows start … stop − 1, a round or less."""
         place = start % max(1, len(self.layer))
         return self._layers[place : place + stop - start]
+
+    def lanes(self, start: int, stop: int) -> Int64:
+        """(stop − start,) lanes at the same rows."""
+        place = start % max(1, len(self.layer))
+        return self._lanes[place : place + stop - start]
 
     def visits(self, block: StepBlock, width: int) -> tuple[Int64, Int64]:
         """Times at which the parts' rows are visited.

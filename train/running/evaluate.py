@@ -5,7 +5,7 @@ data set, never means of ratios. Special tokens are always out; position 0 is co
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,43 +25,82 @@ _BLOCK_ROWS = 4096
 class _LayerSums:
     """Sums over the evaluated rows of one layer, in float64, about a fixed point near the mean."""
 
-    def __init__(self, about_x: torch.Tensor, about_u: torch.Tensor, least_share: float) -> None:
+    def __init__(
+        self,
+        about_x: torch.Tensor,
+        about_u: torch.Tensor,
+        least_share: float,
+        prefixes: Sequence[int],
+    ) -> None:
         self._about, self._least_share = (about_x, about_u), least_share
-        width = len(about_x)
-        # rows, active values, then for x and u: error, squared length, and d channel sums.
-        self.sums = torch.zeros(2 + 2 * (2 + width), dtype=torch.float64, device=about_x.device)
+        self._prefixes = prefixes
+        width, more = len(about_x), 3 * (len(prefixes) - 1)
+        # rows, rows without a value, active values, then for x and u: error, squared length, and d
+        # channel sums; then active values and both errors of each prefix but the last.
+        size = 3 + 2 * (2 + width) + more
+        self.sums = torch.zeros(size, dtype=torch.float64, device=about_x.device)
 
     def add(
         self,
-        active: torch.Tensor,
+        active_BG: torch.Tensor,
         rows: tuple[torch.Tensor, torch.Tensor],
         reconstructions: tuple[torch.Tensor, torch.Tensor],
     ) -> None:
-        parts = [self.sums.new_tensor([len(active)]), active.sum().double()[None]]
+        """Count rows (B, D), their reconstructions (B, G, D) and their active values by prefix."""
+        num_active = active_BG.sum(dim=0, dtype=torch.float64)
+        silent = (active_BG[:, -1] == 0).sum()
+        parts = [self.sums.new_tensor([len(active_BG)]), silent.double()[None], num_active[-1:]]
+        more = [num_active[:-1]]
         for about, row, reconstruction in zip(self._about, rows, reconstructions, strict=True):
             row = row.double()
             centred = row - about
-            error = (row - reconstruction.double()).square().sum()
-            parts += [error[None], centred.square().sum()[None], centred.sum(0)]
-        self.sums += torch.cat(parts)
+            errors = torch.stack(
+                [(row - one.double()).square().sum() for one in reconstruction.unbind(dim=1)]
+            )
+            parts += [errors[-1:], centred.square().sum()[None], centred.sum(0)]
+            more.append(errors[:-1])
+        self.sums += torch.cat([*parts, *more])
 
     def result(self) -> dict[str, Any]:
-        rows, active = self.sums[:2].tolist()
-        fvu = []
-        for i, (error, squares, *channels) in enumerate(self.sums[2:].view(2, -1).tolist()):
+        rows, silent, active = self.sums[:3].tolist()
+        fvu, spreads = [], []
+        width = len(self._about[0])
+        of_rows, more = self.sums[3 : 7 + 2 * width], self.sums[7 + 2 * width :]
+        for i, (error, squares, *channels) in enumerate(of_rows.view(2, -1).tolist()):
             spread = squares - float(np.square(channels).sum()) / rows if rows else 0.0
             about = float(self._about[i].square().sum())
             least = rounding_left(squares, rows, about)
             # Rows are exact, what is made of them is rounded to 32 bits.
             if i == 1:
                 least = max(least, self._least_share * (squares + rows * about))
+            spreads.append(spread if spread > least else math.nan)
             fvu.append(error / spread if spread > least else None)
-        return {
+        found = {
             "num_rows": int(rows),
             "fvu": fvu[0],
             "fvu_standardized": fvu[1],
             "l0": active / rows if rows else None,
+            "silent_fraction": silent / rows if rows else None,
         }
+        if len(self._prefixes) == 1:
+            return found
+        by_prefix = [
+            {
+                "num_latents": width,
+                "fvu": _known(errors[0] / spreads[0]),
+                "fvu_standardized": _known(errors[1] / spreads[1]),
+                "l0": count / rows if rows else None,
+            }
+            for width, count, *errors in zip(
+                self._prefixes, *more.view(3, -1).tolist(), strict=False
+            )
+        ]
+        last = {name: found[name] for name in ("fvu", "fvu_standardized", "l0")}
+        return found | {"prefixes": [*by_prefix, {"num_latents": self._prefixes[-1], **last}]}
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def evaluate(
@@ -93,6 +132,8 @@ def evaluate(
 
     Returns:
         For `position_0_in` and `position_0_out`: `layers`, a list of {layer, num_rows, fvu,
+        fvu_standardized, l0, silent_fraction}, where `silent_fraction` is the share of rows without
+        a value but 0, and `prefixes` where the SAE has some, a list of {num_latents, fvu,
         fvu_standardized, l0}; `num_rows` over layers; `num_dead`, latents without a value but 0
         on any of these rows; and `dead_fraction`. Ratios without rows or spread are None.
     """
@@ -110,7 +151,7 @@ def evaluate(
             u_mean = sae.standardize(mean[None], layers.index(layer)).u[0].double()
         about = mean, u_mean
         least = least_share(standardized=sae.config.normalize == "standardize")
-        sums = [_LayerSums(*about, least) for _ in by_layer]
+        sums = [_LayerSums(*about, least, sae.config.prefixes) for _ in by_layer]
         for stored, position, origin in row_blocks(store, site, layer, mine):
             x = decode(stored, layers.index(layer), origin).to(sae.b.dtype)
             keep = (position >= 0, position >= first_out)
@@ -160,11 +201,12 @@ def _count(
 ) -> None:
     u, mean, scale = sae.standardize(x, at)
     values, support = sae.activate(u, at)
-    u_hat = sae.reconstruct(values, support)
-    x_hat = u_hat * scale + mean
+    u_hat = sae.reconstructions(values, support)
+    x_hat = u_hat * scale[:, None] + mean[:, None]
     active = values != 0
+    counts = support.counts(active, sae.config.prefixes)
     for i, mask in enumerate(keep):
-        sums[i].add(active[mask], (x[mask], u[mask]), (x_hat[mask], u_hat[mask]))
+        sums[i].add(counts[mask], (x[mask], u[mask]), (x_hat[mask], u_hat[mask]))
         used[i, support.indices_BK[mask][active[mask]]] = 1
 
 

@@ -34,10 +34,14 @@ class Averages:
             "errors": result.layer_errors.tolist(),
             "rows": result.layer_rows.tolist(),
         }
-        before = self._sums or {
-            name: [0] * len(v) if isinstance(v, list) else 0 for name, v in seen.items()
+        if result.nested is not None:
+            errors, active = result.nested.tolist()
+            seen |= {"nested_errors": errors, "nested_active": active}
+        before = self._sums
+        self._sums = {
+            name: _plus(before[name], value) if name in before else value
+            for name, value in seen.items()
         }
-        self._sums = {name: _plus(before[name], value) for name, value in seen.items()}
         self._sums["num_dead"] = result.num_dead
 
     def state(self) -> dict[str, Any]:
@@ -67,7 +71,23 @@ class Averages:
             ],
             "l0": sums["active"] / total,
             "num_dead": sums["num_dead"],
+            **_by_prefix(sums),
         }
+
+
+def _by_prefix(sums: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists by layer for each prefix of the latents; without prefixes only L0 by layer."""
+    if "nested_active" not in sums:
+        return {}
+    fvu, l0 = (
+        [
+            [n / rows if rows else None for n, rows in zip(of, sums["rows"], strict=True)]
+            for of in by
+        ]
+        for by in (sums["nested_errors"], sums["nested_active"])
+    )
+    found = {"l0_by_layer": l0[-1]}
+    return found if len(l0) == 1 else found | {"fvu_by_prefix": fvu, "l0_by_prefix": l0}
 
 
 class Log:
@@ -173,7 +193,7 @@ def _colours(count: int) -> list[Any]:
 
 
 def _plus(a: Any, b: Any) -> Any:
-    return [x + y for x, y in zip(a, b, strict=True)] if isinstance(a, list) else a + b
+    return [_plus(x, y) for x, y in zip(a, b, strict=True)] if isinstance(a, list) else a + b
 
 
 def _line(content: Mapping[str, Any]) -> str:

@@ -116,7 +116,7 @@ class Loop:
         if self._decode is not None:
             layer = batch.layer.to(self._accelerator.device)
             x = self._decode((batch.x, *batch.more), layer, batch.origin)
-            batch = Batch(x, layer, batch.num_rows)
+            batch = Batch(x, layer, batch.num_rows, lane=batch.lane)
         goes_on = self._team.map(lambda member: _try(member, batch), self.members)
         self.members = [m for m, well in zip(self.members, goes_on, strict=True) if well]
 

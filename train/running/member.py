@@ -84,8 +84,11 @@ class Member:
                 # The short last batch of an epoch may have no row of the layer.
                 self.trainer.step_number += 1
                 return
-            x = batch.x[batch.layer == only]
-            batch = Batch(x, batch.layer.new_zeros(len(x)), num_rows)
+            seen = batch.layer == only
+            x, lane = batch.x[seen], batch.lane
+            if lane is not None:
+                lane = lane[seen.to(lane.device)]
+            batch = Batch(x, batch.layer.new_zeros(len(x)), num_rows, lane=lane)
         try:
             self._averages.add(self.trainer.step(batch))
         except DivergedError as error:

@@ -64,7 +64,7 @@ def step_memory(
     """
     architecture = sae.architecture
     weights = sum(math.prod(p.shape) for p in architecture.parameters(sae)) * _FLOAT
-    active = architecture.most_active or sae.num_latents
+    active = architecture.most_in_training or sae.num_latents
     rows = min(rows, architecture.most_rows(sae.num_latents, _FLOAT) or rows)
     parts = {
         "weights": weights,
@@ -72,6 +72,7 @@ def step_memory(
         # A block of pre-activations, what selecting from it takes and what the product keeps for
         # itself; the encoder in bfloat16, by which float32 is screened too.
         "activations": _rows_memory(rows, sae.d_in, active * 5 // 4 if mixed else active)
+        + _nested_memory(rows, sae)
         + 3 * BLOCK_BYTES
         + weights // 4,
     }
@@ -86,6 +87,11 @@ def _rows_memory(rows: int, d_in: int, k: int) -> int:
     # Standardised rows, reconstruction, residual and their gradients; values, places, their
     # transpose and the products at them, many of 8 bytes. Counted from measured peaks.
     return rows * (12 * d_in + 18 * k) * _FLOAT
+
+
+def _nested_memory(rows: int, sae: SAEConfig) -> int:
+    # A further prefix has its part of the sum, reconstruction and residual, and their gradients.
+    return (len(sae.prefixes) - 1) * rows * 6 * sae.d_in * _FLOAT
 
 
 def require_training_memory(

@@ -108,6 +108,7 @@ def format_summary(metrics: Mapping[str, Any] | None) -> str:
         shown = (a["fvu"], a["fvu_pca"], a["fvu_standardized"], a["l0"], b["fvu"])
         columns = [_number(value) for value in shown]
         lines.append("{:>5} {:>8} {:>8} {:>10} {:>6} {:>21}".format(a["layer"], *columns))
+    lines += _by_prefix(outside["layers"])
     directions = {entry["pca_directions"] for entry in outside["layers"]}
     lines.append(
         f"PCA: FVU of the {format_ranges(sorted(directions))} leading directions of each layer; "
@@ -117,7 +118,24 @@ def format_summary(metrics: Mapping[str, Any] | None) -> str:
         f"dead: {counted(outside['num_dead'], 'latent')} ({outside['dead_fraction']:.2%}) unused "
         f"by all {counted(outside['num_rows'], 'validation row')}"
     )
+    shares = [entry["silent_fraction"] for entry in outside["layers"]]
+    lines.append(
+        f"rows without a latent, by layer: {', '.join(f'{share or 0:.2%}' for share in shares)}"
+    )
     return "\n".join(lines)
+
+
+def _by_prefix(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """FVU and L0 of each prefix of the latents, at each layer; nothing without prefixes."""
+    if "prefixes" not in layers[0]:
+        return []
+    lines = ["layer   latents      FVU   FVU of u     L0"]
+    for entry in layers:
+        for one in entry["prefixes"]:
+            shown = [_number(one[name]) for name in ("fvu", "fvu_standardized", "l0")]
+            row = (entry["layer"], one["num_latents"], *shown)
+            lines.append("{:>5} {:>9} {:>8} {:>10} {:>6}".format(*row))
+    return lines
 
 
 def advice(finished: Sequence[tuple[RunPlan, Mapping[str, Any] | None]]) -> list[str]:

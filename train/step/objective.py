@@ -1,13 +1,14 @@
 """Training loss: reconstruction in units of each layer's variance, and a penalty on latents.
 
 (1/B) Σ_rows [w_l ‖u − û‖² / V_l + λ_l penalty] + aux, with V_l = Σ_d Var(u_d) over all eligible
-rows of layer l, and weights w_l that are 1 unless asked for. The penalty is the architecture's,
+rows of layer l, and weights w_l that are 1 unless asked for. Where prefixes of the latents
+reconstruct rows by themselves, ‖u − û‖² is its mean over them. The penalty is the architecture's,
 with λ_l = λ · (multiplier of the layer), rising from 0 over the first steps. All terms are sums
 over rows once B and the totals in them are the whole batch's, so that pieces of a batch, on
 one rank or several, add up to it exactly. AuxK, where the architecture revives so: see
 `train/step/auxiliary.py`.
 
-Shape suffixes: B rows, D channels, N latents, L layers, S sampled rows.
+Shape suffixes: B rows, D channels, N latents, L layers, G prefixes, S sampled rows.
 """
 
 from collections.abc import Sequence
@@ -42,6 +43,9 @@ class Losses(NamedTuple):
     """(L,) rows by layer."""
     num_active: torch.Tensor
     """() number of values that are not 0."""
+    nested: torch.Tensor
+    """(2, G, L) for each prefix of latents and over each layer's rows, Σ ‖u − û_g‖² / V_l, and the
+    number of values that are not 0; the last prefix has all latents."""
     fired: torch.Tensor
     """(N,) 1 for a latent with a value that is not 0 on any row, else 0."""
     residual: Residual | None
@@ -122,6 +126,11 @@ class Objective:
         return sae.architecture.most_rows(sae.config.num_latents, sae.b.element_size())
 
     @property
+    def takes_groups(self) -> bool:
+        """True where `accumulate` takes whole groups of rows."""
+        return self._sae.architecture.selects_by_group
+
+    @property
     def has_auxiliary(self) -> bool:
         """True where AuxK revives dead latents."""
         return self._sae.architecture.revival == "auxk"
@@ -135,6 +144,7 @@ class Objective:
         *,
         step: int = 0,
         num_candidates: int = 0,
+        groups: tuple[int, ...] = (),
     ) -> Losses:
         """The main term on some rows; its gradient is added to the parameters'.
 
@@ -145,30 +155,36 @@ class Objective:
             aux_step: the step, where some latent is dead and AuxK will follow; else None.
             step: step in the run, from 0.
             num_candidates: number of rows that resampling asks for.
+            groups: rows of each group, one after another, where latents are selected by group.
         """
         sae = self._sae
         u_BD, _, scale_B1 = sae.standardize(x_BD, layer_B)
-        rows = TrainingRows(u_BD, layer_B, step)
+        rows = TrainingRows(u_BD, layer_B, step, groups)
         active = sae.activate_in_training(rows, mixed=self._mixed)
-        values_BK, support = active.values, active.support
-        e_BD = u_BD - sae.reconstruct(values_BK, support)
+        values, support = active.values, active.support
+        e_BGD = u_BD[:, None] - sae.reconstructions(values, support)
         # In raw units x − x̂ = u (s + ε) − û s.
-        loss_e_BD = torch.addcmul(self._eps * u_BD, e_BD, scale_B1) if self._raw else e_BD
-        errors_B = loss_e_BD.square().sum(dim=1) * self._weights_L[layer_B]
-        loss_B = errors_B if self._terms_L is None else errors_B * self._terms_L[layer_B]
-        cost = errors_B.new_zeros(())
+        loss_e_BGD = e_BGD
+        if self._raw:
+            loss_e_BGD = torch.addcmul(self._eps * u_BD[:, None], e_BGD, scale_B1[:, None])
+        errors_BG = loss_e_BGD.square().sum(dim=2) * self._weights_L[layer_B, None]
+        loss_B = errors_BG.mean(dim=1)
+        if self._terms_L is not None:
+            loss_B = loss_B * self._terms_L[layer_B]
+        cost = errors_BG.new_zeros(())
         if self._extra is not None:
             cost_B = self._extra(active, rows, sae.weights)
             loss_B = loss_B + cost_B
             cost = cost_B.detach().sum() / batch_rows
         main = loss_B.sum() / batch_rows
         torch.autograd.backward(main)
-        num_layers = len(self._weights_L)
         fired = torch.zeros_like(sae.W_enc[:, 0])
         with torch.no_grad():
-            is_active = values_BK != 0
+            is_active = values != 0
             fired[support.indices_BK[is_active]] = 1
-            layer_errors = fired.new_zeros(num_layers).index_add_(0, layer_B, errors_B)
+            active_BG = support.counts(is_active, sae.config.prefixes)
+            nested = torch.stack([self._by_layer(n, layer_B) for n in (errors_BG, active_BG)])
+            e_BD = e_BGD[:, -1]
             residual = candidates = None
             if aux_step is not None:
                 chosen = auxiliary.sample(x_BD, batch_rows, self._seed, aux_step)
@@ -182,13 +198,19 @@ class Objective:
         return Losses(
             main=main.detach(),
             penalty=cost,
-            layer_errors=layer_errors,
-            layer_rows=torch.bincount(layer_B, minlength=num_layers),
+            layer_errors=nested[0, -1],
+            layer_rows=torch.bincount(layer_B, minlength=len(self._weights_L)),
             num_active=is_active.sum(),
+            nested=nested,
             fired=fired,
             residual=residual,
             candidates=candidates,
         )
+
+    def _by_layer(self, of_rows_BG: torch.Tensor, layer_B: torch.Tensor) -> torch.Tensor:
+        """(G, L) sums over each layer's rows."""
+        sums_LG = self._weights_L.new_zeros(len(self._weights_L), of_rows_BG.shape[1])
+        return sums_LG.index_add_(0, layer_B, of_rows_BG.to(sums_LG.dtype)).T
 
     def accumulate_auxiliary(
         self, residuals: Sequence[Residual], dead: torch.Tensor, sum_over_ranks: Sum

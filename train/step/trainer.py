@@ -4,6 +4,7 @@ Gradients of the pieces of a batch → AuxK → sum over ranks → Adam and unit
 latents drawn anew, where the objective asks for it.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -59,6 +60,9 @@ class StepResult(NamedTuple):
     """Dead latents before the step."""
     penalty: float = 0.0
     """Penalty on latents, λ included."""
+    nested: torch.Tensor | None = None
+    """(2, G, L) float64 on the CPU: for each prefix of latents and layer, the same errors and the
+    number of values that are not 0."""
 
 
 class Trainer:
@@ -111,8 +115,8 @@ class Trainer:
         for parameter in sae.parameters():
             parameter.grad = None
         pieces = [
-            self._piece(batch, rows, has_dead, len(dead) if resamples else 0)
-            for rows in self._cuts(len(batch.layer))
+            self._piece(batch.part(rows), groups, has_dead, len(dead) if resamples else 0)
+            for rows, groups in self._cuts(batch)
         ]
         residuals = [piece.residual for piece in pieces if piece.residual is not None]
         aux = pieces[0].main.new_zeros(())
@@ -124,19 +128,23 @@ class Trainer:
                     # Counts over 2²⁴ are no float32.
                     torch.stack([part.double() for part in piece[:2]]),
                     piece.num_active.double()[None],
-                    piece.layer_errors.double(),
                     piece.layer_rows.double(),
+                    piece.nested.double().reshape(-1),
                 ]
             )
             for piece in pieces
         )
         assert isinstance(counted, torch.Tensor)
+        num_layers = len(pieces[0].layer_rows)
         fired = torch.stack([piece.fired for piece in pieces]).amax(dim=0)
         counted, fired = self._sum_step(torch.cat([aux.double()[None], counted]), fired)
-        aux_sum, main, penalty, num_active, *by_layer = counted.tolist()
+        counted = counted.cpu()
+        aux_sum, main, penalty, num_active = counted[:4].tolist()
+        by_layer = counted[4:]
+        rows, nested = by_layer[:num_layers], by_layer[num_layers:].view(2, -1, num_layers)
         loss, lr = main + aux_sum, self.schedule(self.step_number)
         if not loss < float("inf"):
-            sums = by_layer[: len(by_layer) // 2]
+            sums = nested[0].sum(dim=0).tolist()
             layers = [i for i, errors in enumerate(sums) if not errors < float("inf")]
             raise DivergedError(loss, self.step_number, lr, layers)
         self.optimizer.step(lr)
@@ -144,23 +152,44 @@ class Trainer:
         if resamples:
             self._resample(pieces, dead)
         self.step_number += 1
-        errors, rows = torch.tensor(by_layer, dtype=torch.float64).view(2, -1)
-        return StepResult(loss, aux_sum, errors, rows, num_active, len(dead), penalty)
+        return StepResult(
+            loss, aux_sum, nested[0, -1], rows, num_active, len(dead), penalty, nested
+        )
 
-    def _cuts(self, num_rows: int) -> list[slice]:
-        """This rank's share in pieces of `micro_batch` rows; a share without rows is one piece."""
+    def _cuts(self, batch: Batch) -> list[tuple[slice | torch.Tensor, tuple[int, ...]]]:
+        """This rank's share in pieces of `micro_batch` rows; a share without rows is one piece.
+
+        Where latents are selected by group, a piece has whole groups: the rows of some lanes, which
+        are the same whatever the number of ranks. With the pieces come the sizes of their groups.
+        """
+        num_rows = len(batch.layer)
         size = self._micro_batch or max(num_rows, 1)
         size = min(size, self._objective.most_rows or size)
-        return [slice(start, start + size) for start in range(0, max(num_rows, 1), size)]
+        if not self._objective.takes_groups:
+            return [(slice(start, start + size), ()) for start in range(0, max(num_rows, 1), size)]
+        if batch.lane is None:
+            return [(slice(None), (num_rows,))]
+        order = torch.argsort(batch.lane, stable=True)
+        sizes = [n for n in torch.bincount(batch.lane).tolist() if n]
+        found: list[tuple[slice | torch.Tensor, tuple[int, ...]]] = []
+        start = 0
+        while sizes or not found:
+            ends = itertools.accumulate(sizes)
+            count = max(1, sum(end <= size for end in ends))
+            groups, sizes = tuple(sizes[:count]), sizes[count:]
+            found.append((order[start : start + sum(groups)], groups))
+            start += sum(groups)
+        return found
 
-    def _piece(self, batch: Batch, rows: slice, has_dead: bool, num_candidates: int) -> Losses:
+    def _piece(
+        self, batch: Batch, groups: tuple[int, ...], has_dead: bool, num_candidates: int
+    ) -> Losses:
         device = self.sae.b.device
-        layer = batch.layer[rows].to(device)
+        layer = batch.layer.to(device)
         if self._decode is None:
-            x = batch.x[rows].to(device)
+            x = batch.x.to(device)
         else:
-            parts = tuple(part[rows] for part in (batch.x, *batch.more))
-            x = self._decode(parts, layer, None if batch.origin is None else batch.origin[rows])
+            x = self._decode((batch.x, *batch.more), layer, batch.origin)
         return self._objective.accumulate(
             x,
             layer,
@@ -168,6 +197,7 @@ class Trainer:
             self.step_number if has_dead and self._objective.has_auxiliary else None,
             step=self.step_number,
             num_candidates=num_candidates,
+            groups=groups,
         )
 
     def _resample(self, pieces: Sequence[Losses], dead: torch.Tensor) -> None:
