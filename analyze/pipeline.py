@@ -25,7 +25,7 @@ from mlsae.analyze.measure.model.prompts import Prompt, prepare, prompts_table, 
 from mlsae.analyze.measure.rows.joint import Joint, JointResult
 from mlsae.analyze.measure.rows.kept import packed, unpacked
 from mlsae.analyze.measure.rows.walk import LayerSums, walk
-from mlsae.analyze.measure.tables import latents_tables, layer_means, layers_tables
+from mlsae.analyze.measure.tables import latents_tables, layer_means, layers_tables, prefixes_table
 from mlsae.analyze.origin import identify, origin
 from mlsae.analyze.pairing import Pairing, fingerprint, pair, provenance_of
 from mlsae.analyze.results.analysis import Analysis, load
@@ -320,6 +320,7 @@ def _tables(
         "overall": over_layers,
         "latents": latents,
         "latent_layers": latent_layers,
+        "prefixes": prefixes_table(sums, pairing.sae.config.prefixes, latents, provenance),
         "histograms": histograms_table(
             layer_means(sums), pairing.layers, decoder.pairs.counts, provenance
         ),

@@ -56,6 +56,57 @@ def layers_tables(
     )
 
 
+def prefixes_table(
+    sums: Mapping[int, LayerSums],
+    widths: tuple[int, ...],
+    latents: pa.Table,
+    provenance: Mapping[str, str],
+) -> pa.Table:
+    """`prefixes`, one row a layer and prefix of the latents, then one a prefix over all layers.
+
+    Args:
+        sums: by layer id.
+        widths: latents in each prefix, ascending.
+        latents: the table `latents`.
+        provenance: metadata of the schema.
+    """
+    entropies_M, dead_M = (latents[name].to_numpy() for name in ("layer_entropy", "dead"))
+    found, total = [], np.zeros((4, len(widths)))
+    for layer, of in sums.items():
+        whole = of.eligible.weighted(np.ones((1, len(of.eligible.scalars))))
+        rows, scatter = float(whole.num_rows), float(whole.fvu()[1][0])
+        error_G, active_G = of.prefixes
+        total += [error_G, active_G, np.full(len(widths), scatter), np.full(len(widths), rows)]
+        found += _prefixes(widths, error_G, active_G, scatter, rows, layer=layer)
+    for at, row in enumerate(_prefixes(widths, *total[:2], *total[2:, 0], layer=None)):
+        own = slice(widths[at])
+        living_M = entropies_M[own][~dead_M[own]]
+        row["layer_entropy"] = float(living_M.mean()) if len(living_M) else None
+        row["dead_fraction"] = float(dead_M[own].mean())
+        found.append(row)
+    return pa.Table.from_pylist(found, schema=schema("prefixes", provenance))
+
+
+def _prefixes(
+    widths: tuple[int, ...],
+    error_G: Float,
+    active_G: Float,
+    scatter: float,
+    rows: float,
+    layer: int | None,
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "layer": layer,
+            "num_latents": width,
+            "num_rows": int(rows),
+            "fvu": float(error) / scatter if scatter > 0 else None,
+            "l0": float(active) / rows,
+        }
+        for width, error, active in zip(widths, error_G, active_G, strict=True)
+    ]
+
+
 def layer_means(sums: Mapping[int, LayerSums]) -> Float:
     """Mean layer of each latent, (M,), NaN for a dead one."""
     totals_LM = np.stack([of.latents.total.cpu().numpy() for of in sums.values()])

@@ -24,6 +24,7 @@ _WHOLE = (
     "overall",
     "latents",
     "latent_layers",
+    "prefixes",
     "histograms",
     "layer_cosine",
     "prompts",
@@ -52,6 +53,10 @@ class Analysis:
 
     latent_layers: pa.Table
     """One row a latent and layer, by latent, then layer."""
+
+    prefixes: pa.Table
+    """One row a layer and prefix of the latents, then one a prefix over all layers; the last prefix
+    is all latents. Empty in analyses before 1.2."""
 
     histograms: pa.Table
     """One row a bin in the histograms of mean layers and decoder cosines."""
@@ -131,7 +136,8 @@ def load(directory: str | Path) -> Analysis:
     summary = read_summary(directory)
     check_version(summary["tables_version"], directory, "analyze again")
     try:
-        tables = {name: read_table(directory / f"{name}.parquet", name) for name in _WHOLE}
+        version = str(summary["tables_version"])
+        tables = {name: read_table(directory / f"{name}.parquet", name, version) for name in _WHOLE}
         events = open_events(directory, summary["events"])
         examples = (
             None if summary["examples"] is None else _open_examples(directory / EXAMPLES_FILE)

@@ -110,6 +110,27 @@ LATENT_LAYERS = (
     Column("prob_by_count", _F, "1", "count / count over all layers; null if dead"),
 )
 
+PREFIXES = (
+    Column("layer", _L, "layer", "0-based block index; null for all layers together"),
+    Column("num_latents", _I, "latent", "first latents that the row is about: a prefix, or all"),
+    Column("num_rows", _I, "row", "eligible rows evaluated"),
+    Column(
+        "fvu",
+        _F,
+        "1",
+        "FVU of the reconstruction by these latents alone, about each layer's mean; null if the "
+        "rows do not vary",
+    ),
+    Column("l0", _F, "latent", "mean number of these latents that are active at a row"),
+    Column(
+        "layer_entropy",
+        _F,
+        "nat",
+        "mean layer_entropy of those that are not dead; null where all are, and by layer",
+    ),
+    Column("dead_fraction", _F, "1", "share that is active at none of the rows; null by layer"),
+)
+
 HISTOGRAMS = (
     Column("histogram", pa.string(), "", "name: layer_mean, layer_mean_to_whole or decoder_cosine"),
     Column("low", _F, "layer, or 1", "lower end of the bin"),

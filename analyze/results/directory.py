@@ -29,6 +29,7 @@ _OURS = frozenset(
         "overall.parquet",
         "latents.parquet",
         "latent_layers.parquet",
+        "prefixes.parquet",
         "histograms.parquet",
         "layer_cosine.parquet",
         "prompts.parquet",

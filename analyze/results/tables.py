@@ -13,13 +13,14 @@ from mlsae.analyze.results.columns import (
     LATENT_LAYERS,
     LATENTS,
     LAYER_COSINE,
+    PREFIXES,
     PROMPTS,
     Column,
 )
 from mlsae.analyze.results.metric_columns import LAYER_METRICS, OVERALL_METRICS
 from mlsae.base.errors import InputError
 
-TABLES_VERSION = "1.1"
+TABLES_VERSION = "1.2"
 """Version of these columns, in every file's schema metadata.
 
 A minor version only adds columns and tables: readers take any minor version of their major one.
@@ -37,6 +38,9 @@ _RENAMED = {
 """Columns of `layers` and `overall` before 1.1, and the names of their definitions since. What has
 the earlier names since is defined otherwise, and null in earlier tables."""
 
+_SINCE = {"prefixes": "1.2"}
+"""First versions with a table, where that is not the first of all."""
+
 _FORMER = "0.4"
 """The version before, with the columns of 1.0 and `events` under the name `activations`."""
 
@@ -45,6 +49,7 @@ TABLES: Mapping[str, tuple[Column, ...]] = {
     "overall": OVERALL_METRICS,
     "latents": LATENTS,
     "latent_layers": LATENT_LAYERS,
+    "prefixes": PREFIXES,
     "histograms": HISTOGRAMS,
     "layer_cosine": LAYER_COSINE,
     "examples": EXAMPLES,
@@ -95,18 +100,26 @@ def with_later_columns(table: str, found: pa.Schema) -> pa.Schema:
     return pa.schema([*found, *(f for f in known if f.name not in found.names)], found.metadata)
 
 
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
 def _is_before_renaming(found: pa.Schema) -> bool:
     version = (found.metadata or {}).get(b"mlsae.tables_version", TABLES_VERSION.encode())
     return version in (b"1.0", _FORMER.encode())
 
 
-def read_table(path: Path, table: str) -> pa.Table:
+def read_table(path: Path, table: str, version: str = TABLES_VERSION) -> pa.Table:
     """A table in memory, with nulls in the columns that an earlier version lacks.
+
+    A table that the version lacks is empty.
 
     Raises:
         OSError: the file cannot be read.
         pyarrow.ArrowException: the file is damaged.
     """
+    if _number(version) < _number(_SINCE.get(table, "0.0")):
+        return schema(table, {}).empty_table()
     found = pq.read_table(path)
     if _is_before_renaming(found.schema) and table in ("layers", "overall"):
         fields = [f.with_name(_RENAMED.get(f.name, f.name)) for f in found.schema]

@@ -30,6 +30,7 @@ TABLES = (
     "layer_cosine",
     "layers",
     "overall",
+    "prefixes",
     "prompts",
 )
 

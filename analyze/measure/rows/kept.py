@@ -38,6 +38,7 @@ def packed(
     for layer, of in sums.items():
         arrays[f"{layer}/count"] = of.latents.count.cpu().numpy()
         arrays[f"{layer}/total"] = of.latents.total.cpu().numpy()
+        arrays[f"{layer}/prefixes"] = of.prefixes
         for rows in _ROWS:
             of_rows = getattr(of, rows)
             arrays |= {f"{layer}/{rows}/{name}": getattr(of_rows, name) for name in _ARRAYS}
@@ -59,6 +60,7 @@ def unpacked(facts: Mapping[str, Any], arrays: Arrays) -> tuple[dict[int, LayerS
         sums[layer] = LayerSums(
             **rows,
             latents=latents,
+            prefixes=arrays[f"{layer}/prefixes"],
             adjacent_cosine=of["adjacent_cosine"],
             events=tuple(part_record(record) for record in of["events"]),
         )

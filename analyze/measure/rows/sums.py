@@ -152,6 +152,27 @@ class GroupedRows:
         )
 
 
+class PrefixSums:
+    """Errors and active latents of each prefix of an SAE's latents, at one layer.
+
+    Args:
+        prefixes: G widths, the last of them that of all latents.
+        device: device of the sums.
+    """
+
+    def __init__(self, prefixes: tuple[int, ...], device: torch.device) -> None:
+        self._prefixes = prefixes
+        self.sums = torch.zeros(2, len(prefixes), dtype=torch.float64, device=device)
+        """(2, G) Σ‖x − x̂‖² by each prefix, and the number of active latents in it."""
+
+    def add(self, x_ND: Tensor, x_hat_NGD: Tensor, values_NK: Tensor, indices_NK: Tensor) -> None:
+        """Add rows with their reconstructions by each prefix, and their latents."""
+        active = values_NK != 0
+        for at, width in enumerate(self._prefixes):
+            self.sums[0, at] += (x_ND.double() - x_hat_NGD[:, at].double()).square_().sum()
+            self.sums[1, at] += (active & (indices_NK < width)).sum()
+
+
 class CosineSum:
     """Mean over rows of the cosine of two vectors of each, 0 where either has no direction."""
 

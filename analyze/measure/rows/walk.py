@@ -23,6 +23,7 @@ from mlsae.analyze.measure.rows.sums import (
     CosineSum,
     GroupedRows,
     LatentSums,
+    PrefixSums,
     RowSums,
     centred,
 )
@@ -48,6 +49,9 @@ class LayerSums:
 
     latents: LatentSums
     """Latents active at the eligible rows."""
+
+    prefixes: npt.NDArray[np.float64]
+    """(2, G) over the eligible rows, Σ‖x − x̂‖² by each prefix of latents, and active latents."""
 
     adjacent_cosine: float | None
     """Mean over the eligible rows of the cosine with the next layer of the store, each about the
@@ -159,6 +163,7 @@ class _Layer:
         self._next = moments.layers[place + 1 : place + 2]
         self._cosines = CosineSum(pairing.device)
         self._latents = LatentSums(pairing.sae.config.num_latents, pairing.device)
+        self._prefixes = PrefixSums(pairing.sae.config.prefixes, pairing.device)
 
     def add_next(self, end_row: int) -> tuple[Int, Int, Bool, tuple[Tensor, Tensor]] | None:
         """Encode the next batch and add it up; write the events of its rows before `end_row`.
@@ -170,15 +175,16 @@ class _Layer:
         if (batch := next(self._reader, None)) is None:
             return None
         found = encode_rows(self._pairing, self.layer, batch)
-        x_hat = self._pairing.sae.decode(found.encoded)
+        x_hats = self._pairing.sae.decode_prefixes(found.encoded)
         sequences_N, positions = np.divmod(found.tokens, self._pairing.store.context_length)
         places = np.searchsorted(self._sequences, sequences_N)
         part = np.where(positions == 0, 0, np.where(found.eligible, 2, 1))
         groups = group_of(places, len(self._sequences))
         keys = torch.from_numpy(part * self._num_groups + groups)
-        self._rows.add(keys.to(self._pairing.device), found.x, x_hat, found.encoded.values)
+        self._rows.add(keys.to(self._pairing.device), found.x, x_hats[:, -1], found.encoded.values)
         self._latents.add(*found.latents)
         eligible = torch.from_numpy(found.eligible).to(self._pairing.device)
+        self._prefixes.add(found.x[eligible], x_hats[eligible], *found.latents)
         self._centred = centred(found.x[eligible], self._mean)
         write_events(self._writer, found, end_row)
         return found.rows, found.tokens, found.eligible, found.latents
@@ -199,6 +205,7 @@ class _Layer:
             position_0_in=first + later,
             position_0_out=later,
             latents=self._latents,
+            prefixes=self._prefixes.sums.cpu().numpy(),
             adjacent_cosine=self._cosines.mean(),
             events=tuple(self._writer.records),
         )

@@ -186,7 +186,30 @@ def layer_table(analysis: Analysis) -> dict[str, Any]:
             rows.append({"name": name, "unit": unit, "text": text, "cells": cells})
         if rows:
             found.append({"name": group, "rows": rows})
+    if prefixes := _prefixes(analysis, [row["layer"] for row in layers]):
+        found.append({"name": "First latents alone", "rows": prefixes})
     return {"layers": [row["layer"] for row in layers], "groups": found}
+
+
+def _prefixes(analysis: Analysis, layers: list[int]) -> list[dict[str, Any]]:
+    """Rows of the layer table for each prefix but that of all latents."""
+    about = definitions(analysis.prefixes.schema)
+    found = analysis.prefixes.to_pylist()
+    widths = sorted({row["num_latents"] for row in found})
+    by_place = {(row["num_latents"], row["layer"]): row for row in found}
+    return [
+        {
+            "name": f"{name}, first {format_count(width)}",
+            "unit": about[name][0],
+            "text": about[name][1],
+            "cells": [
+                (number(by_place.get((width, layer), {}).get(name)), "")
+                for layer in ("mean", None, *layers)
+            ],
+        }
+        for width in widths[:-1]
+        for name in ("fvu", "l0", "layer_entropy", "dead_fraction")
+    ]
 
 
 def _cell(row: Row, name: str) -> tuple[str, str]:

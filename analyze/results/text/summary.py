@@ -36,7 +36,7 @@ def render(analysis: Analysis) -> str:
     """A table by layer, its units, reasons for missing numbers, and paths."""
     summary = analysis.summary
     directions = analysis.layers["pca_directions"].drop_null().to_pylist()
-    lines = [*_table(analysis), *_units(analysis, directions)]
+    lines = [*_table(analysis), *_units(analysis, directions), *_prefixes(analysis)]
     if summary["cross_entropy"] is None:
         lines.append(f"delta CE was not measured: {summary['no_cross_entropy_because']}")
     examples = summary["examples"]
@@ -102,6 +102,23 @@ def _units(analysis: Analysis, directions: list[int]) -> list[str]:
         f"({total['dead_fraction']:.1%})"
     )
     return lines
+
+
+def _prefixes(analysis: Analysis) -> list[str]:
+    """A line for each prefix of the latents, over all layers; none for an SAE without prefixes."""
+    found = [row for row in analysis.prefixes.to_pylist() if row["layer"] is None]
+    if len(found) < 2:
+        return []
+    lines = ["first latents     FVU      L0  layer entropy    dead"]
+    for row in found:
+        cells = [_text(row["fvu"], ".4f"), _text(row["l0"], ".2f")]
+        cells += [_text(row["layer_entropy"], ".3f"), format(row["dead_fraction"], ".1%")]
+        lines.append("{:>13} {:>7} {:>7} {:>14} {:>7}".format(row["num_latents"], *cells))
+    return [
+        *lines,
+        "first latents: all layers by those alone; layer entropy: nats, the mean",
+        "over those that are not dead",
+    ]
 
 
 def _used_latents(analysis: Analysis) -> list[int]:
