@@ -45,15 +45,26 @@ def product(num_latents: int, d_in: int, dtype: torch.dtype, rows: int, *, fresh
     return step
 
 
-def ours(num_latents: int, d_in: int, k: int, *, mixed: bool, dead: bool) -> Step:
+def ours(
+    num_latents: int,
+    d_in: int,
+    k: int,
+    *,
+    mixed: bool,
+    dead: bool,
+    architecture: str = "topk",
+    prefixes: int = 1,
+) -> Step:
     """A step of `mlsae train`, its batch in memory; with `dead`, a quarter of the latents is."""
     import numpy as np
     from accelerate import Accelerator
 
     from mlsae.base.machine.heap import keep_freed_memory
-    from mlsae.sae import SAE, SAEConfig, TopK
-    from mlsae.sae.architectures import topk
+    from mlsae.sae import SAE, SAEConfig
+    from mlsae.sae.architectures import ArchitectureSettings, batchtopk, get, topk
+    from mlsae.sae.architectures.matryoshka import widths
     from mlsae.train.data.loader import Batch
+    from mlsae.train.data.sampler import NUM_LANES
     from mlsae.train.step.dead import DeadLatents
     from mlsae.train.step.objective import Objective
     from mlsae.train.step.optimizer import Optimizer
@@ -62,7 +73,14 @@ def ours(num_latents: int, d_in: int, k: int, *, mixed: bool, dead: bool) -> Ste
 
     keep_freed_memory()
     sae = SAE(
-        SAEConfig(d_in=d_in, num_latents=num_latents, architecture=TopK(k)),
+        SAEConfig(
+            d_in=d_in,
+            num_latents=num_latents,
+            architecture=get(architecture).wanted(
+                ArchitectureSettings(architecture=architecture, k=k)
+            ),
+            matryoshka_widths=widths((prefixes,), num_latents) if prefixes > 1 else None,
+        ),
         torch.Generator().manual_seed(0),
     )
     unused = DeadLatents(num_latents, 10**11, torch.device("cpu"))
@@ -83,7 +101,8 @@ def ours(num_latents: int, d_in: int, k: int, *, mixed: bool, dead: bool) -> Ste
         setattr(owner, attribute, outer)
 
     timed(topk, "select_mixed" if mixed else "select", "selection")
-    timed(SAE, "reconstruct", "decode")
+    timed(batchtopk, "select_by_group", "selection")
+    timed(SAE, "reconstructions", "decode")
     timed(torch.autograd, "backward", "backward")
     timed(Objective, "accumulate_auxiliary", "AuxK")
     timed(Optimizer, "step", "update")
@@ -92,7 +111,8 @@ def ours(num_latents: int, d_in: int, k: int, *, mixed: bool, dead: bool) -> Ste
         parts.clear()
         if dead:
             unused.last_used[: num_latents // 4] = -(10**12)
-        trainer.step(Batch(x, torch.arange(len(x)) % 6, len(x)))
+        rows = torch.arange(len(x))
+        trainer.step(Batch(x, rows % 6, len(x), lane=rows // 6 % NUM_LANES))
         return dict(parts)
 
     return step
@@ -169,7 +189,16 @@ def make(name: str, rows: int, d_in: int, num_latents: int, k: int, path: Path) 
         dtype = torch.bfloat16 if "bfloat16" in variant else torch.float32
         return product(num_latents, d_in, dtype, rows, fresh="fresh" in variant)
     if kind == "ours":
-        return ours(num_latents, d_in, k, mixed="bfloat16" in variant, dead="dead" in variant)
+        words = variant.split()
+        return ours(
+            num_latents,
+            d_in,
+            k,
+            mixed="bfloat16" in words,
+            dead="dead" in words,
+            architecture="batchtopk" if "batchtopk" in words else "topk",
+            prefixes=4 if "matryoshka" in words else 1,
+        )
     if kind == "sparsify":
         return sparsify(num_latents, d_in, k, path, mixed="bfloat16" in variant)
     return {"dictionary_learning": dictionary_learning, "mlsae": published}[kind](

@@ -78,7 +78,8 @@ def prefixes_table(
         error_G, active_G = of.prefixes
         total += [error_G, active_G, np.full(len(widths), scatter), np.full(len(widths), rows)]
         found += _prefixes(widths, error_G, active_G, scatter, rows, layer=layer)
-    for at, row in enumerate(_prefixes(widths, *total[:2], *total[2:, 0], layer=None)):
+    error_G, active_G, scatter, rows = total[0], total[1], total[2, 0], total[3, 0]
+    for at, row in enumerate(_prefixes(widths, error_G, active_G, scatter, rows, layer=None)):
         own = slice(widths[at])
         living_M = entropies_M[own][~dead_M[own]]
         row["layer_entropy"] = float(living_M.mean()) if len(living_M) else None

@@ -167,7 +167,8 @@ def test_the_summary_is_printed_by_layer(
     assert lines[8].startswith("PCA: FVU of the 4 leading directions of each layer")
     assert lines[9].startswith("dead: ")
     assert lines[9].endswith(" validation rows")
-    assert lines[10] == f"SAE: {tmp_path / 'run'}"
+    assert lines[10] == "rows without a latent, by layer: 0.00%, 0.00%, 0.00%"
+    assert lines[11] == f"SAE: {tmp_path / 'run'}"
     assert "steps may be too few: give more --epochs, a smaller --batch-size" in told.err
 
 
