@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,9 @@ PATIENCE_SECONDS = 120
 NUM_PARTS = 111
 """A sequence each, at three layers, so that a kill falls among them."""
 
-Start = Callable[..., "subprocess.Popen[str]"]
+COMMAND = "import runpy; runpy.run_module('mlsae', run_name='__main__', alter_sys=True)"
+
+Start = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
@@ -46,38 +47,35 @@ def at(config: EventsConfig, out: Path) -> EventsConfig:
 
 
 def command(config: EventsConfig) -> list[str]:
-    """After the interpreter."""
+    """After the name of the program."""
     return [
-        "-m", "mlsae", "events", "--cache", str(config.cache), "--sae", str(config.sae),
+        "events", "--cache", str(config.cache), "--sae", str(config.sae),
         "--out", str(config.out), "--rows", "all", "--part-events", "100", "--device", "cpu",
     ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def processes(forking: Any) -> Iterator[Any]:
+    """Processes that have imported what writes events."""
+    with forking.importing("mlsae.analyze.events.run") as processes:
+        yield processes
+
+
 @pytest.fixture
-def start() -> Iterator[Start]:
-    """The real command in another process; none outlives its test."""
-    with ExitStack() as processes:
+def start(processes: Any) -> Start:
+    """The real command in another process."""
 
-        def begin(config: EventsConfig, **environment: str) -> "subprocess.Popen[str]":
-            process = subprocess.Popen(
-                [sys.executable, *command(config)],
-                env={**os.environ, **environment},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            processes.enter_context(process)
-            processes.callback(process.kill)
-            return process
+    def begin(config: EventsConfig, **environment: str) -> Any:
+        return processes.start(COMMAND, *command(config), environment=environment)
 
-        yield begin
+    return begin
 
 
 def num_recorded(out: Path) -> int:
     return len(list((out / "parts").rglob("*.json")))
 
 
-def await_parts(out: Path, number: int, process: "subprocess.Popen[str]") -> None:
+def await_parts(out: Path, number: int, process: Any) -> None:
     """Until so many parts are recorded, or the process has ended before."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while num_recorded(out) < number and process.poll() is None and time.monotonic() < deadline:
@@ -109,8 +107,7 @@ def test_killed_at_random_instants_it_ends_as_the_same_bytes(
         process = start(config)
         await_parts(config.out, there + generator.randint(1, 60 // num_kills), process)
         process.send_signal(signal.SIGKILL)
-        _, errors = process.communicate()
-        assert process.returncode == -signal.SIGKILL, errors
+        assert process.wait() == -signal.SIGKILL, process.errors
         assert there < num_recorded(config.out) < NUM_PARTS
         with pytest.raises(
             InputError, match=r"is unfinished: \d+ of 111 parts (is|are) there; run the"
@@ -130,7 +127,7 @@ def test_two_ranks_of_torchrun_write_the_same_bytes(alone: EventsConfig, tmp_pat
     script = str(Path(__file__).with_name("ranks_write.py"))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [*launcher, "--nproc-per-node", "2", script, *command(config)[2:]],
+        [*launcher, "--nproc-per-node", "2", script, *command(config)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -156,16 +153,15 @@ def test_what_a_killed_rank_leaves_is_written_by_a_rerun(
     while not own.exists() and second.poll() is None and time.monotonic() < deadline:
         time.sleep(0.0005)
     second.send_signal(signal.SIGKILL)
-    second.communicate()
-    assert second.returncode == -signal.SIGKILL
-    assert first.stdout is not None
-    waiting = next(line for line in first.stdout if line.startswith("waiting for "))
-    assert "parts of other ranks; if one of them has died, stop this and run the same" in waiting
+    assert second.wait() == -signal.SIGKILL
+    while "waiting for " not in first.output and first.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert "parts of other ranks; if one of them has died, stop this and run the" in first.output
     first.send_signal(signal.SIGINT)
-    _, errors = first.communicate(timeout=PATIENCE_SECONDS)
+    assert first.wait() == 128 + signal.SIGINT
     there = num_recorded(config.out)
-    assert first.returncode == 128 + signal.SIGINT
-    assert errors.splitlines()[-1] == (
+    assert first.errors.splitlines()[-1] == (
         f"stopped: {portion(there, 111, 'part')} safe in {config.out}; "
         "run the same command to go on"
     )
@@ -184,8 +180,8 @@ def test_stopped_it_finishes_its_part_and_says_how_to_go_on(
     process = start(config)
     await_parts(config.out, 1, process)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=PATIENCE_SECONDS)
-    assert process.returncode == 128 + number, errors
+    status, errors = process.wait(), process.errors
+    assert status == 128 + number, errors
     assert "finishing the part in hand, then stopping; press Ctrl-C again to stop" in errors
     there = num_recorded(config.out)
     assert 0 < there < NUM_PARTS
