@@ -2,14 +2,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check docs test-faults test-slow test-external demo-model results results-training results-analysis scale reliability
+.PHONY: demo test check tests docs test-faults test-slow test-external demo-model results results-training results-analysis scale reliability
 
 demo: .venv/installed
 	$(BIN)/mlsae demo --out demo-run
 
-# One worker more than processors: some tests wait for a hub or a child.
-test: check
-	$(BIN)/python -m pytest -n $$($(BIN)/python -c 'import os; print(min(8, os.cpu_count() + 1))') \
+# Both at once: mypy keeps one processor busy, and speaks before tests end.
+test: .venv/installed
+	$(MAKE) --jobs 2 check tests
+
+# One worker more than processors: some tests wait for a hub or a child. Compiled modules are kept
+# whatever the environment says, since most tests are of processes. Plugins are named, because
+# pytest rewrites every module of a package that has one, zarr's and hypothesis' in every worker.
+tests: export PYTHONDONTWRITEBYTECODE :=
+tests: export PYTEST_DISABLE_PLUGIN_AUTOLOAD := 1
+tests: .venv/installed
+	$(BIN)/python -m pytest -p xdist -p pytest_timeout \
+		-n $$($(BIN)/python -c 'import os; print(min(8, os.cpu_count() + 1))') \
 		--dist loadfile \
 		-m "not slow and not external and not faults"
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlsae.analyze.results.text.filter import where
@@ -85,6 +85,7 @@ _CONDITIONS = st.recursive(
 
 
 @given(_CONDITIONS)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # Machines may be busy.
 def test_any_condition_means_what_it_means_in_python(condition: str) -> None:
     expected = [row["latent"] for row in ROWS if eval(condition, {}, dict(row))]
     assert _chosen(condition) == expected
