@@ -7,8 +7,9 @@ the mean. Source: Bussmann et al. (2024), arXiv 2412.06410, where θ is a runnin
 Shape suffixes: B rows, D channels, N latents, L layers, E values.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -17,6 +18,7 @@ from mlsae.base.settings import setting, settings
 from mlsae.sae.architectures.base import (
     Activation,
     Architecture,
+    Conversion,
     Parameter,
     Shape,
     TrainingRows,
@@ -56,6 +58,17 @@ class BatchTopK(Architecture):
     revival = "auxk"
     selects_by_group = True
     nests = True
+    conversions: ClassVar[Mapping[str, Conversion]] = {
+        "saelens": Conversion(name="jumprelu", is_read=False),
+        "dictionary-learning": Conversion(
+            name="BatchTopKSAE",
+            settings=("k",),
+            constants={"trainer_class": "BatchTopKTrainer"},
+            copies=lambda architecture: {"k": torch.tensor(architecture.k, dtype=torch.int32)},
+        ),
+        "gemma-scope": Conversion(name="jumprelu", is_read=False),
+        "llamascopium": Conversion(name="jumprelu", is_read=False),
+    }
 
     k: int
     """Latents that a row uses in the mean."""

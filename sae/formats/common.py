@@ -263,6 +263,7 @@ def assemble(
     normalize: str,
     origin: Origin,
     changes: tuple[str, ...] = (),
+    widths: tuple[int, ...] | None = None,
 ) -> Foreign:
     """An SAE from W_enc (N, D), W_dec (N, D), b (D,), b_enc (N,) and its architecture's own.
 
@@ -274,6 +275,7 @@ def assemble(
         normalize: normalisation of rows.
         origin: training data.
         changes: changes to the numbers, each in float64 and rounded once.
+        widths: `SAEConfig.matryoshka_widths`.
     """
     kept = {name: tensor for name, tensor in tensors.items() if name != "b_enc" or tensor.any()}
     num_latents, d_in = kept["W_enc"].shape
@@ -283,6 +285,7 @@ def assemble(
         architecture=architecture,
         normalize=normalize,
         encoder_bias="b_enc" in kept,
+        matryoshka_widths=widths if architecture.nests else None,
     )
     rounded = tuple(f"{change}, rounded to float32" for change in changes)
     return Foreign(config=config, tensors=kept, origin=origin, changes=rounded)
@@ -343,6 +346,19 @@ def trained_on(record: object, model: str | None, fallback: Origin) -> Origin:
         layers=layers_of(record.get("layers")) or fallback.layers,
         model=model,
     )
+
+
+def our_record(sae: SAE, origin: Origin) -> dict[str, Any]:
+    """Our own record in a configuration, which `trained_on` and `widths_of` read."""
+    record: dict[str, Any] = {"site": origin.site, "layers": list(origin.layers or ())}
+    if sae.config.matryoshka_widths is not None:
+        record["matryoshka_widths"] = list(sae.config.matryoshka_widths)
+    return record
+
+
+def widths_of(record: object) -> tuple[int, ...] | None:
+    """Widths of prefixes in our own record in a configuration; None where it has none."""
+    return layers_of(record.get("matryoshka_widths")) if isinstance(record, Mapping) else None
 
 
 def layers_of(value: object) -> tuple[int, ...] | None:

@@ -16,6 +16,7 @@ from mlsae.base.words import SITES
 from mlsae.sae.directory import CONFIG, WEIGHTS, write
 from mlsae.sae.formats import (
     dictionary_learning,
+    gemma_scope,
     llamascopium,
     published,
     saelens,
@@ -39,6 +40,7 @@ FORMATS: dict[str, Format] = {
         sparsify,
         dictionary_learning,
         published,
+        gemma_scope,
         llamascopium,
     )
 }

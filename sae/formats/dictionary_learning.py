@@ -34,12 +34,14 @@ from mlsae.sae.formats.common import (
     layers_of,
     named,
     no_place,
+    our_record,
     read_settings,
     require,
     settings_of,
     take,
     trained_on,
     understood,
+    widths_of,
 )
 from mlsae.sae.formats.weights import (
     Tensors,
@@ -52,7 +54,10 @@ from mlsae.sae.model import SAE
 
 _NAME = "dictionary-learning"
 _JUMPRELU, _GATED = "JumpReluAutoEncoder", "GatedAutoEncoder"
-_ONE_THRESHOLD = ("BatchTopKSAE", "MatryoshkaBatchTopKSAE")
+_BATCHTOPK, _MATRYOSHKA = "BatchTopKSAE", "MatryoshkaBatchTopKSAE"
+_ONE_THRESHOLD = (_BATCHTOPK, _MATRYOSHKA)
+_READ_AS = {_GATED: _JUMPRELU, _MATRYOSHKA: _BATCHTOPK}
+"""Class → the class whose architecture here it has, once converted."""
 _CONFIG, _WEIGHTS = "config.json", "ae.pt"
 
 
@@ -63,6 +68,7 @@ class _Part(NamedTuple):
     is_transposed: bool = False
 
 
+_GROUPS = "group_sizes"
 _GATES = ("gate_bias", "mag_bias", "r_mag")
 _LINEAR = {
     "encoder.weight": _Part("W_enc"),
@@ -79,8 +85,8 @@ _MATRICES = {
 _LAYOUTS = {
     "AutoEncoder": _LINEAR | {"bias": _Part("b")},
     "AutoEncoderTopK": _LINEAR | {"b_dec": _Part("b")},
-    "BatchTopKSAE": _LINEAR | {"b_dec": _Part("b"), "threshold": _Part("threshold")},
-    "MatryoshkaBatchTopKSAE": _MATRICES,
+    _BATCHTOPK: _LINEAR | {"b_dec": _Part("b"), "threshold": _Part("threshold")},
+    _MATRYOSHKA: _MATRICES,
     _JUMPRELU: _MATRICES,
     _GATED: {
         "encoder.weight": _Part("W_enc"),
@@ -116,11 +122,11 @@ def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
     path = directory / _CONFIG
     trainer = require(config, "trainer", path, dict)
     name = trainer.get("dict_class")
-    found = named(_NAME, _JUMPRELU if name == _GATED else name)
+    found = named(_NAME, _READ_AS.get(name, name))
     if found is None:
         raise ConversionError(
             f"{path} cannot be imported exactly: it is a {name}, and what is understood is "
-            f"{understood(_NAME)} and {_GATED}"
+            f"{understood(_NAME)} and {' and '.join(_READ_AS)}"
         )
     kind, theirs = found
     check_entries(config, path, harmless=("trainer", "buffer"))
@@ -140,8 +146,21 @@ def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
         ours = getattr(architecture, setting)
         if setting in state and (other := state[setting].tolist()) != ours:
             raise ConversionError(f"{path} says {setting} {ours}, {weights} has {other}")
-    tensors, changes = _tensors(state, name, theirs.copies(architecture), weights)
-    return assemble(tensors, architecture, "none", _origin(trainer), changes)
+    widths = widths_of(trainer.get(OURS))
+    repeated = {*theirs.copies(architecture)}
+    if name == _MATRYOSHKA:
+        widths = _widths(state, weights)
+        repeated.add(_GROUPS)
+    tensors, changes = _tensors(state, name, repeated, weights)
+    return assemble(tensors, architecture, "none", _origin(trainer), changes, widths)
+
+
+def _widths(state: Tensors, path: Path) -> tuple[int, ...]:
+    """Widths of prefixes, from the sizes of the groups between them."""
+    sizes = state.get(_GROUPS)
+    if not isinstance(sizes, torch.Tensor) or sizes.ndim != 1 or sizes.is_floating_point():
+        raise ConversionError(f"{path}: expected {_GROUPS}, a list of whole numbers")
+    return tuple(sizes.cumsum(0).tolist())
 
 
 def _tensors(
@@ -219,16 +238,26 @@ def _obstacle(sae: SAE, _origin: Origin) -> str | None:
     return no_place(sae, _NAME)
 
 
+def _class(sae: SAE) -> str:
+    """Name of the class that an SAE becomes."""
+    name = conversion(sae, _NAME).name
+    return _MATRYOSHKA if name == _BATCHTOPK and sae.config.matryoshka_widths else name
+
+
 def _weights(sae: SAE, layer: int | None) -> bytes:
     theirs, ours = conversion(sae, _NAME), at_layer(sae, layer)
-    if theirs.name == _JUMPRELU:
+    name, widths = _class(sae), sae.config.matryoshka_widths
+    if name == _JUMPRELU:
         ours = not_subtracting(ours)
-    if theirs.name in _ONE_THRESHOLD:
+    if name in _ONE_THRESHOLD:
         ours["threshold"] = ours["threshold"][0]
     tensors = theirs.copies(sae.architecture) | {
         there: ours[part.name].T if part.is_transposed else ours[part.name]
-        for there, part in _LAYOUTS[theirs.name].items()
+        for there, part in _LAYOUTS[name].items()
     }
+    if name == _MATRYOSHKA and widths is not None:
+        ends = torch.tensor((0, *widths))
+        tensors[_GROUPS] = ends.diff()
     buffer = io.BytesIO()
     # A copy of each, or the whole storage behind a view would be saved.
     torch.save({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, buffer)
@@ -236,16 +265,18 @@ def _weights(sae: SAE, layer: int | None) -> bytes:
 
 
 def _configuration(sae: SAE, origin: Origin, layer: int | None) -> dict[str, Any]:
+    name = _class(sae)
     return {
         "trainer": {
-            "dict_class": conversion(sae, _NAME).name,
+            "dict_class": name,
             **settings_of(sae, _NAME),
+            **({"trainer_class": "MatryoshkaBatchTopKTrainer"} if name == _MATRYOSHKA else {}),
             "activation_dim": sae.config.d_in,
             "dict_size": sae.config.num_latents,
             "layer": layer,
             "lm_name": origin.model,
             "submodule_name": f"{origin.site}_layer_{layer}",
-            OURS: {"site": origin.site, "layers": list(origin.layers or ())},
+            OURS: our_record(sae, origin),
         },
     }
 

@@ -30,11 +30,13 @@ from mlsae.sae.formats.common import (
     conversion,
     named,
     no_place,
+    our_record,
     read_safetensors,
     require,
     take,
     trained_on,
     understood,
+    widths_of,
 )
 from mlsae.sae.formats.weights import (
     Tensors,
@@ -81,8 +83,14 @@ def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
     origin = Origin()
     if found := _HOOK.fullmatch(hook):
         origin = Origin(site=found[2], layers=(int(found[1]),))
+    record = config.get(OURS)
     return assemble(
-        tensors, architecture, "none", trained_on(config.get(OURS), None, origin), changes
+        tensors,
+        architecture,
+        "none",
+        trained_on(record, None, origin),
+        changes=changes,
+        widths=widths_of(record),
     )
 
 
@@ -192,7 +200,7 @@ def _configuration(sae: SAE, origin: Origin, layer: int | None) -> dict[str, Any
         "hook_point_in": hook,
         "hook_point_out": hook,
         "use_glu_encoder": False,
-        OURS: {"site": origin.site, "layers": list(origin.layers or ())},
+        OURS: our_record(sae, origin),
     }
 
 

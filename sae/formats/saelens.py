@@ -29,6 +29,7 @@ from mlsae.sae.formats.common import (
     named,
     no_place,
     origin_of_module,
+    our_record,
     read_safetensors,
     read_settings,
     require,
@@ -36,6 +37,7 @@ from mlsae.sae.formats.common import (
     take,
     trained_on,
     understood,
+    widths_of,
 )
 from mlsae.sae.formats.weights import Tensors, at_layer, subtracting, ungated, with_norms
 from mlsae.sae.model import SAE
@@ -103,7 +105,14 @@ def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
         changes += more
     normalize = "standardize" if config.get(_NORM) == "layer_norm" else "none"
     architecture = read_settings(kind, _NAME, config, path)
-    return assemble(tensors, architecture, normalize, _origin(metadata), changes=changes)
+    return assemble(
+        tensors,
+        architecture,
+        normalize,
+        _origin(metadata),
+        changes=changes,
+        widths=widths_of(metadata.get(OURS)),
+    )
 
 
 def _tensors(
@@ -230,7 +239,7 @@ def _configuration(sae: SAE, origin: Origin, layer: int | None) -> dict[str, Any
             "hook_head_index": None,
             # Activations come from the model as it was published, not centred.
             "model_from_pretrained_kwargs": {"center_writing_weights": False},
-            OURS: {"site": origin.site, "layers": list(origin.layers or ())},
+            OURS: our_record(sae, origin),
         },
     }
 

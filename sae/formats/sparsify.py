@@ -25,12 +25,14 @@ from mlsae.sae.formats.common import (
     named,
     no_place,
     origin_of_module,
+    our_record,
     read_safetensors,
     read_settings,
     require,
     settings_of,
     take,
     trained_on,
+    widths_of,
 )
 from mlsae.sae.formats.weights import at_layer
 from mlsae.sae.model import SAE
@@ -78,7 +80,8 @@ def _read(directory: Path, config: Mapping[str, Any]) -> Foreign:
         "b_enc": found["encoder.bias"],
     }
     origin = trained_on(config.get(OURS), None, origin_of_module(directory.name))
-    return assemble(tensors, read_settings(known[0], _NAME, config, path), "none", origin)
+    architecture = read_settings(known[0], _NAME, config, path)
+    return assemble(tensors, architecture, "none", origin, widths=widths_of(config.get(OURS)))
 
 
 def _obstacle(sae: SAE, origin: Origin) -> str | None:
@@ -115,7 +118,7 @@ def _configuration(sae: SAE, origin: Origin, _layer: int | None) -> dict[str, An
         "skip_connection": False,
         "transcode": False,
         "d_in": sae.config.d_in,
-        OURS: {"site": origin.site, "layers": list(origin.layers or ())},
+        OURS: our_record(sae, origin),
     }
 
 

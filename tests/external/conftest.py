@@ -67,7 +67,7 @@ REQUIREMENTS = {
 }
 ALONE = {"delphi": ["eai-delphi==0.1.3"], "saelens": ["sae-bench==0.6.0"]}
 """Tool → packages installed without their dependencies."""
-ENVIRONMENTS = {"saebench": "saelens"}
+ENVIRONMENTS = {"saebench": "saelens", "saelens_training": "saelens"}
 """Tool → another, in whose environment it is installed."""
 LIBRARIES = {"wandb": ["wandb==0.31.0"]}
 """Library → packages installed beside mlsae's own environment, in a folder for PYTHONPATH."""

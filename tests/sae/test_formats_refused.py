@@ -60,7 +60,7 @@ def refused(result: Result, message: str, out: Path) -> None:
             "names the module whose output was encoded, and resid_mid is none that is the same in "
             "every transformer; resid_post and mlp_out are",
         ),
-        ("gguf", {}, "--to must be one of saelens, sparsify, dictionary-learning, mlsae, llama"),
+        ("gguf", {}, "--to must be one of saelens, sparsify, dictionary-learning, mlsae, gemma-"),
     ],
 )
 def test_what_a_format_cannot_express(
@@ -95,7 +95,7 @@ def test_an_sae_without_layers_has_no_place_in_a_format_of_single_layers(
 @pytest.mark.parametrize(
     ("form", "changes", "message"),
     [
-        ("saelens", {"architecture": "jumprelu"}, "of architecture 'jumprelu'; topk and standard"),
+        ("saelens", {"architecture": "temporal"}, "of architecture 'temporal'; topk and standard"),
         (
             "saelens",
             {"normalize_activations": "expected_average_only_in"},
@@ -112,8 +112,8 @@ def test_an_sae_without_layers_has_no_place_in_a_format_of_single_layers(
         ("sparsify", {"skip_connection": True}, "skip_connection is True"),
         (
             "dictionary-learning",
-            {"trainer": {"dict_class": "BatchTopKSAE", "k": K}},
-            "it is a BatchTopKSAE, and what is understood is AutoEncoderTopK and AutoEncoder",
+            {"trainer": {"dict_class": "AutoEncoderNew"}},
+            "it is a AutoEncoderNew, and what is understood is AutoEncoderTopK and AutoEnc",
         ),
         (
             "dictionary-learning",
