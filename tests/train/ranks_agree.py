@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from mlsae.sae import SAE, SAEConfig, TopK
+from mlsae.sae.architectures import BatchTopK
 from mlsae.train.data.loader import Batch
 from mlsae.train.step.dead import DeadLatents
 from mlsae.train.step.objective import Objective
@@ -19,10 +20,41 @@ from mlsae.train.step.trainer import Trainer
 STEPS, ROWS, D, N = 50, 40, 12, 64
 
 
+def shared_budgets(accelerator: Accelerator) -> None:
+    """Lanes of a batch on their ranks, beside all groups on one, for rows that share latents."""
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    config = SAEConfig(
+        d_in=D, num_latents=N, architecture=BatchTopK(4), matryoshka_widths=(8, 24, N)
+    )
+    sae = SAE(config, torch.Generator().manual_seed(0)).double()
+    sae.normalize_decoder()
+    objective = Objective(sae, np.array([3.0, 5.0]), "standardized")
+    dead = DeadLatents(N, 100 * ROWS, torch.device("cpu"))
+    trainer = Trainer(sae, objective, Schedule(1e-2, 9, 0.1, 0.2), dead, accelerator)
+    for step in range(8):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(ROWS, D, generator=generator, dtype=torch.float64)
+        layer, lane = torch.randint(2, (2, ROWS), generator=generator)
+        lane = lane + 2 * (torch.arange(ROWS) % 4)
+        batch = Batch(x, layer, ROWS, lane=lane)
+        order, sizes = lane.argsort(stable=True), tuple(torch.bincount(lane).tolist())
+        sae.zero_grad()
+        whole = objective.accumulate(x[order], layer[order], ROWS, None, groups=sizes)
+        expected = {name: sae.get_parameter(name).grad for name in ("W_enc", "b")}
+        sae.zero_grad()
+        result = trainer.step(batch.part(lane % world_size == rank))
+        np.testing.assert_allclose(result.loss, whole.main.item(), rtol=1e-9)
+        torch.testing.assert_close(result.nested, whole.nested.double(), rtol=1e-9, atol=1e-12)
+        for name, gradient in expected.items():
+            found = sae.get_parameter(name).grad
+            torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-12)
+
+
 def main() -> None:
     accelerator = Accelerator(cpu=True)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     assert world_size in (2, 4), f"{world_size} ranks, not 2 or 4"
+    shared_budgets(accelerator)
     sae = SAE(
         SAEConfig(d_in=D, num_latents=N, architecture=TopK(4)), torch.Generator().manual_seed(0)
     ).double()

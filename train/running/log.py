@@ -37,10 +37,12 @@ class Averages:
         if result.nested is not None:
             errors, active = result.nested.tolist()
             seen |= {"nested_errors": errors, "nested_active": active}
-        before = self._sums
+        # Sums from an earlier version's checkpoint may lack some, which that line goes without.
+        before = self._sums or dict.fromkeys(seen)
         self._sums = {
-            name: _plus(before[name], value) if name in before else value
+            name: value if before[name] is None else _plus(before[name], value)
             for name, value in seen.items()
+            if name in before
         }
         self._sums["num_dead"] = result.num_dead
 

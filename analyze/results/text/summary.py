@@ -116,8 +116,7 @@ def _prefixes(analysis: Analysis) -> list[str]:
         lines.append("{:>13} {:>7} {:>7} {:>14} {:>7}".format(row["num_latents"], *cells))
     return [
         *lines,
-        "first latents: all layers by those alone; layer entropy: nats, the mean",
-        "over those that are not dead",
+        "first latents: rows of all layers, by those alone; layer entropy: nats, mean over living",
     ]
 
 
