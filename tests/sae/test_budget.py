@@ -49,11 +49,11 @@ def test_they_are_the_largest_of_each_group(select: Select, sizes: list[int], k:
 
 @ways
 def test_equal_values_go_to_earlier_rows_and_latents(select: Select) -> None:
-    """Every row and every direction comes twice, and the budget cuts through equal values."""
+    """Eight of each, so that an odd budget cuts through them."""
     c, W = drawn(8, 16, 32)
-    c, W = torch.cat([c, c]), torch.cat([W, W]).repeat_interleave(2, dim=0)
+    c, W = torch.cat([c, c])[:15], torch.cat([W, W]).repeat_interleave(2, dim=0)
     for k in (1, 3, 7):
-        assert places(select(c, W, k, [16])) == sorted_entries(c, W, k, [16])
+        assert places(select(c, W, k, [15])) == sorted_entries(c, W, k, [15])
 
 
 @ways
