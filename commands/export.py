@@ -13,7 +13,7 @@ from mlsae.commands.options import DIRECTORY, TEXT
 @click.option(
     "--to",
     required=True,
-    help="Format: saelens, sparsify, dictionary-learning, llamascopium or mlsae.",
+    help="Format: saelens, sparsify, dictionary-learning, gemma-scope, llamascopium or mlsae.",
 )
 @click.option(
     "--model",
