@@ -436,7 +436,7 @@ class TrainConfig(ArchitectureSettings, ReadsStores):
         Unless chosen, 2e-4 / √(num_latents / 2¹⁴), as published for long runs, times
         √(2²⁵ / (d_in · num_steps)) where that is above 1 and num_steps counts as 2¹¹ at least.
         Adam turns a direction of unit length by about lr · √d_in a step, so a short run with the
-        published rate ends on the way. Fitted in docs/evidence/defaults.md.
+        published rate ends on the way. Measured in docs/evidence/defaults.md.
         """
         if self.lr is not None:
             return self.lr
