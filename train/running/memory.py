@@ -90,8 +90,9 @@ def _rows_memory(rows: int, d_in: int, k: int) -> int:
 
 
 def _nested_memory(rows: int, sae: SAEConfig) -> int:
-    # A further prefix has its part of the sum, reconstruction and residual, and their gradients.
-    return (len(sae.prefixes) - 1) * rows * 6 * sae.d_in * _FLOAT
+    # A further prefix has its part of the sum, reconstruction, residual, its square, and gradients.
+    # Counted from measured peaks.
+    return (len(sae.prefixes) - 1) * rows * 10 * sae.d_in * _FLOAT
 
 
 def require_training_memory(
