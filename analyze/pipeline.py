@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,6 @@ from mlsae.analyze.interop.delphi import check_target, to_delphi
 from mlsae.analyze.measure.decoder import Decoder, describe_decoder
 from mlsae.analyze.measure.directions import check_memory
 from mlsae.analyze.measure.histograms import histograms_table, layer_cosine_table
-from mlsae.analyze.measure.model.cross_entropy import SEQUENCES, CrossEntropy, measure
 from mlsae.analyze.measure.model.prompts import Prompt, prepare, prompts_table, read_texts
 from mlsae.analyze.measure.rows.joint import Joint, JointResult
 from mlsae.analyze.measure.rows.kept import packed, unpacked
@@ -52,7 +51,10 @@ from mlsae.base.interruption import Interruption, interruptible
 from mlsae.base.machine.resources import require_disk
 from mlsae.base.output.console import Progress, say
 from mlsae.base.units import counted
-from mlsae.models import Transformer
+
+if TYPE_CHECKING:
+    from mlsae.analyze.measure.model.cross_entropy import CrossEntropy
+    from mlsae.models import Transformer
 
 STOPPING = "finishing the batch in hand, then stopping; press Ctrl-C again to stop at once"
 _ROWS_AT_ONCE = 2**20
@@ -67,7 +69,7 @@ class _Job:
     sequences: Int
     num_rows: int
     places: Places
-    transformer: Transformer | None
+    transformer: "Transformer | None"
     reason: str | None
     """Reason why there is no transformer."""
     prompts: list[Prompt]
@@ -222,9 +224,11 @@ def _walk(
     return sums, joint, told
 
 
-def _cross_entropy(job: _Job, steps: Steps, interruption: Interruption) -> CrossEntropy | None:
+def _cross_entropy(job: _Job, steps: Steps, interruption: Interruption) -> "CrossEntropy | None":
     if job.transformer is None:
         return None
+    from mlsae.analyze.measure.model.cross_entropy import SEQUENCES, measure
+
     length, step = job.pairing.store.context_length, "cross-entropy"
     scored = first_tokens(job.sequences, max(job.config.ce_max_tokens, length), length)
     _, begun = steps.read(step) or ({}, None)
@@ -304,7 +308,7 @@ def _tables(
     sums: Mapping[int, LayerSums],
     joint: JointResult,
     decoder: Decoder,
-    entropy: CrossEntropy | None,
+    entropy: "CrossEntropy | None",
     provenance: Mapping[str, str],
 ) -> dict[str, pa.Table]:
     moments = pairing.store.moments(pairing.site, pairing.skip_positions)
@@ -360,7 +364,7 @@ def _coverage(
     pairing: Pairing,
     sequences: Int,
     sums: Mapping[int, LayerSums],
-    entropy: CrossEntropy | None,
+    entropy: "CrossEntropy | None",
 ) -> dict[str, Any]:
     notes = list(pairing.notes)
     if entropy is not None and entropy.ce_store is None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,11 +11,11 @@ import torch
 
 from mlsae.base.errors import InputError
 from mlsae.base.output.console import Progress
-from mlsae.models import Transformer, load_for
-from mlsae.models.families.kinds import ENCODER
-from mlsae.models.sites import check_sites
-from mlsae.models.source.tokenizer import load_tokenizer, texts_of_tokens, tokenizer_sha256
 from mlsae.store import AnyStore, RemoteError, Store
+
+# Rooms of transformers are imported where one is wanted: that takes longer than a small analysis.
+if TYPE_CHECKING:
+    from mlsae.models import Transformer
 
 Place = tuple[str | Path, str | None]
 """Name or directory, and revision."""
@@ -87,7 +87,7 @@ def find_places(store: AnyStore, given: Path | None) -> Places:
 
 def find_transformer(
     store: AnyStore, site: str, places: Places, device: torch.device
-) -> tuple[Transformer | None, str | None]:
+) -> "tuple[Transformer | None, str | None]":
     """Load the transformer that predicts next tokens and whose activations a store holds.
 
     Args:
@@ -127,7 +127,12 @@ def find_pieces(store: AnyStore, places: Places) -> tuple[Pieces | None, str | N
     """
     reason = places.reason
     recorded = store.source.get("tokenizer_sha256")
-    for name, revision in (*((name, None) for name in places.tokenizers), *places.each):
+    where = (*((name, None) for name in places.tokenizers), *places.each)
+    if not where:
+        return None, reason
+    from mlsae.models.source.tokenizer import load_tokenizer, tokenizer_sha256
+
+    for name, revision in where:
         try:
             tokenizer = load_tokenizer(name, revision=revision)
         except InputError as error:
@@ -142,7 +147,10 @@ def find_pieces(store: AnyStore, places: Places) -> tuple[Pieces | None, str | N
 
 def _load(
     store: AnyStore, site: str, place: Place, places: Places, device: torch.device
-) -> Transformer:
+) -> "Transformer":
+    from mlsae.models import load_for
+    from mlsae.models.sites import check_sites
+
     name, revision = place
     transformer = load_for(
         store.source["model"],
@@ -165,6 +173,8 @@ def _why_none(record: object) -> str | None:
         return "the store records no transformer"
     if missing := sorted(_NEEDED - record.keys()):
         return f"the store's record of its transformer lacks {', '.join(missing)}"
+    from mlsae.models.families.kinds import ENCODER
+
     if record["kind"] == ENCODER:
         return "the store's transformer is an encoder, which predicts no next token"
     return None
@@ -188,6 +198,8 @@ class _Cached:
         self._known: dict[int, str] = {}
 
     def __call__(self, ids: npt.NDArray[Any]) -> list[str]:
+        from mlsae.models.source.tokenizer import texts_of_tokens
+
         wanted: list[int] = ids.tolist()
         new = np.array([token for token in wanted if token not in self._known], dtype=np.int64)
         if len(new):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,9 @@ from mlsae.analyze.measure.directions import (
     nearest_rows,
 )
 from mlsae.analyze.pairing import Pairing
-from mlsae.models import Transformer
+
+if TYPE_CHECKING:
+    from mlsae.models import Transformer
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +56,7 @@ class Decoder:
 def describe_decoder(
     pairing: Pairing,
     layer_means_M: Float,
-    transformer: Transformer | None,
+    transformer: "Transformer | None",
     progress: Callable[[int], object],
 ) -> Decoder:
     """Compare the decoder's directions with each other, and with the transformer's embeddings.

@@ -5,15 +5,17 @@ R = resamples, M = num_latents. Definitions and sources: docs/metrics.md.
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mlsae.analyze.measure.bootstrap import Float, estimate, group_weights, ratio
-from mlsae.analyze.measure.model.cross_entropy import CrossEntropy
 from mlsae.analyze.measure.rows.sums import Ratio
 from mlsae.analyze.measure.rows.walk import LayerSums
+
+if TYPE_CHECKING:
+    from mlsae.analyze.measure.model.cross_entropy import CrossEntropy
 
 FREQUENT = 0.1
 """A latent is frequent if it is active on a larger share of the rows (SAEBench's 10 percent)."""
@@ -38,7 +40,7 @@ Columns = dict[str, Any]
 
 
 def describe(
-    sums: Mapping[int, LayerSums], entropy: CrossEntropy | None
+    sums: Mapping[int, LayerSums], entropy: "CrossEntropy | None"
 ) -> tuple[list[Columns], list[Columns]]:
     """Columns of the tables `layers`, a dict a layer, and `overall`, its two rows.
 

@@ -4,7 +4,7 @@ Shapes: L layers, M = num_latents.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,12 +12,14 @@ import pyarrow as pa
 
 from mlsae.analyze.measure.decoder import Decoder
 from mlsae.analyze.measure.metrics import describe
-from mlsae.analyze.measure.model.cross_entropy import CrossEntropy
 from mlsae.analyze.measure.rows.joint import JointResult
 from mlsae.analyze.measure.rows.walk import LayerSums
 from mlsae.analyze.results.columns import LATENTS
 from mlsae.analyze.results.distribution import Float, LayerDistribution, layer_distribution
 from mlsae.analyze.results.tables import schema
+
+if TYPE_CHECKING:
+    from mlsae.analyze.measure.model.cross_entropy import CrossEntropy
 
 
 def layers_tables(
@@ -25,7 +27,7 @@ def layers_tables(
     norms: Mapping[int, float],
     pooled_cosines: Mapping[int, float],
     pca: Mapping[int, tuple[int, float]],
-    entropy: CrossEntropy | None,
+    entropy: "CrossEntropy | None",
     provenance: Mapping[str, str],
 ) -> tuple[pa.Table, pa.Table]:
     """`layers`, one row a layer, and `overall`, the mean over layers and all layers together.

@@ -1,5 +1,6 @@
 """Mistakes that users make with an analysis, through the command line."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -261,9 +262,13 @@ def test_little_memory_for_all_pairs_of_directions() -> None:
 def test_too_little_disk_for_the_events(
     sample: Any, sae_maker: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """On a real small file system: estimated before any work, and nothing is left there."""
+    """On a real small file system: estimated before any work, and nothing is left there.
+
+    Nor is transformers imported, since the store names no transformer.
+    """
     if shutil.which("unshare") is None:
         pytest.skip("needs the unshare command to mount a small file system")
+    (tmp_path / "transformers.py").write_text("raise SystemExit('transformers was imported')")
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = (
@@ -275,6 +280,7 @@ def test_too_little_disk_for_the_events(
     words = ["analyze", "--cache", sample.path, "--sae", sae_maker(sample.path), "--rows", "all"]
     done = subprocess.run(
         [*prefix, sys.executable, "-m", "mlsae", *map(str, words), "--out", str(disk / "out")],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
         check=False,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mlsae.analyze import AnalyzeConfig, pipeline, run
+from mlsae.analyze.measure.model import cross_entropy
 from mlsae.analyze.results.page import pictures
 from mlsae.analyze.steps import Steps
 from mlsae.base.directories import KEPT
@@ -74,7 +75,7 @@ def test_a_stop_at_every_step_keeps_those_before(
     assert not config.out.exists()
 
     capfd.readouterr()
-    line = _stopped(monkeypatch, pipeline, "measure", config, signal.SIGTERM)
+    line = _stopped(monkeypatch, cross_entropy, "measure", config, signal.SIGTERM)
     on = (
         f"stopped: sums over rows and tokens scored are kept in {config.out}; run the same command "
         f"to go on"
@@ -85,12 +86,12 @@ def test_a_stop_at_every_step_keeps_those_before(
     assert {path.name for path in (folder / KEPT).iterdir()} == {"rows.npz", "cross-entropy.npz"}
 
     scored: list[int] = []
-    measure = pipeline.measure
+    measure = cross_entropy.measure
 
     def counted(*arguments: Any, **options: Any) -> Any:
         return measure(*arguments, **options | {"progress": scored.append})
 
-    monkeypatch.setattr(pipeline, "measure", counted)
+    monkeypatch.setattr(cross_entropy, "measure", counted)
     monkeypatch.setattr(pipeline, "walk", None)
     line = _stopped(monkeypatch, pipeline, "describe_decoder", config, signal.SIGINT)
     assert str(line) == on
@@ -103,7 +104,7 @@ def test_a_stop_at_every_step_keeps_those_before(
     assert str(line) == (
         f"stopped: the tables are whole in {config.out}; run the same command for the rest"
     )
-    monkeypatch.setattr(pipeline, "measure", None)
+    monkeypatch.setattr(cross_entropy, "measure", None)
     made = run(config)
     assert "the tables are whole" in capfd.readouterr().out
     assert _content(made.path) == _content(whole.path)

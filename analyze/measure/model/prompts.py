@@ -6,7 +6,7 @@ Shapes: T tokens of a prompt, D = d_model, K active slots a row.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,15 +17,10 @@ from mlsae.analyze.pairing import Pairing
 from mlsae.analyze.results.tables import schema
 from mlsae.base.errors import InputError
 from mlsae.base.units import counted
-from mlsae.models import Inputs, Transformer
-from mlsae.models.capture import capture
-from mlsae.models.source.tokenizer import (
-    special_ids,
-    texts_of_tokens,
-    token_ids,
-    tokenizer_sha256,
-)
 from mlsae.store import AnyStore
+
+if TYPE_CHECKING:
+    from mlsae.models import Transformer
 
 Array = npt.NDArray[Any]
 
@@ -75,7 +70,7 @@ def read_texts(given: Sequence[str], file: Path | None) -> dict[str, str]:
 
 def prepare(
     texts: Mapping[str, str],
-    transformer: Transformer | None,
+    transformer: "Transformer | None",
     reason: str | None,
     store: AnyStore,
     skip_positions: int,
@@ -97,6 +92,13 @@ def prepare(
         return []
     if transformer is None:
         raise InputError(f"prompts need the transformer, and there is none: {reason}")
+    from mlsae.models.source.tokenizer import (
+        special_ids,
+        texts_of_tokens,
+        token_ids,
+        tokenizer_sha256,
+    )
+
     tokenizer = transformer.tokenizer
     recorded = store.source.get("tokenizer_sha256")
     if recorded is not None and recorded != (found := tokenizer_sha256(tokenizer)):
@@ -131,7 +133,7 @@ def prepare(
 @torch.no_grad()
 def prompts_table(
     prompts: Sequence[Prompt],
-    transformer: Transformer | None,
+    transformer: "Transformer | None",
     pairing: Pairing,
     provenance: Mapping[str, str],
     progress: Callable[[int], object],
@@ -151,6 +153,9 @@ def prompts_table(
     parts = []
     for number, prompt in enumerate(prompts):
         assert transformer is not None
+        from mlsae.models import Inputs
+        from mlsae.models.capture import capture
+
         inputs = Inputs(
             tokens=torch.from_numpy(prompt.tokens)[None].to(transformer.device),
             first_token=pairing.store.num_tokens + number * pairing.store.context_length,
