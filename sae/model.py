@@ -10,6 +10,7 @@ leading shape.
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,6 +127,19 @@ class SAE(torch.nn.Module):
     def weights(self) -> Weights:
         """The parameters by name."""
         return dict(self.named_parameters(recurse=False))
+
+    @torch.no_grad()
+    def kept(self) -> tuple["SAE", dict[str, Any]]:
+        """The SAE in the form in which it is kept after training, and entries of its record."""
+        found = self.architecture.kept(self.weights)
+        if found is None:
+            return self, {}
+        config = replace(
+            self.config, architecture=found.architecture, encoder_bias="b_enc" in found.weights
+        )
+        kept = SAE(config, weights={name: t.detach().clone() for name, t in found.weights.items()})
+        kept.layer_factor, kept.layer_shift = self.layer_factor, self.layer_shift
+        return kept.to(self.b.device), found.record
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:

@@ -44,7 +44,7 @@ def sae_config(config: TrainConfig, d_in: int, layers: tuple[int, ...]) -> SAECo
     kind = get(config.architecture)
     architecture = kind.wanted(config)
     by_layer = config.normalize in ("scale", "center") or config.layer_scale != "none"
-    return SAEConfig(
+    found = SAEConfig(
         d_in=d_in,
         num_latents=config.latents(d_in),
         architecture=architecture,
@@ -54,6 +54,8 @@ def sae_config(config: TrainConfig, d_in: int, layers: tuple[int, ...]) -> SAECo
         layers=layers if by_layer or architecture.depends_on_layer else None,
         matryoshka_widths=widths(config.matryoshka, config.latents(d_in)),
     )
+    architecture.check_trained(config, found)
+    return found
 
 
 def layer_factors(sae: SAEConfig, moments: Moments, layers: tuple[int, ...]) -> Float64 | None:
@@ -157,6 +159,45 @@ def lengths_of_u(sae: SAEConfig, moments: Moments, layers: tuple[int, ...]) -> F
     return lengths
 
 
+def unit_of(sae: SAE, moments: Moments, layers: tuple[int, ...]) -> float:
+    """√(E‖u‖² / d) over normalised rows, with equal weight for each layer.
+
+    Args:
+        sae: the SAE, its state by layer set.
+        moments: moments of the rows that the SAE is trained on.
+        layers: the SAE's layers.
+    """
+    if sae.config.normalize == "standardize":
+        return 1.0
+    at = [moments.layers.index(layer) for layer in layers]
+    means_LD = moments.mean[at]
+    if sae.layer_shift is not None:
+        means_LD = means_LD - sae.layer_shift.double().cpu().numpy()
+    squares_L = moments.m2[at].sum(axis=1) / moments.count + np.square(means_LD).sum(axis=1)
+    if sae.layer_factor is not None:
+        squares_L = squares_L * np.square(sae.layer_factor.double().cpu().numpy())
+    return float(np.sqrt(squares_L.mean() / sae.config.d_in))
+
+
+@torch.no_grad()
+def prepare(
+    sae: SAE, config: TrainConfig, moments: Moments, layers: tuple[int, ...]
+) -> TrainConfig:
+    """Set what depends on training settings, and return these as the architecture resolves them.
+
+    Args:
+        sae: the SAE before its first step.
+        config: the SAE's settings, as from `of_sae`.
+        moments: moments of the rows that the SAE is trained on.
+        layers: the SAE's layers.
+    """
+    resolved: TrainConfig = sae.architecture.resolved(
+        config, sae.config, unit_of(sae, moments, layers)
+    )
+    sae.architecture.prepare(sae.weights, resolved)
+    return resolved
+
+
 def resample_every(config: TrainConfig, num_steps: int) -> int:
     """Steps between resamplings; 0 for none."""
     if get(config.architecture).revival != "resample":
@@ -208,7 +249,7 @@ def make_objective(
 
     Args:
         sae: the SAE, on its device.
-        config: the SAE's settings, as from `of_sae`.
+        config: the SAE's settings, as from `prepare`.
         moments: moments of the rows that the SAE is trained on.
         layers: the SAE's layers.
         num_steps: steps in the run.
@@ -224,5 +265,6 @@ def make_objective(
         seed=config.seed,
         layer_weights=config.layer_weights,
         extra=sae.architecture.extra_loss(config, num_steps, sae.b),
+        settings=config,
         resampling=Resampling(every, num_steps) if every else None,
     )

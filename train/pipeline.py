@@ -225,6 +225,8 @@ class _Run:
                 how_far = f"stopped after step {done.step} of {mine[0].num_steps}"
                 raise _stopped(self._interruption, how_far)
             try:
+                for member in work.members:
+                    member.keep()
                 metrics = _measure(work.members, team, shown=accelerator.is_main_process)
                 while work.members:
                     if work.members[0].check(found := metrics.pop(0)):
@@ -251,7 +253,7 @@ class _Run:
         lines = read_log(out / LOG)
         record = training_record(
             plan,
-            member.trainer.sae,
+            member.sae,
             member.trainer.step_number,
             member.trainer.dead.num_rows,
             metrics,
@@ -261,7 +263,7 @@ class _Run:
             threads=shape.num_threads,
             seconds=seconds,
         )
-        member.trainer.sae.save(out, record)
+        member.sae.save(out, {**record, **member.record})
         member.checkpoints.remove()
         with by_product(f"the line of {self._config.track}"):
             member.track(metrics)
@@ -343,7 +345,7 @@ def _measure(
     }
 
     def evaluated(member: Member) -> dict[str, Any]:
-        sae, own = member.trainer.sae, member.plan
+        sae, own = member.sae, member.plan
         rows = (sae, own.store, own.site, own.layers, own.validation)
         if is_calibrated(sae.architecture):
             calibrate(*rows, report=progress.update, **shared)
@@ -369,7 +371,7 @@ def _measure(
             **shared,
         )
     for member, found in zip(members, metrics, strict=True):
-        add_pca(found, fvu, member.trainer.sae.architecture.most_active)
+        add_pca(found, fvu, member.sae.architecture.most_active)
     return list(metrics)
 
 

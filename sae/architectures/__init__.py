@@ -3,12 +3,16 @@
 from mlsae.base.settings import setting, settings
 from mlsae.sae.architectures.base import Architecture, get, register, registered
 from mlsae.sae.architectures.batchtopk import BatchTopK, BatchTopKSettings
+from mlsae.sae.architectures.gated import Gated
+from mlsae.sae.architectures.jumprelu import JumpReLU, JumpReLUSettings
 from mlsae.sae.architectures.relu import ReLU, ReLUSettings
 from mlsae.sae.architectures.topk import TopK, TopKSettings
 
 register(TopK)
 register(ReLU)
 register(BatchTopK)
+register(JumpReLU)
+register(Gated)
 
 
 @settings
@@ -27,7 +31,7 @@ class _Choice:
 
 
 @settings
-class ArchitectureSettings(ReLUSettings, BatchTopKSettings, _Choice):
+class ArchitectureSettings(JumpReLUSettings, ReLUSettings, BatchTopKSettings, _Choice):
     """Training settings of all architectures, which a run's settings contain."""
 
 
@@ -35,6 +39,9 @@ __all__ = [
     "Architecture",
     "ArchitectureSettings",
     "BatchTopK",
+    "Gated",
+    "JumpReLU",
+    "JumpReLUSettings",
     "ReLU",
     "ReLUSettings",
     "TopK",

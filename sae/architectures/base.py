@@ -18,8 +18,8 @@ import torch
 from mlsae.base.errors import InputError
 from mlsae.sae.kernels.sparse import Support
 
-Revival = Literal["auxk", "resample"]
-"""Ways to bring dead latents back: train/step/auxiliary.py and train/step/resample.py."""
+Revival = Literal["auxk", "resample", "preactivation"]
+"""Ways to bring dead latents back: auxiliary.py, resample.py and preactivation.py of train/step."""
 
 Weights = Mapping[str, torch.Tensor]
 """Parameters by name, as `Architecture.parameters` lists them."""
@@ -77,6 +77,10 @@ class TrainingRows(NamedTuple):
     """Step in the run, from 0."""
     groups: tuple[int, ...] = ()
     """Rows of each group, one after another, where latents are selected by group; () for one."""
+    weight: torch.Tensor | float = 1.0
+    """(B,) weight of ‖u − û‖² in the loss."""
+    settings: Any = None
+    """Training settings, as `Architecture.resolved` gives them."""
 
 
 class Activation(NamedTuple):
@@ -86,12 +90,27 @@ class Activation(NamedTuple):
     """(B, K), 0 where a latent is not active, with gradients; (E,) at `Entries`."""
     support: Support
     """Places of the values, each latent at most once a row."""
-    pre: torch.Tensor | None = None
-    """(B, K) pre-activations there, with gradients, for a term of the loss that takes them."""
+    gate: torch.Tensor | None = None
+    """Openness of each, of the values' shape, with gradients, for the architecture's term of the
+    loss."""
 
 
-ExtraLoss = Callable[[Activation, TrainingRows, Weights], torch.Tensor]
-"""(B,) each row's term in the loss beside its reconstruction error, with gradients."""
+class ExtraLoss(ABC):
+    """Term of the loss beside the reconstruction error."""
+
+    @abstractmethod
+    def __call__(self, active: Activation, rows: TrainingRows, weights: Weights) -> torch.Tensor:
+        """(B,) each row's term, with gradients."""
+
+    def after_step(self, l0: float) -> None:  # noqa: B027
+        """Take note of a step's mean number of active latents a row, over all ranks."""
+
+    def state(self) -> dict[str, float]:
+        """State that a resumed run needs; empty for none."""
+        return {}
+
+    def restore(self, state: Mapping[str, float]) -> None:  # noqa: B027
+        """Go on with the state of a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +188,32 @@ class Architecture(ABC):
             InputError: with the setting.
         """
 
+    def check_trained(self, settings: Any, shape: Shape) -> None:  # noqa: B027
+        """Refuse training settings that an SAE of this size cannot be trained with.
+
+        Raises:
+            InputError: with the flag.
+        """
+
+    def resolved(self, settings: Any, shape: Shape, unit: float) -> Any:  # noqa: ARG002
+        """Training settings with the architecture's defaults filled in.
+
+        Args:
+            settings: an instance of `settings`.
+            shape: the SAE's size.
+            unit: √(E‖u‖² / d) over the rows that the SAE is trained on; 1 where they are
+                standardised.
+        """
+        return settings
+
+    def prepare(self, weights: Weights, settings: Any) -> None:  # noqa: B027
+        """Set parameters that depend on training settings, before the first step.
+
+        Args:
+            weights: the SAE's parameters, changed in place.
+            settings: result of `resolved`.
+        """
+
     def parameters(self, shape: Shape) -> tuple[Parameter, ...]:
         """Parameters, in training order: W_enc and W_dec (N, D), b (D,), b_enc (N,)."""
         matrix = (shape.num_latents, shape.d_in)
@@ -206,6 +251,15 @@ class Architecture(ABC):
     def most_in_training(self) -> int | None:
         """Most latents that a row uses in training, in the mean over a step; None for any."""
         return self.most_active
+
+    def expected_in_training(self, settings: Any, shape: Shape) -> int | None:  # noqa: ARG002
+        """About the most latents that a row takes memory for in training; None for all.
+
+        Args:
+            settings: an instance of `settings`.
+            shape: the SAE's size.
+        """
+        return self.most_in_training
 
     @property
     def calibrated_l0(self) -> int | None:
@@ -271,9 +325,17 @@ class Architecture(ABC):
         """Term that training minimises beside the reconstruction error; None for nothing.
 
         Args:
-            settings: training settings, with values by layer for the SAE's layers alone.
+            settings: result of `resolved`, with values by layer for the SAE's layers alone.
             num_steps: steps in the run.
             like: tensor with the weights' device and dtype.
+        """
+        return None
+
+    def kept(self, weights: Weights) -> "Kept | None":  # noqa: ARG002
+        """The SAE after training in another architecture, with equal latents; None for its own.
+
+        Args:
+            weights: the SAE's parameters.
         """
         return None
 
@@ -286,6 +348,17 @@ class Architecture(ABC):
     def to_dict(self) -> dict[str, Any]:
         """Settings, as JSON."""
         return asdict(self)
+
+
+class Kept(NamedTuple):
+    """An SAE after training, in the form in which it is kept."""
+
+    architecture: Architecture
+    """Architecture of that form."""
+    weights: dict[str, torch.Tensor]
+    """Parameters of that form."""
+    record: dict[str, Any]
+    """Entries for training.json: what the form does not hold; tensors become lists of numbers."""
 
 
 Kind = TypeVar("Kind", bound=type[Architecture])

@@ -20,6 +20,7 @@ from mlsae.sae.architectures.base import (
     Activation,
     Architecture,
     Conversion,
+    ExtraLoss,
     TrainingRows,
     Weights,
 )
@@ -30,7 +31,7 @@ from mlsae.sae.kernels.sparse import Support
 
 @settings
 class ReLUSettings:
-    """Training settings for the architecture `relu`."""
+    """Training settings for the architectures `relu` and `gated`."""
 
     l1: float | None = setting(
         default=None,
@@ -39,14 +40,15 @@ class ReLUSettings:
         decides=True,
         group="Architecture",
         swept=True,
-        doc="Weight λ of the penalty Σ_j z_j ‖W_dec,j‖ in the loss of relu, which needs one.",
+        doc="Weight λ of the penalty Σ_j z_j ‖W_dec,j‖ in the loss of relu, or of gated with its "
+        "gates for z; both need one.",
     )
     l1_warmup: float = setting(
         default=0.05,
         decides=True,
         group="Architecture",
         swept=True,
-        doc="First share of steps, over which relu's weight --l1 rises from 0.",
+        doc="First share of steps, over which --l1 rises from 0.",
     )
     layer_l1: tuple[float, ...] | None = setting(
         default=None,
@@ -66,13 +68,13 @@ class ReLUSettings:
         group="Architecture",
         swept=True,
         parse=parse_count,
-        doc="Steps between resamplings of relu's dead latents, in the first half of the run; 0 for "
-        "never.",
+        doc="Steps between resamplings of dead latents with relu or gated, in the first half of "
+        "the run; 0 for never.",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class L1:
+class L1(ExtraLoss):
     """Each row's penalty: λ_l Σ_j z_j ‖W_dec,j‖."""
 
     weight: float
@@ -131,7 +133,7 @@ class ReLU(Architecture):
         """Refuse to train without a penalty."""
         if settings.l1 is None:
             raise InputError(
-                "--architecture relu needs --l1, the weight of its penalty, as in 0.01"
+                f"--architecture {cls.name} needs --l1, the weight of its penalty, as in 0.01"
             )
 
     @property
@@ -152,13 +154,20 @@ class ReLU(Architecture):
         """All latents above 0."""
         return above(u_BD, weights["W_enc"], weights["b"], weights.get("b_enc"))
 
-    def extra_loss(self, settings: ReLUSettings, num_steps: int, like: torch.Tensor) -> L1 | None:
+    def extra_loss(
+        self, settings: ReLUSettings, num_steps: int, like: torch.Tensor
+    ) -> ExtraLoss | None:
         """The L1 penalty, its λ rising over the first steps; None without a λ."""
-        if settings.l1 is None:
-            return None
-        by_layer = settings.layer_l1
-        return L1(
-            weight=settings.l1,
-            by_layer=None if by_layer is None else like.new_tensor(by_layer),
-            rise=round(settings.l1_warmup * num_steps),
-        )
+        return l1_penalty(settings, num_steps, like)
+
+
+def l1_penalty(settings: ReLUSettings, num_steps: int, like: torch.Tensor) -> L1 | None:
+    """The penalty of the settings; arguments as for `Architecture.extra_loss`."""
+    if settings.l1 is None:
+        return None
+    by_layer = settings.layer_l1
+    return L1(
+        weight=settings.l1,
+        by_layer=None if by_layer is None else like.new_tensor(by_layer),
+        rise=round(settings.l1_warmup * num_steps),
+    )

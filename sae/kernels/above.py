@@ -3,10 +3,11 @@
 θ is one number, one a row (that of its layer) or one a latent; without one it is 0. Source:
 Rajamanoharan et al. (2024), arXiv 2407.14435, with θ of each latent; ReLU is the case θ = 0.
 
-Shape suffixes: B rows, D channels, N latents, K latents a row.
+Shape suffixes: B rows, D channels, N latents, K latents a row, E entries of all rows.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -72,6 +73,42 @@ def reached(
     if indices_BK.shape[1] == num_latents:
         return pre_BK, FullSupport(len(u_BD), num_latents, u_BD.device)
     return pre_BK, Support(indices_BK, num_latents)
+
+
+class Found(NamedTuple):
+    """Entries of rows × latents, ascending by row and then by latent, without gradients."""
+
+    values: torch.Tensor
+    """(E,)"""
+    rows: torch.Tensor
+    """(E,) int64."""
+    latents: torch.Tensor
+    """(E,) int64."""
+
+
+def entries_above(
+    c_BD: torch.Tensor,
+    W_enc_ND: torch.Tensor,
+    b_enc_N: torch.Tensor | None,
+    threshold: torch.Tensor,
+) -> Found:
+    """Pre-activations above a threshold of any sign, row after row.
+
+    Args:
+        c_BD: (B, D) rows u − b.
+        W_enc_ND: (N, D) encoder directions.
+        b_enc_N: (N,) encoder bias; None for none.
+        threshold: (), (B, 1) or (N,).
+    """
+    values, rows, latents = [], [], []
+    start = 0
+    for pre_BN, above_BN in _blocks(c_BD, W_enc_ND, b_enc_N, threshold):
+        row, latent = above_BN.nonzero(as_tuple=True)
+        values.append(pre_BN[row, latent])
+        rows.append(row + start)
+        latents.append(latent)
+        start += len(pre_BN)
+    return Found(torch.cat(values), torch.cat(rows), torch.cat(latents))
 
 
 def of_rows(threshold_L: torch.Tensor, at: torch.Tensor | int) -> torch.Tensor:

@@ -37,8 +37,10 @@ def _check_prefixes(found: Analysis, layer: dict[str, Any], trained: list[dict[s
         {"normalize": "none", "layer_scale": "sqrt"},
         {"architecture": "relu", "l1": 0.01, "normalize": "scale"},
         {"architecture": "batchtopk", "threshold": "layer", "matryoshka": (16, 40)},
+        {"architecture": "jumprelu", "target_l0": 6.0, "initial_threshold": 0.1},
+        {"architecture": "gated", "l1": 0.01},
     ],
-    ids=["center", "sqrt", "relu", "batchtopk"],
+    ids=["center", "sqrt", "relu", "batchtopk", "jumprelu", "gated"],
 )
 def test_an_analysis_says_of_the_held_out_rows_what_training_did(
     changes: dict[str, Any], sample: Any, tmp_path: Path

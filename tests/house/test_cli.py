@@ -25,7 +25,8 @@ OPTIONS = {
     "config",
     "train": "cache cache-dir cache-size config out site layers expansion-factor num-latents k "
     "preset architecture l1 l1-warmup resample-every normalize layer-scale layer-weights layer-l1 "
-    "matryoshka threshold "
+    "matryoshka threshold target-l0 l0-penalty l0-warmup initial-threshold bandwidth "
+    "straight-through "
     "batch-size micro-batch epochs max-rows lr schedule lr-decay warmup clip-grad-norm "
     "validation-fraction skip-positions loss-space window seed data-seed device precision "
     "distribute resume keep track checkpoint-seconds",

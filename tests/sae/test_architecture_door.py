@@ -225,7 +225,7 @@ def test_what_it_cannot_do_is_refused_before_anything_is_written(
             {"precision": "bfloat16"},
             "--precision bfloat16 is for --architecture topk; abstopk take",
         ),
-        ({"l1": 0.1}, "--l1 belongs to --architecture relu, got abstopk"),
+        ({"l1": 0.1}, "--l1 belongs to --architecture relu or gated, got abstopk"),
     ):
         with pytest.raises(InputError, match=message):
             run(TrainConfig(cache=sample.path, out=tmp_path / "out", **SETTINGS | change))

@@ -14,6 +14,7 @@ from mlsae.train.plan import RunPlan, make_plan
 from mlsae.train.running.output import claim
 
 RELU = {"architecture": "relu", "l1": 0.1}
+JUMP = {"architecture": "jumprelu"}
 OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "site": ({"site": "resid_post"}, {"site": "resid_pre"}),
     "layers": ({}, {"layers": (0, 3)}),
@@ -44,6 +45,14 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "l1_warmup": (RELU, {"l1_warmup": 0.5}),
     "layer_l1": (RELU, {"layer_l1": (1.0, 2.0, 1.0)}),
     "resample_every": (RELU, {"resample_every": 3}),
+    "matryoshka": ({}, {"matryoshka": (8, 16)}),
+    "threshold": ({"architecture": "batchtopk"}, {"threshold": "layer"}),
+    "target_l0": (JUMP, {"target_l0": 3.0}),
+    "l0_penalty": (JUMP, {"l0_penalty": 0.01}),
+    "l0_warmup": (JUMP, {"l0_warmup": 0.5}),
+    "initial_threshold": (JUMP, {"initial_threshold": 0.5}),
+    "bandwidth": (JUMP, {"bandwidth": 2.0}),
+    "straight_through": (JUMP, {"straight_through": "both"}),
 }
 """Deciding setting → settings of a run, and a change of that one."""
 

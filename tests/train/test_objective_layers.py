@@ -163,10 +163,43 @@ def test_log_is_refused_where_a_norm_is_not_above_1(sample: Any, tmp_path: Path)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "gated"}, "--architecture must be topk or relu, got 'gated'"),
+        ({"architecture": "step"}, "or jumprelu or gated, got 'step'"),
+        ({"architecture": "gated"}, "--architecture gated needs --l1, the weight of its penalty"),
+        ({"target_l0": 8.0}, "--target-l0 belongs to --architecture jumprelu, got topk: leave"),
+        (
+            {"architecture": "jumprelu", "l1": 0.1},
+            "--l1 belongs to --architecture relu or gated, got ju",
+        ),
+        ({"architecture": "jumprelu", "target_l0": 0.0}, "--target-l0 must be above 0, got 0"),
+        (
+            {"architecture": "jumprelu", "target_l0": 40.0, "num_latents": 32},
+            "--target-l0 must be below the number of latents: got 40 and 32 latents; lower it or",
+        ),
+        (
+            {"architecture": "jumprelu", "num_latents": 32},
+            "--target-l0 must be below the number of latents: got 32 and 32 latents; lower it or",
+        ),
+        (
+            {"architecture": "jumprelu", "target_l0": 4.0, "l0_penalty": 0.1},
+            "give --target-l0 or --l0-penalty, not both",
+        ),
+        ({"architecture": "jumprelu", "bandwidth": 0.0}, "--bandwidth must be above 0, got 0"),
+        ({"architecture": "jumprelu", "l0_penalty": -1.0}, "--l0-penalty must be at least 0, got"),
+        (
+            {"architecture": "jumprelu", "initial_threshold": -0.5},
+            "--initial-threshold must be at least 0, got -0.5",
+        ),
+        (
+            {"architecture": "jumprelu", "l0_warmup": 2.0},
+            "--l0-warmup is a share of the steps from 0 to 1, got 2",
+        ),
+        (
+            {"architecture": "jumprelu", "straight_through": "none"},
+            "--straight-through must be threshold or both, got 'none'",
+        ),
         ({"architecture": "relu"}, "--architecture relu needs --l1, the weight of its penalty"),
-        ({"l1": 0.1}, "--l1 belongs to --architecture relu, got topk: leave"),
-        ({"layer_l1": (1.0, 2.0)}, "--layer-l1 belongs to --architecture relu, got topk"),
+        ({"l1": 0.1}, "--l1 belongs to --architecture relu or gated, got topk: leave"),
+        ({"layer_l1": (1.0, 2.0)}, "--layer-l1 belongs to --architecture relu or gated, got topk"),
         ({"architecture": "relu", "l1": -1.0}, "--l1 must be at least 0, got -1"),
         (
             {"architecture": "relu", "l1": 0.1, "precision": "bfloat16"},

@@ -78,6 +78,8 @@ class Checkpoints:
             "progress": dict(progress or {}),
             "tensors_sha256": digest,
         }
+        if (extra := trainer.objective.extra) is not None and extra.state():
+            record["extra_loss"] = extra.state()
         write_durably(self.directory / f"{name}.json", seal(record))
 
     def prune(self) -> None:
@@ -165,6 +167,8 @@ def _state(trainer: Trainer) -> dict[str, torch.Tensor]:
 def _restore(trainer: Trainer, state: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
     trainer.step_number = record["step"]
     trainer.dead.num_rows = record["num_rows"]
+    if trainer.objective.extra is not None:
+        trainer.objective.extra.restore(record.get("extra_loss", {}))
     trainer.dead.last_used.copy_(state["last_used"])
     with torch.no_grad():
         for name, parameter in trainer.sae.named_parameters():

@@ -4,13 +4,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from mlsae.base.files import read_sealed, seal, write_durably
 from mlsae.sae.directory import CONFIG
 from mlsae.train.data.decode import RowDecoder
 from mlsae.train.data.loader import Batch
-from mlsae.train.initial import initial_sae, make_objective
+from mlsae.train.initial import initial_sae, make_objective, prepare
 from mlsae.train.plan import RunPlan
 from mlsae.train.running.checkpoint import Checkpoints
 from mlsae.train.running.devices import Alone
@@ -38,6 +39,10 @@ class Member:
         self.plan = plan
         self.ranks = ranks
         self.trainer = _make_trainer(plan, ranks, decode)
+        self.sae = self.trainer.sae
+        """The SAE; after `keep` in the form that is measured and kept."""
+        self.record: dict[str, Any] = {}
+        """Entries of training.json that come with that form."""
         self.checkpoints = Checkpoints(plan.config.out / CHECKPOINTS, plan.config.keep)
         self.writes = writes
         self.last_line: dict[str, Any] | None = None
@@ -95,13 +100,18 @@ class Member:
             self._record(error.loss, error.step, [self.plan.layers[i] for i in error.layers])
             raise
 
+    def keep(self) -> None:
+        """Bring the SAE into the form in which it is kept, once it is trained."""
+        self.sae, found = self.trainer.sae.kept()
+        self.record = _as_json(found)
+
     def check(self, metrics: Mapping[str, Any] | None) -> bool:
         """True unless the last step made the SAE diverge, which its directory then says.
 
         Args:
             metrics: figures of the held-out rows; None without any.
         """
-        layers = not_finite(self.trainer.sae, metrics, self.plan.layers)
+        layers = not_finite(self.sae, metrics, self.plan.layers)
         if layers:
             self._record(math.nan, self.trainer.step_number, layers)
         return not layers
@@ -158,6 +168,13 @@ class Member:
             self.checkpoints.prune()
 
 
+def _as_json(value: Any) -> Any:
+    """Tensors as lists; numbers have the digits that tell float32 apart."""
+    if isinstance(value, torch.Tensor):
+        return [float(f"{number:.9g}") for number in value.detach().cpu().tolist()]
+    return {name: _as_json(one) for name, one in value.items()}
+
+
 def is_finished(plan: RunPlan) -> bool:
     """True where the SAE is there already."""
     return (plan.config.out / CONFIG).is_file()
@@ -176,6 +193,7 @@ def _make_trainer(plan: RunPlan, ranks: Accelerator | Alone, decode: RowDecoder 
     config = plan.config
     moments = plan.store.moments(plan.site, config.skip_positions)
     sae = initial_sae(plan.sae, moments, plan.layers, config.seed).to(ranks.device)
+    config = prepare(sae, config, moments, plan.layers)
     objective = make_objective(sae, config, moments, plan.layers, plan.num_steps)
     dead = DeadLatents(plan.sae.num_latents, plan.dead_after, ranks.device)
     return Trainer(

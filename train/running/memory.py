@@ -39,6 +39,7 @@ def estimate(
             max(SAMPLE_ROWS, int(rows * SAMPLE_SHARE)),
             mixed=plan.config.precision == "bfloat16",
             world_size=world_size,
+            active=plan.sae.architecture.expected_in_training(plan.config, plan.sae),
         )
         for name, size in parts.items():
             # Every SAE keeps its own; a step's memory is needed for each SAE at work.
@@ -51,7 +52,13 @@ def estimate(
 
 
 def step_memory(
-    sae: SAEConfig, rows: int, sampled_rows: int, *, mixed: bool, world_size: int = 1
+    sae: SAEConfig,
+    rows: int,
+    sampled_rows: int,
+    *,
+    mixed: bool,
+    world_size: int = 1,
+    active: int | None = None,
 ) -> dict[str, int]:
     """Bytes by purpose of a step: none grows with rows times latents.
 
@@ -61,10 +68,11 @@ def step_memory(
         sampled_rows: rows that AuxK sees.
         mixed: the encoder's product is in bfloat16.
         world_size: number of ranks.
+        active: latents that a row takes memory for; None for the architecture's most.
     """
     architecture = sae.architecture
     weights = sum(math.prod(p.shape) for p in architecture.parameters(sae)) * _FLOAT
-    active = architecture.most_in_training or sae.num_latents
+    active = active or architecture.most_in_training or sae.num_latents
     rows = min(rows, architecture.most_rows(sae.num_latents, _FLOAT) or rows)
     parts = {
         "weights": weights,

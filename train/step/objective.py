@@ -5,14 +5,15 @@ rows of layer l, and weights w_l that are 1 unless asked for. Where prefixes of 
 reconstruct rows by themselves, ‖u − û‖² is its mean over them. The penalty is the architecture's,
 with λ_l = λ · (multiplier of the layer), rising from 0 over the first steps. All terms are sums
 over rows once B and the totals in them are the whole batch's, so that pieces of a batch, on
-one rank or several, add up to it exactly. AuxK, where the architecture revives so: see
-`train/step/auxiliary.py`.
+one rank or several, add up to it exactly. aux is what revives dead latents, where the architecture
+does so by a term: AuxK (`train/step/auxiliary.py`) or the pre-activation loss
+(`train/step/preactivation.py`).
 
 Shape suffixes: B rows, D channels, N latents, L layers, G prefixes, S sampled rows.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ from mlsae.base.errors import InputError
 from mlsae.sae import SAE
 from mlsae.sae.architectures.base import ExtraLoss, TrainingRows
 from mlsae.store import Moments
-from mlsae.train.step import auxiliary, resample
+from mlsae.train.step import auxiliary, preactivation, resample
 from mlsae.train.step.auxiliary import Residual, Sum
 from mlsae.train.step.resample import Candidates, Resampling
 from mlsae.train.step.spread import least_share
@@ -92,6 +93,7 @@ class Objective:
         layer_weights: (L,) w_l; None for 1.
         extra: the architecture's further term; None for none.
         resampling: when dead latents are drawn anew; None for never.
+        settings: training settings that the architecture asks for, as it resolves them.
     """
 
     def __init__(
@@ -105,12 +107,14 @@ class Objective:
         layer_weights: Sequence[float] | None = None,
         extra: ExtraLoss | None = None,
         resampling: Resampling | None = None,
+        settings: Any = None,
     ) -> None:
         self._sae = sae
         weights = torch.from_numpy(1 / variances)
         self._weights_L = weights.to(sae.b.device, sae.b.dtype)
         self._terms_L = None if layer_weights is None else self._weights_L.new_tensor(layer_weights)
-        self._extra = extra
+        self.extra = extra
+        self._settings = settings
         self.resampling = resampling
         # Rows that are standardised have two spaces; others one error, in units of its variance.
         self._raw = loss_space == "raw" or sae.config.normalize != "standardize"
@@ -132,8 +136,8 @@ class Objective:
 
     @property
     def has_auxiliary(self) -> bool:
-        """True where AuxK revives dead latents."""
-        return self._sae.architecture.revival == "auxk"
+        """True where a further term of the loss revives dead latents."""
+        return self._sae.architecture.revival in ("auxk", "preactivation")
 
     def accumulate(
         self,
@@ -159,7 +163,12 @@ class Objective:
         """
         sae = self._sae
         u_BD, _, scale_B1 = sae.standardize(x_BD, layer_B)
-        rows = TrainingRows(u_BD, layer_B, step, groups)
+        weight_B = self._weights_L[layer_B]
+        if self._terms_L is not None:
+            weight_B = weight_B * self._terms_L[layer_B]
+        if self._raw:
+            weight_B = weight_B * scale_B1[:, 0].square()
+        rows = TrainingRows(u_BD, layer_B, step, groups, weight_B, self._settings)
         active = sae.activate_in_training(rows, mixed=self._mixed)
         values, support = active.values, active.support
         e_BGD = u_BD[:, None] - sae.reconstructions(values, support)
@@ -172,8 +181,8 @@ class Objective:
         if self._terms_L is not None:
             loss_B = loss_B * self._terms_L[layer_B]
         cost = errors_BG.new_zeros(())
-        if self._extra is not None:
-            cost_B = self._extra(active, rows, sae.weights)
+        if self.extra is not None:
+            cost_B = self.extra(active, rows, sae.weights)
             loss_B = loss_B + cost_B
             cost = cost_B.detach().sum() / batch_rows
         main = loss_B.sum() / batch_rows
@@ -215,11 +224,13 @@ class Objective:
     def accumulate_auxiliary(
         self, residuals: Sequence[Residual], dead: torch.Tensor, sum_over_ranks: Sum
     ) -> torch.Tensor:
-        """AuxK on this rank's share, coefficient included; its gradient is added, too.
+        """Term that revives dead latents, on this rank's share; its gradient is added, too.
 
         Args:
             residuals: residuals from all its pieces.
             dead: indices of the dead latents, the same on every rank; not empty.
             sum_over_ranks: called equally often on every rank.
         """
+        if self._sae.architecture.revival == "preactivation":
+            return preactivation.accumulate(self._sae, residuals, dead, sum_over_ranks)
         return auxiliary.accumulate(self._sae, residuals, dead, self.k_aux, sum_over_ranks)

@@ -108,7 +108,8 @@ def resample(
     length = lengths[living].mean() if living.any() else lengths.mean()
     sae.W_dec[latents] = directions
     sae.W_enc[latents] = directions * (ENCODER_SHARE * length)
-    if sae.b_enc is not None:
-        sae.b_enc[latents] = 0
+    for kind in sae.architecture.parameters(sae.config):
+        if kind.by_latent and len(kind.shape) == 1:
+            sae.get_parameter(kind.name)[latents] = 0
     optimizer.forget(latents)
     return latents

@@ -96,7 +96,7 @@ class Trainer:
         self.step_number = 0
         """Steps done."""
         self.optimizer = Optimizer(sae, max_norm)
-        self._objective = objective
+        self.objective = objective
         self._decode = decode
         self._accelerator = accelerator
         self._micro_batch = micro_batch
@@ -110,7 +110,7 @@ class Trainer:
         sae = self.sae
         dead = self.dead.indices()
         has_dead = len(dead) > 0
-        resampling = self._objective.resampling
+        resampling = self.objective.resampling
         resamples = has_dead and resampling is not None and resampling.due(self.step_number)
         for parameter in sae.parameters():
             parameter.grad = None
@@ -121,7 +121,7 @@ class Trainer:
         residuals = [piece.residual for piece in pieces if piece.residual is not None]
         aux = pieces[0].main.new_zeros(())
         if residuals:
-            aux = self._objective.accumulate_auxiliary(residuals, dead, self._sum)
+            aux = self.objective.accumulate_auxiliary(residuals, dead, self._sum)
         counted = sum(
             torch.cat(
                 [
@@ -149,6 +149,8 @@ class Trainer:
             raise DivergedError(loss, self.step_number, lr, layers)
         self.optimizer.step(lr)
         self.dead.update(fired, batch.num_rows)
+        if self.objective.extra is not None:
+            self.objective.extra.after_step(num_active / batch.num_rows)
         if resamples:
             self._resample(pieces, dead)
         self.step_number += 1
@@ -164,8 +166,8 @@ class Trainer:
         """
         num_rows = len(batch.layer)
         size = self._micro_batch or max(num_rows, 1)
-        size = min(size, self._objective.most_rows or size)
-        if not self._objective.takes_groups:
+        size = min(size, self.objective.most_rows or size)
+        if not self.objective.takes_groups:
             return [(slice(start, start + size), ()) for start in range(0, max(num_rows, 1), size)]
         if batch.lane is None:
             return [(slice(None), (num_rows,))]
@@ -190,11 +192,11 @@ class Trainer:
             x = batch.x.to(device)
         else:
             x = self._decode((batch.x, *batch.more), layer, batch.origin)
-        return self._objective.accumulate(
+        return self.objective.accumulate(
             x,
             layer,
             batch.num_rows,
-            self.step_number if has_dead and self._objective.has_auxiliary else None,
+            self.step_number if has_dead and self.objective.has_auxiliary else None,
             step=self.step_number,
             num_candidates=num_candidates,
             groups=groups,
