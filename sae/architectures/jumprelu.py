@@ -27,7 +27,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import NormalDist
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -37,6 +37,7 @@ from mlsae.base.units import counted
 from mlsae.sae.architectures.base import (
     Activation,
     Architecture,
+    Conversion,
     ExtraLoss,
     Parameter,
     Shape,
@@ -172,6 +173,14 @@ class JumpReLU(Architecture):
     settings = JumpReLUSettings
     encoder_bias = True
     revival = "preactivation"
+    conversions: ClassVar[Mapping[str, Conversion]] = {
+        "saelens": Conversion(name="jumprelu"),
+        "dictionary-learning": Conversion(
+            name="JumpReluAutoEncoder", constants={"trainer_class": "JumpReluTrainer"}
+        ),
+        "gemma-scope": Conversion(name="jumprelu"),
+        "llamascopium": Conversion(name="jumprelu"),
+    }
 
     @classmethod
     def wanted(cls, settings: JumpReLUSettings) -> "JumpReLU":  # noqa: ARG003

@@ -42,8 +42,7 @@ def _read(directory: Path, _config: Mapping[str, Any]) -> Foreign:
     path = directory / _WEIGHTS
     origin = _origin(directory)
     found = named(_NAME, "jumprelu")
-    if found is None:
-        raise ConversionError(f"{path} has a threshold for each latent, and no architecture here")
+    assert found is not None
     state = _load(path)
     encoder = state.get("W_enc")
     if encoder is None or encoder.ndim != 2:

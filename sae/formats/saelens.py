@@ -65,7 +65,7 @@ _METADATA = (
     *("dataset_trust_remote_code", "context_size", "prepend_bos", "seqpos_slice"),
     *("exclude_special_tokens", "sequence_separator_token", "disable_concat_sequences"),
     *("neuronpedia_id", "training_tokens", "artifacts_path"),
-    *("training_architecture", "training_architecture_details"),
+    *("training_architecture", "training_architecture_details", "l0", "num_dead_features"),
 )
 """Entries of the metadata that say nothing of the encoder's input, or are read elsewhere."""
 _MODEL = (

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.timeout(3000),  # Environments may have to be installed.
 ]
 
-D, N, L0, STEPS, BATCH = 64, 192, 6, 1500, 1024
+D, N, L0, STEPS, BATCH = 64, 192, 6, 1000, 1024
 SEQUENCES, CONTEXT = 3000, 64
 
 

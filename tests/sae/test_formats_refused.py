@@ -313,6 +313,10 @@ def test_entries_that_say_nothing_of_the_function_are_taken(
         "hook_head_index": None,
         "context_size": 128,
         "seqpos_slice": [None],
+        "training_architecture": "topk",
+        "training_architecture_details": {"k": K},
+        "l0": 4.5,
+        "num_dead_features": 3,
     }
     for form, changes in (
         ("saelens", {"metadata": METADATA | harmless, "aux_loss_coefficient": 1.0}),

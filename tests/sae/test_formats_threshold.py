@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mlsae.sae import SAE, Architecture, SAEConfig, load
-from mlsae.sae.architectures import BatchTopK
+from mlsae.sae.architectures import BatchTopK, JumpReLU
 from mlsae.sae.formats.common import ConversionError
 from mlsae.sae.formats.convert import export_sae, import_sae
 
@@ -127,6 +127,9 @@ BY_LAYER = BatchTopK(4, "layer")
 @pytest.mark.parametrize(
     ("architecture", "state"),
     [
+        (JumpReLU(), "none"),
+        (JumpReLU(), "standardize"),
+        (JumpReLU(), "scale"),
         (BatchTopK(4), "center"),
         (BY_LAYER, "scale"),
         (BY_LAYER, "standardize"),
@@ -135,7 +138,7 @@ BY_LAYER = BatchTopK(4, "layer")
 def test_an_export_computes_what_the_sae_does(
     to: str, architecture: Architecture, state: str, tmp_path: Path
 ) -> None:
-    """A folder a layer, thresholds of that layer in it."""
+    """A folder a layer, thresholds of that layer in it; read again it is the same function."""
     settings = STATE[state] | ({"layers": LAYERS} if architecture == BY_LAYER else {})
     run = make(tmp_path / "run", architecture, **settings)
     if state == "standardize" and to != "saelens":
@@ -146,13 +149,17 @@ def test_an_export_computes_what_the_sae_does(
         expected = load(run).double()(x, layer).detach()
         assert (expected != 0).any()
         torch.testing.assert_close(FORWARD[to](directory), expected, **CLOSE)
+        again = import_sae(directory, tmp_path / f"again{layer}", site="resid_post")
+        torch.testing.assert_close(again.double()(x).detach(), expected, **CLOSE)
+        assert layer in again.training_record["layers"]
 
 
 def test_weights_that_need_no_change_come_back_to_the_bit(tmp_path: Path) -> None:
-    """BatchTopK and its prefixes by dictionary_learning."""
+    """JumpReLU by SAELens, BatchTopK and its prefixes by dictionary_learning."""
     widths = (6, 18, N)
     for place, (to, architecture, settings) in enumerate(
         (
+            ("saelens", JumpReLU(), {"encoder_bias": True}),
             ("dictionary-learning", BatchTopK(4), STATE["none"]),
             ("dictionary-learning", BatchTopK(4), STATE["none"] | {"matryoshka_widths": widths}),
         )
@@ -178,6 +185,27 @@ def drawn() -> Tensors:
     return found
 
 
+def of_saelens(path: Path, **changes: Any) -> Path:
+    w = drawn()
+    cfg = {
+        "architecture": "jumprelu",
+        "d_in": D,
+        "d_sae": N,
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "metadata": {"sae_lens_version": "6.54.12", "hook_name": "blocks.7.hook_mlp_out"},
+    } | changes
+    kept = ("W_enc", "W_dec", "b_dec", "b_enc", "threshold")
+    tensors = {name: w[name] for name in kept}
+    if cfg["architecture"] == "gated":
+        tensors = {name: w[name] for name in kept[:3]}
+        tensors |= {"b_gate": w["gate"], "b_mag": w["mag"], "r_mag": w["r"]}
+    path.mkdir()
+    (path / "cfg.json").write_text(json.dumps(cfg))
+    save_file(tensors, path / "sae_weights.safetensors")
+    return path
+
+
 def of_dictionary_learning(path: Path, kind: str, **changes: Any) -> Path:
     w = drawn()
     linear = {"encoder.weight": w["W_enc"].T, "decoder.weight": w["W_dec"].T}
@@ -199,6 +227,14 @@ def of_dictionary_learning(path: Path, kind: str, **changes: Any) -> Path:
     return path
 
 
+def of_gemma_scope(path: Path, **changes: Any) -> Path:
+    w = drawn()
+    arrays = {name: w[name].numpy() for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
+    path.mkdir(parents=True)
+    np.savez(path / "params.npz", **(arrays | changes))
+    return path
+
+
 def imported(directory: Path, forward: Callable[[Path], torch.Tensor], out: Path) -> SAE:
     """The SAE, which computes what the tool does."""
     sae = import_sae(directory, out)
@@ -207,11 +243,31 @@ def imported(directory: Path, forward: Callable[[Path], torch.Tensor], out: Path
     return sae
 
 
+@pytest.mark.parametrize("architecture", ["jumprelu", "gated"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"apply_b_dec_to_input": False}, {"normalize_activations": "layer_norm"}],
+)
+def test_an_sae_of_saelens_is_imported(
+    architecture: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """Gates become thresholds; a bias that is not subtracted goes into the encoder's."""
+    directory = of_saelens(tmp_path / "theirs", architecture=architecture, **changes)
+    sae = imported(directory, saelens, tmp_path / "sae")
+    assert sae.architecture == JumpReLU()
+    said = sae.training_record["imported"]["changes"]
+    assert any("gates made thresholds, rounded" in change for change in said) == (
+        architecture == "gated"
+    )
+
+
 @pytest.mark.parametrize(
     ("kind", "architecture", "widths"),
     [
         ("BatchTopKSAE", BatchTopK(4), None),
         ("MatryoshkaBatchTopKSAE", BatchTopK(4), (6, 18, 48)),
+        ("JumpReluAutoEncoder", JumpReLU(), None),
+        ("GatedAutoEncoder", JumpReLU(), None),
     ],
 )
 def test_an_sae_of_dictionary_learning_is_imported(
@@ -224,6 +280,43 @@ def test_an_sae_of_dictionary_learning_is_imported(
     if kind == "BatchTopKSAE":
         unset = of_dictionary_learning(tmp_path / "unset", kind, threshold=torch.tensor(-1.0))
         assert imported(unset, dictionary_learning, tmp_path / "sae0").weights["threshold"] == 0
+
+
+def test_an_sae_of_gemma_scope_is_imported(tmp_path: Path) -> None:
+    """Site and layer from the names of repository and folders, as far as those are there."""
+    place = "google--gemma-scope-2b-pt-mlp/snapshots/0/layer_20/width_16k/average_l0_71"
+    record = imported(
+        of_gemma_scope(tmp_path / place), gemma_scope, tmp_path / "sae"
+    ).training_record
+    assert (record["site"], record["layers"]) == ("mlp_out", [20])
+    assert record["imported"]["sha256"].keys() == {"params.npz"}
+    nameless = import_sae(of_gemma_scope(tmp_path / "plain"), tmp_path / "sae2").training_record
+    assert not {"site", "layers"} & nameless.keys()
+
+
+def test_an_sae_of_llamascopium_is_imported(tmp_path: Path) -> None:
+    """Logarithms of thresholds, one of them of 0."""
+    w = drawn()
+    cfg = {
+        "sae_type": "sae",
+        "d_model": D,
+        "expansion_factor": N / D,
+        "act_fn": "jumprelu",
+        "norm_activation": "inference",
+        "sparsity_include_decoder_norm": True,
+        "hook_point_in": "blocks.7.hook_mlp_out",
+        "hook_point_out": "blocks.7.hook_mlp_out",
+    }
+    tensors = {"W_E": w["W_enc"], "b_E": w["b_enc"], "W_D": w["W_dec"], "b_D": w["b_dec"]}
+    tensors[LOG] = w["threshold"].log()
+    tensors[LOG][3] = -torch.inf
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(cfg))
+    save_file(tensors, tmp_path / "theirs" / "sae_weights.safetensors")
+    sae = imported(tmp_path / "theirs", llamascopium, tmp_path / "sae")
+    assert sae.weights["threshold"][3] == 0
+    changes = sae.training_record["imported"]["changes"]
+    assert changes[-1] == "thresholds taken from logarithms, rounded to float32"
 
 
 @pytest.mark.parametrize(
@@ -245,6 +338,16 @@ def test_an_sae_of_dictionary_learning_is_imported(
             lambda path: of_dictionary_learning(path, "BatchTopKSAE", threshold=torch.ones(N)),
             r"expected threshold of shape \(\), got \(48,\)",
         ),
+        (lambda path: of_gemma_scope(path, W_enc=np.zeros(3)), "has no W_enc of shape"),
+        (lambda path: of_gemma_scope(path, noise=np.zeros(3)), "not understood.*: noise"),
+        (
+            lambda path: of_gemma_scope(path, threshold=np.array([{}])),
+            "is damaged or holds more than numbers",
+        ),
+        (
+            lambda path: of_gemma_scope(path / "gemma-scope-2b-pt-att" / "layer_1"),
+            "it is an SAE of gemma-scope's att, whose rows are of no site here; res and mlp are",
+        ),
     ],
 )
 def test_what_is_not_imported(
@@ -255,10 +358,20 @@ def test_what_is_not_imported(
         import_sae(make_theirs(tmp_path / "theirs"), tmp_path / "sae")
 
 
+def test_an_archive_that_is_cut_off_is_damaged(tmp_path: Path) -> None:
+    """At any byte."""
+    directory = of_gemma_scope(tmp_path / "theirs")
+    content = (directory / "params.npz").read_bytes()
+    for size in (0, 1, 100, len(content) // 2, len(content) - 1):
+        (directory / "params.npz").write_bytes(content[:size])
+        with pytest.raises(ConversionError, match=r"params\.npz is "):
+            import_sae(directory, tmp_path / "sae")
+
+
 def test_formats_of_topk_refuse_thresholds(tmp_path: Path) -> None:
     """They have no place for them."""
-    run = make(tmp_path / "run", BatchTopK(4), normalize="none")
+    run = make(tmp_path / "run", JumpReLU(), normalize="none")
     for to in ("sparsify", "mlsae"):
-        message = f"to {to}: the SAE has architecture batchtopk, and that format can hold only topk"
+        message = f"to {to}: the SAE has architecture jumprelu, and that format can hold only topk"
         with pytest.raises(ConversionError, match=message):
             export_sae(run, to, tmp_path / "out")
