@@ -41,8 +41,6 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "clip_grad_norm": ({}, {"clip_grad_norm": 1.0}),
     "precision": ({}, {"precision": "bfloat16"}),
     "k": ({}, {"k": 3}),
-    "matryoshka": ({}, {"matryoshka": (2,)}),
-    "threshold": ({"architecture": "batchtopk"}, {"threshold": "layer"}),
     "l1": (RELU, {"l1": 0.2}),
     "l1_warmup": (RELU, {"l1_warmup": 0.5}),
     "layer_l1": (RELU, {"layer_l1": (1.0, 2.0, 1.0)}),
