@@ -13,7 +13,7 @@ from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingS
 from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 THRESHOLDS = ((0.01, 0.05), (0.1, 0.5))
 """SAELens's own first threshold and bandwidth, and wider ones, for rows of norm √d."""
 
