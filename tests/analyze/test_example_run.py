@@ -14,10 +14,11 @@ import pytest
 from click.testing import CliRunner
 
 import mlsae.analyze.examples.table as example_table
-from mlsae.analyze import Analysis, AnalyzeConfig, load, run, transformer
+from mlsae.analyze import Analysis, AnalyzeConfig, load, run
 from mlsae.base.errors import InputError, ResourceError
 from mlsae.cli import main
 from mlsae.models import load_tokenizer
+from mlsae.models.source import tokenizer as tokenizers
 from mlsae.models.source.tokenizer import texts_of_tokens
 from mlsae.sae import load as load_sae
 from mlsae.store import open_store
@@ -231,7 +232,7 @@ def test_a_tokenizer_that_fails_leaves_the_text_out(
     def fail(*_: Any) -> list[str]:
         raise IndexError("piece id is\nout of range")
 
-    monkeypatch.setattr(transformer, "texts_of_tokens", fail)
+    monkeypatch.setattr(tokenizers, "texts_of_tokens", fail)
     found = run(
         AnalyzeConfig(
             cache=store,

@@ -10,11 +10,13 @@ import pytest
 SCRIPT = """
 import sys
 from pathlib import Path
+import numpy as np
 import torch
 from mlsae.base.errors import ResourceError
 from mlsae.sae import SAE, SAEConfig, TopK
 from mlsae.train.running.checkpoint import Checkpoints
 from mlsae.train.step.dead import DeadLatents
+from mlsae.train.step.objective import Objective
 from mlsae.train.step.optimizer import Optimizer
 
 class Trainer:
@@ -25,6 +27,7 @@ class Trainer:
         self.dead = DeadLatents(512, 1000, torch.device("cpu"))
         self.step_number = 0
         self.optimizer = Optimizer(self.sae)
+        self.objective = Objective(self.sae, np.ones(1), "raw")
 
 trainer, checkpoints = Trainer(), Checkpoints(Path(sys.argv[1]) / "checkpoints")
 for number in range(1, 9):

@@ -45,6 +45,8 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "l1_warmup": (RELU, {"l1_warmup": 0.5}),
     "layer_l1": (RELU, {"layer_l1": (1.0, 2.0, 1.0)}),
     "resample_every": (RELU, {"resample_every": 3}),
+    "matryoshka": ({}, {"matryoshka": (2,)}),
+    "threshold": ({"architecture": "batchtopk"}, {"threshold": "layer"}),
     "target_l0": (JUMP, {"target_l0": 3.0}),
     "l0_penalty": (JUMP, {"l0_penalty": 0.01}),
     "l0_warmup": (JUMP, {"l0_warmup": 0.5}),
