@@ -4,6 +4,7 @@ import codecs
 import contextlib
 import math
 import os
+import shutil
 import sys
 import threading
 import time
@@ -109,7 +110,8 @@ class Progress:
                 unit_scale=True,
                 bar_format=self._bar_format(),
                 leave=bool(self.unit),
-                dynamic_ncols=True,
+                dynamic_ncols=_fixed_columns() is None,
+                ncols=_fixed_columns(),
             )
         else:
             self._thread = threading.Thread(target=self._write_lines, daemon=True)
@@ -133,7 +135,7 @@ class Progress:
         """Show these notes behind the numbers; on a terminal as many as leave room for the bar."""
         self._notes = notes
         if self._bar is not None:
-            columns = os.get_terminal_size(sys.stderr.fileno()).columns
+            columns = _fixed_columns() or os.get_terminal_size(sys.stderr.fileno()).columns
             room = columns - len(self.stage) - len(self.unit) - _NUMBERS_COLUMNS - _BAR_COLUMNS
             self._bar.set_postfix_str(", ".join(_fitting(notes, room)), refresh=False)
 
@@ -176,6 +178,13 @@ def line_times() -> Iterator[float]:
     while math.isfinite(at):
         yield at
         at += min(max(FEWEST_SECONDS, at // 600 * FEWEST_SECONDS), MOST_SECONDS)
+
+
+def _fixed_columns() -> int | None:
+    """Columns for a terminal that says it has 0, as in containers; None where it knows."""
+    if os.get_terminal_size(sys.stderr.fileno()).columns:
+        return None
+    return shutil.get_terminal_size().columns
 
 
 def _fitting(notes: Sequence[str], room: int) -> list[str]:
