@@ -74,18 +74,26 @@ def partial_path(path: Path) -> Path:
 def open_partial(path: Path) -> tuple[Path, int]:
     """Begin a file under a temporary name beside `path`, and hold it while it is open.
 
+    Whoever begins it renames it first and closes it then: closed, it is stale to others.
+
     Returns:
         The temporary name, and a descriptor for writing.
     """
     while True:
         partial = partial_path(path)
         fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        # A file system without locks has none to tell a live writer by; nothing is removed there.
-        with suppress(OSError):
+        try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # Somebody who looks for stale files has it, and is about to remove it.
+            os.close(fd)
+            continue
+        except OSError:
+            # A file system without locks has none to tell a live writer by; nothing is removed.
+            return partial, fd
         if os.fstat(fd).st_nlink:
             return partial, fd
-        # Somebody who looked for stale files came between the two calls.
+        # That somebody came and went between the two calls.
         os.close(fd)
 
 

@@ -72,9 +72,9 @@ class ShardFile:
         self._put(np.frombuffer(shard_index(self._sizes, self._num_chunks), np.uint8))
         with full_disk_explained(self._path):
             os.fsync(self._fd)
+        self._partial.rename(self._path)
         os.close(self._fd)
         self._fd = -1
-        self._partial.rename(self._path)
         fsync_directory(self._path.parent)
         return self._hash.hexdigest()
 

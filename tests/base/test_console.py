@@ -78,7 +78,7 @@ def test_log_has_lines_without_carriage_returns(
 def test_terminal_shows_a_bar_whatever_the_notes(
     columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the terminal's width, or 80 columns where it says that it has none."""
+    """As wide as the terminal, or 80 columns where it says that it has none."""
     monkeypatch.delenv("COLUMNS", raising=False)
     master, slave = pty.openpty()
     ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))

@@ -1,6 +1,7 @@
 """Output directories: held by one run, filled whole wherever they lie, and nobody else's."""
 
 import errno
+import fcntl
 import os
 import re
 import signal
@@ -91,6 +92,34 @@ def test_live_temporary_files_are_left_alone_and_others_go(tmp_path: Path):
     remove_stale_partials(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted([live, foreign])
     assert not dead.exists()
+    os.close(descriptor)
+
+
+def test_a_file_that_a_cleaner_has_in_hand_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Who looks for stale files may lock a new one first, and then removes it."""
+    held: list[tuple[Path, int]] = []
+    lock, close = fcntl.flock, os.close
+
+    def cleaner_first(fd: int, operation: int) -> None:
+        if not held:
+            (partial,) = tmp_path.iterdir()
+            held.append((partial, os.open(partial, os.O_RDWR)))
+            lock(held[0][1], operation)
+        lock(fd, operation)
+
+    def then_removed(fd: int) -> None:
+        close(fd)
+        held[0][0].unlink(missing_ok=True)
+
+    monkeypatch.setattr(fcntl, "flock", cleaner_first)
+    monkeypatch.setattr(os, "close", then_removed)
+    partial, descriptor = open_partial(tmp_path / "a")
+    monkeypatch.undo()
+    assert partial.exists()
+    assert held[0][0] != partial
+    os.close(held[0][1])
     os.close(descriptor)
 
 

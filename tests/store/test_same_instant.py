@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlsae.base.files import write_new_durably
+from mlsae.base.files import remove_stale_partials, write_new_durably
 from mlsae.store import PlanMismatchError, create, open_store
 from mlsae.store.tools.verify import verify
 
@@ -47,6 +47,22 @@ def test_one_plan_wins_and_is_whole(tmp_path: Path, lengths: tuple[int, int]):
         assert all("context_length: " in refusal for refusal in refusals)
         assert open_store(path).context_length in lengths
         assert verify(path).problems == []
+
+
+def test_files_are_held_until_they_have_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Closed before, they could be taken for a dead process's."""
+    outcomes, rename = list[str](), Path.rename
+
+    def cleaned_before(partial: Path, target: Path) -> Path:
+        remove_stale_partials(tmp_path)
+        return rename(partial, target)
+
+    monkeypatch.setattr(Path, "rename", cleaned_before)
+    produce(tmp_path / "a", 4, threading.Barrier(1), outcomes)
+    assert outcomes == ["made"]
+    assert verify(tmp_path / "a").problems == []
 
 
 def test_a_store_that_begins_while_one_looks_is_found(
