@@ -118,10 +118,9 @@ def format_summary(metrics: Mapping[str, Any] | None) -> str:
         f"dead: {counted(outside['num_dead'], 'latent')} ({outside['dead_fraction']:.2%}) unused "
         f"by all {counted(outside['num_rows'], 'validation row')}"
     )
-    shares = [entry["silent_fraction"] for entry in outside["layers"]]
-    lines.append(
-        f"rows without a latent, by layer: {', '.join(f'{share or 0:.2%}' for share in shares)}"
-    )
+    share, layer = max((a["silent_fraction"] or 0, -a["layer"]) for a in outside["layers"])
+    silent = f"up to {share:.2%} of a layer's, at layer {-layer}" if share else "none"
+    lines.append(f"rows without a latent: {silent}")
     return "\n".join(lines)
 
 
