@@ -101,11 +101,11 @@ def held(directory: Path, *, shared: bool = False) -> Iterator[None]:
         try:
             lock = _lock(directory, shared)
         except PermissionError as error:
-            raise _unwritable(directory) from error
+            raise _unwritable(directory, error, "change its permissions or ") from error
         except OSError as error:
             if error.errno != errno.EROFS:
                 raise
-            raise _unwritable(directory) from error
+            raise _unwritable(directory, error) from error
         yield
     finally:
         if lock is not None:
@@ -125,10 +125,9 @@ def require_free(directory: Path) -> None:
         os.close(_lock(directory, shared=False))
 
 
-def _unwritable(directory: Path) -> ResourceError:
-    return ResourceError(
-        f"{directory} cannot be written: change its permissions or give another directory"
-    )
+def _unwritable(directory: Path, error: OSError, remedy: str = "") -> ResourceError:
+    cause = (error.strerror or type(error).__name__).lower()
+    return ResourceError(f"{directory} cannot be written ({cause}): {remedy}give another directory")
 
 
 def _lock(directory: Path, shared: bool) -> int:
