@@ -19,6 +19,7 @@ def test_the_last_ones_stay(tmp_path: Path) -> None:
     found = make(tmp_path / "a", 3, 20, 100, keep=2)
     (tmp_path / "a/step-0000000101.safetensors").touch()
     (tmp_path / "a/step-0000000102.partial").touch()
+    (tmp_path / "a/.tmpXKUv9w").touch()
     assert found.steps() == [3, 20, 100]
     found.prune()
     assert found.steps() == [20, 100]

@@ -27,7 +27,11 @@ from mlsae.base.files import (
 )
 from mlsae.train.step.trainer import Trainer
 
-_OURS = re.compile(r"step-\d{10}\.(?:json|safetensors|partial)(?:\..*\.partial)?")
+_OURS = re.compile(
+    r"step-\d{10}\.(?:json|safetensors|partial)(?:\..*\.partial)?"
+    # A kill leaves the file under whose name safetensors writes before it renames it.
+    r"|\.tmp[A-Za-z0-9]{6}"
+)
 
 
 class DamagedCheckpointError(InputError):
