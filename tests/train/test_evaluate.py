@@ -188,3 +188,15 @@ def test_rows_that_do_not_vary_have_no_fvu(scale: float, tmp_path: Path) -> None
         device=torch.device("cpu"),
         **alone,
     )[0].tolist() == pytest.approx([np.nan] * 9, nan_ok=True)
+
+
+def test_rows_without_a_latent_are_told_in_one_number():
+    """The most of any layer, and which."""
+    names = ("fvu", "fvu_pca", "fvu_standardized", "l0")
+    layers = [
+        {"layer": layer, "pca_directions": 4, "silent_fraction": share, **dict.fromkeys(names, 0.5)}
+        for layer, share in ((0, 0.0), (1, 0.25), (3, 0.25))
+    ]
+    metrics = {"layers": layers, "num_rows": 8, "num_dead": 0, "dead_fraction": 0.0}
+    told = format_summary({"position_0_out": metrics, "position_0_in": metrics})
+    assert told.splitlines()[-1] == "rows without a latent: up to 25.00% of a layer's, at layer 1"
