@@ -33,7 +33,7 @@ SWEEPS = {
     "batchtopk": ("--architecture", "batchtopk", "-k", _TARGETS),
     "matryoshka": ("--architecture", "batchtopk", "--matryoshka", "4", "-k", _TARGETS),
     "jumprelu": ("--architecture", "jumprelu", "--target-l0", _TARGETS),
-    "gated": ("--architecture", "gated", "--gate-l1", "0.01,0.02,0.04,0.08"),
+    "gated": ("--architecture", "gated", "--l1", "0.02,0.04,0.08,0.16"),
     "relu": ("--architecture", "relu", "--l1", "0.005,0.01,0.02,0.04"),
 }
 """Options of each sweep; the last one sets the sparsity, in AIMED the L0 itself."""
